@@ -1,0 +1,43 @@
+# The habits of this project. Every target sets up what it needs; a machine with Python >= 3.10 is enough.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.stamp  ## train and attack a small net on real digits; figures go to out/
+	$(BIN)/rai-toolbox demo
+
+test: .venv/.stamp  ## run all tests, and every example of the docstrings, README and docs
+	$(BIN)/python -m pytest --timeout=300
+
+lint: .venv/.stamp  ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.stamp  ## put the code into the shape that `make lint` asks for
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/.stamp  ## measure the claims of speed
+	$(BIN)/python benchmarks/run.py
+
+docs: .venv/.stamp  ## build the documentation into out/docs
+	$(BIN)/python -m sphinx -W --keep-going -E -q docs out/docs
+	@echo "open out/docs/index.html"
+
+clean:  ## remove all that was made, but for the environment (.venv)
+	rm -rf out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is renewed whenever what it is made of changes.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,119 @@
+"""Run the benchmarks: `python benchmarks/run.py [--quick]`.
+
+Prints tables, and writes the figures with the machine and versions they belong to to
+`out/bench/step_cost.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import import_time
+import machine
+import step_cost
+import torch
+
+try:
+    from tqdm import tqdm
+except ImportError:  # an extra: rai-toolbox[progress]
+    tqdm = None
+
+OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[float], object]]:
+    """A bar that is told the share done since it was last."""
+    if tqdm is None:
+        print(f"{text} ...", flush=True)
+        yield lambda share: None
+        return
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=1.0, desc=f"{text:40}", bar_format=layout, leave=False) as bar:
+        yield bar.update
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns of the width they need; the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def step_table(result: dict[str, Any]) -> str:
+    rows = []
+    for name, row in result["rows"].items():
+        low, high = row["ratio_quartiles"]
+        verdict = ""
+        if row["target"] is not None:
+            verdict = (
+                f"<= {row['target']:.2f} {'ok' if row['ratio'] <= row['target'] else 'MISSED'}"
+            )
+        rows.append(
+            [
+                name,
+                f"{row['median_ms']:.3f}",
+                f"{row['ratio']:.3f}",
+                f"{low:.3f} .. {high:.3f}",
+                verdict,
+                f"{row['peak_bytes']:,}",
+            ]
+        )
+    header = ["step", "ms", "ratio to bare", "its quartiles", "target", "peak bytes in step"]
+    rounds = result["rows"][step_cost.BARE]["rounds"]
+    title = (
+        f"{result['case']} floats: {rounds} rounds, "
+        f"largest parameter {result['largest_parameter_bytes']:,} bytes"
+    )
+    return f"{title}\n{table(header, rows)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what a constraint adds to a step.")
+    parser.add_argument("--quick", action="store_true", help="few rounds: a first look")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    budget_s, import_rounds = (3.0, 3) if args.quick else (25.0, 9)
+
+    report = {**machine.describe(), "quick": args.quick, "step": []}
+    print(
+        "{model}, {cpus} CPUs, {threads} threads, {vectors}, {system}".format(**report["machine"]),
+        "Python {python}, torch {torch}, rai_toolbox {rai_toolbox}".format(**report["versions"]),
+        report["date"],
+        sep="\n",
+        end="\n\n",
+    )
+    for case in step_cost.CASES:
+        with progress_bar(case.name) as progress:
+            result = step_cost.run(case, budget_s=budget_s, progress=progress)
+        report["step"].append(result)
+        print(step_table(result), end="\n\n", flush=True)
+
+    with progress_bar("import") as progress:
+        report["import"] = import_time.run(import_rounds, progress=progress)
+    print(
+        "import rai_toolbox.optim: {extra_ms:.1f} ms after torch "
+        "(torch alone {torch_ms:.0f} ms, both {both_ms:.0f} ms; "
+        "medians of {rounds} fresh interpreters each)".format(**report["import"])
+    )
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "step_cost.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"figures: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Times of alternatives that are compared with each other, measured side by side.
+
+Each round times every alternative once, in shuffled order, so that whatever else the machine does
+hits all of them alike. A ratio is the median over rounds of (alternative / baseline) of one round.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+Samples = dict[str, list[float]]  # seconds per call, one entry a round
+
+SAMPLE_S = 0.01  # a sample is repeated calls for at least this long
+MIN_ROUNDS, MAX_ROUNDS = 7, 400
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def measure(
+    alternatives: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    seed: int = 0,
+    progress: Callable[[float], object] = lambda share: None,
+) -> Samples:
+    """Seconds per call of each alternative; `progress` is told the share done since it was last.
+
+    The number of rounds follows from `budget_s`, which the warm-up counts towards.
+    """
+
+    def sample(fn: Callable[[], object], calls: int) -> float:
+        start = perf_counter()
+        for _ in range(calls):
+            fn()
+        return (perf_counter() - start) / calls
+
+    order = list(alternatives)
+    shuffle = random.Random(seed).shuffle
+    with no_garbage_collection():
+        start = perf_counter()
+        for fn in alternatives.values():
+            fn()
+            fn()
+        warm = [sample(fn, 1) for fn in alternatives.values()]
+        calls = math.ceil(SAMPLE_S / min(warm))
+        left_s = budget_s - (perf_counter() - start)
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left_s / (calls * sum(warm)))))
+
+        samples: Samples = {name: [] for name in alternatives}
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                samples[name].append(sample(alternatives[name], calls))
+            progress(1 / rounds)
+    return samples
+
+
+def compare(samples: Samples, baseline: str) -> dict[str, dict[str, Any]]:
+    """Per alternative: the median in ms, and the median and quartiles of the ratio to `baseline`."""
+    rows = {}
+    for name, seconds in samples.items():
+        ratios = [s / b for s, b in zip(seconds, samples[baseline], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        rows[name] = {
+            "median_ms": 1e3 * statistics.median(seconds),
+            "ratio": quartiles[1],
+            "ratio_quartiles": [quartiles[0], quartiles[2]],
+            "rounds": len(seconds),
+        }
+    return rows

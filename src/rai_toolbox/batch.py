@@ -1,0 +1,88 @@
+"""How a tensor is seen by constraints and transforms: as a batch of N sub-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor
+
+__all__ = ["to_batch"]
+
+
+def check_param_ndim(param_ndim: object) -> int | None:
+    """Return `param_ndim` if it is an int or None.
+
+    Raises
+    ------
+    TypeError
+        For anything else, bools included.
+    """
+    if param_ndim is None or (isinstance(param_ndim, int) and not isinstance(param_ndim, bool)):
+        return param_ndim
+    raise TypeError(f"`param_ndim` must be an int or None, got {param_ndim!r}")
+
+
+def sub_ndim(ndim: int, param_ndim: int | None) -> int:
+    """Number of trailing dims, of a tensor with `ndim` dims, that make one sub-tensor."""
+    check_param_ndim(param_ndim)
+    if param_ndim is None:
+        return ndim
+    if abs(param_ndim) > ndim:
+        raise ValueError(
+            f"`param_ndim` must be None or lie in [-{ndim}, {ndim}] "
+            f"for a tensor with {ndim} dims, got {param_ndim}"
+        )
+    return param_ndim if param_ndim >= 0 else ndim + param_ndim
+
+
+def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]:
+    """Shape `(N, d0, ...)` in which a tensor of shape `shape` is seen; at least 2-D."""
+    k = sub_ndim(len(shape), param_ndim)
+    split = len(shape) - k
+    return (prod(shape[:split]), *(shape[split:] or (1,)))
+
+
+def view_or_copy(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
+    """`tensor` in another shape, and whether that took a copy (strides that no view fits)."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor, False
+    try:
+        return tensor.view(shape), False
+    except RuntimeError:
+        return tensor.reshape(shape), True
+
+
+def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
+    """See a tensor as a stack of N sub-tensors with `param_ndim` dims each.
+
+    Parameters
+    ----------
+    tensor : Tensor, shape (...)
+        Any strides. The result is a view wherever the strides allow one, else a copy.
+    param_ndim : int or None
+        ``k > 0``: the last k dims are the sub-tensor, all dims before them are flattened to N.
+        ``0``: each element is a sub-tensor. ``k < 0``: `tensor.ndim + k` dims, so -1 means all
+        but the first. ``None``: the whole tensor is the one sub-tensor.
+
+    Returns
+    -------
+    Tensor, shape (N, d0, ...)
+        Always at least 2-D.
+
+    Raises
+    ------
+    ValueError
+        If ``abs(param_ndim) > tensor.ndim``.
+    TypeError
+        If `param_ndim` is not an int or None.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox import to_batch
+    >>> x = torch.zeros(3, 5, 2)
+    >>> [tuple(to_batch(x, k).shape) for k in (0, 1, -1, None)]
+    [(30, 1), (15, 2), (3, 5, 2), (1, 3, 5, 2)]
+    """
+    return view_or_copy(tensor, batch_shape(tensor.shape, param_ndim))[0]

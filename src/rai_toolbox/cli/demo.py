@@ -1,0 +1,223 @@
+"""The demo: train with bounded weights and without, perturb the test digits, report and draw."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from rai_toolbox.cli.digits import Digits, load_digits
+from rai_toolbox.cli.extras import progress, require
+from rai_toolbox.cli.perturbing import L2, LINF, perturb
+from rai_toolbox.cli.picture import Example, draw
+from rai_toolbox.cli.training import BATCH, LR, Run, accuracy, train
+
+__all__ = ["Settings", "demo"]
+
+# All of these are exact in float32, so that "exactly 0" and "at most epsilon" mean what they say.
+BOUND = 3 / 32
+EPSILONS = {
+    LINF: (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4),
+    L2: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
+}
+SHOWN = {LINF: 1 / 8, L2: 1.5}  # the examples in the picture
+NETS = ("bounded", "free")
+
+
+class Settings(NamedTuple):
+    """How much work a run does."""
+
+    epochs: int = 15
+    digits_perturbed: int = 500
+    perturbation_steps: int = 20
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """Enough to see that all works."""
+        return cls(epochs=3, digits_perturbed=100, perturbation_steps=5)
+
+
+def demo(settings: Settings, out: Path) -> int:
+    """Run the demo, write `demo.json` and `demo.png` to the folder `out`; 1 if a check failed."""
+    require("matplotlib", extra="demo")  # better to know before the work than after it
+    out.mkdir(parents=True, exist_ok=True)
+    clock = _Clock()
+
+    train_digits, test_digits = load_digits()
+    clock.stop("loading")
+
+    bounded, free, violation = train(train_digits, BOUND, settings.epochs, settings.seed)
+    runs = dict(zip(NETS, (bounded, free), strict=True))
+    clock.stop("training")
+
+    perturbed = test_digits.first(settings.digits_perturbed)
+    curve = _curve(runs, perturbed, settings.perturbation_steps)
+    clock.stop("perturbing")
+
+    report: dict[str, Any] = {
+        "settings": {
+            **settings._asdict(),
+            "digits_trained_on": len(train_digits.labels),
+            "digits_tested_on": len(test_digits.labels),
+            "batch": BATCH,
+            "lr": LR,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "mlxtend", "matplotlib", "numpy")},
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
+        "bound": {
+            "clamp_min": -BOUND,
+            "clamp_max": BOUND,
+            "steps_checked": len(bounded.seconds),
+            "largest_violation": violation,
+            "share_of_weights_on_bound": (bounded.weights().abs() == BOUND).double().mean().item(),
+        },
+        "nets": {
+            name: {
+                "test_accuracy": accuracy(run.net, test_digits),
+                "train_accuracy": accuracy(run.net, train_digits),
+                "largest_weight": run.weights().abs().max().item(),
+                "step_microseconds": 1e6 * median(run.seconds),
+            }
+            for name, run in runs.items()
+        },
+        "step_time_ratio": median(bounded.seconds) / median(free.seconds),
+        "perturbations": curve,
+        "rises": list(_rises(curve)),
+    }
+
+    draw(
+        out / "demo.png",
+        report,
+        {name: run.weights() for name, run in runs.items()},
+        _examples(bounded, test_digits, settings.perturbation_steps),
+    )
+    clock.stop("drawing")
+    report["seconds"] = clock.seconds
+    (out / "demo.json").write_text(
+        json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    print(_summary(report))
+    print(f"\n{out / 'demo.png'}\n{out / 'demo.json'}")
+    return _check(report)
+
+
+def _curve(runs: dict[str, Run], digits: Digits, steps: int) -> list[dict[str, Any]]:
+    curve = []
+    total = len(runs) * sum(map(len, EPSILONS.values()))
+    with progress("perturbing", total) as bar:
+        for ball, epsilons in EPSILONS.items():
+            for epsilon in epsilons:
+                row: dict[str, Any] = {
+                    "norm": ball.name,
+                    "optimizer": ball.optimizer.__name__,
+                    "epsilon": epsilon,
+                    "accuracy": {},
+                    "largest_excess": {},
+                }
+                for name, run in runs.items():
+                    delta = perturb(run.net, digits, ball, epsilon, steps)
+                    seen = Digits((digits.images + delta).clamp(0, 1), digits.labels)
+                    row["accuracy"][name] = accuracy(run.net, seen)
+                    row["largest_excess"][name] = (ball.norms(delta) - epsilon).max().item()
+                    bar.update()
+                curve.append(row)
+    return curve
+
+
+def _rises(curve: list[dict[str, Any]]) -> Iterator[str]:
+    """Where a larger ball gave a weaker perturbation: the search is not perfect."""
+    for smaller, larger in pairwise(curve):
+        for name in NETS:
+            gain = larger["accuracy"][name] - smaller["accuracy"][name]
+            if smaller["norm"] == larger["norm"] and gain > 0:
+                yield (
+                    f"{name} net, {larger['norm']}: +{gain:.1%} from epsilon "
+                    f"{smaller['epsilon']:g} to {larger['epsilon']:g}"
+                )
+
+
+def _examples(run: Run, digits: Digits, steps: int) -> list[Example]:
+    """The first digit of each class that the net reads right, as it is and perturbed."""
+    right = run.net(digits.images).argmax(1) == digits.labels
+    found = [(right & (digits.labels == c)).nonzero().flatten()[:1] for c in range(10)]
+    digits = Digits(*(tensor[torch.cat(found)] for tensor in digits))
+    seen = {"original": digits.images}
+    for ball, epsilon in SHOWN.items():
+        delta = perturb(run.net, digits, ball, epsilon, steps)
+        seen[f"{ball.name}, {epsilon:g}"] = (digits.images + delta).clamp(0, 1)
+    return [
+        Example(title, images.squeeze(1), run.net(images).argmax(1) == digits.labels)
+        for title, images in seen.items()
+    ]
+
+
+def _summary(report: dict[str, Any]) -> str:
+    bound, nets = report["bound"], [report["nets"][name] for name in NETS]
+    rows = [
+        ("", *NETS),
+        ("accuracy on test digits", *(f"{net['test_accuracy']:.1%}" for net in nets)),
+        ("largest weight", *(f"{net['largest_weight']:.5f}" for net in nets)),
+        ("optimizer step, median", *(f"{net['step_microseconds']:.0f} us" for net in nets)),
+    ] + [
+        (
+            f"accuracy, {row['norm']} epsilon {row['epsilon']:g}",
+            *(f"{row['accuracy'][name]:.1%}" for name in NETS),
+        )
+        for row in report["perturbations"]
+    ]
+    table = "\n".join(f"{label:<30}{left:>12}{right:>12}" for label, left, right in rows)
+    excess = max(max(row["largest_excess"].values()) for row in report["perturbations"])
+    seconds = sum(report["seconds"].values())
+    return f"""
+{table}
+
+bound on every weight          {bound["clamp_max"]:g}
+largest violation              {bound["largest_violation"]:g} in {bound["steps_checked"]} steps
+weights on the bound           {bound["share_of_weights_on_bound"]:.1%}
+step time, bounded / free      {report["step_time_ratio"]:.2f}
+norm of perturbation - epsilon {excess:g} at most, before clipping images to [0, 1]
+accuracy rises with epsilon    {"; ".join(report["rises"]) or "never"}
+seconds                        {seconds:.0f}"""
+
+
+def _check(report: dict[str, Any]) -> int:
+    """0 if all constraints held exactly, else 1."""
+    failures = []
+    violation = report["bound"]["largest_violation"]
+    if violation != 0:
+        failures.append(f"a weight left its bounds by {violation:g}")
+    for row in report["perturbations"]:
+        for name, excess in row["largest_excess"].items():
+            if not excess <= 0:
+                failures.append(
+                    f"{row['norm']} epsilon {row['epsilon']:g}, {name}: too large by {excess:g}"
+                )
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+class _Clock:
+    """Seconds between stops."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = perf_counter()
+        self.seconds[name], self._last = now - self._last, now

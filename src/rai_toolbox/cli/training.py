@@ -1,0 +1,96 @@
+"""Two equal CNNs trained side by side on the same batches: one with bounded weights, one free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+
+from rai_toolbox.cli.digits import Digits
+from rai_toolbox.cli.extras import progress
+from rai_toolbox.optim import ClampedParameterOptimizer
+
+__all__ = ["Run", "accuracy", "train", "violation"]
+
+BATCH = 100
+LR = 2e-3
+
+
+@dataclass
+class Run:
+    """A net, its optimizer, and how long each step of it took, in seconds."""
+
+    net: nn.Module
+    optimizer: Optimizer
+    seconds: list[float] = field(default_factory=list)
+
+    def weights(self) -> Tensor:
+        """All parameters in one row."""
+        return torch.cat([p.detach().flatten() for p in self.net.parameters()])
+
+
+def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Run, float]:
+    """The bounded run, the free run, and the largest violation of the bound after any step.
+
+    Both take the same batches in turn, so that their step times are measured under equal
+    conditions; who goes first alternates.
+    """
+    net = _net(seed)
+    bounded = Run(
+        net,
+        ClampedParameterOptimizer(
+            net.parameters(), AdamW, lr=LR, clamp_min=-bound, clamp_max=bound
+        ),
+    )
+    net = _net(seed)
+    free = Run(net, AdamW(net.parameters(), lr=LR))
+
+    worst = torch.zeros((), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    turn = [bounded, free]
+    with progress("training", total=epochs * (len(digits.labels) // BATCH)) as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(digits.labels), generator=generator)
+            for batch in order.split(BATCH):
+                for run in turn:
+                    run.optimizer.zero_grad()
+                    logits = run.net(digits.images[batch])
+                    cross_entropy(logits, digits.labels[batch]).backward()
+                for run in turn:
+                    start = perf_counter()
+                    run.optimizer.step()
+                    run.seconds.append(perf_counter() - start)
+                worst = torch.maximum(worst, violation(bounded.net, bound))  # keeps a NaN
+                turn.reverse()
+                bar.update()
+    return bounded, free, worst.item()
+
+
+def violation(net: nn.Module, bound: float) -> Tensor:
+    """How far the furthest parameter of `net` is outside [-bound, bound], in float64; 0 inside."""
+    excess = [p.detach().double().abs().max() - bound for p in net.parameters()]
+    return torch.stack(excess).max().clamp(min=0)
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, digits: Digits) -> float:
+    """The share of `digits` that `net` reads right."""
+    return (net(digits.images).argmax(1) == digits.labels).double().mean().item()
+
+
+def _net(seed: int) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, kernel_size=5, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, 10),
+        )

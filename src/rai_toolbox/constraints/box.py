@@ -1,0 +1,38 @@
+"""The box: every element between a lower and an upper bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.foreach import are_plain, in_chunks
+
+# Two passes of a foreach kernel (min, then max) are quicker than one `clamp_` per tensor up to
+# about this many elements; beyond it the second pass over memory costs more than the dispatch.
+_SMALL = 10_000
+_FLOAT16_MAX = 65504.0
+
+
+def clamp_(tensors: Sequence[Tensor], lower: float | None, upper: float | None) -> None:
+    """Clamp every element of every tensor to [lower, upper], in place; None leaves a side open.
+
+    The bounds count as rounded to each tensor's dtype. NaN stays NaN.
+    """
+    if any(bound is not None and abs(bound) > _FLOAT16_MAX for bound in (lower, upper)):
+        for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
+            tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
+    elif are_plain(tensors) and max(map(Tensor.numel, tensors), default=0) <= _SMALL:
+        for chunk in in_chunks(tensors):
+            if lower is not None:
+                torch._foreach_clamp_min_(chunk, lower)
+            if upper is not None:
+                torch._foreach_clamp_max_(chunk, upper)
+    else:
+        for tensor in tensors:
+            tensor.clamp_(lower, upper)
+
+
+def _rounded(bound: float | None, dtype: torch.dtype) -> float | None:
+    return None if bound is None else torch.tensor(bound, dtype=dtype).item()

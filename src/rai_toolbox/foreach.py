@@ -1,0 +1,43 @@
+"""Operators over lists of tensors: one call for a whole parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's foreach operators may take these tensors together.
+
+    They refuse lists that mix subclasses (DTensor, say) with plain tensors. Under compilation
+    the compiler fuses on its own, so that the simplest form is the best one.
+    """
+    return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
+
+
+def in_chunks(tensors: Sequence[Tensor], size: int = 64) -> Iterator[Sequence[Tensor]]:
+    """Yield the list in pieces that stay in cache between two passes."""
+    for start in range(0, len(tensors), size):
+        yield tensors[start : start + size]
+
+
+def mul_(tensors: Sequence[Tensor], factor: float) -> None:
+    """Multiply every tensor by a number, in place."""
+    if are_plain(tensors):
+        torch._foreach_mul_(tensors, factor)
+    else:
+        for tensor in tensors:
+            tensor.mul_(factor)
+
+
+def add_(tensors: Sequence[Tensor], term: float) -> None:
+    """Add a number to every tensor, in place."""
+    if are_plain(tensors):
+        torch._foreach_add_(tensors, term)
+    else:
+        for tensor in tensors:
+            tensor.add_(term)

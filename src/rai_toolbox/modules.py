@@ -1,0 +1,230 @@
+"""Switches that go back to where they were: `requires_grad` of tensors, `training` of modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ContextDecorator
+from typing import Any, TypeAlias, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["evaluating", "freeze", "frozen"]
+
+Freezable: TypeAlias = Tensor | nn.Module | Optimizer | Mapping[str, Any] | Iterable[Any]
+"""A tensor, a module (its parameters), an optimizer (the parameters of its groups), a parameter
+group (its ``"params"``), or an iterable of these or of `(name, tensor)` pairs."""
+
+_Holder: TypeAlias = Tensor | nn.Module | Optimizer
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def _holders(item: Freezable) -> Iterator[_Holder]:
+    """The tensors, modules and optimizers in `item`; one-shot iterators are used up."""
+    if isinstance(item, (Tensor, nn.Module, Optimizer)):
+        yield item
+    elif isinstance(item, Mapping) and "params" in item:
+        yield from _holders(item["params"])
+    elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        yield from _holders(item[1])
+    elif isinstance(item, Iterable) and not isinstance(item, (str, bytes, Mapping)):
+        for part in item:
+            yield from _holders(part)
+    else:
+        raise TypeError(
+            "`items` must be tensors, modules, optimizers, parameter groups (dicts with 'params') "
+            f"or iterables of these, got {item!r} of type {type(item).__name__}"
+        )
+
+
+def _tensors(holder: _Holder) -> Iterator[Tensor]:
+    if isinstance(holder, nn.Module):
+        yield from holder.parameters()
+    elif isinstance(holder, Optimizer):
+        for group in holder.param_groups:
+            yield from group["params"]
+    else:
+        yield holder
+
+
+def freeze(*items: Freezable) -> Callable[[], None]:
+    """Switch `requires_grad` off for all tensors in `items`; return the function that undoes it.
+
+    Parameters
+    ----------
+    *items : Tensor | nn.Module | Optimizer | dict | Iterable
+        Leaf tensors of any shape, or what holds them: modules (all parameters), optimizers (all
+        groups), parameter groups (dicts with ``"params"``), and iterables of these or of
+        `(name, tensor)` pairs. A tensor may occur more than once.
+
+    Returns
+    -------
+    Callable[[], None]
+        `restore`: gives each tensor the `requires_grad` that it had before; a tensor that was
+        frozen already stays frozen.
+
+    Raises
+    ------
+    TypeError
+        An item is none of the above. Nothing has been changed.
+    ValueError
+        An item holds a non-leaf tensor. Nothing has been changed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox import freeze
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> restore = freeze(layer)
+    >>> layer.weight.requires_grad
+    False
+    >>> restore()
+    >>> layer.weight.requires_grad
+    True
+    """
+    tensors = [t for item in items for holder in _holders(item) for t in _tensors(holder)]
+    for tensor in tensors:
+        if not tensor.is_leaf:
+            raise ValueError(
+                "`items` must hold leaf tensors only (the requires_grad of a result cannot be "
+                f"switched off; `detach` it), got a non-leaf tensor of shape {tuple(tensor.shape)} "
+                f"made by {tensor.grad_fn!r}"
+            )
+    before = [tensor.requires_grad for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, flag in zip(tensors, before, strict=True):
+            # In-place use with other tensors can have made it a result: it keeps its graph then.
+            if tensor.is_leaf:
+                tensor.requires_grad_(flag)
+
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    return restore
+
+
+class _Switch(ContextDecorator):
+    """Base of our context managers: `_switch` changes something and returns how to undo it.
+
+    A stack of undo functions makes one object usable again and again, also inside itself, both in
+    `with` and as a decorator (recursive functions).
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def _switch(self) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def __enter__(self) -> None:
+        self._undo.append(self._switch())
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._undo.pop()()
+
+    def __call__(self, func: _Fn) -> _Fn:
+        # Calling one of these only makes the generator or coroutine: its body would run unswitched.
+        if (
+            inspect.isgeneratorfunction(func)
+            or inspect.iscoroutinefunction(func)
+            or inspect.isasyncgenfunction(func)
+        ):
+            raise TypeError(
+                f"`{type(self).__name__}` must decorate a plain function, got the generator or "
+                f"coroutine function {func!r}; use `with` inside it"
+            )
+        return super().__call__(func)
+
+
+class frozen(_Switch):
+    """Context manager and decorator: `requires_grad` is off inside and restored exactly on leaving.
+
+    See `freeze` for `items`. The tensors of modules and optimizers are looked up anew at each
+    entry; iterables are read once, when `frozen` is made, so a generator is fine for a decorator.
+
+    Parameters
+    ----------
+    *items : Tensor | nn.Module | Optimizer | dict | Iterable
+        As in `freeze`.
+
+    Raises
+    ------
+    TypeError
+        An item is of another type, or a generator or coroutine function is decorated.
+    ValueError
+        On entry: an item holds a non-leaf tensor. Nothing has been changed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox import frozen
+    >>> x = torch.tensor([1.0], requires_grad=True)
+    >>> with frozen(x):
+    ...     print((2 * x).requires_grad)
+    False
+    >>> x.requires_grad
+    True
+    """
+
+    def __init__(self, *items: Freezable) -> None:
+        super().__init__()
+        self._items = tuple(holder for item in items for holder in _holders(item))
+
+    def _switch(self) -> Callable[[], None]:
+        return freeze(*self._items)
+
+
+class evaluating(_Switch):
+    """Context manager and decorator: eval mode inside, each submodule's own mode back after it.
+
+    Entering calls `module.eval()`. Leaving sets the `training` flag of each submodule to what it
+    was, so a batch norm kept in eval mode within a model in training stays in eval mode; `train`
+    is not called then, whatever a module has made of it.
+
+    Parameters
+    ----------
+    *modules : nn.Module
+        They may share submodules.
+
+    Raises
+    ------
+    TypeError
+        An argument is not a module, or a generator or coroutine function is decorated.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox import evaluating
+    >>> net = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2).eval())
+    >>> with evaluating(net):
+    ...     print([m.training for m in net])
+    [False, False]
+    >>> [m.training for m in net]
+    [True, False]
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    "`modules` must be of type torch.nn.Module, "
+                    f"got {module!r} of type {type(module).__name__}"
+                )
+        self._modules = modules
+
+    def _switch(self) -> Callable[[], None]:
+        before = [(sub, sub.training) for module in self._modules for sub in module.modules()]
+
+        def restore() -> None:
+            for sub, training in before:
+                sub.training = training
+
+        try:
+            for module in self._modules:
+                module.eval()
+        except BaseException:
+            restore()
+            raise
+        return restore

@@ -1,0 +1,35 @@
+"""Optimizers that transform gradients before an inner optimizer's step, and parameters after it."""
+
+from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer, L1qNormedGradientOptim
+from rai_toolbox.optim.clamped import ClampedGradientOptimizer, ClampedParameterOptimizer
+from rai_toolbox.optim.frank_wolfe import (
+    FrankWolfe,
+    L1FrankWolfe,
+    L1qFrankWolfe,
+    L2FrankWolfe,
+    LinfFrankWolfe,
+)
+from rai_toolbox.optim.normed import L1NormedGradientOptim, L2NormedGradientOptim
+from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.projected import L2ProjectedOptim, LinfProjectedOptim
+from rai_toolbox.optim.signed import SignedGradientOptim
+from rai_toolbox.optim.top_q import TopQGradientOptimizer
+
+__all__ = [
+    "ChainedParamTransformingOptimizer",
+    "ClampedGradientOptimizer",
+    "ClampedParameterOptimizer",
+    "FrankWolfe",
+    "L1FrankWolfe",
+    "L1NormedGradientOptim",
+    "L1qFrankWolfe",
+    "L1qNormedGradientOptim",
+    "L2FrankWolfe",
+    "L2NormedGradientOptim",
+    "L2ProjectedOptim",
+    "LinfFrankWolfe",
+    "LinfProjectedOptim",
+    "ParamTransformingOptimizer",
+    "SignedGradientOptim",
+    "TopQGradientOptimizer",
+]

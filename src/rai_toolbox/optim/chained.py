@@ -1,0 +1,291 @@
+"""The optimizer whose transforms are those of several others, one after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+from torch import Generator, Tensor, default_generator
+from torch.optim import SGD, Optimizer
+
+from rai_toolbox.optim.inner import optimizer_class
+from rai_toolbox.optim.normed import TINY, L1NormedGradientOptim
+from rai_toolbox.optim.param_transforming import Group, Params, ParamTransformingOptimizer
+from rai_toolbox.optim.settings import REQUIRED
+from rai_toolbox.optim.signed import SignedGradientOptim
+from rai_toolbox.optim.top_q import TopQGradientOptimizer
+
+# A member scales and shifts only if it was told to, else only the chain does.
+_NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
+
+
+class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
+    """Apply the transforms of several optimizers, left to right, around one inner optimizer.
+
+    ``g <- T_n(...T_1(g))``, inner step, ``p <- P_n(...P_1(p))``.
+
+    Parameters
+    ----------
+    *transforming_optimizers : ParamTransformingOptimizer class, or functools.partial of one
+        The members. A member's own `grad_scale`, `grad_bias` and `param_ndim` count for that
+        member, where its partial gives them.
+    params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
+        See `ParamTransformingOptimizer`.
+
+    Notes
+    -----
+    Parameter groups hold the members' settings. A setting that one member has goes by its name
+    (`q`); one that several have goes by the member's number too (`0.clamp_max`, `1.clamp_max`).
+
+    Raises
+    ------
+    TypeError
+        If a member is not a class of parameter-transforming optimizers, or a partial of one.
+    ValueError
+        If there is no member, or a group gives an ambiguous setting.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> import torch
+    >>> from rai_toolbox import optim
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> chain = optim.ChainedParamTransformingOptimizer(
+    ...     partial(optim.TopQGradientOptimizer, q=0.33),
+    ...     partial(optim.ClampedGradientOptimizer, clamp_max=2.8),
+    ...     params=[x],
+    ...     lr=1.0,
+    ...     param_ndim=None,
+    ... )
+    >>> x.backward(gradient=torch.tensor([1.0, 2.0, 3.0]))
+    >>> chain.step()
+    >>> x.grad
+    tensor([0.0000, 2.0000, 2.8000])
+    """
+
+    def __init__(
+        self,
+        *transforming_optimizers: type[ParamTransformingOptimizer] | partial[Any],
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        if not transforming_optimizers:
+            raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
+        self._members = tuple(_make_member(factory) for factory in transforming_optimizers)
+        self._elementwise = all(member._elementwise for member in self._members)
+        own = [_own_settings(*pair) for pair in zip(self._members, transforming_optimizers)]
+        claims = Counter(name for settings in own for name in settings)
+        claims.update({"param_ndim": 1, **dict.fromkeys(_NEUTRAL, 1)})  # the chain's own
+        self._names = tuple(
+            {name: name if claims[name] == 1 else f"{i}.{name}" for name in settings}
+            for i, settings in enumerate(own)
+        )
+        settings = {
+            names[name]: value
+            for names, values in zip(self._names, own, strict=True)
+            for name, value in values.items()
+        }
+        super().__init__(
+            params,
+            InnerOpt,
+            param_ndim=param_ndim,
+            grad_scale=grad_scale,
+            grad_bias=grad_bias,
+            defaults={**settings, **(defaults or {})},
+            **inner_opt_kwargs,
+        )
+
+    def _each_member(self, group: Group) -> Iterator[tuple[ParamTransformingOptimizer, Group]]:
+        for member, names in zip(self._members, self._names, strict=True):
+            yield member, cast(Group, _MemberGroup(group, names))
+
+    def _transform_gradients_(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+    ) -> None:
+        for member, group in self._each_member(optim_group):
+            member._transform_group_gradients_(params, grads, group)
+
+    def _project_parameters_(self, params: Sequence[Tensor], optim_group: Group) -> None:
+        for member, group in self._each_member(optim_group):
+            member._transform_group_parameters_(params, group)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        owners = Counter(name for names in self._names for name in names)
+        for name in sorted(owners.keys() & group.keys()):
+            if owners[name] > 1 and name not in ("param_ndim", *_NEUTRAL):
+                spelled = [names[name] for names in self._names if name in names]
+                raise ValueError(
+                    f"`{name}` must be spelled as one of {', '.join(spelled)}, because several "
+                    f"members have it; got {name}={group[name]!r}"
+                )
+        for member, members_group in self._each_member(group):
+            member._check_group(members_group)
+
+    def _completed(self, param_group: Mapping[str, Any]) -> Group:
+        if isinstance(param_group, Mapping):  # a number is welcome where none is needed, too
+            plain = {
+                f"{i}.{name}": stored
+                for i, names in enumerate(self._names)
+                for name, stored in names.items()
+            }
+            param_group = {plain.get(name, name): v for name, v in param_group.items()}
+        return super()._completed(param_group)
+
+    def _keeps_zero(self, optim_group: Group) -> bool:
+        return all(
+            member._keeps_zero(group)
+            and group["grad_bias"] == 0.0
+            and not member._overrides("_pre_step_transform_")
+            for member, group in self._each_member(optim_group)
+        )
+
+    def _extra_state(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}": value
+            for i, member in enumerate(self._members)
+            for name, value in member._extra_state().items()
+        }
+
+    def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        for i, member in enumerate(self._members):
+            prefix = f"{i}."
+            member._load_extra_state(
+                {k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)}
+            )
+
+    def _repr_name(self) -> str:
+        if type(self) is not ChainedParamTransformingOptimizer:
+            return super()._repr_name()
+        return " ○ ".join(member._repr_name() for member in reversed(self._members))
+
+
+class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
+    """Follow the signs of the largest gradient entries, at unit L1 norm per sub-tensor.
+
+    Top-q, then sign, then L1-normalize: the chain of `TopQGradientOptimizer`,
+    `SignedGradientOptim` and `L1NormedGradientOptim`. A sparse direction of steepest ascent
+    (Tramèr & Boneh, 2019).
+
+    Parameters
+    ----------
+    q, dq, generator
+        See `TopQGradientOptimizer`.
+    div_by_zero_eps : float
+        See `L1NormedGradientOptim`.
+    params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
+        See `ParamTransformingOptimizer`.
+
+    Raises
+    ------
+    ValueError
+        If `q` or `dq` is outside [0, 1].
+    TypeError
+        If `q` is missing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.optim import L1qNormedGradientOptim
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> optim = L1qNormedGradientOptim([x], q=0.3, grad_scale=1.8, lr=1.0, param_ndim=None)
+    >>> x.backward(gradient=torch.tensor([0.0, 1.0, 2.0]))
+    >>> optim.step()
+    >>> x.grad
+    tensor([0.0000, 0.9000, 0.9000])
+    """
+
+    def __init__(
+        self,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
+        *,
+        q: float | type[REQUIRED] = REQUIRED,
+        dq: float = 0.0,
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        div_by_zero_eps: float = TINY,
+        generator: Generator = default_generator,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            partial(TopQGradientOptimizer, q=q, dq=dq, generator=generator),
+            SignedGradientOptim,
+            partial(L1NormedGradientOptim, div_by_zero_eps=div_by_zero_eps),
+            params=params,
+            InnerOpt=InnerOpt,
+            param_ndim=param_ndim,
+            grad_scale=grad_scale,
+            grad_bias=grad_bias,
+            defaults=defaults,
+            **inner_opt_kwargs,
+        )
+
+
+class _MemberGroup(MutableMapping[str, Any]):
+    """A chain's parameter group as one member sees it: its own settings by their plain names."""
+
+    def __init__(self, group: Group, names: Mapping[str, str]) -> None:
+        self._group, self._names = group, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name in _NEUTRAL and name not in self._names:
+            return _NEUTRAL[name]
+        return self._group[self._names.get(name, name)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._group[self._names.get(name, name)] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._group[self._names.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._group, **self._names})
+
+    def __len__(self) -> int:
+        return len({**self._group, **self._names})
+
+
+class _NoInner(Optimizer):
+    """Stands where a chain's member expects its inner optimizer: the chain has the only one."""
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}], {})
+        self.param_groups.clear()
+
+
+def _make_member(factory: object) -> ParamTransformingOptimizer:
+    is_factory = isinstance(factory, (type, partial))
+    if not (is_factory and issubclass(optimizer_class(factory), ParamTransformingOptimizer)):
+        raise TypeError(
+            "`transforming_optimizers` must be ParamTransformingOptimizer classes or partials of "
+            f"them, got {factory!r}"
+        )
+    bound = factory.keywords if isinstance(factory, partial) else {}
+    for name in ("params", "InnerOpt"):
+        if name in bound:
+            raise TypeError(
+                f"`{name}` must be given to the chain, not to a member, got {bound[name]!r}"
+            )
+    member: ParamTransformingOptimizer = factory(params=None, InnerOpt=_NoInner())
+    return member
+
+
+def _own_settings(member: ParamTransformingOptimizer, factory: Any) -> dict[str, Any]:
+    """The settings that count for one member only: what the chain does not say for all."""
+    given = factory.keywords if isinstance(factory, partial) else {}
+    return {
+        name: value
+        for name, value in member._settings.items()
+        if (name != "param_ndim" or "param_ndim" in given)
+        and (name not in _NEUTRAL or value != _NEUTRAL[name])
+    }

@@ -1,0 +1,109 @@
+"""The inner optimizer of a wrapper: how it is made, stepped and copied."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+InnerOptimizer = type[Optimizer] | partial[Any] | Optimizer
+"""What `InnerOpt` may be: an Optimizer class, a `functools.partial` of one, or an instance."""
+
+Closure = Callable[[], Any]
+
+# What torch.optim.Optimizer rebuilds for itself, or a scheduler has put on one instance only.
+_NOT_COPIED = {
+    "step",
+    "_opt_called",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+}
+
+
+def optimizer_class(InnerOpt: object) -> type[Optimizer]:
+    """Class of the optimizer that `InnerOpt` is or makes."""
+    made_by = InnerOpt.func if isinstance(InnerOpt, partial) else InnerOpt
+    if isinstance(made_by, Optimizer):
+        made_by = type(made_by)
+    if not (inspect.isclass(made_by) and issubclass(made_by, Optimizer)):
+        raise TypeError(
+            "`InnerOpt` must be a torch.optim.Optimizer class, a functools.partial of one, or an "
+            f"instance, got {InnerOpt!r}"
+        )
+    return made_by
+
+
+def make_inner(
+    InnerOpt: type[Optimizer] | partial[Any], groups: list[dict[str, Any]], kwargs: dict[str, Any]
+) -> Optimizer:
+    """Make the inner optimizer over `groups`, which it may keep and change."""
+    accepted = inspect.signature(optimizer_class(InnerOpt)).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        for name in kwargs:
+            if name not in accepted:
+                raise TypeError(
+                    f"`{name}` must be an argument of {optimizer_class(InnerOpt).__name__}, which "
+                    f"takes {', '.join(accepted)}; got {name}={kwargs[name]!r}"
+                )
+    inner: Optimizer = InnerOpt(groups, **kwargs)
+    return inner
+
+
+def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
+    """Step the inner optimizer as a part of another optimizer's step.
+
+    Torch gives each optimizer class a `step` that runs the global step hooks; those belong to the
+    outer step, so that the function behind it is called. The inner's own hooks are run here.
+    """
+    args: tuple[Any, ...] = (inner,) if closure is None else (inner, closure)
+    step = _step_function(inner)
+    if not (inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks):
+        return step(*args)
+    kwargs: dict[str, Any] = {}
+    for pre_hook in inner._optimizer_step_pre_hooks.values():
+        changed = pre_hook(inner, args, kwargs)
+        if changed is not None:
+            args, kwargs = changed
+    result = step(*args, **kwargs)
+    for post_hook in inner._optimizer_step_post_hooks.values():
+        post_hook(inner, args, kwargs)
+    return result
+
+
+def _step_function(inner: Optimizer) -> Callable[..., Any]:
+    own = inner.__dict__.get("step")
+    if own is not None:
+        if not getattr(own, "_wrapped_by_lr_sched", False):
+            return lambda _inner, *args: own(*args)
+        inner._opt_called = True  # what the scheduler's wrapper would note
+    step: Callable[..., Any] = type(inner).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        # Without the decorator that switches grad mode, and so would break the graph.
+        step = getattr(step, "__wrapped__", step)
+    return step
+
+
+def picklable_state(optimizer: Optimizer) -> dict[str, Any]:
+    """All the attributes that a copy of an optimizer must have.
+
+    That is more than `Optimizer.__getstate__` gives: LBFGS could not step without its others.
+    """
+    if type(optimizer).__getstate__ is not Optimizer.__getstate__:
+        state: dict[str, Any] = optimizer.__getstate__()
+        return state
+    return own_state(optimizer)
+
+
+def own_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The instance's attributes without those that torch rebuilds and schedulers add."""
+    return {k: v for k, v in optimizer.__dict__.items() if k not in _NOT_COPIED}

@@ -1,0 +1,88 @@
+"""Gradient transforms: what turns a gradient into a direction, in place.
+
+They act on lists of tensors of one device and dtype. The sub-tensors of a tensor are its last
+``sub_ndim(tensor.ndim, param_ndim)`` dims. Non-finite values are never hidden: a NaN entry stays
+NaN, and where a norm is involved a NaN or an infinity turns its whole sub-tensor to NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
+from rai_toolbox.constraints.box import clamp_
+from rai_toolbox.constraints.norms import norm
+from rai_toolbox.foreach import mul_
+
+
+def sign_(grads: Sequence[Tensor]) -> None:
+    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0."""
+    if grads[0].is_complex():
+        for grad in grads:
+            grad.sgn_()
+    else:  # two factors lift even the smallest subnormal number of any dtype beyond 1
+        largest = torch.finfo(grads[0].dtype).max
+        mul_(grads, largest)
+        mul_(grads, largest)
+        clamp_(grads, -1.0, 1.0)
+
+
+def normalize_(
+    grads: Sequence[Tensor], p: float, param_ndim: int | None, div_by_zero_eps: float
+) -> None:
+    """``g / max(|g|_p, div_by_zero_eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
+    for grad in grads:
+        _normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), div_by_zero_eps)
+
+
+def _normalize_(grad: Tensor, p: float, ndim: int, div_by_zero_eps: float) -> None:
+    if ndim == 0:
+        grad, ndim = grad.unsqueeze(-1), 1
+    # Autograd keeps what a norm was taken of, so that grad itself may not be written then.
+    length = norm(grad.clone() if torch.is_grad_enabled() else grad, p, ndim)
+    # In float32 also for half precision: its own range has no room for most norms.
+    dtype = torch.promote_types(grad.dtype.to_real(), torch.float32)
+    divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
+    grad.div_(divisor.clamp(max=torch.finfo(dtype).max).to(dtype))
+
+
+def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
+    """Keep the ``round((1 - q) * n)`` largest magnitudes of each sub-tensor of n entries.
+
+    Exactly so many, ties or not; the rest becomes 0. NaN counts as the largest magnitude.
+    """
+    rows, copied = _rows(grad, param_ndim)
+    keep = round((1.0 - q) * rows.shape[1])
+    if keep == rows.shape[1]:
+        return
+    index = rows.detach().abs().topk(keep, dim=1, sorted=False).indices
+    kept = rows.gather(1, index)
+    rows.zero_().scatter_(1, index, kept)
+    if copied:
+        grad.copy_(rows.view(grad.shape))
+
+
+def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
+    """Keep the sign of one largest-magnitude entry of each sub-tensor; the rest becomes 0.
+
+    That is minus the linear minimization oracle of the unit L1 ball. Of tied entries one stays,
+    so that the answer is in the ball.
+    """
+    rows, copied = _rows(grad, param_ndim)
+    if rows.shape[1] == 0:
+        return
+    index = rows.detach().abs().argmax(dim=1, keepdim=True)
+    kept = rows.gather(1, index)
+    sign_([kept])
+    rows.zero_().scatter_(1, index, kept)
+    if copied:
+        grad.copy_(rows.view(grad.shape))
+
+
+def _rows(grad: Tensor, param_ndim: int | None) -> tuple[Tensor, bool]:
+    shape = batch_shape(grad.shape, param_ndim)
+    return view_or_copy(grad, (shape[0], prod(shape[1:])))

@@ -1,0 +1,131 @@
+"""Every example of the README, CONTRIBUTING and the documentation pages is run.
+
+A fenced block marked as Python is executed; `>>>` examples, fenced or not, are executed and their
+output is compared. The examples of one document share their names, from top to bottom.
+"""
+
+import doctest
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TAUGHT_BY_EXAMPLE = ["README.md", "CONTRIBUTING.md"]
+DOCUMENTS = TAUGHT_BY_EXAMPLE + sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")
+)
+
+FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([^`]*)")
+PYTHON = {"python", "py", "python3", "pycon"}
+
+
+class Example(NamedTuple):
+    source: str
+    line: int  # of the first line of `source`, from 0
+    compare: bool  # whether `source` has `>>>` and output to compare with
+
+
+def examples(text: str) -> Iterator[Example]:
+    """The examples of a Markdown document, in order."""
+    fence, info, start, block = None, "", 0, []
+
+    def example() -> Iterator[Example]:
+        if any(line.lstrip().startswith(">>>") for line in block):
+            yield Example("\n".join(block) + "\n", start, compare=True)
+        elif fence and PYTHON & set(info.split()):
+            indent = min(len(line) - len(line.lstrip()) for line in block if line.strip())
+            yield Example("\n".join(line[indent:] for line in block), start, compare=False)
+
+    for number, line in enumerate(text.splitlines()):
+        mark = FENCE.fullmatch(line)
+        opens = mark and fence is None
+        closes = mark and fence and mark[1].startswith(fence) and not mark[2]
+        if opens or closes:
+            yield from example()
+            fence, info = (mark[1], mark[2]) if opens else (None, "")
+            start, block = number + 1, []
+        else:
+            block.append(line)
+    assert fence is None, f"the fence before line {start + 1} is not closed"
+    yield from example()
+
+
+def run(found: list[Example], name: str) -> None:
+    """Run the examples in one namespace; raise what they raise, fail if an output differs."""
+    namespace = {"__name__": "__main__"}
+    for example in found:
+        if example.compare:
+            test = doctest.DocTestParser().get_doctest(
+                example.source, namespace, name, name, example.line
+            )
+            report = []
+            runner = doctest.DocTestRunner(
+                optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            )
+            if runner.run(test, out=report.append, clear_globs=False).failed:
+                pytest.fail("".join(report), pytrace=False)
+            namespace.update(test.globs)
+        else:
+            # the newlines make the line numbers of a traceback those of the document
+            exec(compile("\n" * example.line + example.source, name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_examples(name, tmp_path, monkeypatch):
+    found = list(examples((ROOT / name).read_text(encoding="utf-8")))
+    assert found or name not in TAUGHT_BY_EXAMPLE, f"{name} has no example"
+    monkeypatch.chdir(tmp_path)  # what an example writes does not stay
+    run(found, name)
+
+
+DOCUMENT = """
+Prose.
+
+1. In a list:
+   ```python
+   x = 1
+   if x:
+       y = [1,
+            2]
+   ```
+
+```console
+$ this is not run
+```
+
+~~~pycon
+>>> y
+[1, 2]
+~~~
+
+    >>> x + 1  # not fenced
+    2
+
+```{code-block} python
+assert x + 1 == 2
+```
+"""
+
+
+def test_all_examples_are_found_and_share_names():
+    found = list(examples(DOCUMENT))
+    assert [example.compare for example in found] == [False, True, True, False]
+    assert [DOCUMENT.splitlines()[e.line].strip() for e in found[:2]] == ["x = 1", ">>> y"]
+    run(found, "document")
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ("```python\nassert 1 == 2\n```\n", AssertionError),
+        ("```python\n>>> 1 + 1\n3\n```\n", pytest.fail.Exception),
+        (">>> 1 / 0\n1\n", pytest.fail.Exception),
+        ("```python\nx = 1\n", AssertionError),  # never closed
+    ],
+)
+def test_a_wrong_example_fails(bad, error):
+    with pytest.raises(error):
+        run(list(examples(bad)), "bad")

@@ -1,0 +1,125 @@
+"""Imports only point left, and importing the package loads torch and nothing else."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+PACKAGE = "rai_toolbox"
+
+# From left to right; a module imports from its own layer and from those left of it.
+LAYERS = [
+    {"batch", "foreach", "functional", "modules"},  # the foundation
+    {"constraints"},
+    {"optim"},
+    {"perturbations"},
+    {"testing"},
+    {"__init__"},  # the package itself, which gathers what users import
+    {"cli", "__main__"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+ALWAYS_THERE = sys.stdlib_module_names | {"torch", PACKAGE}
+
+
+def layer_of(module: str) -> str:
+    """`rai_toolbox.optim.engine` -> `optim`; the package itself -> `__init__`."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(node: ast.AST, package: str, when_loaded: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and full name of all that is imported under `node`, a file of `package`.
+
+    With `when_loaded`, only what merely importing that file imports: nothing inside functions or
+    under `if TYPE_CHECKING`.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((child.lineno, alias.name) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            # one leading dot is `package`, each further one its parent
+            parents = package.split(".")[: len(package.split(".")) + 1 - child.level]
+            base = ".".join((parents if child.level else []) + [child.module or ""]).strip(".")
+            if base == PACKAGE:  # `from rai_toolbox import optim` means the layer
+                layers = {alias.name for alias in child.names if alias.name in RANK}
+                yield from ((child.lineno, f"{PACKAGE}.{name}") for name in layers)
+                if layers >= {alias.name for alias in child.names}:
+                    continue
+            yield child.lineno, base
+        elif when_loaded and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        elif when_loaded and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for other in child.orelse:
+                yield from imports(ast.Module([other], []), package, when_loaded)
+        else:
+            yield from imports(child, package, when_loaded)
+
+
+def faults(source: str, module: str, package: str) -> list[str]:
+    """What is wrong with the imports of `module`, whose relative imports start from `package`."""
+    layer, tree, found = layer_of(module), ast.parse(source), []
+    for line, name in imports(tree, package):
+        if name.split(".")[0] == PACKAGE and RANK[layer_of(name)] > RANK[layer]:
+            found.append(f"{module}:{line} `{layer}` must not import `{name}`, right of it")
+    for line, name in imports(tree, package, when_loaded=True):
+        if name.split(".")[0] not in ALWAYS_THERE and layer != "cli":
+            found.append(f"{module}:{line} imports `{name}`, which not every user has")
+    return found
+
+
+FILES = sorted((SRC / PACKAGE).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC / PACKAGE)))
+def test_imports_point_left(path):
+    parts = path.relative_to(SRC).with_suffix("").parts
+    module = ".".join(parts).removesuffix(".__init__")
+    assert layer_of(module) in RANK, f"give `{layer_of(module)}` its place in LAYERS"
+    assert faults(path.read_text(encoding="utf-8"), module, ".".join(parts[:-1])) == []
+
+
+def test_there_is_something_to_check():
+    assert {"optim", "constraints"} <= {path.parent.name for path in FILES}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("constraints.box", "from rai_toolbox.optim import ClampedParameterOptimizer"),
+        ("constraints.box", "import rai_toolbox.optim.engine as engine"),
+        ("constraints.box", "from ..optim import engine"),
+        ("constraints.box", "from .. import optim"),
+        ("constraints.box", "from rai_toolbox import optim"),
+        ("constraints.box", "from rai_toolbox import negate"),  # the package gathers all layers
+        ("constraints.box", "def f():\n    from rai_toolbox.optim import engine"),
+        ("optim.engine", "if TYPE_CHECKING:\n    from rai_toolbox import perturbations"),
+        ("batch", "from .constraints import box"),
+        ("optim.engine", "import numpy as np"),
+        ("optim.engine", "class A:\n    from matplotlib import pyplot"),
+        ("optim.engine", "try:\n    import tqdm\nexcept ImportError:\n    tqdm = None"),
+        ("optim.engine", "if TYPE_CHECKING:\n    pass\nelse:\n    import sklearn.datasets"),
+    ],
+)
+def test_a_bad_import_is_found(module, source):
+    module = f"{PACKAGE}.{module}"
+    assert len(faults(source, module, module.rpartition(".")[0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("optim.engine", "import math, torch.nn\nfrom torch import Tensor"),
+        ("optim.engine", "from rai_toolbox.constraints.box import clamp_\nfrom .named import x"),
+        ("optim.engine", "from .. import batch\nfrom rai_toolbox import constraints"),
+        ("modules", "from .batch import to_batch"),
+        ("optim.engine", "def f():\n    import numpy"),
+        ("optim.engine", "if TYPE_CHECKING:\n    import numpy"),
+        ("cli.demo", "import matplotlib\nfrom rai_toolbox import negate, optim"),
+    ],
+)
+def test_a_good_import_passes(module, source):
+    module = f"{PACKAGE}.{module}"
+    assert faults(source, module, module.rpartition(".")[0]) == []
