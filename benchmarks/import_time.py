@@ -6,8 +6,9 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
+
+from timing import Progress, silent
 
 SCRIPT = """
 from time import perf_counter
@@ -20,21 +21,19 @@ print(middle - start, perf_counter() - middle)
 IMPORTS = {"torch": "", "torch, rai_toolbox.optim": "import rai_toolbox.optim"}
 
 
-def run(
-    rounds: int, *, seed: int = 0, progress: Callable[[float], object] = lambda share: None
-) -> dict[str, Any]:
+def run(rounds: int, *, seed: int = 0, progress: Progress = silent) -> dict[str, Any]:
     """Medians over fresh interpreters, with and without ours, in shuffled order."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPORTS}
     order = list(IMPORTS)
     shuffle = random.Random(seed).shuffle
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         shuffle(order)
         for name in order:
             command = [sys.executable, "-c", SCRIPT.format(imports=IMPORTS[name])]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             torch_s, ours_s = map(float, out.split())
             seconds[name].append((torch_s, ours_s))
-        progress(1 / rounds)
+        progress(done, rounds)
 
     def median_ms(values: list[float]) -> float:
         return 1e3 * statistics.median(values)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr otherwise
 
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
@@ -18,7 +18,7 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         fn()
-    results = prof.profiler.kineto_results  # type: ignore[union-attr]
+    results = prof.profiler.kineto_results
     events = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     peak = in_use = 0
     for _, nbytes in sorted(events, key=lambda event: event[0]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import import_time
 import machine
 import step_cost
 import torch
+from timing import Progress, silent
 
 try:
     from tqdm import tqdm
@@ -27,15 +28,19 @@ OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 
 
 @contextmanager
-def progress_bar(text: str) -> Iterator[Callable[[float], object]]:
-    """A bar that is told the share done since it was last."""
+def progress_bar(text: str) -> Iterator[Progress]:
+    """A bar that is told what is done and what there is in all."""
     if tqdm is None:
         print(f"{text} ...", flush=True)
-        yield lambda share: None
+        yield silent
         return
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=1.0, desc=f"{text:40}", bar_format=layout, leave=False) as bar:
-        yield bar.update
+    with tqdm(desc=text, unit="round", leave=False) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -85,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    budget_s, import_rounds = (3.0, 3) if args.quick else (25.0, 9)
+    budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 9)
 
     report = {**machine.describe(), "quick": args.quick, "step": []}
     print(

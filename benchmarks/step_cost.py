@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from memory import peak_bytes
-from rai_toolbox.optim import ClampedParameterOptimizer
-from timing import compare, measure
+from timing import Progress, compare, measure, silent
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
+
+from rai_toolbox.optim import ClampedParameterOptimizer
 
 LOW, HIGH = -1.0, 1.0
 LR = 1e-4  # tiny: what is timed must not change while it is timed
@@ -27,6 +28,7 @@ OURS = "ours, two bounds"
 OURS_ONE = "ours, one bound"
 LOOP = "loop, two bounds"
 LOOP_ONE = "loop, one bound"
+FOREACH = "foreach, two bounds"
 
 Step = Callable[[], object]
 
@@ -35,7 +37,7 @@ Step = Callable[[], object]
 class Case:
     """An inner optimizer on `count` tensors of `numel` floats, and the ratios to stay below."""
 
-    inner: type[Optimizer]
+    inner: type[SGD] | type[AdamW]
     count: int
     numel: int
     targets: dict[str, float] = field(default_factory=dict)
@@ -63,7 +65,7 @@ def parameters(case: Case) -> list[Tensor]:
     return params
 
 
-def loop(optimizer: Optimizer, params: list[Tensor], **bounds: float) -> Step:
+def loop(optimizer: Optimizer, params: list[Tensor], **bounds: Any) -> Step:
     """What one writes by hand."""
 
     def step() -> None:
@@ -75,11 +77,23 @@ def loop(optimizer: Optimizer, params: list[Tensor], **bounds: float) -> Step:
     return step
 
 
+def foreach(optimizer: Optimizer, params: list[Tensor]) -> Step:
+    """The same by one call for all tensors a bound; it passes over the memory twice."""
+
+    def step() -> None:
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_clamp_min_(params, LOW)
+            torch._foreach_clamp_max_(params, HIGH)
+
+    return step
+
+
 def alternatives(case: Case, params: list[Tensor]) -> dict[str, Step]:
     def bare() -> Optimizer:
         return case.inner(params, lr=LR)
 
-    def ours(**bounds: float) -> Optimizer:
+    def ours(**bounds: Any) -> Optimizer:
         return ClampedParameterOptimizer(params, case.inner, lr=LR, **bounds)
 
     return {
@@ -87,14 +101,13 @@ def alternatives(case: Case, params: list[Tensor]) -> dict[str, Step]:
         BARE_AGAIN: bare().step,
         OURS: ours(clamp_min=LOW, clamp_max=HIGH).step,
         LOOP: loop(bare(), params, min=LOW, max=HIGH),
+        FOREACH: foreach(bare(), params),
         OURS_ONE: ours(clamp_max=HIGH).step,
         LOOP_ONE: loop(bare(), params, max=HIGH),
     }
 
 
-def run(
-    case: Case, *, budget_s: float, progress: Callable[[float], object] = lambda share: None
-) -> dict[str, Any]:
+def run(case: Case, *, budget_s: float, progress: Progress = silent) -> dict[str, Any]:
     """Times, ratios to bare and peak memory of all alternatives of a case, as plain data."""
     params = parameters(case)
     steps = alternatives(case, params)

@@ -17,8 +17,14 @@ from typing import Any
 
 Samples = dict[str, list[float]]  # seconds per call, one entry a round
 
+Progress = Callable[[int, int], object]
+
 SAMPLE_S = 0.01  # a sample is repeated calls for at least this long
 MIN_ROUNDS, MAX_ROUNDS = 7, 400
+
+
+def silent(done: int, total: int) -> None:
+    """No progress shown."""
 
 
 @contextmanager
@@ -38,9 +44,9 @@ def measure(
     *,
     budget_s: float,
     seed: int = 0,
-    progress: Callable[[float], object] = lambda share: None,
+    progress: Progress = silent,
 ) -> Samples:
-    """Seconds per call of each alternative; `progress` is told the share done since it was last.
+    """Seconds per call of each alternative; `progress` is told rounds done and in all.
 
     The number of rounds follows from `budget_s`, which the warm-up counts towards.
     """
@@ -64,16 +70,16 @@ def measure(
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left_s / (calls * sum(warm)))))
 
         samples: Samples = {name: [] for name in alternatives}
-        for _ in range(rounds):
+        for done in range(1, rounds + 1):
             shuffle(order)
             for name in order:
                 samples[name].append(sample(alternatives[name], calls))
-            progress(1 / rounds)
+            progress(done, rounds)
     return samples
 
 
 def compare(samples: Samples, baseline: str) -> dict[str, dict[str, Any]]:
-    """Per alternative: the median in ms, and the median and quartiles of the ratio to `baseline`."""
+    """Per alternative: median in ms; median and quartiles of the ratio to `baseline`."""
     rows = {}
     for name, seconds in samples.items():
         ratios = [s / b for s, b in zip(seconds, samples[baseline], strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
-def are_plain(tensors: Sequence[Tensor]) -> bool:
+def are_plain(tensors: list[Tensor]) -> bool:
     """Whether torch's foreach operators may take these tensors together.
 
     They refuse lists that mix subclasses (DTensor, say) with plain tensors. Under compilation
@@ -19,13 +19,13 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
     return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
 
 
-def in_chunks(tensors: Sequence[Tensor], size: int = 64) -> Iterator[Sequence[Tensor]]:
+def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
     """Yield the list in pieces that stay in cache between two passes."""
     for start in range(0, len(tensors), size):
         yield tensors[start : start + size]
 
 
-def mul_(tensors: Sequence[Tensor], factor: float) -> None:
+def mul_(tensors: list[Tensor], factor: float) -> None:
     """Multiply every tensor by a number, in place."""
     if are_plain(tensors):
         torch._foreach_mul_(tensors, factor)
@@ -34,7 +34,7 @@ def mul_(tensors: Sequence[Tensor], factor: float) -> None:
             tensor.mul_(factor)
 
 
-def add_(tensors: Sequence[Tensor], term: float) -> None:
+def add_(tensors: list[Tensor], term: float) -> None:
     """Add a number to every tensor, in place."""
     if are_plain(tensors):
         torch._foreach_add_(tensors, term)

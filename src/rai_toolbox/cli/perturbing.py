@@ -11,7 +11,6 @@ from torch.optim import SGD
 
 from rai_toolbox import frozen
 from rai_toolbox.cli.digits import Digits
-
 from rai_toolbox.optim import L2ProjectedOptim, LinfProjectedOptim
 
 __all__ = ["L2", "LINF", "Ball", "perturb"]
@@ -26,7 +25,8 @@ class Ball(NamedTuple):
 
     def norms(self, delta: Tensor) -> Tensor:
         """The norm of each perturbation, shape (N,), in float64 and apart from the optimizer."""
-        return torch.linalg.vector_norm(delta.double().flatten(1), self.order, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), self.order, dim=1)
+        return norms
 
 
 LINF = Ball("Linf", float("inf"), LinfProjectedOptim)

@@ -23,11 +23,12 @@ UNIT = {
 
 
 class Example(NamedTuple):
-    """Digits under a title, shape (N, 28, 28), and whether each is read right, shape (N,)."""
+    """Digits under a title, shape (N, 28, 28), what they are and how they are read, shape (N,)."""
 
     title: str
     images: Tensor
-    right: Tensor
+    labels: Tensor
+    readings: Tensor
 
 
 def draw(
@@ -54,22 +55,26 @@ def draw(
         color="0.25",
     )
     grid = figure.add_gridspec(
-        2, 2, left=0.065, right=0.98, top=0.86, bottom=0.07, hspace=0.42, wspace=0.16
+        2, 2, left=0.05, right=0.98, top=0.85, bottom=0.065, hspace=0.5, wspace=0.16
     )
     for column, norm in enumerate(NORM):
         rows = [row for row in report["perturbations"] if row["norm"] == norm]
-        _accuracy(figure.add_subplot(grid[0, column]), rows)
+        number = report["settings"]["digits_perturbed"]
+        _accuracy(figure.add_subplot(grid[0, column]), rows, number)
     _weights(figure.add_subplot(grid[1, 0]), report, weights)
     _digits(figure, grid[1, 1], examples)
     figure.savefig(path)
 
 
-def _accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _accuracy(axes: Any, rows: list[dict[str, Any]], number: int) -> None:
     epsilons = [row["epsilon"] for row in rows]
     for name, color in COLOR.items():
+        shares = [row["accuracy"][name] for row in rows]
+        low, high = zip(*(_interval(share, number) for share in shares), strict=True)
+        axes.fill_between(epsilons, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(
             epsilons,
-            [100 * row["accuracy"][name] for row in rows],
+            [100 * share for share in shares],
             color=color,
             marker=MARKER[name],
             markersize=7,
@@ -81,13 +86,13 @@ def _accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
     norm, accuracy = row["norm"], row["accuracy"]
     _title(
         axes,
-        f"{NORM[norm]} perturbations by {row['optimizer']}: at ε = {row['epsilon']:g} the\n"
-        f"bounded net still reads {accuracy['bounded']:.0%} of the digits, the free net "
+        f"Perturbed within {NORM[norm]} balls by {row['optimizer']}: at ε = {row['epsilon']:g}\n"
+        f"the bounded net reads {accuracy['bounded']:.0%} of the digits right, the free net "
         f"{accuracy['free']:.0%}",
     )
     axes.set_xlabel(UNIT[norm])
-    axes.set_ylabel("digits read right (%)")
-    axes.set_xticks(epsilons)
+    axes.set_ylabel(f"digits read right (% of {number}; band: 95 % interval)")
+    axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axes.set_xlim(0, epsilons[-1])
     axes.set_ylim(0, 100)
     axes.legend(frameon=False, loc="upper right", fontsize=11)
@@ -98,8 +103,7 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
     bound = report["bound"]["clamp_max"]
     reach = 3 * bound
     for name, color in COLOR.items():
-        # 17 bins of the bounds' width fit between them: those at the ends are centered on a bound
-        width = bound / 8
+        width = bound / 8  # so that a bin is centered on each bound
         edges = [width * (i - 0.5) for i in range(-24, 26)]
         axes.hist(
             weights[name].clamp(-reach, reach).numpy(),
@@ -116,10 +120,11 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
     share = report["bound"]["share_of_weights_on_bound"]
     _title(
         axes,
-        f"Weights: {share:.0%} of the bounded net's lie exactly on a bound (dashed);\n"
-        f"the free net's reach {report['nets']['free']['largest_weight']:.2f}",
+        f"{share:.0%} of the bounded net's weights lie exactly on a bound\n"
+        f"(dashed); the free net's weights reach {report['nets']['free']['largest_weight']:.2f}",
     )
-    axes.set_xlabel(f"weight (those beyond ±{reach:.2g} are counted in the last bin)")
+    axes.set_xlabel(f"weight (those beyond ±{reach:.2f} are counted in the outermost bins)")
+    axes.set_xticks([i * bound for i in range(-3, 4)])
     axes.set_ylabel("share of the net's weights (%)")
     axes.set_xlim(edges[0], edges[-1])
     axes.legend(frameon=False, loc="upper right", fontsize=11)
@@ -127,21 +132,46 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
 
 
 def _digits(figure: Any, place: Any, examples: list[Example]) -> None:
-    columns = len(examples[0].right)
-    grid = place.subgridspec(len(examples), columns, hspace=0.12, wspace=0.12)
+    columns = len(examples[0].labels)
+    grid = place.subgridspec(len(examples), columns, hspace=0.08, wspace=0.08)
     for i, example in enumerate(examples):
         for j in range(columns):
             axes = figure.add_subplot(grid[i, j])
             axes.imshow(example.images[j].numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
+            wrong = bool(example.readings[j] != example.labels[j])
             for spine in axes.spines.values():
-                spine.set_visible(not example.right[j])
+                spine.set_visible(wrong)
                 spine.set(color=WRONG, linewidth=3)
+            axes.text(
+                0.06,
+                0.93,
+                str(int(example.readings[j])),
+                transform=axes.transAxes,
+                va="top",
+                fontsize=11,
+                weight="bold",
+                color="white",
+                bbox={"boxstyle": "round", "color": WRONG if wrong else "0.35"},
+            )
             if j == 0:
                 axes.set_ylabel(example.title)
             if i == j == 0:
-                _title(axes, "What the bounded net is shown; it misreads the framed digits")
+                _title(
+                    axes,
+                    "What the bounded net is shown and, in the corner, what it\n"
+                    "reads: it misreads the digits framed in red",
+                )
+
+
+def _interval(share: float, number: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `number` cases, in percent."""
+    z = 1.96
+    center = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+    half = z / (1 + z**2 / number)
+    half *= (share * (1 - share) / number + (z / (2 * number)) ** 2) ** 0.5
+    return 100 * (center - half), 100 * (center + half)
 
 
 def _title(axes: Any, text: str) -> None:

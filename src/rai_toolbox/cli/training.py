@@ -55,7 +55,7 @@ def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Ru
     with progress("training", total=epochs * (len(digits.labels) // BATCH)) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(digits.labels), generator=generator)
-            for batch in order.split(BATCH):
+            for batch in torch.split(order, BATCH):
                 for run in turn:
                     run.optimizer.zero_grad()
                     logits = run.net(digits.images[batch])
@@ -79,7 +79,8 @@ def violation(net: nn.Module, bound: float) -> Tensor:
 @torch.no_grad()
 def accuracy(net: nn.Module, digits: Digits) -> float:
     """The share of `digits` that `net` reads right."""
-    return (net(digits.images).argmax(1) == digits.labels).double().mean().item()
+    right: Tensor = net(digits.images).argmax(1) == digits.labels
+    return right.double().mean().item()
 
 
 def _net(seed: int) -> nn.Sequential:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.norms import norm
+from rai_toolbox.constraints.norms import norm, scale_dtype
 
 
 def project_l2_ball_(x: Tensor, epsilon: float, ndim: int) -> Tensor:
@@ -20,21 +22,14 @@ def project_l2_ball_(x: Tensor, epsilon: float, ndim: int) -> Tensor:
         return x
     # Autograd keeps what a norm was taken of, so that x itself may not be written then.
     length = norm(x.clone() if torch.is_grad_enabled() else x, 2, ndim)
-    size = x.shape[x.ndim - ndim :].numel()
-    factor = _inward(epsilon, x.dtype, size) / length
-    return x.mul_(torch.where(length <= epsilon, 1.0, factor).to(_factor_dtype(x.dtype)))
+    factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / length
+    return x.mul_(torch.where(length <= epsilon, 1.0, factor).to(scale_dtype(x)))
 
 
-def _inward(epsilon: float, dtype: torch.dtype, size: int) -> float:
+def _inward(epsilon: float, x: Tensor, size: int) -> float:
     """Largest radius at which `size` rounded products cannot leave the ball of `epsilon`."""
-    info = torch.finfo(dtype)
-    of_product, of_factor = info.eps / 2, torch.finfo(_factor_dtype(dtype)).eps
-    relative = of_product + of_factor + torch.finfo(torch.float64).eps * size**0.5  # of the norm
-    absolute = 0.5 * size**0.5 * info.smallest_normal * info.eps  # halves of the subnormal spacing
-    return max(epsilon * (1.0 - relative) - absolute, 0.0)
-
-
-def _factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    # A factor rounded to 8 or 11 bits would miss the radius; torch multiplies in float32 then.
-    real = dtype.to_real()
-    return torch.float32 if real in (torch.float16, torch.bfloat16) else real
+    of_product, of_factor = torch.finfo(x.dtype), torch.finfo(scale_dtype(x))
+    of_norm = torch.finfo(torch.float64).eps * math.sqrt(size)
+    relative = of_product.eps / 2 + of_factor.eps + of_norm
+    spacing = of_product.smallest_normal * of_product.eps  # of subnormal numbers
+    return max(epsilon * (1.0 - relative) - spacing / 2 * math.sqrt(size), 0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ _SMALL = 10_000
 _FLOAT16_MAX = 65504.0
 
 
-def clamp_(tensors: Sequence[Tensor], lower: float | None, upper: float | None) -> None:
+def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> None:
     """Clamp every element of every tensor to [lower, upper], in place; None leaves a side open.
 
     The bounds count as rounded to each tensor's dtype. NaN stays NaN.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, cast
 
@@ -80,7 +80,10 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
         self._members = tuple(_make_member(factory) for factory in transforming_optimizers)
         self._elementwise = all(member._elementwise for member in self._members)
-        own = [_own_settings(*pair) for pair in zip(self._members, transforming_optimizers)]
+        own = [
+            _own_settings(member, factory)
+            for member, factory in zip(self._members, transforming_optimizers, strict=True)
+        ]
         claims = Counter(name for settings in own for name in settings)
         claims.update({"param_ndim": 1, **dict.fromkeys(_NEUTRAL, 1)})  # the chain's own
         self._names = tuple(
@@ -107,12 +110,12 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             yield member, cast(Group, _MemberGroup(group, names))
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         for member, group in self._each_member(optim_group):
             member._transform_group_gradients_(params, grads, group)
 
-    def _project_parameters_(self, params: Sequence[Tensor], optim_group: Group) -> None:
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         for member, group in self._each_member(optim_group):
             member._transform_group_parameters_(params, group)
 
@@ -264,8 +267,10 @@ class _NoInner(Optimizer):
 
 
 def _make_member(factory: object) -> ParamTransformingOptimizer:
-    is_factory = isinstance(factory, (type, partial))
-    if not (is_factory and issubclass(optimizer_class(factory), ParamTransformingOptimizer)):
+    if not (
+        isinstance(factory, (type, partial))
+        and issubclass(optimizer_class(factory), ParamTransformingOptimizer)
+    ):
         raise TypeError(
             "`transforming_optimizers` must be ParamTransformingOptimizer classes or partials of "
             f"them, got {factory!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ class ClampedParameterOptimizer(_ClampingOptimizer):
     tensor([0.5000, 3.0000], requires_grad=True)
     """
 
-    def _project_parameters_(self, params: Sequence[Tensor], optim_group: Group) -> None:
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         clamp_(params, optim_group["clamp_min"], optim_group["clamp_max"])
 
 
@@ -115,7 +115,7 @@ class ClampedGradientOptimizer(_ClampingOptimizer):
     """
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         clamp_(grads, optim_group["clamp_min"], optim_group["clamp_max"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast, overload
 
@@ -13,6 +13,7 @@ from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
 
 from rai_toolbox import foreach
 from rai_toolbox.optim.chained import L1qNormedGradientOptim
+from rai_toolbox.optim.inner import not_compiled
 from rai_toolbox.optim.normed import TINY, L2NormedGradientOptim
 from rai_toolbox.optim.param_transforming import Group, Params, ParamTransformingOptimizer
 from rai_toolbox.optim.settings import (
@@ -84,7 +85,7 @@ class FrankWolfe(Optimizer):
         }
         super().__init__(cast(Any, params), defaults)
 
-    @torch._disable_dynamo
+    @not_compiled
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
 
@@ -173,7 +174,7 @@ class _FrankWolfeBall(ParamTransformingOptimizer):
         check_non_negative("epsilon", group["epsilon"])
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         super()._transform_gradients_(params, grads, optim_group)
         foreach.mul_(grads, optim_group["epsilon"])
@@ -182,7 +183,8 @@ class _FrankWolfeBall(ParamTransformingOptimizer):
 class L1FrankWolfe(_FrankWolfeBall):
     """Frank-Wolfe on the L1 ball of radius `epsilon`.
 
-    ``s = -epsilon * sign(g_i) * e_i``, i the index of a largest magnitude of each sub-tensor; `FrankWolfe` steps towards s.
+    ``s = -epsilon * sign(g_i) * e_i``, i the index of a largest magnitude of each sub-tensor;
+    `FrankWolfe` steps towards s.
 
     Parameters
     ----------
@@ -237,7 +239,7 @@ class L1FrankWolfe(_FrankWolfeBall):
         )
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         for grad in grads:
             largest_sign_(grad, optim_group["param_ndim"])
@@ -362,9 +364,10 @@ class LinfFrankWolfe(_FrankWolfeBall, SignedGradientOptim):
 
 
 class L1qFrankWolfe(_FrankWolfeBall, L1qNormedGradientOptim):
-    """Frank-Wolfe on the L1 ball, towards sparse points that share its mass, of radius `epsilon`.
+    """Frank-Wolfe on the L1 ball of radius `epsilon`, towards points of few equal entries.
 
-    ``s = -epsilon * L1q(g)``, with the transform L1q of `L1qNormedGradientOptim`; `FrankWolfe` steps towards s.
+    ``s = -epsilon * L1q(g)``, with the transform L1q of `L1qNormedGradientOptim`; `FrankWolfe`
+    steps towards s.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -14,6 +14,9 @@ InnerOptimizer = type[Optimizer] | partial[Any] | Optimizer
 """What `InnerOpt` may be: an Optimizer class, a `functools.partial` of one, or an instance."""
 
 Closure = Callable[[], Any]
+
+not_compiled = torch._disable_dynamo  # type: ignore[attr-defined]
+"""Keeps the compiler out of a method, as torch does for the same ones of its optimizers."""
 
 # What torch.optim.Optimizer rebuilds for itself, or a scheduler has put on one instance only.
 _NOT_COPIED = {
@@ -63,10 +66,14 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     Torch gives each optimizer class a `step` that runs the global step hooks; those belong to the
     outer step, so that the function behind it is called. The inner's own hooks are run here.
     """
-    args: tuple[Any, ...] = (inner,) if closure is None else (inner, closure)
-    step = _step_function(inner)
-    if not (inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks):
-        return step(*args)
+    args: tuple[Any, ...] = () if closure is None else (closure,)
+    own = inner.__dict__.get("step")
+    if own is not None:
+        if not getattr(own, "_wrapped_by_lr_sched", False):
+            return own(*args)  # somebody's replacement, to be called as it is
+        inner._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper does
+    step = _unhooked_step(type(inner))
+    args = (inner, *args)
     kwargs: dict[str, Any] = {}
     for pre_hook in inner._optimizer_step_pre_hooks.values():
         changed = pre_hook(inner, args, kwargs)
@@ -78,19 +85,14 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     return result
 
 
-def _step_function(inner: Optimizer) -> Callable[..., Any]:
-    own = inner.__dict__.get("step")
-    if own is not None:
-        if not getattr(own, "_wrapped_by_lr_sched", False):
-            return lambda _inner, *args: own(*args)
-        inner._opt_called = True  # what the scheduler's wrapper would note
-    step: Callable[..., Any] = type(inner).step
+def _unhooked_step(cls: type[Optimizer]) -> Callable[..., Any]:
+    step: Any = cls.step
     if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
+        step = step.__wrapped__
     if torch.compiler.is_compiling():
         # Without the decorator that switches grad mode, and so would break the graph.
         step = getattr(step, "__wrapped__", step)
-    return step
+    return cast("Callable[..., Any]", step)
 
 
 def picklable_state(optimizer: Optimizer) -> dict[str, Any]:

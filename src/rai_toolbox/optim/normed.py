@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ class _NormedGradientOptim(ParamTransformingOptimizer):
         check_non_negative("div_by_zero_eps", group["div_by_zero_eps"])
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         # `p` is read from the class: dynamo does not trace an optimizer's own attribute `p`.
         normalize_(grads, type(self).p, optim_group["param_ndim"], optim_group["div_by_zero_eps"])

@@ -16,6 +16,7 @@ from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
 from rai_toolbox.optim.inner import (
     make_inner,
+    not_compiled,
     optimizer_class,
     own_state,
     picklable_state,
@@ -155,11 +156,11 @@ class ParamTransformingOptimizer(Optimizer):
         self._project_parameters_([param], {**optim_group, "param_ndim": -1})
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         """Built-in classes override this: a group's gradients of one device and dtype at once."""
 
-    def _project_parameters_(self, params: Sequence[Tensor], optim_group: Group) -> None:
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         """Built-in classes override this: all parameters of a group."""
 
     def _check_group(self, group: Group) -> None:
@@ -252,7 +253,7 @@ class ParamTransformingOptimizer(Optimizer):
             or group["grad_bias"] != 0.0
         )
 
-    def _gradients(self, params: Sequence[Tensor], group: Group) -> list[Tensor]:
+    def _gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
         """What there is to transform of each parameter's gradient."""
         grads = [cast(Tensor, param.grad) for param in params]
         if torch.is_grad_enabled():  # differentiable: keep the graph's own tensors as they are
@@ -280,7 +281,7 @@ class ParamTransformingOptimizer(Optimizer):
         return grads
 
     def _transform_group_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], group: Group
+        self, params: list[Tensor], grads: list[Tensor], group: Group
     ) -> None:
         if self._overrides("_pre_step_transform_"):
             for param, grad in zip(params, grads, strict=True):
@@ -293,7 +294,7 @@ class ParamTransformingOptimizer(Optimizer):
         if group["grad_bias"] != 0.0:
             foreach.add_(grads, group["grad_bias"])
 
-    def _transform_group_parameters_(self, params: Sequence[Tensor], group: Group) -> None:
+    def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
         if not self._overrides("_post_step_transform_"):
             self._project_parameters_(params, group)
             return
@@ -341,7 +342,7 @@ class ParamTransformingOptimizer(Optimizer):
     # ------------------------------------------------------------------ state
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The state of `inner_opt`."""
         return self.inner_opt.state
 
@@ -350,7 +351,7 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The group defaults of `inner_opt`, which include the settings of this class."""
         return self.inner_opt.defaults
 
@@ -359,7 +360,7 @@ class ParamTransformingOptimizer(Optimizer):
         self.inner_opt.defaults = defaults
 
     @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
+    def param_groups(self) -> list[Group]:
         """The parameter groups of `inner_opt`."""
         return self.inner_opt.param_groups
 
@@ -368,7 +369,7 @@ class ParamTransformingOptimizer(Optimizer):
         self._complete_live_groups(groups)
         self.inner_opt.param_groups = groups
 
-    @torch._disable_dynamo
+    @not_compiled
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group, with its own settings where it names them.
 
@@ -379,7 +380,7 @@ class ParamTransformingOptimizer(Optimizer):
         """
         self.inner_opt.add_param_group(self._completed(param_group))
 
-    @torch._disable_dynamo
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters.
 
@@ -390,7 +391,7 @@ class ParamTransformingOptimizer(Optimizer):
         """
         self.inner_opt.zero_grad(set_to_none=set_to_none)
 
-    @torch._disable_dynamo
+    @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """The state of `inner_opt`, as plain data and tensors.
 
@@ -412,8 +413,8 @@ class ParamTransformingOptimizer(Optimizer):
                 state_dict = changed
         return state_dict
 
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    @not_compiled
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, or the state of a bare inner optimizer.
 
         Parameters
@@ -476,7 +477,8 @@ class ParamTransformingOptimizer(Optimizer):
             inner_class, inner_state = state.pop("inner_opt")
             self.inner_opt = inner_class.__new__(inner_class)
             self.inner_opt.__setstate__(inner_state)
-        theirs = {k: state.pop(k) for k in ("state", "param_groups", "defaults") if k in state}
+        names = {"state", "param_groups", "defaults"} & state.keys()
+        theirs: dict[str, Any] = {name: state.pop(name) for name in names}
         if theirs:
             self.inner_opt.__setstate__(theirs)
         Optimizer.__setstate__(self, state)
@@ -550,7 +552,7 @@ def _is_extra(name: str) -> bool:
 
 
 def _by_device_and_dtype(
-    params: Sequence[Tensor], grads: Sequence[Tensor]
+    params: list[Tensor], grads: list[Tensor]
 ) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
     alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for param, grad in zip(params, grads, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ class L2ProjectedOptim(L2NormedGradientOptim):
         super()._check_group(group)
         check_non_negative("epsilon", group["epsilon"])
 
-    def _project_parameters_(self, params: Sequence[Tensor], optim_group: Group) -> None:
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         for param in params:
             ndim = sub_ndim(param.ndim, optim_group["param_ndim"])
             project_l2_ball_(param, optim_group["epsilon"], ndim)
@@ -144,5 +144,5 @@ class LinfProjectedOptim(SignedGradientOptim):
         check_non_negative("epsilon", group["epsilon"])
         refuse_complex(group, "`epsilon`")
 
-    def _project_parameters_(self, params: Sequence[Tensor], optim_group: Group) -> None:
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         clamp_(params, -optim_group["epsilon"], optim_group["epsilon"])

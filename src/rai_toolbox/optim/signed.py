@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ class SignedGradientOptim(ParamTransformingOptimizer):
         )
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         sign_(grads)
 

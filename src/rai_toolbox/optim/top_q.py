@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -93,7 +93,7 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
         check_fraction("dq", group["dq"])
 
     def _transform_gradients_(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], optim_group: Group
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
         for grad in grads:
             q = self._draw_q(optim_group["q"], optim_group["dq"])

@@ -7,7 +7,6 @@ NaN, and where a norm is involved a NaN or an infinity turns its whole sub-tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.norms import norm
+from rai_toolbox.constraints.norms import norm, scale_dtype
 from rai_toolbox.foreach import mul_
 
 
-def sign_(grads: Sequence[Tensor]) -> None:
+def sign_(grads: list[Tensor]) -> None:
     """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0."""
     if grads[0].is_complex():
         for grad in grads:
@@ -32,7 +31,7 @@ def sign_(grads: Sequence[Tensor]) -> None:
 
 
 def normalize_(
-    grads: Sequence[Tensor], p: float, param_ndim: int | None, div_by_zero_eps: float
+    grads: list[Tensor], p: float, param_ndim: int | None, div_by_zero_eps: float
 ) -> None:
     """``g / max(|g|_p, div_by_zero_eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
     for grad in grads:
@@ -44,8 +43,7 @@ def _normalize_(grad: Tensor, p: float, ndim: int, div_by_zero_eps: float) -> No
         grad, ndim = grad.unsqueeze(-1), 1
     # Autograd keeps what a norm was taken of, so that grad itself may not be written then.
     length = norm(grad.clone() if torch.is_grad_enabled() else grad, p, ndim)
-    # In float32 also for half precision: its own range has no room for most norms.
-    dtype = torch.promote_types(grad.dtype.to_real(), torch.float32)
+    dtype = scale_dtype(grad)
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
     grad.div_(divisor.clamp(max=torch.finfo(dtype).max).to(dtype))
 
