@@ -24,6 +24,7 @@ try:
 except ImportError:  # an extra: rai-toolbox[progress]
     tqdm = None
 
+NOISE = 0.03  # a bare optimizer further than this from itself: not a measurement
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 
 
@@ -59,18 +60,15 @@ def step_table(result: dict[str, Any]) -> str:
     rows = []
     for name, row in result["rows"].items():
         low, high = row["ratio_quartiles"]
-        verdict = ""
-        if row["target"] is not None:
-            verdict = (
-                f"<= {row['target']:.2f} {'ok' if row['ratio'] <= row['target'] else 'MISSED'}"
-            )
+        target = row["target"]
+        verdict = "" if target is None else "ok" if row["ratio"] <= target else "MISSED"
         rows.append(
             [
                 name,
                 f"{row['median_ms']:.3f}",
                 f"{row['ratio']:.3f}",
                 f"{low:.3f} .. {high:.3f}",
-                verdict,
+                f"<= {target:.2f} {verdict}" if target is not None else "",
                 f"{row['peak_bytes']:,}",
             ]
         )
@@ -80,7 +78,11 @@ def step_table(result: dict[str, Any]) -> str:
         f"{result['case']} floats: {rounds} rounds, "
         f"largest parameter {result['largest_parameter_bytes']:,} bytes"
     )
-    return f"{title}\n{table(header, rows)}"
+    again = result["rows"][step_cost.BARE_AGAIN]["ratio"]
+    noise = (
+        f"\nThe machine was busy: bare is {again:.2f} of itself." if abs(again - 1) > NOISE else ""
+    )
+    return f"{title}\n{table(header, rows)}{noise}"
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 9)
+    budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 5)
 
     report = {**machine.describe(), "quick": args.quick, "step": []}
     print(

@@ -46,9 +46,9 @@ def measure(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Samples:
-    """Seconds per call of each alternative; `progress` is told rounds done and in all.
+    """Seconds per call of each alternative; `progress` is told rounds done and expected.
 
-    The number of rounds follows from `budget_s`, which the warm-up counts towards.
+    Rounds go on until `budget_s` is used up, the warm-up included.
     """
 
     def sample(fn: Callable[[], object], calls: int) -> float:
@@ -66,15 +66,16 @@ def measure(
             fn()
         warm = [sample(fn, 1) for fn in alternatives.values()]
         calls = math.ceil(SAMPLE_S / min(warm))
-        left_s = budget_s - (perf_counter() - start)
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left_s / (calls * sum(warm)))))
 
         samples: Samples = {name: [] for name in alternatives}
-        for done in range(1, rounds + 1):
+        for done in range(1, MAX_ROUNDS + 1):
             shuffle(order)
             for name in order:
                 samples[name].append(sample(alternatives[name], calls))
-            progress(done, rounds)
+            used = (perf_counter() - start) / budget_s
+            progress(done, max(done, MIN_ROUNDS, min(MAX_ROUNDS, round(done / used))))
+            if used > 1 and done >= MIN_ROUNDS:
+                break
     return samples
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Generator, Tensor, default_generator
 from torch.optim import SGD, Optimizer
@@ -105,9 +105,9 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             **inner_opt_kwargs,
         )
 
-    def _each_member(self, group: Group) -> Iterator[tuple[ParamTransformingOptimizer, Group]]:
+    def _each_member(self, group: Group) -> Iterator[tuple[ParamTransformingOptimizer, Any]]:
         for member, names in zip(self._members, self._names, strict=True):
-            yield member, cast(Group, _MemberGroup(group, names))
+            yield member, _MemberGroup(group, names)
 
     def _transform_gradients_(
         self, params: list[Tensor], grads: list[Tensor], optim_group: Group

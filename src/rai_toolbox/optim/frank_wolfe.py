@@ -126,32 +126,43 @@ class FrankWolfe(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_lr(group)
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._move_(param, group)
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            steps: list[Tensor] = []
+            self._init_group(group, params, grads, steps)
+            for param, grad, step in zip(params, grads, steps, strict=True):
+                _move_(param, grad, step, group)
         return loss
 
-    def _move_(self, param: Tensor, group: Group) -> None:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        lr = group["lr"]
-        a = lr
-        if group["use_default_lr_schedule"]:
-            total = lr + _get_value(state["step"])
-            a = lr / (
-                total.clamp(min=group["div_by_zero_eps"])
-                if isinstance(total, Tensor)
-                else max(total, group["div_by_zero_eps"])
-            )
-        towards = -a * group["lmo_scaling_factor"]
-        param.mul_(1 - a)
-        if isinstance(towards, Tensor):
-            param.add_(cast(Tensor, param.grad) * towards)
-        else:
-            param.add_(cast(Tensor, param.grad), alpha=towards)
-        if torch.compiler.is_compiling() or not is_zero_on_host(lr):
-            state["step"] += 1  # a step of size 0 is none: the schedule starts with the first move
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: list[Tensor]
+    ) -> None:
+        # By this name the compiler knows where an optimizer makes its state, and runs it eagerly.
+        for param in group["params"]:
+            if param.grad is not None:
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                params.append(param)
+                grads.append(param.grad)
+                steps.append(state["step"])
+
+
+def _move_(param: Tensor, grad: Tensor, step: Tensor, group: Group) -> None:
+    lr = group["lr"]
+    a = lr
+    if group["use_default_lr_schedule"]:
+        total, smallest = lr + _get_value(step), group["div_by_zero_eps"]
+        divisor = total.clamp(min=smallest) if isinstance(total, Tensor) else max(total, smallest)
+        a = lr / divisor
+    towards = -a * group["lmo_scaling_factor"]
+    param.mul_(1 - a)
+    if isinstance(towards, Tensor):
+        param.add_(grad * towards)
+    else:
+        param.add_(grad, alpha=towards)
+    if torch.compiler.is_compiling() or not is_zero_on_host(lr):
+        step += 1  # a step of size 0 is none: the schedule starts with the first move
 
 
 def _check_lr(group: Group) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -85,14 +85,14 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     return result
 
 
-def _unhooked_step(cls: type[Optimizer]) -> Callable[..., Any]:
-    step: Any = cls.step
+def _unhooked_step(cls: Any) -> Any:
+    step = cls.step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
     if torch.compiler.is_compiling():
         # Without the decorator that switches grad mode, and so would break the graph.
         step = getattr(step, "__wrapped__", step)
-    return cast("Callable[..., Any]", step)
+    return step
 
 
 def picklable_state(optimizer: Optimizer) -> dict[str, Any]:

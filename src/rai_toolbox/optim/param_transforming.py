@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -210,15 +210,16 @@ class ParamTransformingOptimizer(Optimizer):
             What the closure returned.
         """
         if closure is None:
-            if self._initializes_state():
+            # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
+            if not torch.compiler.is_compiling() and self._initializes_state():
                 step_inner(self.inner_opt, None)
                 return None
             self._pre_step()
-            loss = step_inner(self.inner_opt, None)
+            loss: float | None = step_inner(self.inner_opt, None)
         else:
             loss = step_inner(self.inner_opt, self._transforming(closure))
         self._post_step()
-        return cast("float | None", loss)
+        return loss
 
     def _transforming(self, closure: Callable[[], float]) -> Callable[[], float]:
         def evaluate() -> float:
@@ -231,13 +232,12 @@ class ParamTransformingOptimizer(Optimizer):
         return evaluate
 
     def _pre_step(self) -> None:
-        todo = [
-            (group, params, self._gradients(params, group))
-            for group in self.param_groups
-            if self._transforms_gradients(group)
-            and (params := [p for p in group["params"] if p.grad is not None])
-        ]
-        for group, params, grads in todo:
+        todo = []
+        for group in self.param_groups:
+            if self._transforms_gradients(group):
+                params = [p for p in group["params"] if p.grad is not None]
+                todo.append((group, params, self._gradients(params, group)))
+        for group, params, grads in todo:  # now that all gradients are found fit
             self._transform_group_gradients_(params, grads, group)
 
     def _post_step(self) -> None:
@@ -255,7 +255,7 @@ class ParamTransformingOptimizer(Optimizer):
 
     def _gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
         """What there is to transform of each parameter's gradient."""
-        grads = [cast(Tensor, param.grad) for param in params]
+        grads: list[Any] = [param.grad for param in params]
         if torch.is_grad_enabled():  # differentiable: keep the graph's own tensors as they are
             grads = [grad.clone() for grad in grads]
             for param, grad in zip(params, grads, strict=True):
@@ -332,7 +332,7 @@ class ParamTransformingOptimizer(Optimizer):
         It comes before any state is there, with every lr 0 and every gradient 0, and must leave
         parameters, gradients and random numbers alone. Values are read only if all else fits.
         """
-        if torch.compiler.is_compiling() or self.inner_opt.state:
+        if self.inner_opt.state:
             return False
         if not all(is_zero_on_host(group.get("lr")) for group in self.param_groups):
             return False
