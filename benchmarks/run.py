@@ -68,11 +68,12 @@ def step_table(result: dict[str, Any]) -> str:
                 f"{row['median_ms']:.3f}",
                 f"{row['ratio']:.3f}",
                 f"{low:.3f} .. {high:.3f}",
+                f"{row['ratio_fastest']:.3f}",
                 f"<= {target:.2f} {verdict}" if target is not None else "",
                 f"{row['peak_bytes']:,}",
             ]
         )
-    header = ["step", "ms", "ratio to bare", "its quartiles", "target", "peak bytes in step"]
+    header = ["step", "ms", "ratio to bare", "its quartiles", "of fastest", "target", "peak bytes"]
     rounds = result["rows"][step_cost.BARE]["rounds"]
     title = (
         f"{result['case']} floats: {rounds} rounds, "

@@ -1,6 +1,5 @@
 """Wrappers that change nothing, and the comparison of optimizers bit for bit."""
 
-import copy
 import math
 from functools import partial
 
@@ -62,18 +61,27 @@ def same_bits(a, b) -> bool:
 def snapshot(params, optimizer) -> dict:
     """Copies of all that a step may change, in terms of positions instead of tensors."""
     position = {p: i for i, p in enumerate(params)}
-    return copy.deepcopy(
+    return copied(
         {
-            "params": [p.detach() for p in params],
+            "params": list(params),
             "grads": [p.grad for p in params],
             # whatever is no parameter's state is a KeyError here
-            "state": {position[p]: dict(state) for p, state in optimizer.state.items()},
+            "state": {position[p]: state for p, state in optimizer.state.items()},
             "groups": [
                 {**group, "params": [position[p] for p in group["params"]]}
                 for group in optimizer.param_groups
             ],
         }
     )
+
+
+def copied(value):
+    """A deep copy of plain data and tensors, many times quicker than `copy.deepcopy`."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value
 
 
 def differences(mine: dict, bare: dict) -> list[str]:

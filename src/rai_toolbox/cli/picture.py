@@ -79,19 +79,19 @@ def _accuracy(axes: Any, rows: list[dict[str, Any]], number: int) -> None:
             marker=MARKER[name],
             markersize=7,
             linewidth=2,
-            label=f"{name} net",
+            label=f"{name} net (band: 95% interval)",
             clip_on=False,
         )
     row = rows[3]
     norm, accuracy = row["norm"], row["accuracy"]
     _title(
         axes,
-        f"Perturbed within {NORM[norm]} balls by {row['optimizer']}: at ε = {row['epsilon']:g}\n"
-        f"the bounded net reads {accuracy['bounded']:.0%} of the digits right, the free net "
+        f"{NORM[norm]} balls, by {row['optimizer']}: at ε = {row['epsilon']:g} the bounded\n"
+        f"net reads {accuracy['bounded']:.0%} of the digits right, the free net "
         f"{accuracy['free']:.0%}",
     )
     axes.set_xlabel(UNIT[norm])
-    axes.set_ylabel(f"digits read right (% of {number}; band: 95 % interval)")
+    axes.set_ylabel(f"digits read right (% of {number:,})")
     axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axes.set_xlim(0, epsilons[-1])
     axes.set_ylim(0, 100)
@@ -124,7 +124,8 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
         f"(dashed); the free net's weights reach {report['nets']['free']['largest_weight']:.2f}",
     )
     axes.set_xlabel(f"weight (those beyond ±{reach:.2f} are counted in the outermost bins)")
-    axes.set_xticks([i * bound for i in range(-3, 4)])
+    ticks = [i * bound for i in range(-3, 4)]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.set_ylabel("share of the net's weights (%)")
     axes.set_xlim(edges[0], edges[-1])
     axes.legend(frameon=False, loc="upper right", fontsize=11)
@@ -175,7 +176,7 @@ def _interval(share: float, number: int) -> tuple[float, float]:
 
 
 def _title(axes: Any, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=12, weight="bold", pad=12)
+    axes.set_title(text, loc="left", fontsize=11.5, weight="bold", pad=12)
 
 
 def _plain(axes: Any) -> None:

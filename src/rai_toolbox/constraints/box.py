@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rai_toolbox.foreach import are_plain, in_chunks
+from rai_toolbox.foreach import are_plain, below_autograd, in_chunks
 
 # Two passes of a foreach kernel (min, then max) are quicker than one `clamp_` per tensor up to
 # about this many elements; beyond it the second pass over memory costs more than the dispatch.
@@ -22,11 +22,12 @@ def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> N
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
             tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
     elif are_plain(tensors) and max(map(Tensor.numel, tensors), default=0) <= _SMALL:
-        for chunk in in_chunks(tensors):
-            if lower is not None:
-                torch._foreach_clamp_min_(chunk, lower)
-            if upper is not None:
-                torch._foreach_clamp_max_(chunk, upper)
+        with below_autograd():
+            for chunk in in_chunks(tensors):
+                if lower is not None:
+                    torch._foreach_clamp_min_(chunk, lower)
+                if upper is not None:
+                    torch._foreach_clamp_max_(chunk, upper)
     else:
         for tensor in tensors:
             tensor.clamp_(lower, upper)

@@ -80,6 +80,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
         self._members = tuple(_make_member(factory) for factory in transforming_optimizers)
         self._elementwise = all(member._elementwise for member in self._members)
+        self._divides_by_norms = any(member._divides_by_norms for member in self._members)
         own = [
             _own_settings(member, factory)
             for member, factory in zip(self._members, transforming_optimizers, strict=True)

@@ -22,6 +22,8 @@ class _NormedGradientOptim(ParamTransformingOptimizer):
 
     p: ClassVar[float]
 
+    _divides_by_norms = True
+
     def __init__(
         self,
         params: Params = None,

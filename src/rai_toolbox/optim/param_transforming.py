@@ -90,6 +90,9 @@ class ParamTransformingOptimizer(Optimizer):
     _elementwise: bool = False
     """Whether the built-in transforms act on each element by itself, whatever `param_ndim` is."""
 
+    _divides_by_norms: bool = False
+    """Whether the built-in transform divides gradients by norms of theirs."""
+
     def __init__(
         self,
         params: Params = None,
@@ -215,11 +218,20 @@ class ParamTransformingOptimizer(Optimizer):
                 step_inner(self.inner_opt, None)
                 return None
             self._pre_step()
+            if torch.compiler.is_compiling() and self._must_break_graph():
+                torch._dynamo.graph_break()
             loss: float | None = step_inner(self.inner_opt, None)
         else:
             loss = step_inner(self.inner_opt, self._transforming(closure))
         self._post_step()
         return loss
+
+    def _must_break_graph(self) -> bool:
+        # Inductor of torch 2.13 fails on CPU ("KeyError: 'buf4'", pytorch #188228 and #196570) if
+        # one graph holds norms of rows, a division by them, and an update by the quotients.
+        return self._divides_by_norms and any(
+            param.device.type == "cpu" for group in self.param_groups for param in group["params"]
+        )
 
     def _transforming(self, closure: Callable[[], float]) -> Callable[[], float]:
         def evaluate() -> float:
