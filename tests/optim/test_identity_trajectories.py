@@ -84,7 +84,7 @@ def implementations(cls):
 
 
 def cases_of(cls):
-    lr = {"lr": torch.tensor(0.01)}
+    lr = OPTIONS[cls][0] | {"lr": torch.tensor(0.01)}
     for how in implementations(cls):
         # the fused kernels ignore strides, so that they go wrong on a slice, wrapped or not
         model = MODELS.get(cls, "dense" if "fused" in how else "mixed")
@@ -137,7 +137,8 @@ def parameters(model):
             torch.ones(2),
         ]
         if model != "contiguous":
-            tensors[2:4] = image.to(memory_format=torch.channels_last), matrix.t()
+            tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+            tensors[3] = tensors[3].t()
         if model == "mixed":
             tensors[4] = tensors[4][::2, 1:]
     return [tensor.requires_grad_() for tensor in tensors]  # the last one never has a gradient
@@ -244,10 +245,14 @@ def unpickled(run):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def sparse_invariants():
-    """Said explicitly, or torch warns when its own Adagrad makes a sparse tensor."""
+def quick_and_quiet():
+    """One thread: the fused kernels start all of them for each small tensor. Invariants are asked
+    for explicitly, or torch warns when its own Adagrad makes a sparse tensor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.sparse.check_sparse_tensor_invariants(enable=True):
         yield
+    torch.set_num_threads(threads)
 
 
 def test_every_optimizer_of_torch_is_listed():

@@ -1,14 +1,15 @@
 """Optimizers that transform gradients before an inner optimizer's step, and parameters after it."""
 
-from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer, L1qNormedGradientOptim
+from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.clamped import ClampedGradientOptimizer, ClampedParameterOptimizer
-from rai_toolbox.optim.frank_wolfe import (
-    FrankWolfe,
+from rai_toolbox.optim.frank_wolfe import FrankWolfe
+from rai_toolbox.optim.frank_wolfe_balls import (
     L1FrankWolfe,
     L1qFrankWolfe,
     L2FrankWolfe,
     LinfFrankWolfe,
 )
+from rai_toolbox.optim.l1q import L1qNormedGradientOptim
 from rai_toolbox.optim.normed import L1NormedGradientOptim, L2NormedGradientOptim
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.projected import L2ProjectedOptim, LinfProjectedOptim

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.optim.param_transforming import Group, Params, ParamTransformingOptimizer
+from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import check_bounds, refuse_complex
+from rai_toolbox.optim.wrapper import Group, Params
 
 
 class _ClampingOptimizer(ParamTransformingOptimizer):

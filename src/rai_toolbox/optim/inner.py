@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-
-InnerOptimizer = type[Optimizer] | partial[Any] | Optimizer
-"""What `InnerOpt` may be: an Optimizer class, a `functools.partial` of one, or an instance."""
 
 Closure = Callable[[], Any]
 
@@ -45,7 +42,9 @@ def optimizer_class(InnerOpt: object) -> type[Optimizer]:
 
 
 def make_inner(
-    InnerOpt: type[Optimizer] | partial[Any], groups: list[dict[str, Any]], kwargs: dict[str, Any]
+    InnerOpt: type[Optimizer] | partial[Any],
+    groups: list[dict[str, Any]],
+    kwargs: Mapping[str, Any],
 ) -> Optimizer:
     """Make the inner optimizer over `groups`, which it may keep and change."""
     accepted = inspect.signature(optimizer_class(InnerOpt)).parameters

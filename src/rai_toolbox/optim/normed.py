@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.optim.param_transforming import Group, Params, ParamTransformingOptimizer
-from rai_toolbox.optim.settings import check_non_negative
+from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.settings import TINY, check_non_negative
 from rai_toolbox.optim.transforms import normalize_
-
-TINY = torch.finfo(torch.float32).tiny
+from rai_toolbox.optim.wrapper import Group, Params
 
 
 class _NormedGradientOptim(ParamTransformingOptimizer):

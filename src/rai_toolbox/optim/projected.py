@@ -12,10 +12,10 @@ from torch.optim import SGD, Optimizer
 from rai_toolbox.batch import sub_ndim
 from rai_toolbox.constraints.balls import project_l2_ball_
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.optim.normed import TINY, L2NormedGradientOptim
-from rai_toolbox.optim.param_transforming import Group, Params
-from rai_toolbox.optim.settings import REQUIRED, check_non_negative, refuse_complex
+from rai_toolbox.optim.normed import L2NormedGradientOptim
+from rai_toolbox.optim.settings import REQUIRED, TINY, check_non_negative, refuse_complex
 from rai_toolbox.optim.signed import SignedGradientOptim
+from rai_toolbox.optim.wrapper import Group, Params
 
 
 class L2ProjectedOptim(L2NormedGradientOptim):

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TINY = torch.finfo(torch.float32).tiny
+"""Default of every `div_by_zero_eps`."""
+
 
 class REQUIRED:
     """Default of a setting that has none: the constructor or each group must give it.

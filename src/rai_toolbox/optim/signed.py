@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.optim.param_transforming import Group, Params, ParamTransformingOptimizer
+from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.transforms import sign_
+from rai_toolbox.optim.wrapper import Group, Params
 
 
 class SignedGradientOptim(ParamTransformingOptimizer):

@@ -1,0 +1,274 @@
+"""An optimizer around another one, whose state and groups it shares."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rai_toolbox.optim.inner import (
+    make_inner,
+    not_compiled,
+    optimizer_class,
+    own_state,
+    picklable_state,
+)
+from rai_toolbox.optim.settings import REQUIRED
+
+Params = Iterable[Any] | None
+Group = dict[str, Any]
+
+
+class OptimizerWrapper(Optimizer):
+    """What a wrapper of `inner_opt` must be for torch, schedulers and trainers: an optimizer.
+
+    `state`, `param_groups` and `defaults` are the inner's own objects, whatever happens to either.
+    `settings` are the wrapper's group settings and their defaults; it holds them in the groups.
+    """
+
+    inner_opt: Optimizer
+    """The optimizer that updates the parameters."""
+
+    def __init__(
+        self,
+        params: Params,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer,
+        *,
+        settings: Mapping[str, Any],
+        inner_opt_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._settings = dict(settings)
+        if issubclass(optimizer_class(InnerOpt), OptimizerWrapper):
+            raise TypeError(
+                "`InnerOpt` must not transform parameters itself (chain the two by "
+                f"ChainedParamTransformingOptimizer), got {InnerOpt!r}"
+            )
+        if isinstance(InnerOpt, Optimizer):
+            if params is not None or inner_opt_kwargs:
+                given = ", ".join(["params"] * (params is not None) + list(inner_opt_kwargs))
+                raise TypeError(
+                    f"`{given}` must not be given together with an InnerOpt instance, which has "
+                    f"its own, got InnerOpt={type(InnerOpt).__name__}(...)"
+                )
+            self._complete_live_groups(InnerOpt.param_groups)
+            self.inner_opt = InnerOpt
+        else:
+            groups = [self._completed(group) for group in _as_groups(params)]
+            self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
+        self.inner_opt.defaults.update(self._given_settings())
+        # Not Optimizer.__init__: that would give this object groups and a state of its own.
+        Optimizer.__setstate__(self, {})
+
+    def _check_group(self, group: Group) -> None:
+        """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of `inner_opt`."""
+        return self.inner_opt.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.inner_opt.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The group defaults of `inner_opt`, which include the settings of this class."""
+        return self.inner_opt.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner_opt.defaults = defaults
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The parameter groups of `inner_opt`."""
+        return self.inner_opt.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._complete_live_groups(groups)
+        self.inner_opt.param_groups = groups
+
+    @not_compiled
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, with its own settings where it names them.
+
+        Parameters
+        ----------
+        param_group : dict
+            `params`, and any settings of this optimizer and the inner one. It is not modified.
+        """
+        self.inner_opt.add_param_group(self._completed(param_group))
+
+    @not_compiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            Set them to None rather than to zero.
+        """
+        self.inner_opt.zero_grad(set_to_none=set_to_none)
+
+    @not_compiled
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `inner_opt`, as plain data and tensors.
+
+        Returns
+        -------
+        dict
+            `state` and `param_groups`, in the format of every torch optimizer.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.inner_opt.state_dict()
+        extra = self._extra_state()
+        if extra:
+            first, *others = state_dict["param_groups"]
+            state_dict = {**state_dict, "param_groups": [{**first, **extra}, *others]}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        return state_dict
+
+    @not_compiled
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned, or the state of a bare inner optimizer.
+
+        Parameters
+        ----------
+        state_dict : dict
+            It is not modified. Settings that it lacks keep their present values.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If its groups do not fit or hold bad settings, before anything is changed.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        groups, extra = self._merged(state_dict["param_groups"])
+        self.inner_opt.load_state_dict({**state_dict, "param_groups": groups})
+        self._load_extra_state(extra)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _extra_state(self) -> dict[str, Tensor]:
+        """What a subclass must remember outside the groups: tensors, by unique names."""
+        return {}
+
+    def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        """Restore what `_extra_state` gave; a checkpoint of another optimizer has none of it."""
+
+    def _merged(self, loaded: Sequence[Group]) -> tuple[list[Group], dict[str, Tensor]]:
+        """Groups of a checkpoint, completed by the present settings and checked; extra state."""
+        if len(loaded) != len(self.param_groups):
+            raise ValueError(
+                f"`state_dict` must have {len(self.param_groups)} parameter groups, got "
+                f"{len(loaded)}"
+            )
+        extra_names = [name for group in loaded[:1] for name in group if _is_extra(name)]
+        merged = []
+        for i, (live, new) in enumerate(zip(self.param_groups, loaded, strict=True)):
+            if len(live["params"]) != len(new["params"]):
+                raise ValueError(
+                    f"`state_dict` must have {len(live['params'])} parameters in group {i}, got "
+                    f"{len(new['params'])}"
+                )
+            ours = {name: live[name] for name in self._settings}
+            group = ours | {k: v for k, v in new.items() if k not in extra_names}
+            names = {k: live[k] for k in ("params", "param_names") if k in live}
+            self._check_group(group | names)
+            merged.append(group)
+        return merged, {name: loaded[0][name] for name in extra_names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        inner = self.inner_opt
+        return own_state(self) | {"inner_opt": (type(inner), picklable_state(inner))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "inner_opt" in state:
+            inner_class, inner_state = state.pop("inner_opt")
+            self.inner_opt = inner_class.__new__(inner_class)
+            self.inner_opt.__setstate__(inner_state)
+        names = {"state", "param_groups", "defaults"} & state.keys()
+        theirs: dict[str, Any] = {name: state.pop(name) for name in names}
+        if theirs:
+            self.inner_opt.__setstate__(theirs)
+        Optimizer.__setstate__(self, state)
+
+    def _given_settings(self) -> dict[str, Any]:
+        return {name: v for name, v in self._settings.items() if v is not REQUIRED}
+
+    def _completed(self, param_group: Mapping[str, Any]) -> Group:
+        """A copy of a group in which every setting has a value that keeps its rule."""
+        if not isinstance(param_group, Mapping):
+            raise TypeError(f"a parameter group must be a dict, got {param_group!r}")
+        if "params" not in param_group:
+            raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
+        given = param_group["params"]
+        group = self._given_settings() | dict(param_group)
+        group["params"] = given = [given] if isinstance(given, Tensor) else _in_order(given)
+        for name in self._settings:
+            if name not in group:
+                raise TypeError(
+                    f"`{name}` must be given, to {type(self).__name__} or in every parameter "
+                    f"group, got a group without it"
+                )
+        named = all(isinstance(param, tuple) for param in given)
+        tensors = [param[1] for param in given] if named else given
+        names = {"param_names": [param[0] for param in given]} if given and named else {}
+        if all(isinstance(tensor, Tensor) for tensor in tensors):  # else the inner will refuse
+            self._check_group({**group, "params": tensors, **names})
+        return group
+
+    def _complete_live_groups(self, groups: Sequence[Group]) -> None:
+        """Add the settings that groups lack, in place, once all of them are found right."""
+        completed = [self._completed(group) for group in groups]
+        for group, full in zip(groups, completed, strict=True):
+            for name in self._settings:
+                group.setdefault(name, full[name])
+
+    def __repr__(self) -> str:
+        own, inner = type(self).__name__, type(self.inner_opt).__name__
+        return f"{self._repr_name()} [{inner}]{Optimizer.__repr__(self).removeprefix(own + ' ')}"
+
+    def _repr_name(self) -> str:
+        return type(self).__name__
+
+
+def _as_groups(params: Params) -> list[Any]:
+    if params is None:
+        raise TypeError("`params` must be given, unless InnerOpt is an instance; got None")
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "`params` must be an iterable of tensors or dicts, got a tensor of shape "
+            f"{tuple(params.shape)}"
+        )
+    listed = _in_order(params)
+    if not listed:
+        raise ValueError("`params` must not be empty, got an empty iterable")
+    return listed if isinstance(listed[0], Mapping) else [{"params": listed}]
+
+
+def _in_order(params: Any) -> list[Any]:
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("`params` must have an order that is the same in every run, got a set")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"`params` must be an iterable, got {params!r}")
+    return list(params)
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "generator_state"
