@@ -30,6 +30,10 @@ LOOP = "loop, two bounds"
 LOOP_ONE = "loop, one bound"
 FOREACH = "foreach, two bounds"
 
+# Where a bare optimizer differs by more from another, nothing has been measured: its median ratio,
+# and the distance of the quartiles.
+NOISE, SPREAD = 0.03, 0.2
+
 Step = Callable[[], object]
 
 
@@ -115,11 +119,13 @@ def run(case: Case, *, budget_s: float, progress: Progress = silent) -> dict[str
     for name, row in rows.items():
         row["target"] = case.targets.get(name)
         row["peak_bytes"] = peak_bytes(steps[name])
+    low, high = rows[BARE_AGAIN]["ratio_quartiles"]
     return {
         "case": case.name,
         "inner": case.inner.__name__,
         "tensors": case.count,
         "numel": case.numel,
         "largest_parameter_bytes": max(p.nbytes for p in params),
+        "noisy": abs(rows[BARE_AGAIN]["ratio"] - 1) > NOISE or high - low > SPREAD,
         "rows": rows,
     }

@@ -80,10 +80,7 @@ def measure(
 
 
 def compare(samples: Samples, baseline: str) -> dict[str, dict[str, Any]]:
-    """Per alternative: median in ms; median and quartiles of the ratio to `baseline`.
-
-    The ratio of the fastest samples stands beside it: on a busy machine it moves less.
-    """
+    """Per alternative: median in ms; median and quartiles of the ratio to `baseline`."""
     rows = {}
     for name, seconds in samples.items():
         ratios = [s / b for s, b in zip(seconds, samples[baseline], strict=True)]
@@ -92,7 +89,6 @@ def compare(samples: Samples, baseline: str) -> dict[str, dict[str, Any]]:
             "median_ms": 1e3 * statistics.median(seconds),
             "ratio": quartiles[1],
             "ratio_quartiles": [quartiles[0], quartiles[2]],
-            "ratio_fastest": min(seconds) / min(samples[baseline]),
             "rounds": len(seconds),
         }
     return rows

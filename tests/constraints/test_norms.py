@@ -119,7 +119,7 @@ def test_any_layout_alike(dtype, p, shape, layout):
 @of_each_order
 @in_each_dtype
 def test_batched_as_row_by_row(dtype, p):
-    for shape in [(9, 5), (3, 2, 17), (4, 40_000)]:
+    for shape in [(9, 5), (3, 2, 17), (4, 40_000), (2, 400, 400)]:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         alone = torch.stack([norm(row, p, x.ndim - 1) for row in x])
         assert equal_bits(norm(x, p, x.ndim - 1), alone)

@@ -55,4 +55,6 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+    # a copy, because one element may have any stride
+    x = x.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
+    return x.reshape(-1).view(torch.uint8)

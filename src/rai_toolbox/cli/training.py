@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rai_toolbox.cli.digits import Digits
 from rai_toolbox.cli.extras import progress
@@ -17,7 +18,7 @@ from rai_toolbox.optim import ClampedParameterOptimizer
 __all__ = ["Run", "accuracy", "train", "violation"]
 
 BATCH = 100
-LR = 2e-3
+LR = 2e-3  # at the start; it falls to 0 along a cosine
 
 
 @dataclass
@@ -52,7 +53,9 @@ def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Ru
     worst = torch.zeros((), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     turn = [bounded, free]
-    with progress("training", total=epochs * (len(digits.labels) // BATCH)) as bar:
+    steps = epochs * (len(digits.labels) // BATCH)
+    schedules = [CosineAnnealingLR(run.optimizer, T_max=steps) for run in turn]
+    with progress("training", total=steps) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(digits.labels), generator=generator)
             for batch in torch.split(order, BATCH):
@@ -65,6 +68,8 @@ def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Ru
                     run.optimizer.step()
                     run.seconds.append(perf_counter() - start)
                 worst = torch.maximum(worst, violation(bounded.net, bound))  # keeps a NaN
+                for schedule in schedules:
+                    schedule.step()
                 turn.reverse()
                 bar.update()
     return bounded, free, worst.item()

@@ -1,0 +1,193 @@
+"""`rai-toolbox demo` on the real digits, and the parts that it is made of."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from rai_toolbox.cli import demo, main, training
+from rai_toolbox.cli.digits import Digits, load_digits
+from rai_toolbox.cli.perturbing import L2, LINF, perturb
+from rai_toolbox.cli.picture import _interval
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "not" / "there yet"
+    state = torch.get_rng_state()
+    assert main(["demo", "--quick", "--out", str(out)]) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(out):
+    return json.loads((out / "demo.json").read_text(encoding="utf-8"))
+
+
+def test_no_weight_ever_leaves_its_bounds(report):
+    bound = report["bound"]
+    assert bound["largest_violation"] == 0
+    assert bound["steps_checked"] == 3 * 4000 / 100
+    assert 0.02 < bound["share_of_weights_on_bound"] < 0.5  # the bounds matter
+    assert report["nets"]["bounded"]["largest_weight"] == bound["clamp_max"]
+    assert report["nets"]["free"]["largest_weight"] > 2 * bound["clamp_max"]
+
+
+def test_both_nets_learn_to_read(report):
+    for net in report["nets"].values():
+        assert net["test_accuracy"] > 0.8
+        assert net["train_accuracy"] > 0.8
+        assert net["step_microseconds"] > 0
+    assert report["step_time_ratio"] > 0
+
+
+def test_perturbations_stay_in_their_balls_and_do_harm(report):
+    rows = report["perturbations"]
+    assert [row["norm"] for row in rows] == ["Linf"] * 6 + ["L2"] * 6
+    for row in rows:
+        assert max(row["largest_excess"].values()) <= 0
+    for first, last in (rows[:6:5], rows[6::5]):
+        assert first["epsilon"] == 0 < last["epsilon"]
+        for name in ("bounded", "free"):
+            assert last["accuracy"][name] < first["accuracy"][name] - 0.5
+
+
+def test_what_is_needed_to_repeat_the_run_is_reported(report):
+    assert report["settings"]["seed"] == 0
+    assert report["settings"]["epochs"] == 3
+    assert report["settings"]["digits_trained_on"] == 4000
+    assert report["settings"]["digits_tested_on"] == 1000
+    assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert set(report["seconds"]) == {"loading", "training", "perturbing", "drawing"}
+
+
+def test_the_picture_is_drawn(out):
+    image = pytest.importorskip("matplotlib.image").imread(out / "demo.png")
+    assert image.shape[:2] == (1152, 1560)
+    assert 0.05 < (image[..., :3].min(-1) < 0.9).mean() < 0.6  # neither blank nor black
+    assert (out / "demo.png").stat().st_size > 50_000
+
+
+# --- the parts
+
+
+def test_the_split_is_fixed_and_stratified():
+    (train, test), (again, _) = load_digits(), load_digits()
+    assert torch.equal(train.images, again.images)
+    for digits, per_class in ((train, 400), (test, 100)):
+        assert digits.images.shape == (10 * per_class, 1, 28, 28)
+        assert digits.images.dtype == torch.float32
+        assert (digits.images.min(), digits.images.max()) == (0, 1)
+        assert digits.labels.bincount().tolist() == [per_class] * 10
+        assert digits.labels[:10].tolist() == list(range(10))
+    both = torch.cat([train.images, test.images]).flatten(1)
+    assert len(both.unique(dim=0)) == 5000  # no digit is in both
+
+
+@pytest.fixture
+def noise():
+    generator = torch.Generator().manual_seed(0)
+    return Digits(torch.rand(200, 1, 28, 28, generator=generator), torch.arange(200) % 10)
+
+
+def test_the_violation_is_measured_not_assumed(noise, monkeypatch):
+    def unconstrained(params, InnerOpt, *, clamp_min, clamp_max, **inner):
+        return InnerOpt(params, **inner)
+
+    monkeypatch.setattr(training, "ClampedParameterOptimizer", unconstrained)
+    _, _, violation = training.train(noise, bound=1 / 16, epochs=1, seed=0)
+    assert violation > 0.1
+
+
+def test_with_bounds_out_of_reach_both_nets_are_the_same(noise):
+    bounded, free, violation = training.train(noise, bound=64.0, epochs=2, seed=3)
+    assert torch.equal(bounded.weights(), free.weights())
+    assert violation == 0
+    assert len(bounded.seconds) == len(free.seconds) == 4
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_violation_is_the_distance_of_the_furthest_weight(value):
+    net = nn.Linear(2, 2)
+    nn.init.zeros_(net.weight)
+    nn.init.constant_(net.bias, value)
+    assert training.violation(net, 1.0) == 0
+    assert training.violation(net, 0.75) == 0.25
+    nn.init.constant_(net.bias, float("nan"))
+    assert training.violation(net, 1.0).isnan()
+
+
+@pytest.mark.parametrize(("ball", "epsilon"), [(LINF, 0.1), (L2, 1.0)])
+def test_perturbing_raises_the_loss_and_leaves_the_net_alone(noise, ball, epsilon):
+    net = training._net(0)
+    delta = perturb(net, noise, ball, epsilon, steps=3)
+    # 0.1 is not a float32: the bounds of elements count as rounded to the dtype
+    assert ball.norms(delta).max() <= torch.tensor(epsilon)
+    assert ball.norms(delta).min() > 0
+    before, after = (
+        cross_entropy(net(images.clamp(0, 1)), noise.labels)
+        for images in (noise.images, noise.images + delta)
+    )
+    assert after > before
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def curve(*accuracies):
+    return [
+        {
+            "norm": "L2",
+            "epsilon": float(i),
+            "accuracy": {"bounded": a, "free": 0.5},
+            "largest_excess": {"bounded": -1e-7, "free": 0.0},
+        }
+        for i, a in enumerate(accuracies)
+    ]
+
+
+def test_accuracy_that_rises_with_epsilon_is_not_hidden():
+    assert list(demo._rises(curve(0.9, 0.8, 0.8))) == []
+    assert list(demo._rises(curve(0.9, 0.25, 0.5))) == [
+        "bounded net, L2: +25.0% from epsilon 1 to 2"
+    ]
+    other_norm = [{**row, "norm": "Linf"} for row in curve(0.1)]
+    assert list(demo._rises(other_norm + curve(0.9))) == []
+
+
+@pytest.mark.parametrize("bad", [1e-12, float("nan")])
+def test_a_broken_constraint_fails_the_run(bad, capsys):
+    report = {"bound": {"largest_violation": 0.0}, "perturbations": curve(0.9)}
+    assert demo._check(report) == 0
+    assert demo._check(report | {"bound": {"largest_violation": bad}}) == 1
+    report["perturbations"][0]["largest_excess"]["free"] = bad
+    assert demo._check(report) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"FAILED: a weight left its bounds by {bad:g}",
+        f"FAILED: L2 epsilon 0, free: too large by {bad:g}",
+    ]
+
+
+def test_interval_is_that_of_wilson():
+    assert _interval(0.5, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
+    assert _interval(0.0, 100)[0] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("missing", ["mlxtend", "matplotlib"])
+def test_a_missing_extra_is_one_clear_line(missing, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing] + [missing]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"rai-toolbox: error: {missing} cannot be imported (")
+    assert line.endswith('): pip install "rai-toolbox[demo]"')
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rai-toolbox: error: ") and "file" in line

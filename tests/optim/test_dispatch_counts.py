@@ -1,0 +1,169 @@
+"""What a step costs, in counts that are the same on every machine: operators, calls and bytes."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from engine_cases import WITH_INNER, WRAPPERS, recording, tensors, unbounded
+from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rai_toolbox.optim import ClampedParameterOptimizer
+
+
+class Operators(TorchDispatchMode):
+    """Notes the name of each operator that is dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operators(opt):
+    opt.step()  # which may make state
+    with Operators() as mode:
+        opt.step()
+    return mode.names
+
+
+def python_calls(opt):
+    """Number of Python and C functions that Python code calls in a step."""
+    opt.step()
+    count = 0
+
+    def note(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        opt.step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# --- small tensors: what is called once per group, not per tensor ------------------------------
+
+ELEMENTWISE = {
+    name: WRAPPERS[name]
+    for name in ("Param", "ClampedParameter", "ClampedGradient", "Signed", "LinfProjected")
+} | {
+    "scale": partial(WRAPPERS["Param"], grad_scale=2.0),
+    "bias": partial(WRAPPERS["Param"], grad_bias=0.5),
+    "one bound": partial(ClampedParameterOptimizer, clamp_min=0.0),
+    "no bounds": unbounded,
+    "all": partial(WRAPPERS["LinfProjected"], grad_scale=2.0, grad_bias=0.5),
+}
+
+
+@pytest.mark.parametrize("inner", [SGD, Adam])
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
+def test_elementwise_transforms_of_many_tensors_add_few_operators(make, inner):
+    def added(n):
+        shapes = [(3, 2)] * n
+        return len(operators(make(tensors(*shapes), InnerOpt=inner))) - len(
+            operators(inner(tensors(*shapes)))
+        )
+
+    assert added(640) - added(128) <= 512 / 8  # one for each tensor would be 512
+
+
+def test_projecting_many_tensors_adds_few_calls():
+    def added(n):
+        shapes = [(3, 2)] * n
+        opt = WRAPPERS["ClampedParameter"](tensors(*shapes))
+        return python_calls(opt) - python_calls(SGD(tensors(*shapes)))
+
+    assert added(640) - added(128) <= 512 / 4
+
+
+def test_hooks_of_a_user_are_called_for_each_tensor():
+    # the slow path, against which the counts above are to be seen
+    log = []
+    recording(log)(tensors(*[(3, 2)] * 50)).step()
+    assert len(log) == 100
+
+
+# --- rows: never a loop over them --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS.keys())
+@pytest.mark.parametrize("param_ndim", [-1, 0, None])
+def test_the_number_of_operators_does_not_depend_on_the_shape(make, param_ndim):
+    def of(*shape):
+        return operators(make(tensors(shape), param_ndim=param_ndim))
+
+    assert of(4, 8) == of(300, 8) == of(4, 70)
+
+
+# --- no waiting for a device -------------------------------------------------------------------
+
+# Each of these hands a value to the host.
+READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero"}
+
+
+@pytest.mark.parametrize("make", WITH_INNER.values(), ids=WITH_INNER.keys())
+@pytest.mark.parametrize("inner", [SGD, partial(SGD, momentum=0.9), partial(Adam, fused=True)])
+def test_a_step_reads_no_tensor(make, inner):
+    opt = make(tensors((3, 2), (2, 2)), InnerOpt=inner, lr=0.1, grad_scale=2.0)
+    with Operators() as first:
+        opt.step()
+    assert not READS.intersection(first.names + operators(opt))
+
+
+def test_the_measure_of_reading_sees_it():
+    with Operators() as mode:
+        bool(torch.ones(2).any())
+    assert READS.intersection(mode.names)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+SIZE = 2**19  # floats: 2 MB
+BIG = {
+    "rows": (lambda: torch.randn(512, 1024), -1),
+    "transposed": (lambda: torch.randn(512, 1024).t(), -1),
+    "sliced": (lambda: torch.randn(512, 2048)[:, ::2], -1),
+    "channels last": (
+        lambda: torch.randn(8, 64, 32, 32).to(memory_format=torch.channels_last),
+        -1,
+    ),
+    "the whole": (lambda: torch.randn(512, 1024), None),
+    "few rows": (lambda: torch.randn(2, SIZE // 2), -1),
+    "one row": (lambda: torch.randn(1, SIZE), -1),
+    "one dim": (lambda: torch.randn(SIZE), None),
+}
+# The others sort: their indices alone take twice the bytes of the entries that they keep.
+FRUGAL = [name for name in WITH_INNER if name not in ("TopQ", "L1qNormed", "Chained")]
+
+
+def allocations(profile):
+    events = profile.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+@pytest.mark.parametrize(("make_tensor", "param_ndim"), BIG.values(), ids=BIG.keys())
+@pytest.mark.parametrize("make", [WITH_INNER[name] for name in FRUGAL], ids=FRUGAL)
+def test_a_step_allocates_nothing_of_the_size_of_a_parameter(make, make_tensor, param_ndim):
+    torch.manual_seed(0)
+    x = make_tensor().requires_grad_()
+    x.grad = torch.randn_like(x)
+    opt = make([x], lr=0.1, param_ndim=param_ndim, grad_scale=2.0)
+    opt.step()
+    x.grad.normal_()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        opt.step()
+    assert max(allocations(profile), default=0) <= 4 * SIZE / 4
+
+
+def test_the_measure_of_memory_sees_what_an_operator_needs_in_passing():
+    x = torch.zeros(SIZE)
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        torch.linalg.vector_norm(x, dtype=torch.float64)  # converts all of x first
+    assert max(allocations(profile)) == 8 * SIZE
