@@ -20,7 +20,7 @@ Samples = dict[str, list[float]]  # seconds per call, one entry a round
 Progress = Callable[[int, int], object]
 
 SAMPLE_S = 0.01  # a sample is repeated calls for at least this long
-MIN_ROUNDS, MAX_ROUNDS = 7, 400
+MIN_ROUNDS, MAX_ROUNDS = 5, 400
 
 
 def silent(done: int, total: int) -> None:

@@ -152,7 +152,11 @@ CASES = {
     "L1FrankWolfe": Case(optim.L1FrankWolfe, {"epsilon": 0.9}, [largest_sign, times(0.9)]),
     "L2FrankWolfe": Case(optim.L2FrankWolfe, {"epsilon": 0.9}, [unit(2), times(0.9)]),
     "LinfFrankWolfe": Case(
-        optim.LinfFrankWolfe, {"epsilon": 0.9}, [sign, times(0.9)], keeps_zero=True
+        optim.LinfFrankWolfe,
+        {"epsilon": 0.9},
+        [sign, times(0.9)],
+        elementwise=True,
+        keeps_zero=True,
     ),
     "L1qFrankWolfe": Case(
         optim.L1qFrankWolfe,

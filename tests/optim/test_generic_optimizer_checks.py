@@ -33,7 +33,7 @@ from rai_toolbox.optim import ParamTransformingOptimizer
 plain = partial(ParamTransformingOptimizer, param_ndim=None)
 WRAPPERS = {"plain": plain, "unbounded": unbounded}
 
-TWO_DIMS = ((3, 4), (2, 3), (1, 1), (2, 2))
+TWO_DIMS = ((3, 4), (1, 1), (2, 2))
 ANY_DIMS = ((3, 4), (), (0, 3), (2,), (2, 1, 3), (2, 2))
 
 
@@ -65,6 +65,7 @@ def over(wanted=lambda kwargs: True, wrappers=WRAPPERS, of=lambda info: True):
                 except Exception as error:
                     raise AssertionError(f"{info.name}, {desc}: {kwargs}") from error
 
+        test.__doc__ = law.__doc__
         return test
 
     assert infos
@@ -193,7 +194,7 @@ def test_each_group_goes_by_its_own_options(wrapper, info, kwargs):
             kwargs,
             groups=lambda ps, own=own: [{"params": ps[:1], **own}] + [{"params": ps[1:]}],
         )
-        theirs.optimizer = bare(theirs.params[:1], info.optim_cls, **kwargs | own)
+        theirs.optimizer = bare(theirs.params[:1], info.optim_cls, **copy.deepcopy(kwargs) | own)
         others = bare(theirs.params[1:], info.optim_cls, **copy.deepcopy(kwargs))
         schedules = [
             lr_scheduler.StepLR(each, step_size=1, gamma=0.5)
@@ -214,11 +215,11 @@ def test_a_tensor_as_lr_is_as_good_as_a_number(wrapper, info, kwargs):
     if kwargs.get("foreach") and info.optim_cls in (Adam, AdamW):
         return  # refused by torch; among the inputs that err
     lr = kwargs.get("lr", inspect.signature(info.optim_cls).parameters["lr"].default)
-    number = Training.start(wrapper, info, kwargs).steps(3)
+    number = Training.start(wrapper, info, kwargs).steps(2)
     for shape in ((), (1,)):
         tensor = torch.full(shape, lr)
         mine, theirs = both(wrapper, info, kwargs | {"lr": tensor.clone()})
-        assert_same(mine.steps(3), theirs.steps(3))
+        assert_same(mine.steps(2), theirs.steps(2))
         assert_close(mine.params, number.params)
 
         mine.optimizer.param_groups[0]["lr"] = tensor
@@ -256,8 +257,7 @@ def test_without_gradients_nothing_happens(wrapper, info, kwargs):
     mine, theirs = both(wrapper, info, kwargs, shapes=shapes_for(info))
     before = copied(mine.params)
     for training in (mine, theirs):
-        closure = lambda: torch.ones(())  # noqa: E731
-        training.optimizer.step(closure)
+        training.optimizer.step(lambda: torch.ones(()))
     assert same_bits(copied(mine.params), before)
     assert_same(mine, theirs)
 
@@ -338,7 +338,8 @@ def test_differentiable(wrapper, info, kwargs):
         optimizer.step()
         return p, *(value for value in optimizer.state[p].values() if value.requires_grad)
 
-    leaves = [torch.rand(2, 2, dtype=torch.float64) + 0.5 for _ in ("start", "grad", *names)]
+    # close to .8, whose square is less: as the state of a centered RMSprop must be
+    leaves = [0.8 + torch.rand(2, 2, dtype=torch.float64) / 20 for _ in ("p", "grad", *names)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(partial(step, wrapper), leaves)
     assert same_bits(copied(step(wrapper, *leaves)), copied(step(bare, *leaves)))
@@ -422,7 +423,7 @@ def test_saving_is_deterministic(wrapper, info, kwargs):
     assert_same(resumed.steps(2), training.steps(2))
 
 
-NAMES = ["weight", "bias", "scale", "unused"]
+NAMES = ["weight", "bias", "unused"]
 
 
 def named(params):
@@ -479,9 +480,11 @@ def test_step_hooks(wrapper, info, kwargs):
             register_optimizer_step_post_hook(note("global post")),
             register_optimizer_step_pre_hook(note("global pre")),
         ]
-        training.steps(2)
-        for handle in handles:
-            handle.remove()
+        try:
+            training.steps(2)
+        finally:
+            for handle in handles:
+                handle.remove()
         training.steps(1)
         orders.append(seen)
     assert orders[0] == orders[1] == ["global pre", "pre", "post", "global post"] * 2

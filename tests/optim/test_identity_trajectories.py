@@ -109,12 +109,14 @@ PAIRS = [
     if case.model != "sparse" or name in WRAPPERS_FOR_SPARSE
 ]
 INTERRUPTIBLE = [pair for pair in PAIRS if pair.values[1] != "around_an_instance"]  # as unbounded
-DTYPES = [
-    pytest.param(Case(cls, how, "dtypes"), name, id=f"{cls.__name__}-{how}-{name}")
+MIXED_DTYPES = [
+    Case(cls, OPTIONS[cls][-1] | how, "dtypes")
     for cls in OPTIONS
     if cls not in MODELS
     for how in implementations(cls)
-    for name in WRAPPERS
+]
+DTYPES = [
+    pytest.param(case, name, id=f"{case}-{name}") for case in MIXED_DTYPES for name in WRAPPERS
 ]
 
 
@@ -128,15 +130,9 @@ def parameters(model):
         dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16)
         tensors = [torch.randn(3, 4).to(dtype) for dtype in dtypes]
     else:
-        image, matrix = torch.randn(4, 3, 2, 2), torch.randn(3, 4)
-        tensors = [
-            torch.randn(5, 3),
-            torch.randn(1),
-            image,
-            matrix,
-            torch.randn(6, 4),
-            torch.ones(2),
-        ]
+        shapes = [(5, 3), (1,), (4, 3, 2, 2), (3, 4), (6, 4), (2,)]
+        tensors = [torch.randn(shape) for shape in shapes]
+        tensors[-1][0] = -0.0  # which adding 0 would change
         if model != "contiguous":
             tensors[2] = tensors[2].to(memory_format=torch.channels_last)
             tensors[3] = tensors[3].t()
@@ -311,7 +307,7 @@ def test_capturable_is_refused_on_a_cpu_as_by_the_bare_optimizer(cls, name):
 
 
 def test_the_comparison_tells_trajectories_apart():
-    """One unit in the last place of a gradient, or a word in the state, is a difference."""
+    """A last digit of the gradients, or a word in the state, is a difference."""
     case = Case(optim.SGD, {"momentum": 0.9})
     off = Run.start(case, partial(ParamTransformingOptimizer, grad_scale=1 + 2**-22))
     seen = set(differences(off.steps(STEPS).snapshot(), bare_trajectory(case)[-1]))

@@ -335,6 +335,13 @@ def test_a_closure_is_evaluated_with_grad_and_its_value_returned(passed, caller)
     assert log[1][1] == expected
 
 
+def test_a_closure_gets_grad_also_from_an_inner_that_does_not_switch_it_on():
+    (x,) = tensors(2)
+    opt = ParamTransformingOptimizer([x], Plain, log=[])
+    with torch.no_grad():
+        assert opt.step(lambda: x.square().sum()).requires_grad
+
+
 @by_name
 def test_step_returns_what_the_closure_returned_and_none_without(make):
     opt = make(tensors((3, 2)))

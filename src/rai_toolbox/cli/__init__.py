@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("out"), help="folder of the results (default: %(default)s)"
     )
     demo.add_argument(
-        "--epochs", type=_epochs, help="passes over the training digits (default: 12, quick: 3)"
+        "--epochs", type=_epochs, help="passes over the training digits (default: 12, quick: 2)"
     )
     demo.add_argument(
         "--seed", type=_seed, default=0, help="of weights and batches (default: %(default)s)"

@@ -117,11 +117,13 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
         )
     for side in (-bound, bound):
         axes.axvline(side, color="0.2", linestyle="--", linewidth=1)
-    share = report["bound"]["share_of_weights_on_bound"]
+    exactly = report["bound"]["share_of_weights_on_bound"]
+    nearly = report["bound"]["share_of_weights_within_1_percent"]
     _title(
         axes,
-        f"{share:.0%} of the bounded net's weights lie exactly on a bound\n"
-        f"(dashed); the free net's weights reach {report['nets']['free']['largest_weight']:.2f}",
+        f"{nearly:.0%} of the bounded net's weights end within 1% of a bound\n"
+        f"(dashed), {exactly:.0%} exactly on it; the free net's reach "
+        f"{report['nets']['free']['largest_weight']:.2f}",
     )
     axes.set_xlabel(f"weight (those beyond ±{reach:.2f} are counted in the outermost bins)")
     ticks = [i * bound for i in range(-3, 4)]
@@ -157,7 +159,7 @@ def _digits(figure: Any, place: Any, examples: list[Example]) -> None:
                 bbox={"boxstyle": "round", "color": WRONG if wrong else "0.35"},
             )
             if j == 0:
-                axes.set_ylabel(example.title)
+                axes.set_ylabel(example.title.replace("Linf", NORM["Linf"]))
             if i == j == 0:
                 _title(
                     axes,

@@ -18,7 +18,7 @@ from rai_toolbox.optim import ClampedParameterOptimizer
 __all__ = ["Run", "accuracy", "train", "violation"]
 
 BATCH = 100
-LR = 2e-3  # at the start; it falls to 0 along a cosine
+LR = 5e-3  # at the start; it falls to 0 along a cosine
 
 
 @dataclass
