@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,15 +17,6 @@ def are_plain(tensors: list[Tensor]) -> bool:
     the compiler fuses on its own, so that the simplest form is the best one.
     """
     return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
-
-
-def below_autograd() -> AbstractContextManager[object]:
-    """Spare writes in place the dispatch to autograd, where nothing is to be differentiated.
-
-    It costs a third of an operator on a small tensor, also under `no_grad`. Tensors written to
-    stay normal tensors, and their version counters still count.
-    """
-    return nullcontext() if torch.is_grad_enabled() else torch.inference_mode()
 
 
 def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:

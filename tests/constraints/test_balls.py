@@ -45,11 +45,11 @@ def projected(x, epsilon, ndim=1):
 def slack(epsilon, dtype, size):
     """How far from the exact projection rounding may lead.
 
-    By a few units of an entry as large as epsilon, those of the sum of squares in float64, and
-    the spacing of subnormal numbers.
+    Half a unit for the products and half a one for the margin against it; as much and a half for
+    the factor, which has float32 at least; the sum of squares in float64; subnormal numbers.
     """
     info = torch.finfo(dtype)
-    relative = 4 * info.eps + size * 2**-52
+    relative = info.eps + 2 * min(info.eps, 2**-23) + size * 2**-52
     return relative * epsilon + 2 * info.smallest_normal * info.eps * math.sqrt(size)
 
 

@@ -101,9 +101,14 @@ def no_number(cls, name, values=NOT_NUMBERS):
 
 def out_of_range(cls, name, rule, values, **more):
     return [
-        Bad(cls, {name: v, **more}, ValueError, (f"`{name}` must ", rule, f"got {v!r}"))
+        Bad(cls, {name: v, **more}, ValueError, (f"`{name}` must ", rule, _shown(v)))
         for v in values
     ]
+
+
+def _shown(value):
+    """What errors show: the value, or in the place of another library's number Python's own."""
+    return f"{value.item()}" if hasattr(value, "item") else f"got {value!r}"
 
 
 TABLE: list[Bad] = []

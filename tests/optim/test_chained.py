@@ -330,11 +330,11 @@ NESTED = {  # each equals the chain of the members in a row
     "param_ndim within and before": (
         [
             partial(L1NormedGradientOptim, param_ndim=None),
-            partial(Chain, partial(TopQGradientOptimizer, q=0.5, param_ndim=0), RowMaximum),
+            partial(Chain, partial(TopQGradientOptimizer, q=0.4, param_ndim=0), RowMaximum),
         ],
         [
             partial(L1NormedGradientOptim, param_ndim=None),
-            partial(TopQGradientOptimizer, q=0.5, param_ndim=0),
+            partial(TopQGradientOptimizer, q=0.4, param_ndim=0),
             RowMaximum,
         ],
     ),

@@ -98,6 +98,15 @@ def test_transform_inner_step_and_projection_are_one_graph(name, inner):
     assert not expected - Counter(graph)
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["lr", "tensor lr"])
+def test_the_start_of_a_warm_up_is_one_graph_too(lr):
+    # Eagerly, such a step is told from that of a distributed checkpoint by a look at values.
+    _, _, breaks_of_inner = bare_run(SGD)
+    graphs, breaks = compiled_run(ClampedParameterOptimizer(tensors(*SHAPES), lr=lr, clamp_max=0.5))
+    assert breaks == breaks_of_inner
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("bounds", [(0.0, torch.inf), (-torch.inf, 1.0), (-1e6, 1e6)], ids=str)
 def test_bounds_that_half_precision_cannot_hold_are_in_the_graph_too(bounds):
     _, _, breaks_of_inner = bare_run(SGD)

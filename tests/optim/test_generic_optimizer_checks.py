@@ -42,7 +42,9 @@ def inputs(info):
     options = _get_optim_inputs_including_global_cliquey_kwargs(
         "cpu", torch.float32, info, skip=("differentiable",)
     )
-    yield from ((each.desc, each.kwargs) for each in options)
+    for each in options:  # 5 inner iterations of LBFGS show what its 20 do
+        short = {"max_iter": 5} if info.step_requires_closure else {}
+        yield each.desc, each.kwargs | short
     if "foreach" in info.supported_impls:
         for each in info.optim_inputs_func("cpu"):
             yield f"{each.desc} & foreach", each.kwargs | {"foreach": True}
@@ -73,7 +75,7 @@ def over(wanted=lambda kwargs: True, wrappers=WRAPPERS, of=lambda info: True):
 
 
 def over_defaults(law):
-    return over(lambda kwargs: not any(kwargs.values()))(law)
+    return over(lambda kwargs: not any(kwargs[name] for name in kwargs.keys() - {"max_iter"}))(law)
 
 
 def takes(info, name):
@@ -108,11 +110,12 @@ class Training:
 
     @classmethod
     def start(cls, make, info, kwargs, *, groups=list, shapes=TWO_DIMS, dtype=None, strided=False):
-        torch.manual_seed(0)
+        # (not `torch.manual_seed`: that formats a traceback for each kind of device)
+        randn = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=dtype)
         if strided:
-            tensors = [torch.randn(*shape, 2)[..., 0] for shape in shapes]
+            tensors = [randn((*shape, 2))[..., 0] for shape in shapes]
         else:
-            tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+            tensors = [randn(shape) for shape in shapes]
         params = [nn.Parameter(tensor) for tensor in tensors]
         optimizer = make(groups(params), info.optim_cls, **copy.deepcopy(kwargs))
         return cls(params, optimizer, info.only_supports_sparse_grads)
@@ -164,9 +167,12 @@ def assert_same(mine, theirs):
 
 @over()
 def test_the_loss_goes_in_the_right_direction(wrapper, info, kwargs):
-    ways = [(False, schedules) for schedules in ((), *info.scheduler_inputs)]
-    # the fused kernels ignore strides, so that they go wrong on a slice, wrapped or not
-    for strided, schedules in ways + ([] if kwargs.get("fused") else [(True, ())]):
+    ways = [(False, ())]
+    if not (kwargs.get("foreach") or kwargs.get("fused")):
+        ways += [(False, schedules) for schedules in info.scheduler_inputs]
+    if not kwargs.get("fused"):  # whose kernels ignore strides: they go wrong on a slice, bare too
+        ways += [(True, ())]
+    for strided, schedules in ways:
         training = Training.start(wrapper, info, kwargs, strided=strided)
         before = training.loss()
         training.steps(5, [make(training.optimizer) for make in schedules])
@@ -299,8 +305,7 @@ def test_sparse_gradients(wrapper, info, kwargs):
     kwargs = {k: v for k, v in kwargs.items() if k in ("foreach", "lr", "maximize")} | options
     runs = []
     for make in (wrapper, bare):
-        torch.manual_seed(0)
-        table = nn.Parameter(torch.randn(6, 2))
+        table = nn.Parameter(torch.linspace(-2, 2, 12).view(6, 2))
         optimizer = make([table], info.optim_cls, **copy.deepcopy(kwargs))
         schedulers = [schedule(optimizer) for schedule in schedules]
         far = table.norm()
@@ -374,10 +379,6 @@ def test_a_copy_has_all_public_attributes(wrapper, info, kwargs):
     assert same_bits(twin.optimizer.defaults, training.optimizer.defaults)
 
 
-def as_it_is(state_dict, info):
-    return state_dict
-
-
 def through_a_file(state_dict, info):
     file = io.BytesIO()
     torch.save(state_dict, file)
@@ -403,7 +404,7 @@ def of_an_older_torch(state_dict, info):
 @over()
 def test_a_loaded_state_goes_on_as_the_bare_one(wrapper, info, kwargs):
     mine, theirs = (each.steps(2) for each in both(wrapper, info, kwargs))
-    for version in (as_it_is, through_a_file, of_an_older_torch):
+    for version in (through_a_file, of_an_older_torch):
         saved = [version(copied(each.optimizer.state_dict()), info) for each in (mine, theirs)]
         before = copied(saved[0])
         resumed = mine.resumed_by(wrapper, info, kwargs, saved[0])
@@ -415,7 +416,7 @@ def test_a_loaded_state_goes_on_as_the_bare_one(wrapper, info, kwargs):
 
 @over()
 def test_saving_is_deterministic(wrapper, info, kwargs):
-    """Saved, loaded and saved again is the same, and so is the run that goes on."""
+    """Saved, loaded and saved again it is the same, and so is the run that goes on."""
     training = Training.start(wrapper, info, kwargs).steps(2)
     saved = copied(training.optimizer.state_dict())
     resumed = training.resumed_by(wrapper, info, kwargs, saved)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.norms import norm, scale_dtype
 
 
@@ -20,10 +21,11 @@ def project_l2_ball_(x: Tensor, epsilon: float, ndim: int) -> Tensor:
     if ndim == 0:
         project_l2_ball_(x.unsqueeze(-1), epsilon, 1)
         return x
-    # Autograd keeps what a norm was taken of, so that x itself may not be written then.
-    length = norm(x.clone() if torch.is_grad_enabled() else x, 2, ndim)
-    factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / length
-    return x.mul_(torch.where(length <= epsilon, 1.0, factor).to(scale_dtype(x)))
+    length = norm(readable(x), 2, ndim)
+    inside = length <= epsilon
+    outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
+    factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / outer
+    return x.mul_(torch.where(inside, 1.0, factor).to(scale_dtype(x)))
 
 
 def _inward(epsilon: float, x: Tensor, size: int) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rai_toolbox.foreach import are_plain, below_autograd, in_chunks
+from rai_toolbox.autograd import below_autograd
+from rai_toolbox.foreach import are_plain, in_chunks
 
 # Two passes of a foreach kernel (min, then max) are quicker than one `clamp_` per tensor up to
 # about this many elements; beyond it the second pass over memory costs more than the dispatch.

@@ -25,22 +25,25 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     """p-norm over the last `ndim` >= 1 dims, which are kept with size 1.
 
     It is accumulated and returned in float64, so that entries of 1e20 or 1e-25 in float32, and
-    any entries in float16 and bfloat16, have the norm that they have on paper.
+    any entries in float16 and bfloat16, have the norm that they have on paper. The order of the
+    sums is that of the indices, so that the result does not depend on strides, bit for bit.
     """
-    blocks = max(1, x.numel() // _BLOCK)
-    if blocks == 1 or x.ndim < 2 or type(x) not in (Tensor, torch.nn.Parameter):
-        return _norm(x, p, ndim)
-    rows = max(1, x.shape[0] // blocks)
-    parts = [_norm(block, p, ndim) for block in torch.split(x, rows)]
-    if ndim < x.ndim:
-        return torch.cat(parts)
-    return _norm(torch.cat(parts), p, ndim)  # the p-norm of the blocks' p-norms
+    batch = x.shape[: x.ndim - ndim]
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return _norm(x, p, tuple(range(-ndim, 0)))  # no blocks: of shards, or in a fused kernel
+    rows = x.reshape(batch.numel(), x.shape[x.ndim - ndim :].numel()).contiguous()
+    if rows.shape[0] == 1:  # the p-norm of the blocks' p-norms
+        blocks = [_norm(block, p, (1,)) for block in torch.split(rows, _BLOCK, dim=1)]
+        length = _norm(torch.cat(blocks, dim=1), p, (1,))
+    else:
+        height = max(1, _BLOCK // max(1, rows.shape[1]))
+        length = torch.cat([_norm(block, p, (1,)) for block in torch.split(rows, height)])
+    return length.view(*batch, *[1] * ndim)
 
 
-def _norm(x: Tensor, p: float, ndim: int) -> Tensor:
+def _norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
     dtype = torch.complex128 if x.is_complex() else torch.float64
     if x.device.type == "mps":  # which has no float64
         dtype = torch.float32
-    dim = tuple(range(-ndim, 0))
     length: Tensor = torch.linalg.vector_norm(x, p, dim=dim, keepdim=True, dtype=dtype)
     return length

@@ -68,7 +68,8 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     args: tuple[Any, ...] = () if closure is None else (closure,)
     own = inner.__dict__.get("step")
     if own is not None:
-        if not getattr(own, "_wrapped_by_lr_sched", False):
+        scheduled = getattr(own, "_wrapped_by_lr_sched", False)
+        if not (scheduled and own.__wrapped__ is type(inner).step):
             return own(*args)  # somebody's replacement, to be called as it is
         inner._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper does
     step = _unhooked_step(type(inner))

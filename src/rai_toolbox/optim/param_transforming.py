@@ -234,31 +234,31 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         )
 
     def _gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """What there is to transform of each parameter's gradient."""
+        """What there is to transform of each parameter's gradient, fit to be written to."""
         grads: list[Any] = [param.grad for param in params]
-        if torch.is_grad_enabled():  # differentiable: keep the graph's own tensors as they are
-            grads = [grad.clone() for grad in grads]
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
-        if all(grad.layout is torch.strided for grad in grads):
-            return grads
-        keeps_zero = (
-            not self._overrides("_pre_step_transform_")
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            if grad.layout is not torch.strided:
+                grads[i] = self._sparse_values(param, grad, group)
+            elif torch.is_grad_enabled() or 0 in grad.stride():
+                # Differentiable steps leave the graph's own tensor as it is; an expanded tensor
+                # has several elements in one place.
+                grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
+        return grads
+
+    def _sparse_values(self, param: Tensor, grad: Tensor, group: Group) -> Tensor:
+        if not (
+            grad.layout is torch.sparse_coo
             and self._keeps_zero(group)
             and group["grad_bias"] == 0.0
-        )
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            if grad.layout is torch.strided:
-                continue
-            if not (keeps_zero and grad.layout is torch.sparse_coo):
-                label = labels(group)[next(j for j, p in enumerate(group["params"]) if p is param)]
-                raise ValueError(
-                    f"{type(self).__name__} needs dense gradients (only elementwise transforms "
-                    f"that map 0 to 0 take sparse COO ones), got {grad.layout} for {label}"
-                )
-            param.grad = grad.coalesce()
-            grads[i] = param.grad._values()
-        return grads
+            and not self._overrides("_pre_step_transform_")
+        ):
+            label = labels(group)[next(i for i, p in enumerate(group["params"]) if p is param)]
+            raise ValueError(
+                f"{type(self).__name__} needs dense gradients (only elementwise transforms "
+                f"that map 0 to 0 take sparse COO ones), got {grad.layout} for {label}"
+            )
+        param.grad = grad.coalesce()
+        return param.grad._values()
 
     def _transform_group_gradients_(
         self, params: list[Tensor], grads: list[Tensor], group: Group

@@ -21,6 +21,13 @@ class REQUIRED:
     """
 
 
+def as_plain(value: Any) -> Any:
+    """A number of another library as Python's own: checkpoints hold plain data and tensors only."""
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return float(value)
+
+
 def check_number(name: str, value: object) -> float:
     """Return `value` if it is a real number other than NaN."""
     if not isinstance(value, Real) or isinstance(value, bool):

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from rai_toolbox.autograd import readable
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.norms import norm, scale_dtype
@@ -23,6 +24,12 @@ def sign_(grads: list[Tensor]) -> None:
     if grads[0].is_complex():
         for grad in grads:
             grad.sgn_()
+    elif torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
+        for grad in grads:
+            signs = grad.detach().clone()
+            with torch.no_grad():
+                sign_([signs])
+            grad.copy_(signs)
     else:  # two factors lift even the smallest subnormal number of any dtype beyond 1
         largest = torch.finfo(grads[0].dtype).max
         mul_(grads, largest)
@@ -41,8 +48,7 @@ def normalize_(
 def _normalize_(grad: Tensor, p: float, ndim: int, div_by_zero_eps: float) -> None:
     if ndim == 0:
         grad, ndim = grad.unsqueeze(-1), 1
-    # Autograd keeps what a norm was taken of, so that grad itself may not be written then.
-    length = norm(grad.clone() if torch.is_grad_enabled() else grad, p, ndim)
+    length = norm(readable(grad), p, ndim)
     dtype = scale_dtype(grad)
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
     grad.div_(divisor.clamp(max=torch.finfo(dtype).max).to(dtype))
@@ -58,7 +64,7 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
     if keep == rows.shape[1]:
         return
     index = rows.detach().abs().topk(keep, dim=1, sorted=False).indices
-    kept = rows.gather(1, index)
+    kept = readable(rows).gather(1, index)
     rows.zero_().scatter_(1, index, kept)
     if copied:
         grad.copy_(rows.view(grad.shape))
@@ -74,7 +80,7 @@ def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
     if rows.shape[1] == 0:
         return
     index = rows.detach().abs().argmax(dim=1, keepdim=True)
-    kept = rows.gather(1, index)
+    kept = readable(rows).gather(1, index)
     sign_([kept])
     rows.zero_().scatter_(1, index, kept)
     if copied:

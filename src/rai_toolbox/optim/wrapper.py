@@ -17,7 +17,7 @@ from rai_toolbox.optim.inner import (
     own_state,
     picklable_state,
 )
-from rai_toolbox.optim.settings import REQUIRED
+from rai_toolbox.optim.settings import REQUIRED, as_plain
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
@@ -226,6 +226,7 @@ class OptimizerWrapper(Optimizer):
                     f"`{name}` must be given, to {type(self).__name__} or in every parameter "
                     f"group, got a group without it"
                 )
+            group[name] = as_plain(group[name])
         named = all(isinstance(param, tuple) for param in given)
         tensors = [param[1] for param in given] if named else given
         names = {"param_names": [param[0] for param in given]} if given and named else {}
