@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> N
 
     The bounds count as rounded to each tensor's dtype. NaN stays NaN.
     """
-    if any(bound is not None and abs(bound) > _FLOAT16_MAX for bound in (lower, upper)):
+    if any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
             tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
     elif are_plain(tensors) and max(map(Tensor.numel, tensors), default=0) <= _SMALL:
@@ -35,4 +37,6 @@ def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> N
 
 
 def _rounded(bound: float | None, dtype: torch.dtype) -> float | None:
-    return None if bound is None else torch.tensor(bound, dtype=dtype).item()
+    if bound is None or abs(bound) == inf or abs(bound) <= torch.finfo(dtype).max:
+        return bound
+    return torch.tensor(bound, dtype=dtype).item()

@@ -28,17 +28,20 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     any entries in float16 and bfloat16, have the norm that they have on paper. The order of the
     sums is that of the indices, so that the result does not depend on strides, bit for bit.
     """
-    batch = x.shape[: x.ndim - ndim]
     if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return _norm(x, p, tuple(range(-ndim, 0)))  # no blocks: of shards, or in a fused kernel
-    rows = x.reshape(batch.numel(), x.shape[x.ndim - ndim :].numel()).contiguous()
-    if rows.shape[0] == 1:  # the p-norm of the blocks' p-norms
-        blocks = [_norm(block, p, (1,)) for block in torch.split(rows, _BLOCK, dim=1)]
-        length = _norm(torch.cat(blocks, dim=1), p, (1,))
-    else:
-        height = max(1, _BLOCK // max(1, rows.shape[1]))
-        length = torch.cat([_norm(block, p, (1,)) for block in torch.split(rows, height)])
-    return length.view(*batch, *[1] * ndim)
+    return _blockwise(x, p, ndim)
+
+
+def _blockwise(x: Tensor, p: float, ndim: int) -> Tensor:
+    if x.numel() <= _BLOCK:
+        return _norm(x.contiguous(), p, tuple(range(-ndim, 0)))
+    dim = next(i for i, size in enumerate(x.shape) if size > 1)
+    height = max(1, _BLOCK * x.shape[dim] // x.numel())
+    lengths = torch.cat([_blockwise(b, p, ndim) for b in torch.split(x, height, dim)], dim)
+    if dim < x.ndim - ndim:
+        return lengths
+    return _norm(lengths, p, (dim,))  # the p-norm of the blocks' p-norms
 
 
 def _norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:

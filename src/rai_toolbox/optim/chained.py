@@ -82,10 +82,11 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             _own_settings(member, factory)
             for member, factory in zip(self._members, transforming_optimizers, strict=True)
         ]
-        claims = Counter(name for settings in own for name in settings)
-        claims.update({"param_ndim": 1, **dict.fromkeys(_NEUTRAL, 1)})  # the chain's own
+        # A nested chain's names that have a number already get another one: 0.1.clamp_max.
+        self._claims = Counter(_base(name) for settings in own for name in settings)
+        self._claims.update({"param_ndim": 1, **dict.fromkeys(_NEUTRAL, 1)})  # the chain's own
         self._names = tuple(
-            {name: name if claims[name] == 1 else f"{i}.{name}" for name in settings}
+            {name: name if self._claims[name] == 1 else f"{i}.{name}" for name in settings}
             for i, settings in enumerate(own)
         )
         settings = {
@@ -99,7 +100,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             param_ndim=param_ndim,
             grad_scale=grad_scale,
             grad_bias=grad_bias,
-            defaults={**settings, **(defaults or {})},
+            defaults={**settings, **self._spelled(defaults or {})},
             **inner_opt_kwargs,
         )
 
@@ -119,26 +120,53 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        owners = Counter(name for names in self._names for name in names)
-        for name in sorted(owners.keys() & group.keys()):
-            if owners[name] > 1 and name not in ("param_ndim", *_NEUTRAL):
-                spelled = [names[name] for names in self._names if name in names]
+        stored = [name for names in self._names for name in names.values()]
+        hooked = self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_")
+        for name in stored:
+            if hooked and _base(name) == "param_ndim" and group[name] != group["param_ndim"]:
                 raise ValueError(
-                    f"`{name}` must be spelled as one of {', '.join(spelled)}, because several "
-                    f"members have it; got {name}={group[name]!r}"
+                    f"`{name}` must equal `param_ndim`, because the hooks of {type(self).__name__} "
+                    f"get a view of it, got {name}={group[name]} and "
+                    f"param_ndim={group['param_ndim']}"
                 )
+        inner = self.__dict__.get("inner_opt")
+        if not isinstance(inner, _NoInner):
+            of_inner = set() if inner is None else inner.defaults.keys() - self._settings.keys()
+            for name in sorted(self._claims.keys() & group.keys() - of_inner):
+                if self._claims[name] > 1 and name not in ("param_ndim", *_NEUTRAL):
+                    spelled = [other for other in stored if _base(other) == name]
+                    raise ValueError(
+                        f"`{name}` must be spelled as one of {', '.join(spelled)}, because several "
+                        f"members have it; got {name}={group[name]!r}"
+                    )
         for member, members_group in self._each_member(group):
             member._check_group(members_group)
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
-        if isinstance(param_group, Mapping):  # a number is welcome where none is needed, too
-            plain = {
-                f"{i}.{name}": stored
-                for i, names in enumerate(self._names)
-                for name, stored in names.items()
-            }
-            param_group = {plain.get(name, name): v for name, v in param_group.items()}
+        if isinstance(param_group, Mapping):
+            param_group = self._spelled(param_group)
         return super()._completed(param_group)
+
+    def _spelled(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by the names under which groups hold them; a number needs not be left out."""
+        known = {
+            spelled: stored
+            for i, names in enumerate(self._names)
+            for name, stored in names.items()
+            for spelled in (f"{i}.{name}", stored)
+        }
+        settings: dict[str, Any] = {}
+        for name, value in given.items():
+            stored = known.get(name, name)
+            if stored in settings:
+                raise ValueError(f"`{stored}` must be given once, got it as `{name}` too")
+            if stored not in known and name.partition(".")[0].isdigit():
+                raise ValueError(
+                    f"`{name}` must be a setting of a member (one of {', '.join(sorted(known))}), "
+                    f"got {name}={value!r}"
+                )
+            settings[stored] = value
+        return settings
 
     def _keeps_zero(self, optim_group: Group) -> bool:
         return all(
@@ -155,12 +183,13 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             for name, value in member._extra_state().items()
         }
 
+    def _check_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        for i, member in enumerate(self._members):
+            member._check_extra_state(_of_member(extra, i))
+
     def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         for i, member in enumerate(self._members):
-            prefix = f"{i}."
-            member._load_extra_state(
-                {k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)}
-            )
+            member._load_extra_state(_of_member(extra, i))
 
     def _repr_name(self) -> str:
         if type(self) is not ChainedParamTransformingOptimizer:
@@ -198,6 +227,16 @@ class _NoInner(Optimizer):
     def __init__(self) -> None:
         super().__init__([{"params": []}], {})
         self.param_groups.clear()
+
+
+def _base(name: str) -> str:
+    """A setting's name without the numbers of members."""
+    return name.rpartition(".")[2]
+
+
+def _of_member(extra: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+    prefix = f"{i}."
+    return {k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)}
 
 
 def _make_member(factory: object) -> ParamTransformingOptimizer:

@@ -11,8 +11,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
 
 from rai_toolbox.optim.inner import not_compiled
-from rai_toolbox.optim.settings import TINY, check_non_negative, check_number, is_zero_on_host
-from rai_toolbox.optim.wrapper import Group, Params
+from rai_toolbox.optim.settings import (
+    TINY,
+    as_plain,
+    check_finite,
+    check_non_negative,
+    check_number,
+    is_zero_on_host,
+)
+from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 
 class FrankWolfe(Optimizer):
@@ -72,7 +79,7 @@ class FrankWolfe(Optimizer):
             "div_by_zero_eps": div_by_zero_eps,
             "differentiable": False,
         }
-        super().__init__(cast(Any, params), defaults)
+        super().__init__(cast(Any, as_groups(params)), defaults)
 
     @not_compiled
     def add_param_group(self, param_group: Group) -> None:
@@ -83,11 +90,16 @@ class FrankWolfe(Optimizer):
         param_group : dict
             `params`, and any settings. It is not modified.
         """
-        group = self.defaults | param_group
-        check_number("lmo_scaling_factor", group["lmo_scaling_factor"])
-        check_non_negative("div_by_zero_eps", group["div_by_zero_eps"])
-        _check_lr(group)
-        super().add_param_group(dict(param_group))
+        group = self.defaults | checked_group(param_group)
+        for name in ("lr", "lmo_scaling_factor", "div_by_zero_eps"):
+            group[name] = as_plain(group[name])
+        _check(group)
+        super().add_param_group(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state.get("param_groups", ()):  # of a checkpoint, among others
+            _check({**self.__dict__.get("defaults", state.get("defaults", {})), **group})
+        super().__setstate__(state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -109,12 +121,13 @@ class FrankWolfe(Optimizer):
         float or None
             What the closure returned.
         """
+        for group in self.param_groups:
+            check_lr(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_lr(group)
             params: list[Tensor] = []
             grads: list[Tensor] = []
             steps: list[Tensor] = []
@@ -154,10 +167,21 @@ def _move_(param: Tensor, grad: Tensor, step: Tensor, group: Group) -> None:
         step += 1  # a step of size 0 is none: the schedule starts with the first move
 
 
-def _check_lr(group: Group) -> None:
+def check_lr(group: Group) -> None:
+    """Raise if `lr` is out of its range, if that can be told without waiting for a device."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
-        return  # reading it would wait for its device
-    check_non_negative("lr", lr)
+        if torch.compiler.is_compiling() or lr.device.type != "cpu":
+            return
+        lr = lr.item()
+    check_finite("lr", lr)
     if not group["use_default_lr_schedule"] and lr > 1:
-        raise ValueError(f"`lr` must be in [0, 1] without the default schedule, got {lr!r}")
+        raise ValueError(
+            f"`lr` must be in [0, 1] without the default schedule, got {group['lr']!r}"
+        )
+
+
+def _check(group: Group) -> None:
+    check_number("lmo_scaling_factor", group["lmo_scaling_factor"])
+    check_non_negative("div_by_zero_eps", group["div_by_zero_eps"])
+    check_lr(group)

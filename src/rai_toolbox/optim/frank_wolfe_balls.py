@@ -7,11 +7,11 @@ from functools import partial
 from torch import Generator, Tensor, default_generator
 
 from rai_toolbox import foreach
-from rai_toolbox.optim.frank_wolfe import FrankWolfe
+from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_lr
 from rai_toolbox.optim.l1q import L1qNormedGradientOptim
 from rai_toolbox.optim.normed import L2NormedGradientOptim
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
-from rai_toolbox.optim.settings import REQUIRED, TINY, check_non_negative
+from rai_toolbox.optim.settings import REQUIRED, TINY, check_finite
 from rai_toolbox.optim.signed import SignedGradientOptim
 from rai_toolbox.optim.transforms import largest_sign_
 from rai_toolbox.optim.wrapper import Group, Params
@@ -25,7 +25,14 @@ class _FrankWolfeBall(ParamTransformingOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_non_negative("epsilon", group["epsilon"])
+        check_finite("epsilon", group["epsilon"])
+        if {"lr", "use_default_lr_schedule"} <= group.keys():  # else the inner will check them
+            check_lr(group)
+
+    def _pre_step(self) -> None:
+        for group in self.param_groups:
+            check_lr(group)
+        super()._pre_step()
 
     def _transform_gradients_(
         self, params: list[Tensor], grads: list[Tensor], optim_group: Group

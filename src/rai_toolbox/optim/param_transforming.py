@@ -216,7 +216,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for group in self.param_groups:
             if self._transforms_gradients(group):
                 params = [p for p in group["params"] if p.grad is not None]
-                todo.append((group, params, self._gradients(params, group)))
+                if params:
+                    todo.append((group, params, self._gradients(params, group)))
         for group, params, grads in todo:  # now that all gradients are found fit
             self._transform_group_gradients_(params, grads, group)
 
@@ -281,6 +282,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for param in params:
             view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
             self._post_step_transform_(view, optim_group=group)
+            self._check_in_place("_post_step_transform_", view, param, copied)
             if copied:
                 param.copy_(view.view(param.shape))
 
@@ -298,8 +300,18 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 f"{type(self).__name__}._pre_step_transform_ must write into `param.grad` in "
                 "place, got another tensor assigned to it"
             )
+        self._check_in_place("_pre_step_transform_", grad_view, grad, copied)
         if copied:
             grad.copy_(grad_view.view(grad.shape))
+
+    def _check_in_place(self, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
+        # A view that has got other data by `view.data = ...` would not tell the tensor.
+        if copied or view is tensor or not foreach.are_plain([tensor]):
+            return
+        if not torch._C._is_alias_of(view, tensor):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{type(self).__name__}.{hook} must write in place, got new data for `.data`"
+            )
 
     def _overrides(self, hook: str) -> bool:
         """Whether a user's subclass, or the user on this instance, has overridden a hook."""

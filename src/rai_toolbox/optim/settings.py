@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isnan
-from numbers import Real
+from math import isinf, isnan
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -21,20 +21,38 @@ class REQUIRED:
     """
 
 
-def as_plain(value: Any) -> Any:
-    """A number of another library as Python's own: checkpoints hold plain data and tensors only."""
-    if type(value) in (bool, int, float) or not isinstance(value, Real):
-        return value
-    return float(value)
-
-
 def check_number(name: str, value: object) -> float:
     """Return `value` if it is a real number other than NaN."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
-    if isnan(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"`{name}` must not exceed the range of a float, got {value!r}") from None
+    if isnan(number):
         raise ValueError(f"`{name}` must not be NaN, got {value!r}")
-    return float(value)
+    return number
+
+
+def check_finite(name: str, value: object) -> float:
+    """Return `value` if it is a finite number >= 0."""
+    check_non_negative(name, value)
+    number = check_number(name, value)
+    if isinf(number):
+        raise ValueError(f"`{name}` must be finite, got {value!r}")
+    return number
+
+
+def as_plain(value: Any) -> Any:
+    """A number of another library as Python's own: checkpoints hold plain data and tensors only."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return value
+    if isinstance(value, Integral) and abs(int(value)) < 2**63:
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return value  # for its check to refuse
 
 
 def check_non_negative(name: str, value: object) -> None:

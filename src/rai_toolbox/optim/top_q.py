@@ -112,6 +112,17 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
         generator = self._own_generator
         return {} if generator is None else {"generator_state": generator.get_state()}
 
+    def _check_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        if self._own_generator is not None and "generator_state" in extra:
+            state = extra["generator_state"]
+            try:
+                Generator(self._own_generator.device).set_state(state.cpu())
+            except (AttributeError, TypeError, RuntimeError) as error:
+                raise ValueError(
+                    f"`generator_state` in `state_dict` must be that of a generator on "
+                    f"{self._own_generator.device}: {error}"
+                ) from None
+
     def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         if self._own_generator is not None and "generator_state" in extra:
             self._own_generator.set_state(extra["generator_state"].cpu())

@@ -7,7 +7,9 @@ NaN, and where a norm is involved a NaN or an infinity turns its whole sub-tenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,9 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
 
     Exactly so many, ties or not; the rest becomes 0. NaN counts as the largest magnitude.
     """
+    if _is_divided(grad, param_ndim):
+        _as_a_whole_(grad, lambda whole: top_q_(whole, q, param_ndim))
+        return
     rows, copied = _rows(grad, param_ndim)
     keep = round((1.0 - q) * rows.shape[1])
     if keep == rows.shape[1]:
@@ -76,6 +81,9 @@ def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
     That is minus the linear minimization oracle of the unit L1 ball. Of tied entries one stays,
     so that the answer is in the ball.
     """
+    if _is_divided(grad, param_ndim):
+        _as_a_whole_(grad, lambda whole: largest_sign_(whole, param_ndim))
+        return
     rows, copied = _rows(grad, param_ndim)
     if rows.shape[1] == 0:
         return
@@ -90,3 +98,22 @@ def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
 def _rows(grad: Tensor, param_ndim: int | None) -> tuple[Tensor, bool]:
     shape = batch_shape(grad.shape, param_ndim)
     return view_or_copy(grad, (shape[0], prod(shape[1:])))
+
+
+def _is_divided(grad: Any, param_ndim: int | None) -> bool:
+    """Whether a DTensor holds parts of sub-tensors in different places."""
+    batch_ndim = grad.ndim - sub_ndim(grad.ndim, param_ndim)
+    return not all(
+        placement.is_replicate() or (placement.is_shard(0) and batch_ndim == 1)
+        for placement in getattr(grad, "placements", ())
+    )
+
+
+def _as_a_whole_(grad: Any, transform_: Callable[[Tensor], None]) -> None:
+    """Apply what has no sharding rule to a DTensor: gathered, and divided again."""
+    from torch.distributed.tensor import DTensor
+
+    whole = grad.full_tensor()
+    transform_(whole)
+    everywhere = DTensor.from_local(whole, grad.device_mesh, run_check=False)
+    grad.copy_(everywhere.redistribute(placements=grad.placements))

@@ -54,12 +54,20 @@ class OptimizerWrapper(Optimizer):
                     f"`{given}` must not be given together with an InnerOpt instance, which has "
                     f"its own, got InnerOpt={type(InnerOpt).__name__}(...)"
                 )
-            self._complete_live_groups(InnerOpt.param_groups)
+            if "param_ndim" in InnerOpt.defaults:
+                raise ValueError(
+                    "`InnerOpt` must not have been wrapped before (its groups hold the settings of "
+                    f"that wrapper, not the given {', '.join(self._settings)}), got {InnerOpt!r}"
+                )
             self.inner_opt = InnerOpt
+            self._complete_live_groups(InnerOpt.param_groups)
         else:
-            groups = [self._completed(group) for group in _as_groups(params)]
+            groups = [self._completed(group) for group in as_groups(params)]
             self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
         self.inner_opt.defaults.update(self._given_settings())
+        for name in self._extra_state():  # distributed checkpoints keep only what groups name
+            for group in self.inner_opt.param_groups[:1]:
+                group.setdefault(name, None)
         # Not Optimizer.__init__: that would give this object groups and a state of its own.
         Optimizer.__setstate__(self, {})
 
@@ -157,7 +165,11 @@ class OptimizerWrapper(Optimizer):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
+        for name in ("state", "param_groups"):
+            if name not in state_dict:
+                raise ValueError(f"`state_dict` must have `{name}`, got {list(state_dict)}")
         groups, extra = self._merged(state_dict["param_groups"])
+        self._check_extra_state(extra)
         self.inner_opt.load_state_dict({**state_dict, "param_groups": groups})
         self._load_extra_state(extra)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -166,6 +178,9 @@ class OptimizerWrapper(Optimizer):
     def _extra_state(self) -> dict[str, Tensor]:
         """What a subclass must remember outside the groups: tensors, by unique names."""
         return {}
+
+    def _check_extra_state(self, extra: Mapping[str, Tensor]) -> None:
+        """Raise if `_load_extra_state` would."""
 
     def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
         """Restore what `_extra_state` gave; a checkpoint of another optimizer has none of it."""
@@ -180,17 +195,21 @@ class OptimizerWrapper(Optimizer):
         extra_names = [name for group in loaded[:1] for name in group if _is_extra(name)]
         merged = []
         for i, (live, new) in enumerate(zip(self.param_groups, loaded, strict=True)):
+            if "params" not in new:
+                raise ValueError(f"`state_dict` must have `params` in group {i}, got {list(new)}")
             if len(live["params"]) != len(new["params"]):
                 raise ValueError(
                     f"`state_dict` must have {len(live['params'])} parameters in group {i}, got "
                     f"{len(new['params'])}"
                 )
             ours = {name: live[name] for name in self._settings}
-            group = ours | {k: v for k, v in new.items() if k not in extra_names}
+            group = ours | {k: None if k in extra_names else v for k, v in new.items()}
+            group.update({name: as_plain(group[name]) for name in self._settings})
             names = {k: live[k] for k in ("params", "param_names") if k in live}
             self._check_group(group | names)
             merged.append(group)
-        return merged, {name: loaded[0][name] for name in extra_names}
+        extra = {name: loaded[0][name] for name in extra_names}
+        return merged, {name: value for name, value in extra.items() if value is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         inner = self.inner_opt
@@ -213,13 +232,8 @@ class OptimizerWrapper(Optimizer):
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
         """A copy of a group in which every setting has a value that keeps its rule."""
-        if not isinstance(param_group, Mapping):
-            raise TypeError(f"a parameter group must be a dict, got {param_group!r}")
-        if "params" not in param_group:
-            raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
-        given = param_group["params"]
-        group = self._given_settings() | dict(param_group)
-        group["params"] = given = [given] if isinstance(given, Tensor) else _in_order(given)
+        group = self._given_settings() | checked_group(param_group)
+        given = group["params"]
         for name in self._settings:
             if name not in group:
                 raise TypeError(
@@ -238,8 +252,7 @@ class OptimizerWrapper(Optimizer):
         """Add the settings that groups lack, in place, once all of them are found right."""
         completed = [self._completed(group) for group in groups]
         for group, full in zip(groups, completed, strict=True):
-            for name in self._settings:
-                group.setdefault(name, full[name])
+            group.update({name: full[name] for name in self._settings})
 
     def __repr__(self) -> str:
         own, inner = type(self).__name__, type(self.inner_opt).__name__
@@ -249,7 +262,8 @@ class OptimizerWrapper(Optimizer):
         return type(self).__name__
 
 
-def _as_groups(params: Params) -> list[Any]:
+def as_groups(params: Params) -> list[Any]:
+    """Groups, or what is to be refused as one, of what an optimizer is given as `params`."""
     if params is None:
         raise TypeError("`params` must be given, unless InnerOpt is an instance; got None")
     if isinstance(params, Tensor):
@@ -261,6 +275,19 @@ def _as_groups(params: Params) -> list[Any]:
     if not listed:
         raise ValueError("`params` must not be empty, got an empty iterable")
     return listed if isinstance(listed[0], Mapping) else [{"params": listed}]
+
+
+def checked_group(param_group: Any) -> Group:
+    """A copy of a group, with its `params` as a list."""
+    if not isinstance(param_group, Mapping):
+        raise TypeError(f"a parameter group must be a dict, got {param_group!r}")
+    if "params" not in param_group:
+        raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
+    params = param_group["params"]
+    return {
+        **param_group,
+        "params": [params] if isinstance(params, Tensor) else _in_order(params),
+    }
 
 
 def _in_order(params: Any) -> list[Any]:
