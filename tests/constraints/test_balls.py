@@ -215,7 +215,7 @@ def test_empty(dtype, shape):
         ([1e-40, 1e-39], 1e-40, torch.bfloat16),
         ([6e-8, 6e-8], 7e-8, torch.float16),
         ([6e-8, 1e-5], 1e-6, torch.float16),
-        ([5e-324, 5e-324], 5e-324, torch.float64),
+        ([3e-308, 3e-308], 3e-308, torch.float64),
         ([1e20, 3e20], 1e-20, torch.float32),  # the factor is a subnormal number of float32
         ([1e20, 3e20], 1e-25, torch.float32),  # and here it is not even that
         ([3e38, 3e38, 3e38], 1.0, torch.float32),  # the norm is beyond float32

@@ -116,7 +116,8 @@ def test_several_dtypes_in_one_group(name):
 @of_each_class
 def test_gradient_of_another_dtype(name):
     """A float32 gradient of a bfloat16 parameter is transformed in float32."""
-    case, (data, grad) = CASES[name], data_and_grad()
+    case, (data, _) = CASES[name], data_and_grad()
+    grad = data.flip(0)  # no numbers of bfloat16
     for cls in (None, bridged(case.cls)) if case.has_sub_tensors else (None,):
         param = leaf(data.bfloat16())
         param.grad_dtype = torch.float32

@@ -25,13 +25,18 @@ def project_l2_ball_(x: Tensor, epsilon: float, ndim: int) -> Tensor:
     inside = length <= epsilon
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / outer
-    return x.mul_(torch.where(inside, 1.0, factor).to(scale_dtype(x)))
+    return x.mul_(torch.where(inside, 1.0, _rounded_down(factor, scale_dtype(x))))
 
 
 def _inward(epsilon: float, x: Tensor, size: int) -> float:
     """Largest radius at which `size` rounded products cannot leave the ball of `epsilon`."""
-    of_product, of_factor = torch.finfo(x.dtype), torch.finfo(scale_dtype(x))
-    of_norm = torch.finfo(torch.float64).eps * math.sqrt(size)
-    relative = of_product.eps / 2 + of_factor.eps + of_norm
-    spacing = of_product.smallest_normal * of_product.eps  # of subnormal numbers
-    return max(epsilon * (1.0 - relative) - spacing / 2 * math.sqrt(size), 0.0)
+    info = torch.finfo(x.dtype)
+    terms = max(2 + math.sqrt(size), size / 8)  # the norm is summed in eight lanes or more
+    of_norm = torch.finfo(torch.float64).eps * terms
+    spacing = info.smallest_normal * info.eps  # of subnormal numbers
+    return max(epsilon * (1.0 - info.eps / 2 - of_norm) - spacing * math.sqrt(size), 0.0)
+
+
+def _rounded_down(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = factor.to(dtype)
+    return torch.where(rounded > factor, rounded.nextafter(torch.zeros_like(rounded)), rounded)

@@ -48,5 +48,19 @@ def _norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
     dtype = torch.complex128 if x.is_complex() else torch.float64
     if x.device.type == "mps":  # which has no float64
         dtype = torch.float32
+    if x.dtype is not dtype or x.numel() == 0:
+        return _vector_norm(x, p, dim, dtype)
+    scale = _power_of_two(x.abs().amax(dim, keepdim=True))  # float64 has no wider type above it
+    return _vector_norm(x / scale, p, dim, dtype) * scale
+
+
+def _vector_norm(x: Tensor, p: float, dim: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(x, p, dim=dim, keepdim=True, dtype=dtype)
     return length
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The power of two at or below each size, by which to scale without rounding; 1 if none."""
+    exponent = torch.frexp(size).exponent - 1
+    power = torch.exp2(exponent.to(size.dtype))
+    return torch.where((size > 0) & size.isfinite(), power, 1.0)

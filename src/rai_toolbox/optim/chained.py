@@ -118,6 +118,13 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         for member, group in self._each_member(optim_group):
             member._transform_group_parameters_(params, group)
 
+    def _group_of_view(self, group: Group) -> Group:
+        stored = [name for names in self._names for name in names.values()]
+        return {
+            **super()._group_of_view(group),
+            **{name: -1 for name in stored if _base(name) == "param_ndim"},
+        }
+
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         stored = [name for names in self._names for name in names.values()]

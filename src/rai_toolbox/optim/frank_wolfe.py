@@ -161,6 +161,8 @@ def _move_(param: Tensor, grad: Tensor, step: Tensor, group: Group) -> None:
     param.mul_(1 - a)
     if isinstance(towards, Tensor):
         param.add_(grad * towards)
+    elif grad.layout is torch.strided:  # rounds alike whatever the strides, as add_ does not
+        param.addcmul_(grad, grad.new_ones(()), value=towards)
     else:
         param.add_(grad, alpha=towards)
     if torch.compiler.is_compiling() or not is_zero_on_host(lr):

@@ -114,7 +114,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             The parameter group, with all its settings. It is passed by keyword.
         """
         if param.grad is not None:
-            self._transform_gradients_([param], [param.grad], {**optim_group, "param_ndim": -1})
+            self._transform_gradients_([param], [param.grad], self._group_of_view(optim_group))
 
     def _post_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Transform `param` in place, after the inner step. For subclasses to override.
@@ -126,7 +126,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         optim_group : dict
             The parameter group, with all its settings. It is passed by keyword.
         """
-        self._project_parameters_([param], {**optim_group, "param_ndim": -1})
+        self._project_parameters_([param], self._group_of_view(optim_group))
+
+    def _group_of_view(self, group: Group) -> Group:
+        """The settings that make of a view `(N, d0, ...)` the sub-tensors that it shows."""
+        return {**group, "param_ndim": -1}
 
     def _transform_gradients_(
         self, params: list[Tensor], grads: list[Tensor], optim_group: Group
@@ -213,9 +217,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _pre_step(self) -> None:
         todo = []
+        seen: set[int] = set()
         for group in self.param_groups:
             if self._transforms_gradients(group):
-                params = [p for p in group["params"] if p.grad is not None]
+                params = [param for param in group["params"] if param.grad is not None]
+                if not torch.compiler.is_compiling():
+                    params = _with_own_gradient(params, seen)
                 if params:
                     todo.append((group, params, self._gradients(params, group)))
         for group, params, grads in todo:  # now that all gradients are found fit
@@ -240,9 +247,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad.layout is not torch.strided:
                 grads[i] = self._sparse_values(param, grad, group)
-            elif torch.is_grad_enabled() or 0 in grad.stride():
-                # Differentiable steps leave the graph's own tensor as it is; an expanded tensor
-                # has several elements in one place.
+            elif torch.is_grad_enabled() or not _is_own(grad):
+                # (differentiable steps leave the graph's own tensor as it is)
                 grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
         return grads
 
@@ -330,6 +336,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
+
+
+def _is_own(grad: Tensor) -> bool:
+    """Whether each element can be written to: not of a conjugate view, nor of an expanded one."""
+    return 0 not in grad.stride() and not (grad.is_complex() and grad.is_conj())
+
+
+def _with_own_gradient(params: list[Tensor], seen: set[int]) -> list[Tensor]:
+    """The parameters whose gradients have not been seen: some may share one tensor."""
+    own = []
+    for param in params:
+        if id(param.grad) not in seen:
+            seen.add(id(param.grad))
+            own.append(param)
+    return own
 
 
 def _by_device_and_dtype(

@@ -25,7 +25,7 @@ def sign_(grads: list[Tensor]) -> None:
     """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0."""
     if grads[0].is_complex():
         for grad in grads:
-            grad.sgn_()
+            _sign_complex_(grad)
     elif torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
         for grad in grads:
             signs = grad.detach().clone()
@@ -37,6 +37,13 @@ def sign_(grads: list[Tensor]) -> None:
         mul_(grads, largest)
         mul_(grads, largest)
         clamp_(grads, -1.0, 1.0)
+
+
+def _sign_complex_(grad: Tensor) -> None:
+    parts = torch.view_as_real(grad)
+    size = parts.detach().abs().amax(-1, keepdim=True)  # whose square may not fit the dtype
+    parts.div_(size.where((size > 0) & size.isfinite(), 1.0))
+    grad.sgn_()
 
 
 def normalize_(
@@ -51,9 +58,12 @@ def _normalize_(grad: Tensor, p: float, ndim: int, div_by_zero_eps: float) -> No
     if ndim == 0:
         grad, ndim = grad.unsqueeze(-1), 1
     length = norm(readable(grad), p, ndim)
-    dtype = scale_dtype(grad)
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
-    grad.div_(divisor.clamp(max=torch.finfo(dtype).max).to(dtype))
+    divisor = torch.where(divisor.isinf(), torch.nan, divisor)  # a direction that nobody knows
+    info = torch.finfo(scale_dtype(grad))
+    # Two divisions: a norm can be beyond the numbers that the dtype holds, or holds precisely.
+    first = divisor.clamp(info.smallest_normal, info.max)
+    grad.div_(first.to(scale_dtype(grad))).div_((divisor / first).to(scale_dtype(grad)))
 
 
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
