@@ -13,6 +13,7 @@ from rai_toolbox.constraints.norms import norm, scale_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = Fraction(2) ** -52  # of float64, in which norms are accumulated and returned
+LEAST = Fraction(2) ** -1074  # its spacing of subnormal numbers
 ORDERS = [1, 2, math.inf]
 
 in_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -25,7 +26,8 @@ def is_right(length, entries, p):
     if p == math.inf:
         return length == max(entries, default=0)
     power = sum(entry**p for entry in entries)
-    return abs(length**p - power) <= (len(entries) + 4) * EPS * power
+    to_subnormal = (length + LEAST) ** p - length**p
+    return abs(length**p - power) <= (len(entries) + 4) * EPS * power + to_subnormal
 
 
 @of_each_order
@@ -71,6 +73,7 @@ def test_exact_up_to_rounding(dtype, p, shape, seed, scale, data):
         ([1e200] * 3, torch.float64),
         ([1e-200] * 3, torch.float64),
         ([3e-308] * 3, torch.float64),
+        ([5e-324] * 3, torch.float64),  # the norm is a subnormal number of few bits
     ],
 )
 @of_each_order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, overload
 
@@ -13,6 +13,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
+from rai_toolbox.optim.gradients import by_device_and_dtype, is_own, with_own_gradient
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import check_number, is_zero_on_host, labels
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
@@ -222,7 +223,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if self._transforms_gradients(group):
                 params = [param for param in group["params"] if param.grad is not None]
                 if not torch.compiler.is_compiling():
-                    params = _with_own_gradient(params, seen)
+                    params = with_own_gradient(params, seen)
                 if params:
                     todo.append((group, params, self._gradients(params, group)))
         for group, params, grads in todo:  # now that all gradients are found fit
@@ -247,7 +248,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad.layout is not torch.strided:
                 grads[i] = self._sparse_values(param, grad, group)
-            elif torch.is_grad_enabled() or not _is_own(grad):
+            elif torch.is_grad_enabled() or not is_own(grad):
                 # (differentiable steps leave the graph's own tensor as it is)
                 grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
         return grads
@@ -274,7 +275,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             for param, grad in zip(params, grads, strict=True):
                 self._show_gradient_(param, grad, group)
         else:
-            for some_params, some_grads in _by_device_and_dtype(params, grads):
+            for some_params, some_grads in by_device_and_dtype(params, grads):
                 self._transform_gradients_(some_params, some_grads, group)
         if group["grad_scale"] != 1.0:
             foreach.mul_(grads, group["grad_scale"])
@@ -336,29 +337,3 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
-
-
-def _is_own(grad: Tensor) -> bool:
-    """Whether each element can be written to: not of a conjugate view, nor of an expanded one."""
-    return 0 not in grad.stride() and not (grad.is_complex() and grad.is_conj())
-
-
-def _with_own_gradient(params: list[Tensor], seen: set[int]) -> list[Tensor]:
-    """The parameters whose gradients have not been seen: some may share one tensor."""
-    own = []
-    for param in params:
-        if id(param.grad) not in seen:
-            seen.add(id(param.grad))
-            own.append(param)
-    return own
-
-
-def _by_device_and_dtype(
-    params: list[Tensor], grads: list[Tensor]
-) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for param, grad in zip(params, grads, strict=True):
-        some_params, some_grads = alike.setdefault((grad.device, grad.dtype), ([], []))
-        some_params.append(param)
-        some_grads.append(grad)
-    return alike.values()
