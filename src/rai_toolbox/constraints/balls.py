@@ -17,6 +17,7 @@ def project_l2_ball_(x: Tensor, epsilon: float, ndim: int) -> Tensor:
     ``P(x) = x * min(1, epsilon / |x|_2)``, in place; bitwise the identity inside the ball.
     The result is in the ball after rounding to the dtype too: the radius aimed at is smaller by
     what rounding the factor and the products can add. A sub-tensor with a NaN becomes NaN.
+    Whether x is inside is told by its norm in float64, to within the rounding of that.
     """
     if ndim == 0:
         project_l2_ball_(x.unsqueeze(-1), epsilon, 1)
