@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from engine_cases import FRANK_WOLFE, WITH_INNER, WRAPPERS, new_gradients, tensors, unbounded
 from torch.optim import SGD, Adam, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rai_toolbox import optim
 from rai_toolbox.optim import ClampedParameterOptimizer, ParamTransformingOptimizer
@@ -285,3 +286,28 @@ def test_a_step_before_and_after_compilation():
         one_step()
     eager_run(WRAPPERS["Chained"](theirs, lr=0.1), steps=4)
     assert all(map(torch.equal, params, theirs))
+
+
+def test_hooks_run_once_also_after_dynamo_has_wrapped_the_inner_step_again():
+    # Dynamo replaces the `step` of some classes (LBFGS) by a wrapper that carries `hooked`, too.
+    torch.compile(
+        ClampedParameterOptimizer(tensors(1), lr=0.1, clamp_max=1.0).step, backend="eager"
+    )
+    seen = []
+    opt = ClampedParameterOptimizer(tensors(1), torch.optim.LBFGS, clamp_max=1.0)
+    param = opt.param_groups[0]["params"][0]
+
+    def closure():
+        opt.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    handle = register_optimizer_step_pre_hook(
+        lambda optimizer, args, kwargs: seen.append(optimizer)
+    )
+    try:
+        opt.step(closure)
+    finally:
+        handle.remove()
+    assert seen == [opt]

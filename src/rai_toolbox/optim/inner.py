@@ -87,7 +87,7 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
 
 def _unhooked_step(cls: Any) -> Any:
     step = cls.step
-    if getattr(step, "hooked", False):
+    while getattr(step, "hooked", False):  # dynamo may have wrapped it again, with its attributes
         step = step.__wrapped__
     if torch.compiler.is_compiling():
         # Without the decorator that switches grad mode, and so would break the graph.

@@ -58,8 +58,8 @@ def _normalize_(grad: Tensor, p: float, ndim: int, div_by_zero_eps: float) -> No
     if ndim == 0:
         grad, ndim = grad.unsqueeze(-1), 1
     length = norm(readable(grad), p, ndim)
+    length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
-    divisor = torch.where(divisor.isinf(), torch.nan, divisor)  # a direction that nobody knows
     info = torch.finfo(scale_dtype(grad))
     # Two divisions: a norm can be beyond the numbers that the dtype holds, or holds precisely.
     first = divisor.clamp(info.smallest_normal, info.max)
