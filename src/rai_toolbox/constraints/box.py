@@ -24,16 +24,25 @@ def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> N
     if any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
             tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
-    elif are_plain(tensors) and max(map(Tensor.numel, tensors), default=0) <= _SMALL:
+    elif are_plain(tensors):
         with below_autograd():
             for chunk in in_chunks(tensors):
-                if lower is not None:
-                    torch._foreach_clamp_min_(chunk, lower)
-                if upper is not None:
-                    torch._foreach_clamp_max_(chunk, upper)
+                _clamp_chunk_(chunk, lower, upper)
     else:
         for tensor in tensors:
             tensor.clamp_(lower, upper)
+
+
+def _clamp_chunk_(tensors: list[Tensor], lower: float | None, upper: float | None) -> None:
+    # Asking every tensor for its size takes a tenth of the time; a wrong guess costs only time.
+    if max(map(Tensor.numel, tensors[::7])) > _SMALL:
+        for tensor in tensors:
+            tensor.clamp_(lower, upper)
+        return
+    if lower is not None:
+        torch._foreach_clamp_min_(tensors, lower)
+    if upper is not None:
+        torch._foreach_clamp_max_(tensors, upper)
 
 
 def _rounded(bound: float | None, dtype: torch.dtype) -> float | None:
