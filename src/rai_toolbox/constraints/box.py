@@ -2,18 +2,121 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from math import inf
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from rai_toolbox.autograd import below_autograd
+from rai_toolbox.checks import check_order, check_setting
+from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.randomness import uniform
+from rai_toolbox.constraints.rounding import as_rounded, as_wide
 from rai_toolbox.foreach import are_plain, in_chunks
 
 # Two passes of a foreach kernel (min, then max) are quicker than one `clamp_` per tensor up to
 # about this many elements; beyond it the second pass over memory costs more than the dispatch.
 _SMALL = 10_000
 _FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, eq=False)
+class Box(Constraint):
+    """Every element between a lower and an upper bound.
+
+    ``{x : lower <= x <= upper}``, elementwise; ``P(x) = min(max(x, lower), upper)``, at the cost
+    of one pass. Bounds count as rounded to the dtype of x.
+
+    Parameters
+    ----------
+    lower, upper : float or Tensor or None
+        The bounds; None, or an infinity, leaves a side open.
+
+    Raises
+    ------
+    ValueError
+        If no bound is given, one is NaN, or ``lower > upper`` anywhere.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import Box
+    >>> Box(0.0, torch.tensor([1.0, 2.0])).project_(torch.tensor([[-1.0, 3.0]]))
+    tensor([[0., 2.]])
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    lower: float | Tensor | None
+    upper: float | Tensor | None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether both bounds are finite, everywhere."""
+        return bool(self.__dict__["_bounded"])
+
+    def _check_settings(self) -> None:
+        for name, bound in (("lower", self.lower), ("upper", self.upper)):
+            if bound is not None:
+                check_setting(name, bound, finite=False)
+        if self.lower is None and self.upper is None:
+            raise ValueError("`lower` or `upper` must be given, got lower=None and upper=None")
+        check_order("lower", self.lower, "upper", self.upper)
+        finite = (
+            b is not None and bool(torch.as_tensor(b).isfinite().all())
+            for b in (self.lower, self.upper)
+        )
+        object.__setattr__(self, "_bounded", all(finite))
+
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor):
+            return x.clamp_(*self._bounds(x.dtype))
+        clamp_([x], self.lower, self.upper)
+        return x
+
+    def _bounds(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        return as_rounded(self.lower, dtype), as_rounded(self.upper, dtype)
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        nearest = self._nearest(x, dtype)
+        return torch.where(x == nearest, 0.0, (x - nearest).abs()).amax(-1)
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        lower, upper = (None if b is None else b.to(x) for b in self._bounds(dtype))
+        return x.clamp(lower, upper)
+
+    def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        lower, upper = (as_wide(bound, gradient) for bound in (self.lower, self.upper))
+        corner = torch.where(gradient > 0, lower, upper)
+        middle = torch.clamp(torch.zeros_like(gradient), lower, upper)
+        corner = torch.where(gradient == 0, middle, corner)
+        return torch.where(gradient.isnan(), gradient, corner)
+
+    def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
+        lower, upper = (as_wide(bound, like) for bound in (self.lower, self.upper))
+        share = uniform(like, generator)
+        return ((1 - share) * lower + share * upper).clamp(lower, upper)
+
+
+@dataclass(frozen=True, eq=False)
+class NonNegative(Box):
+    """Every element non-negative.
+
+    ``{x : x >= 0}``, elementwise; ``P(x) = max(x, 0)``, at the cost of one pass.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import NonNegative
+    >>> NonNegative().project_(torch.tensor([[-1.0, 3.0]]))
+    tensor([[0., 3.]])
+    """
+
+    lower: float | Tensor | None = field(default=0.0, init=False, repr=False)
+    upper: float | Tensor | None = field(default=None, init=False, repr=False)
 
 
 def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rai_toolbox.checks import check_bounds
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
-from rai_toolbox.optim.settings import check_bounds, refuse_complex
+from rai_toolbox.optim.settings import refuse_complex
 from rai_toolbox.optim.wrapper import Group, Params
 
 

@@ -10,15 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
 
+from rai_toolbox.checks import as_plain, check_finite, check_non_negative, check_number
 from rai_toolbox.optim.inner import not_compiled
-from rai_toolbox.optim.settings import (
-    TINY,
-    as_plain,
-    check_finite,
-    check_non_negative,
-    check_number,
-    is_zero_on_host,
-)
+from rai_toolbox.optim.settings import TINY, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 

@@ -13,9 +13,10 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
+from rai_toolbox.checks import check_number
 from rai_toolbox.optim.gradients import by_device_and_dtype, is_own, with_own_gradient
 from rai_toolbox.optim.inner import step_inner
-from rai_toolbox.optim.settings import check_number, is_zero_on_host, labels
+from rai_toolbox.optim.settings import is_zero_on_host, labels
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 

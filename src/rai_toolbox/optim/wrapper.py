@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rai_toolbox.checks import as_plain
 from rai_toolbox.optim.inner import (
     make_inner,
     not_compiled,
@@ -17,7 +18,7 @@ from rai_toolbox.optim.inner import (
     own_state,
     picklable_state,
 )
-from rai_toolbox.optim.settings import REQUIRED, as_plain
+from rai_toolbox.optim.settings import REQUIRED
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]

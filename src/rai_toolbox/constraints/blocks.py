@@ -1,0 +1,38 @@
+"""Wide arithmetic, a piece at a time: the pieces stay in cache, and no wide copy of all is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**16
+"""Elements per piece."""
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64, which holds squares and sums of all narrower numbers."""
+    if x.device.type == "mps":  # which has no float64
+        return torch.float32
+    return torch.float64
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float64 and in the order of its indices, whatever its strides are."""
+    return x.to(wide_dtype(x)).contiguous()
+
+
+def in_blocks(x: Tensor) -> bool:
+    """Whether to go by pieces: where there is a cache to stay in, and no compiler that fuses."""
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of the first dim of `x`, of about `BLOCK` elements each but at least one row."""
+    height = len(x)
+    if in_blocks(x) and not (torch.is_grad_enabled() and x.requires_grad):
+        height = max(1, BLOCK * len(x) // max(1, x.numel()))
+    for start in range(0, len(x), max(1, height)):
+        yield slice(start, start + height)

@@ -1,0 +1,64 @@
+"""What rounding to a dtype does to a point, and how to round without leaving a set."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints.blocks import wide_dtype
+
+
+def as_rounded(bound: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bound of elements as it counts: rounded to the dtype of what it bounds."""
+    if bound is None or isinstance(bound, Tensor):
+        return bound if bound is None else bound.to(dtype)
+    return torch.tensor(bound, dtype=dtype)
+
+
+def as_wide(setting: float | Tensor | None, like: Tensor) -> Tensor:
+    """A setting as a tensor beside `like`; None, which is no bound, as NaN."""
+    return torch.as_tensor(
+        math.nan if setting is None else setting, dtype=wide_dtype(like), device=like.device
+    )
+
+
+def spacing(dtype: torch.dtype) -> float:
+    """Distance between the subnormal numbers of a dtype: the smallest that is not 0."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps
+
+
+def noise(size: int) -> float:
+    """Relative error of a sum of `size` terms of one sign in float64."""
+    terms = max(2 + math.sqrt(size), size / 8)  # torch sums in eight lanes or more
+    return torch.finfo(torch.float64).eps * terms
+
+
+def resolution(terms: Tensor, weights: float | Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """How far a weighted sum may be off when each of its `size` entries is a number of `dtype`.
+
+    `terms` is the sum of the magnitudes ``|w_i x_i|``, and `weights` that of the ``|w_i|``. It is
+    twice what rounding to nearest can do, so that a rounded point counts as one of the set.
+    """
+    return (torch.finfo(dtype).eps + 4 * noise(size)) * terms + spacing(dtype) * weights
+
+
+def round_toward(y: Tensor, anchor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 `y` to `dtype`: to nearest, but never farther from `anchor`, elementwise.
+
+    An anchor that is a number of `dtype` is never passed, so that whatever ball around it `y` is
+    in, and whatever box both are in, holds the result too.
+    """
+    rounded = y.to(dtype)
+    away = (rounded.detach().to(y.dtype) - anchor).abs() > (y.detach() - anchor).abs()
+    target = torch.as_tensor(anchor, dtype=dtype, device=y.device).expand_as(rounded)
+    return torch.where(away, rounded.nextafter(target), rounded)
+
+
+def round_up(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 `y` to the next number of `dtype` that is not below it."""
+    rounded = y.to(dtype)
+    above = torch.full_like(rounded, math.inf)
+    return torch.where(rounded.to(y.dtype) < y, rounded.nextafter(above), rounded)
