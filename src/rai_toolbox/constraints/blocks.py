@@ -36,3 +36,15 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
         height = max(1, BLOCK * len(x) // max(1, x.numel()))
     for start in range(0, len(x), max(1, height)):
         yield slice(start, start + height)
+
+
+def column_blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The (N, n) tensors, where n is large, in pieces of columns; a column of its own is whole."""
+    x = tensors[0]
+    if x.shape[1] <= BLOCK or not in_blocks(x):
+        return [tensors]
+    split = [t.split(BLOCK, 1) if t.shape[1] > 1 else None for t in tensors]
+    return [
+        tuple(t if s is None else s[i] for t, s in zip(tensors, split, strict=True))
+        for i in range(-(-x.shape[1] // BLOCK))
+    ]

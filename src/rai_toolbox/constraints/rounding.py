@@ -45,16 +45,21 @@ def resolution(terms: Tensor, weights: float | Tensor, size: int, dtype: torch.d
     return (torch.finfo(dtype).eps + 4 * noise(size)) * terms + spacing(dtype) * weights
 
 
-def round_toward(y: Tensor, anchor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 `y` to `dtype`: to nearest, but never farther from `anchor`, elementwise.
+def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """``anchor + offset`` in `dtype`: rounded to nearest, but never farther than the offset.
 
-    An anchor that is a number of `dtype` is never passed, so that whatever ball around it `y` is
-    in, and whatever box both are in, holds the result too.
+    Float64 comes in. An anchor that is a number of `dtype` is never passed, so that whatever ball
+    around it the offset is in, and whatever box both ends are in, holds the result too.
     """
-    rounded = y.to(dtype)
-    away = (rounded.detach().to(y.dtype) - anchor).abs() > (y.detach() - anchor).abs()
-    target = torch.as_tensor(anchor, dtype=dtype, device=y.device).expand_as(rounded)
+    rounded = (anchor + offset).to(dtype)
+    away = (rounded.detach().to(offset.dtype) - anchor).abs() > offset.detach().abs()
+    target = torch.as_tensor(anchor, dtype=dtype, device=offset.device).expand_as(rounded)
     return torch.where(away, rounded.nextafter(target), rounded)
+
+
+def round_toward(y: Tensor, anchor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 `y` to `dtype`: to nearest, but never farther from `anchor`; `offset_from`."""
+    return offset_from(anchor, y - anchor, dtype)
 
 
 def round_up(y: Tensor, dtype: torch.dtype) -> Tensor:

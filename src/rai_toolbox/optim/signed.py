@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
-from rai_toolbox.optim.transforms import sign_
+from rai_toolbox.constraints.directions import sign_
 from rai_toolbox.optim.wrapper import Group, Params
 
 

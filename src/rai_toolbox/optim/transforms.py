@@ -16,34 +16,7 @@ from torch import Tensor
 
 from rai_toolbox.autograd import readable
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
-from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.norms import norm, scale_dtype
-from rai_toolbox.foreach import mul_
-
-
-def sign_(grads: list[Tensor]) -> None:
-    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0."""
-    if grads[0].is_complex():
-        for grad in grads:
-            _sign_complex_(grad)
-    elif torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
-        for grad in grads:
-            signs = grad.detach().clone()
-            with torch.no_grad():
-                sign_([signs])
-            grad.copy_(signs)
-    else:  # two factors lift even the smallest subnormal number of any dtype beyond 1
-        largest = torch.finfo(grads[0].dtype).max
-        mul_(grads, largest)
-        mul_(grads, largest)
-        clamp_(grads, -1.0, 1.0)
-
-
-def _sign_complex_(grad: Tensor) -> None:
-    parts = torch.view_as_real(grad)
-    size = parts.detach().abs().amax(-1, keepdim=True)  # whose square may not fit the dtype
-    parts.div_(size.where((size > 0) & size.isfinite(), 1.0))
-    grad.sgn_()
+from rai_toolbox.constraints import directions
 
 
 def normalize_(
@@ -51,19 +24,7 @@ def normalize_(
 ) -> None:
     """``g / max(|g|_p, div_by_zero_eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
     for grad in grads:
-        _normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), div_by_zero_eps)
-
-
-def _normalize_(grad: Tensor, p: float, ndim: int, div_by_zero_eps: float) -> None:
-    if ndim == 0:
-        grad, ndim = grad.unsqueeze(-1), 1
-    length = norm(readable(grad), p, ndim)
-    length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
-    divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
-    info = torch.finfo(scale_dtype(grad))
-    # Two divisions: a norm can be beyond the numbers that the dtype holds, or holds precisely.
-    first = divisor.clamp(info.smallest_normal, info.max)
-    grad.div_(first.to(scale_dtype(grad))).div_((divisor / first).to(scale_dtype(grad)))
+        directions.normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), div_by_zero_eps)
 
 
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
@@ -95,12 +56,7 @@ def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
         _as_a_whole_(grad, lambda whole: largest_sign_(whole, param_ndim))
         return
     rows, copied = _rows(grad, param_ndim)
-    if rows.shape[1] == 0:
-        return
-    index = rows.detach().abs().argmax(dim=1, keepdim=True)
-    kept = readable(rows).gather(1, index)
-    sign_([kept])
-    rows.zero_().scatter_(1, index, kept)
+    directions.largest_sign_(rows)
     if copied:
         grad.copy_(rows.view(grad.shape))
 

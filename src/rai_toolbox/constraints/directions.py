@@ -1,0 +1,70 @@
+"""Directions of steepest ascent in a norm: minus the linear oracles of the unit balls, in place.
+
+Non-finite values are never hidden: a NaN entry stays NaN, and where a norm is involved a NaN or an
+infinity turns its whole sub-tensor to NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.autograd import readable
+from rai_toolbox.constraints.box import clamp_
+from rai_toolbox.constraints.norms import norm, scale_dtype
+from rai_toolbox.foreach import mul_
+
+
+def sign_(tensors: list[Tensor]) -> None:
+    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0.
+
+    The tensors are of one device and dtype.
+    """
+    if tensors[0].is_complex():
+        for tensor in tensors:
+            _sign_complex_(tensor)
+    elif torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
+        for tensor in tensors:
+            signs = tensor.detach().clone()
+            with torch.no_grad():
+                sign_([signs])
+            tensor.copy_(signs)
+    else:  # two factors lift even the smallest subnormal number of any dtype beyond 1
+        largest = torch.finfo(tensors[0].dtype).max
+        mul_(tensors, largest)
+        mul_(tensors, largest)
+        clamp_(tensors, -1.0, 1.0)
+
+
+def _sign_complex_(x: Tensor) -> None:
+    parts = torch.view_as_real(x)
+    size = parts.detach().abs().amax(-1, keepdim=True)  # whose square may not fit the dtype
+    parts.div_(size.where((size > 0) & size.isfinite(), 1.0))
+    x.sgn_()
+
+
+def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> Tensor:
+    """``x / max(|x|_p, eps)`` over the last `ndim` dims; zeros stay zeros whatever eps is."""
+    if ndim == 0:
+        normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
+        return x
+    length = norm(readable(x), p, ndim)
+    length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
+    divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
+    info = torch.finfo(scale_dtype(x))
+    # Two divisions: a norm can be beyond the numbers that the dtype holds, or holds precisely.
+    first = divisor.clamp(info.smallest_normal, info.max)
+    return x.div_(first.to(scale_dtype(x))).div_((divisor / first).to(scale_dtype(x)))
+
+
+def largest_sign_(rows: Tensor) -> Tensor:
+    """Keep the sign of one largest-magnitude entry of each row; the rest becomes 0.
+
+    Of tied entries one stays, so that the answer is in the L1 ball.
+    """
+    if rows.shape[1] == 0:
+        return rows
+    index = rows.detach().abs().argmax(dim=1, keepdim=True)
+    kept = readable(rows).gather(1, index)
+    sign_([kept])
+    return rows.zero_().scatter_(1, index, kept)

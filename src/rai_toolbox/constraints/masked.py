@@ -1,0 +1,140 @@
+"""A set for some of the entries only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.autograd import readable
+from rai_toolbox.constraints.constraint import Constraint
+
+
+@dataclass(frozen=True, eq=False)
+class Masked(Constraint):
+    """Some entries of every sub-tensor in a set; the others are free.
+
+    ``{x : x[mask] in C}``; ``P(x)[mask] = P_C(x[mask])``, and all else stays as it is, bit for
+    bit, at the cost of a projection of what is selected. A set that bounds each entry for itself
+    sees its entries where they are. Any other one sees those that are selected, in their order,
+    as a batch (N, m): a tensor setting of it broadcasts against that.
+
+    Parameters
+    ----------
+    constraint : Constraint
+        The set C, not one of matrices.
+    mask : Tensor of bool, shape (...) or (1, ...) or (N, ...)
+        True where an entry is constrained: a mask that all sub-tensors share, or one for each.
+        Unless the set bounds each entry for itself, it has the shape of the sub-tensor and
+        selects as many entries of one as of another.
+
+    Raises
+    ------
+    TypeError
+        If `constraint` is no constraint, or `mask` does not hold bools.
+    ValueError
+        If the set is one of matrices.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import Hyperplane, Masked
+    >>> first_two = torch.tensor([True, True, False])
+    >>> Masked(Hyperplane(1.0, 1.0), first_two).project_(torch.tensor([[1.0, 1.0, 7.0]]))
+    tensor([[0.5000, 0.5000, 7.0000]])
+    """
+
+    constraint: Constraint
+    mask: Tensor
+
+    def _check_settings(self) -> None:
+        if not isinstance(self.constraint, Constraint):
+            raise TypeError(f"`constraint` must be a constraint, got {self.constraint!r}")
+        if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
+            got = self.mask.dtype if isinstance(self.mask, Tensor) else repr(self.mask)
+            raise TypeError(f"`mask` must be a tensor of bools, got {got}")
+        if self.constraint._of_matrices:
+            raise ValueError(
+                "`constraint` must not be a set of matrices, which a mask takes apart, got "
+                f"{self.constraint!r}"
+            )
+        object.__setattr__(self, "convex", self.constraint.convex)
+        object.__setattr__(self, "elementwise", self.constraint.elementwise)
+        if not self.constraint.elementwise:
+            # Both readings of the mask: of one sub-tensor, and of a batch of them.
+            object.__setattr__(self, "_of_one", _selected(self.mask.unsqueeze(0)))
+            object.__setattr__(self, "_of_each", _selected(self.mask))
+
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        if self.elementwise:
+            return x.copy_(torch.where(self.mask, self.constraint.project(x), readable(x)))
+        index = self._index(x)
+        if index.numel() == 0:
+            return x
+        rows = readable(x).reshape(len(x), -1)
+        nearest = self.constraint.project(rows.gather(1, index))
+        return x.copy_(rows.scatter(1, index, nearest).view(x.shape))
+
+    @torch.no_grad()
+    def violation(self, x: Tensor) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        if self.elementwise:
+            free = self.constraint.project(torch.zeros_like(x))
+            return self.constraint.violation(torch.where(self.mask, x, free))
+        index = self._index(x)
+        if index.numel() == 0:
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return self.constraint.violation(x.reshape(len(x), -1).gather(1, index))
+
+    def _index(self, x: Tensor) -> Tensor:
+        """Where the constrained entries of each row are, shape (N, m)."""
+        index: Tensor = self.__dict__["_of_each" if self.mask.ndim == x.ndim else "_of_one"]
+        return index.expand(len(x), -1)
+
+    def _check_batch(self, x: Tensor) -> None:
+        super()._check_batch(x)
+        if self.elementwise:
+            self.constraint._check_batch(x)
+            return
+        index = self._index(x)
+        if index.numel():
+            self.constraint._check_batch(x.new_empty(index.shape))
+
+    def _check_shape(self, shape: torch.Size) -> None:
+        if self.elementwise:
+            return
+        of_mask = self.mask.shape
+        per_batch = len(of_mask) == len(shape)
+        if (of_mask[1:] if per_batch else of_mask) != shape[1:]:
+            raise ValueError(
+                "`mask` must have the shape of the sub-tensor for a set that does not bound each "
+                f"entry for itself, {tuple(shape[1:])} for the batch of shape {tuple(shape)}, "
+                f"with or without N before it, got {tuple(of_mask)}"
+            )
+        if per_batch and self.__dict__["_of_each"] is None:
+            counts = self.mask.flatten(1).sum(1)
+            raise ValueError(
+                "`mask` must select as many entries of one sub-tensor as of another, got from "
+                f"{int(counts.min())} to {int(counts.max())}"
+            )
+
+    def to(self, *args: Any, **kwargs: Any) -> Masked:  # noqa: D102
+        mask = self.mask.to(*args, **kwargs).to(torch.bool)  # a dtype is for numbers only
+        return Masked(self.constraint.to(*args, **kwargs), mask)
+
+    def _map(self, change: Callable[..., Tensor]) -> Masked:
+        change("mask", self.mask)  # the settings of the set meet a batch of their own
+        return self
+
+
+def _selected(mask: Tensor) -> Tensor | None:
+    """The indices of what is True in each row, shape (N, m); None if some have more than others."""
+    rows = mask.flatten(1) if mask.ndim > 1 else mask.reshape(-1, 1)
+    counts = rows.sum(1).tolist()
+    if len(set(counts)) > 1:
+        return None
+    return rows.nonzero()[:, 1].reshape(len(rows), max(counts, default=0))

@@ -1,0 +1,152 @@
+"""Sets of an order among entries: sequences that never fall, or never rise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rai_toolbox.constraints.constraint import Constraint
+
+_PARTS = 8  # a search asks this many places at once: fewer rounds, which cost a dispatch each
+
+
+@dataclass(frozen=True, eq=False)
+class Monotone(Constraint):
+    """Entries of each sub-tensor, in the order of their indices, that never fall, or never rise.
+
+    ``{x : x_1 <= x_2 <= ... <= x_n}``, or with ``>=``. The projection is isotonic regression: it
+    averages blocks of neighbors. It merges the solutions of halves, from pairs up, with prefix
+    sums and bisection (the pooling of Ayer et al., 1955, in the order of merge sort), which costs
+    O(n log n) for n entries. The set is a cone, unbounded: it has no `lmo`. The violation is the
+    largest step against the order.
+
+    Parameters
+    ----------
+    increasing : bool
+        Whether the entries may only rise, or else only fall.
+
+    Raises
+    ------
+    TypeError
+        If `increasing` is not a bool.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import Monotone
+    >>> Monotone().project_(torch.tensor([[1.0, 3.0, 2.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
+    tensor([[1.0000, 2.5000, 2.5000, 4.0000],
+            [2.5000, 2.5000, 2.5000, 2.5000]])
+    """
+
+    increasing: bool = True
+
+    def _check_settings(self) -> None:
+        if not isinstance(self.increasing, bool):
+            raise TypeError(f"`increasing` must be a bool, got {self.increasing!r}")
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        falls = x[:, :-1] - x[:, 1:] if self.increasing else x[:, 1:] - x[:, :-1]
+        return pad(falls, (1, 0)).amax(1)  # beside a 0: for what is inside, and for a single entry
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        rising = x if self.increasing else -x
+        if dtype == torch.float64:  # whose sums may overflow: a power of two keeps all but the
+            largest = x.detach().abs().amax(1, keepdim=True)  # last bits of subnormal numbers
+            factor = torch.where(largest > 2.0**900, 2.0**-100, 1.0)
+            rising = isotonic(rising * factor) / factor
+        else:
+            rising = isotonic(rising)
+        return rising if self.increasing else -rising
+
+
+def isotonic(x: Tensor) -> Tensor:
+    """The nearest non-decreasing sequence to each row of a float64 (N, n) tensor, differentiable.
+
+    Each level joins neighboring blocks, left L and right R, for which the solutions l and r are
+    known. The solution for both is ``min(l, v)`` on L and ``max(r, v)`` on R, with the v for which
+    ``sum_L max(l - v, 0) = sum_R max(v - r, 0)``: it pools, at their mean v, the entries of l that
+    are above v and those of r that are below. Proof: s is the solution for x iff it never falls,
+    and the sums of x - s over the first k entries are >= 0 for all k, and = 0 where s rises after
+    the k-th entry and for k = n (these are the optimality conditions: x - s is in the polar of
+    the cone, and orthogonal to s). l and r fulfill them. In L, going from l to min(l, v) adds
+    sums of max(l - v, 0) >= 0, which are 0 up to the pooled end of L, before which the new
+    sequence rises only where l does; likewise in R, counted from its end; and at the end of R
+    the two sums cancel, by the choice of v. So all of the conditions hold for the whole.
+
+    The result never falls whatever the error of v: min(l, v) <= v <= max(r, v), and both sides
+    never fall. What is not pooled keeps its bits.
+    """
+    size = x.shape[1]
+    largest = x.detach().amax(1, keepdim=True)  # which is not below any v, so never pooled
+    y, half = x, 1
+    while half < size:
+        missing = -y.shape[1] % (2 * half)
+        if missing:
+            y = torch.cat([y, largest.expand(-1, missing)], 1)
+        y = _joined(y.reshape(-1, 2, half)).view(len(x), -1)
+        half *= 2
+    return y[:, :size]
+
+
+def _joined(halves: Tensor) -> Tensor:
+    """The solution for each pair of solutions, of shape (pairs, 2, half)."""
+    left, right = halves.unbind(1)
+    v = _level(left.detach(), right.detach())
+    above, below = left > v, right < v
+    if torch.is_grad_enabled():  # v as a function of what it is the mean of, without its search
+        count = (above.sum(1, keepdim=True) + below.sum(1, keepdim=True)).clamp(min=1)
+        high, low = torch.where(above, left - v, 0.0), torch.where(below, right - v, 0.0)
+        mean = (high.sum(1, keepdim=True) + low.sum(1, keepdim=True)) / count
+        v = v + (mean - mean.detach())
+    return torch.stack([torch.where(above, v, left), torch.where(below, v, right)], 1)
+
+
+@torch.no_grad()
+def _level(left: Tensor, right: Tensor) -> Tensor:
+    """The v of each pair of non-decreasing rows; the first of `right` where nothing is pooled."""
+    # v is between the first entry of the right half and the last one of the left half. Sums of
+    # distances from the former, of entries between the two only, have terms of one sign: nothing
+    # cancels, and no entry that is not pooled, however large, costs precision.
+    base = right[:, :1]
+    high = (left.flip(1) - base).clamp_(min=0.0)  # falls, starting from where the halves meet
+    low = torch.minimum(right - base, high[:, :1])  # rises, starting from there
+    sum_high, sum_low = (pad(part.cumsum(1), (1, 0)) for part in (high, low))
+    minus_high = -high
+
+    def of_right(at: Tensor) -> Tensor:  # whether v is above low[at]: more is above it than below
+        t = low.gather(1, at)
+        count = torch.searchsorted(minus_high, -t)  # of entries of `high` above t
+        return sum_high.gather(1, count) - count * t > (at + 1) * t - sum_low.gather(1, at + 1)
+
+    below = _count(of_right, right)
+    sum_below = sum_low.gather(1, below)
+
+    def of_left(at: Tensor) -> Tensor:  # whether v is below high[at]: the mean is, if it is pooled
+        t = high.gather(1, at)
+        return (below + at + 1) * t > sum_high.gather(1, at + 1) + sum_below
+
+    above = _count(of_left, left)
+    total = sum_high.gather(1, above) + sum_below
+    return base + total / (above + below).clamp(min=1)
+
+
+def _count(holds: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """For how many indices into each row something holds that holds up to some index only.
+
+    By bisection into `_PARTS` parts. The length of the rows is a power of two.
+    """
+    size = part = rows.shape[1]
+    found = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
+    while True:
+        parts = min(part, _PARTS)
+        part //= parts
+        ends = torch.arange(part - 1, part * parts, part, device=rows.device)
+        at = (found + ends).clamp(max=size - 1)
+        found = found + part * holds(at).sum(1, keepdim=True)
+        if part == 1:
+            return found.clamp(max=size)  # beyond it where it held for all in the first round

@@ -1,0 +1,292 @@
+"""The section of a box by a hyperplane: budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from rai_toolbox.checks import check_order, check_setting
+from rai_toolbox.constraints.blocks import BLOCK, in_blocks
+from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.randomness import uniform
+from rai_toolbox.constraints.roots import Function, root
+from rai_toolbox.constraints.rounding import as_rounded, as_wide, noise, resolution
+
+_WIDTH = BLOCK // 4  # columns per piece: torch sums so many in one thread, always in one order
+_SHIFTS = 3  # each gains 52 bits: enough for entries 1e40 times as large as what is left of them
+
+
+def nearest_in_section(
+    x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor
+) -> Tensor:
+    """Project float64 rows onto ``{weight . x = total, lower <= x <= upper}``.
+
+    All tensors have two dims; bounds may be infinite. A shift of x along the weight changes
+    nothing, so that x is shifted by the root found, and the root of what is left is found: then
+    its precision is that of the result, however far away x is.
+    """
+    for _ in range(_SHIFTS):
+        with torch.no_grad():
+            f = balance(x, weight, total, lower, upper)
+            low, high = _bracket(f, x, weight, lower, upper)
+            t = root(f, low, high, torch.zeros_like(low))
+        x = x - t * weight
+    if torch.is_grad_enabled() and x.requires_grad:
+        x = x - _last_step(x, weight, total, lower, upper) * weight
+    return x.clamp(lower, upper)
+
+
+def balance(x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Function:
+    """``t -> weight . clamp(x - t weight, lower, upper) - total``, and its slope."""
+
+    def f(t: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope, size = -total, torch.zeros_like(t), total.abs()
+        for part, w, low, high in pieces(x, weight, lower, upper):
+            moved = part - t * w
+            terms = w * moved.clamp(low, high)
+            free = (moved > low) & (moved < high)
+            value = value + terms.sum(1, keepdim=True)
+            size = size + terms.abs().sum(1, keepdim=True)
+            slope = slope - (w * w * free).sum(1, keepdim=True)
+        size = size + 2 * (t * slope).abs()  # of what cancels where x is moved far
+        return torch.where(value.abs() <= noise(x.shape[1]) * size, 0.0, value), slope
+
+    return f
+
+
+def _bracket(
+    f: Function, x: Tensor, weight: Tensor, lower: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Between the first and the last kink, or where the line goes on that leads there."""
+    low, high = torch.full_like(x[:, :1], inf), torch.full_like(x[:, :1], -inf)
+    fall, rise = torch.zeros_like(low), torch.zeros_like(low)  # slopes before and after all kinks
+    for part, w, bottom, top in pieces(x, weight, lower, upper):
+        first = torch.where(w > 0, top, bottom)
+        last = torch.where(w > 0, bottom, top)
+        for end in (first, last):
+            kink = (part - end) / w
+            low = torch.minimum(low, kink.where(kink.isfinite(), inf).amin(1, keepdim=True))
+            high = torch.maximum(high, kink.where(kink.isfinite(), -inf).amax(1, keepdim=True))
+        square = (w * w).expand_as(part)
+        fall = fall - (square * first.isinf()).sum(1, keepdim=True)
+        rise = rise - (square * last.isinf()).sum(1, keepdim=True)
+    low, high = low.where(low <= high, 0.0), high.where(low <= high, 0.0)
+    short, over = f(low)[0].clamp(max=0), f(high)[0].clamp(min=0)
+    return (
+        torch.where(fall < 0, low - short / fall, low),
+        torch.where(rise < 0, high - over / rise, high),
+    )
+
+
+def _last_step(x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The root in closed form, given which entries are free: what autograd differentiates."""
+    free = (x > lower) & (x < upper)
+    square = (weight * weight * free).sum(1, keepdim=True)
+    value = (weight * x.clamp(lower, upper)).sum(1, keepdim=True) - total
+    return torch.where(square > 0, value / square.where(square > 0, 1.0), 0.0)
+
+
+def fill(price: Tensor, room: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill rooms in the order of rising prices until the amount is used; which was the last."""
+    order = price.argsort(dim=1, stable=True)
+    room = torch.minimum(room, amount).gather(1, order)
+    used = room.cumsum(1)
+    before = torch.nn.functional.pad(used[:, :-1], (1, 0))
+    filled = torch.minimum((amount - before).clamp(min=0), room)
+    last = (used < amount).sum(1, keepdim=True).clamp(max=room.shape[1] - 1)
+    return torch.empty_like(filled).scatter_(1, order, filled), order.gather(1, last)
+
+
+def bounds(
+    lower: float | Tensor | None, upper: float | Tensor | None, like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Bounds as they count, in float64, with two dims; infinite where a side is open."""
+    low, high = -inf if lower is None else lower, inf if upper is None else upper
+    return wide(as_rounded(low, dtype), like), wide(as_rounded(high, dtype), like)
+
+
+def beyond(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """By how much each row is outside the bounds; 0 inside."""
+    return torch.maximum(lower - x, x - upper).clamp(min=0).amax(1)
+
+
+def wide(setting: float | Tensor | None, like: Tensor) -> Tensor:
+    """A setting in float64 beside `like`, with two dims."""
+    tensor = as_wide(setting, like)
+    return tensor if tensor.ndim == 2 else tensor.reshape(1, 1)
+
+
+def pieces(x: Tensor, *settings: Tensor) -> Iterator[list[Tensor]]:
+    """Pieces of the columns, of a width that is always summed in the same order."""
+    width = _WIDTH if in_blocks(x) else x.shape[1]
+    for start in range(0, x.shape[1], width):
+        at = slice(start, start + width)
+        yield [t[:, at] if t.shape[1] > 1 else t for t in (x, *settings)]
+
+
+def _sums(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of rows, and a bit more: what rounding may hide."""
+    slack = 4 * noise(least.shape[1])
+    return (
+        least.sum(1) - slack * least.abs().sum(1),
+        most.sum(1) + slack * most.abs().sum(1),
+    )
+
+
+def _check_between(least: Tensor, most: Tensor, total: Tensor) -> None:
+    """Raise where no point has the sum; NaN, of bounds that are infinite, is no point either."""
+    least, most, total = torch.broadcast_tensors(least, most, total)
+    wrong = ~((least <= total) & (total <= most))
+    if bool(wrong.any()):
+        low, high, sought = (t[wrong][0].item() for t in (least, most, total))
+        raise ValueError(
+            "`total` must be between the least and the largest weighted sum within the bounds, "
+            f"{low:.7g} and {high:.7g}, got {sought!r}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BoxSection(Constraint):
+    """Entries between bounds, with a given weighted sum.
+
+    ``{x : weight . x = total, lower <= x <= upper}``; ``P(x) = clamp(x - t weight, lower, upper)``
+    with the t for which the sum is right: the root of a piecewise linear function, found by
+    Newton's method in a bracket (Cominetti, Mascarenhas and Silva, 2014) within some ten passes
+    over x. `lmo` fills a knapsack in the order of ``gradient / weight`` (Dantzig, 1957), after a
+    sort. `sample_` projects a uniform point of the box. Bounds count as rounded to the dtype of x.
+
+    Parameters
+    ----------
+    weight : float or Tensor
+        The weight of each entry, of any sign, or 0.
+    total : float or Tensor
+        The weighted sum; a tensor has one value per sub-tensor.
+    lower, upper : float or Tensor or None
+        The bounds; None, or an infinity, leaves a side open. `lmo` and `sample_` need both.
+
+    Raises
+    ------
+    ValueError
+        If a setting is NaN, `weight` or `total` is not finite, or ``lower > upper`` anywhere.
+        Also, as soon as the number of entries tells it, if no point of the box has the sum.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import BoxSection
+    >>> budget = BoxSection(torch.tensor([1.0, 2.0, 3.0]), 1.0, lower=0.0, upper=0.8)
+    >>> budget.project_(torch.tensor([[1.2, 3.0, 0.7]]))
+    tensor([[0.0000, 0.5000, 0.0000]])
+    """
+
+    _for_each: ClassVar[tuple[str, ...]] = ("total",)
+
+    weight: float | Tensor
+    total: float | Tensor
+    lower: float | Tensor | None
+    upper: float | Tensor | None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether both bounds are finite, everywhere."""
+        return bool(self.__dict__["_bounded"])
+
+    def _check_settings(self) -> None:
+        check_setting("weight", self.weight)
+        check_setting("total", self.total)
+        for name, bound in (("lower", self.lower), ("upper", self.upper)):
+            if bound is not None:
+                check_setting(name, bound, finite=False)
+        check_order("lower", self.lower, "upper", self.upper)
+        sides = (self.lower, self.upper)
+        finite = (s is not None and bool(torch.as_tensor(s).isfinite().all()) for s in sides)
+        self.__dict__["_bounded"] = all(finite)
+        self.__dict__["_met"] = set()  # shapes of which it is known that they hold a point
+        least, most = self._reach()
+        if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
+            low, high = _sums(least.reshape(1, -1), most.reshape(1, -1))
+            total = self._total()
+            edge = torch.where(total > 0, high, low)
+            times = (total / edge).ceil().where(total * edge > 0, 1.0).clamp(min=1)
+            _check_between(times * low, times * high, total)
+
+    def _check_shape(self, shape: torch.Size) -> None:
+        numbers = not any(isinstance(s, Tensor) for s in (self.weight, self.lower, self.upper))
+        sort = shape[1:] if numbers else shape
+        if 0 in shape or sort in self.__dict__["_met"]:
+            return
+        least, most = (
+            end.expand(len(end) if end.ndim == len(shape) else 1, *shape[1:]).flatten(1)
+            for end in self._reach()
+        )
+        _check_between(*_sums(least, most), self._total())
+        self.__dict__["_met"].add(sort)
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, total, lower, upper = self._beside(x, dtype)
+        terms = weight * x
+        off = (terms.sum(1, keepdim=True) - total).abs()
+        weights = weight.abs().expand(-1, x.shape[1]).sum(1, keepdim=True)
+        size = x.shape[1]
+        right = off <= resolution(terms.abs().sum(1, keepdim=True), weights, size, dtype)
+        length = torch.linalg.vector_norm(weight.expand(-1, size), dim=1, keepdim=True)
+        distance = torch.where(right, 0.0, off / length).squeeze(1)
+        return torch.maximum(distance, beyond(x, lower, upper))
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return nearest_in_section(x, *self._beside(x, dtype))
+
+    def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, total, lower, upper = self._beside(gradient, dtype)
+        # From the least sum, raise the entries that cost the least per unit of the sum.
+        free = torch.where(gradient > 0, lower, upper).where(gradient != 0, 0.0)
+        least = torch.where(weight > 0, lower, upper).where(weight != 0, free).clamp(lower, upper)
+        most = torch.where(weight > 0, upper, lower).where(weight != 0, least)
+        price = torch.where(weight != 0, gradient / weight, inf)
+        missing = total - (weight * least).sum(1, keepdim=True)
+        filled, last = fill(price, (weight * (most - least)).abs(), missing)
+        point = least + torch.where(weight != 0, filled / weight, 0.0)
+        point = torch.where(filled >= (weight * (most - least)).abs(), most, point)
+        # What was lost to rounding is owed by the entry that was filled last.
+        left, _ = balance(point, weight, total, lower, upper)(torch.zeros_like(total))
+        owed = weight.expand_as(point).gather(1, last)
+        step = torch.where(owed != 0, left / owed, 0.0)
+        return point.scatter_add(1, last, -step).clamp(lower, upper)
+
+    def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
+        weight, total, lower, upper = self._beside(like, like.dtype)
+        share = uniform(like, generator)
+        point = (1 - share) * lower + share * upper
+        return nearest_in_section(point, weight, total, lower, upper)
+
+    def _beside(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, total and bounds in float64, with two dims."""
+        weight, total = wide(self.weight, x), wide(self.total, x).expand(len(x), 1)
+        return weight, total, *bounds(self.lower, self.upper, x, dtype)
+
+    def _reach(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest that each entry can add to the sum."""
+        sides = (
+            -inf if self.lower is None else self.lower,
+            inf if self.upper is None else self.upper,
+        )
+        weight, lower, upper = (
+            torch.as_tensor(s, dtype=torch.float64) for s in (self.weight, *sides)
+        )
+        try:
+            ends = [(weight * bound).where(weight != 0, 0.0) for bound in (lower, upper)]
+            return torch.minimum(*ends), torch.maximum(*ends)
+        except RuntimeError:
+            shapes = [tuple(s.shape) for s in (weight, lower, upper)]
+            raise ValueError(
+                "`weight`, `lower` and `upper` must broadcast against each other, got shapes "
+                f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
+            ) from None
+
+    def _total(self) -> Tensor:
+        return torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)

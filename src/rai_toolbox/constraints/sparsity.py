@@ -1,0 +1,93 @@
+"""Sets of sparse sub-tensors: all but a few entries are zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.checks import check_non_negative
+from rai_toolbox.constraints.constraint import Constraint
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an entry, in bytes
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(Constraint):
+    """At most `k` entries of each sub-tensor are not zero.
+
+    ``{x : |x|_0 <= k}``. The projection keeps the `k` entries of largest magnitude as they are
+    (hard thresholding; Blumensath and Davies, 2009), at the cost of a selection. The set is not
+    convex: where magnitudes tie, several points are nearest, and the one that keeps the lowest
+    indices is taken. It is unbounded and has no `lmo`. The violation is the largest magnitude
+    beside the `k` that may stay.
+
+    Parameters
+    ----------
+    k : int
+        How many entries may be other than zero; the size of a sub-tensor, or more, allows all.
+
+    Raises
+    ------
+    TypeError
+        If `k` is not an int.
+    ValueError
+        If `k` is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import TopK
+    >>> TopK(2).project_(torch.tensor([[1.0, -3.0, 2.0], [1.0, 1.0, 1.0]]))
+    tensor([[ 0., -3.,  2.],
+            [ 1.,  1.,  0.]])
+    """
+
+    convex: ClassVar[bool] = False
+
+    k: int
+
+    def _check_settings(self) -> None:
+        check_non_negative("k", self.k)
+        if not isinstance(self.k, int):
+            raise TypeError(f"`k` must be an int, got {self.k!r}")
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.k >= x.shape[1]:
+            return x.new_zeros(len(x))
+        return x.abs().topk(self.k + 1, dim=1, sorted=False).values.amin(1)
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.where(are_largest(x, self.k), x, 0.0)
+
+
+def keep_largest_(rows: Tensor, k: int) -> Tensor:
+    """Keep the `k` entries of largest magnitude of each row, in place; the rest becomes 0.
+
+    See `are_largest`, which tells which. `rows` has the shape (N, n).
+    """
+    return rows.masked_fill_(~are_largest(rows, k), 0.0)
+
+
+@torch.no_grad()
+def are_largest(rows: Tensor, k: int) -> Tensor:
+    """Whether an entry is one of the `k` of largest magnitude in its row of (N, n).
+
+    Exactly `k` of a row are, or all n if they are fewer. Of tied entries those of the lowest
+    indices are, on every device; NaN counts as the largest magnitude.
+    """
+    if k >= rows.shape[1]:
+        return torch.ones_like(rows, dtype=torch.bool)
+    if k == 0:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    size = rows.detach().abs()
+    # The bits of a non-negative float, read as an integer, have its order, with NaN on top.
+    integers = _INTEGERS[size.element_size()]
+    order = size.view(integers) & torch.iinfo(integers).max
+    # Which of tied entries `topk` finds differs between devices, but not how large they are.
+    least = order.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above, tied = order > least, order == least
+    vacant = k - above.sum(1, keepdim=True)
+    return above | (tied & (tied.cumsum(1) <= vacant))

@@ -1,0 +1,66 @@
+"""One call that checks a set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from rai_toolbox.constraints import Constraint
+from rai_toolbox.testing.laws import LAWS
+from rai_toolbox.testing.trial import Trial
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_constraint(
+    constraint: Constraint,
+    shape: Sequence[int] = (32, 6),
+    *,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    scales: Iterable[float] = (1.0,),
+    laws: Iterable[str] | None = None,
+    seed: int = 0,
+) -> None:
+    """Check that a set keeps the laws, on random and on awkward points.
+
+    Parameters
+    ----------
+    constraint : Constraint
+        The set.
+    shape : sequence of int
+        A shape ``(N, ...)`` of batches that the set takes.
+    dtypes : iterable of torch.dtype
+        Of the batches.
+    scales : iterable of float
+        Magnitudes of the entries of points of the set: for each, points are tried around it, and
+        up to 1e20 times as large and as small. Tolerances are relative to it.
+    laws : iterable of str, optional
+        Names of `LAWS`. By default all but ``"compiled"``, which takes a second per dtype, and
+        which a set that reads values on the host cannot keep.
+    seed : int
+        Of the random points.
+
+    Raises
+    ------
+    AssertionError
+        If a law is broken. It names the law, the set, the dtype, the scale, and the worst row.
+    ValueError
+        If a law has no such name.
+
+    Examples
+    --------
+    >>> from rai_toolbox.constraints import Box
+    >>> from rai_toolbox.testing import check_constraint
+    >>> check_constraint(Box(-1.0, 1.0), shape=(16, 5))
+    """
+    names = [name for name in LAWS if name != "compiled"] if laws is None else list(laws)
+    for name in names:
+        if name not in LAWS:
+            raise ValueError(f"`laws` must be names of {sorted(LAWS)}, got {name!r}")
+    scales = tuple(scales)
+    for dtype in dtypes:
+        for scale in scales:
+            trial = Trial(constraint, tuple(shape), dtype, scale, seed)
+            for name in names:
+                LAWS[name](trial)

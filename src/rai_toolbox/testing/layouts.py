@@ -1,0 +1,42 @@
+"""The same values in other strides, and comparison bit for bit whatever the strides are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _reversed(x: Tensor) -> Tensor:
+    dims = list(range(x.ndim))[::-1]
+    return x.permute(dims).clone(memory_format=torch.contiguous_format).permute(dims)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), -7)
+    return wider[..., 2 : 2 + x.shape[-1]].copy_(x)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    wider = x.new_full([2 * size for size in x.shape], -7)
+    return wider[(slice(None, None, 2),) * x.ndim].copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reversed": _reversed,
+    "channels_last": _channels_last,
+    "narrowed": _narrowed,
+    "sliced": _sliced,
+}
+"""Each gives a copy of a batch, in a storage of its own."""
+
+
+def same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """For each row, whether its bits are the same in both: -0.0 is not 0.0, and NaN is NaN."""
+    alike = (a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()
+    return alike.reshape(len(a), -1).all(1)

@@ -1,0 +1,213 @@
+"""Laws about points: which are in the set, which is nearest, which is least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints import Constraint
+from rai_toolbox.testing.law import law
+from rai_toolbox.testing.layouts import same_bits
+from rai_toolbox.testing.trial import Trial
+
+
+@law
+def feasible(trial: Trial) -> None:
+    """What is projected is in the set, after rounding."""
+    for x, y in trial.pairs:
+        if y.dtype != x.dtype or y.shape != x.shape:
+            raise AssertionError(f"dtype and shape must stay, got {y.dtype} and {tuple(y.shape)}")
+        violation = trial.constraint.violation(y)
+        trial.require(violation == 0, violation, "`violation` of a projection must be 0", x)
+
+
+@law
+def identity_inside(trial: Trial) -> None:
+    """What is in the set stays as it is, bit for bit."""
+    for x in _inside(trial):
+        y = trial.projected(x)
+        outside = trial.constraint.violation(x) != 0
+        trial.require(outside | same_bits(x, y), trial.length(y - x), "must not be moved", x)
+
+
+@law
+def idempotent(trial: Trial) -> None:
+    """A second projection changes nothing, bit for bit."""
+    for x, y in trial.pairs:
+        again = trial.projected(y)
+        trial.require(same_bits(again, y), trial.length(again - y), "must not move twice", x)
+
+
+@law
+def optimal(trial: Trial) -> None:
+    """No point of the set is nearer.
+
+    Of a convex one: ``<x - Px, z - Px> <= 0`` for all z of it. The minimizer of a linear function
+    is the z for which that is hardest, so that for bounded sets one call proves the whole.
+    """
+    for index, (x, y) in enumerate(trial.pairs):
+        wide_x, wide_y = trial.wide(x), trial.wide(y)
+        for z in _rivals(trial, x, y, index):
+            wide_z, slack = trial.wide(z), trial.slack(y, z)
+            if trial.constraint.convex:
+                gain = ((wide_x - wide_y) * (wide_z - wide_y)).sum(1)
+                allowed = slack * (_length(wide_x - wide_y) + _length(wide_z - wide_y) + slack)
+                rule = "<x - Px, z - Px> must be <= 0"
+            else:
+                gain = _length(wide_x - wide_y) - _length(wide_x - wide_z)
+                # Distances to a far point are as coarse as that point is.
+                allowed = slack + 4 * torch.finfo(torch.float64).eps * trial.length(x)
+                rule = "|x - Px| - |x - z| must be <= 0"
+            trial.require(gain <= allowed, gain, rule, x)
+
+
+@law
+def accurate(trial: Trial) -> None:
+    """The projection in a narrow dtype is that in float64, to within rounding."""
+    for x, y in trial.pairs:
+        exact = trial.projected(x.double())
+        error = trial.length(y.double() - exact)
+        trial.require(error <= trial.slack(y, exact), error, "must be as in float64", x)
+
+
+@law
+def non_expansive(trial: Trial) -> None:
+    """Projections onto a convex set are not farther apart than their points were."""
+    if not trial.constraint.convex:
+        return
+    eps = torch.finfo(torch.float64).eps
+    for index, (x, y) in enumerate(trial.pairs):
+        for other in _neighbors(trial, x, index):
+            y_other = trial.projected(other)
+            before = _length(trial.wide(x) - trial.wide(other))
+            after = _length(trial.wide(y) - trial.wide(y_other))
+            allowed = 2 * trial.slack(y, y_other) + 4 * eps * (trial.length(x) + before)
+            trial.require(after <= before + allowed, after - before, "must not be farther", x)
+
+
+@law
+def violation(trial: Trial) -> None:
+    """It is about the distance to the set; what is small beside rounding is `feasible`'s to see."""
+    many = 4.0 * max(1, trial.batches[0][0].numel()) ** 2  # norms and directions differ by less
+    for x, y in trial.pairs:
+        found, moved = trial.constraint.violation(x), trial.length(x.double() - y.double())
+        if found.shape != x.shape[:1] or found.dtype != torch.float64:
+            raise AssertionError(f"must be (N,) in float64, got {found.shape}, {found.dtype}")
+        trial.require(found >= 0, found, "must be >= 0", x)
+        slack, rule = trial.slack(y), "must be about the distance to the set"
+        trial.require(found <= many * moved + slack, found, rule, x)
+        trial.require(found * many >= moved - slack, -found, rule, x)
+
+
+@law
+def lmo(trial: Trial) -> None:
+    """Its answer is in the set, and no other point has a lower product with the gradient."""
+    if not _has_lmo(trial.constraint):
+        _must_refuse(trial, "lmo")
+        return
+    for index, gradient in enumerate(trial.batches):
+        s = trial.constraint.lmo(gradient)
+        if s.dtype != gradient.dtype or s.shape != gradient.shape:
+            raise AssertionError(f"must be like the gradient, got {s.dtype}, {tuple(s.shape)}")
+        outside = trial.constraint.violation(s)
+        trial.require(outside == 0, outside, "must be in the set", gradient)
+        largest = gradient.double().flatten(1).abs().amax(1)
+        unit = gradient.double() / trial.column(torch.where(largest > 0, largest, 1.0))
+        steep = unit * 1e6 * trial.scale  # the projection of -steep all but minimizes
+        rivals = [s.flip(0)] if _has_one_setting(trial) else []
+        rivals += [trial.projected(trial.held(-steep)), *_members(trial, index)]
+        for z in rivals:
+            gain = (trial.wide(unit) * (trial.wide(s) - trial.wide(z))).sum(1)
+            allowed = trial.slack(s, z) * _length(trial.wide(unit))
+            trial.require(gain <= allowed, gain, "<g, s> must be least", gradient)
+
+
+@law
+def samples(trial: Trial) -> None:
+    """Random points are in the set, follow from the generator, and differ."""
+    constraint = trial.constraint
+    if not constraint.bounded:
+        _must_refuse(trial, "sample_")
+        return
+    blank = torch.full(trial.shape, torch.nan, dtype=trial.dtype)  # is not read
+    first, same = (constraint.sample_(blank.clone(), trial.generator(5)) for _ in range(2))
+    other = constraint.sample_(blank.clone(), trial.generator(6))
+    outside = constraint.violation(first)
+    trial.require(outside == 0, outside, "must be in the set", first)
+    trial.require(same_bits(first, same), first.flatten(1)[:, 0], "must follow the generator")
+    spread = trial.length(trial.projected(trial.normal(7)) - trial.projected(trial.normal(8)))
+    if bool((spread > 0).any()) and bool(same_bits(first, other).all()):
+        raise AssertionError("must differ from draw to draw")
+
+
+# Points of the set
+
+
+def _has_lmo(constraint: Constraint) -> bool:
+    return constraint.bounded and type(constraint)._minimizer is not Constraint._minimizer
+
+
+def _must_refuse(trial: Trial, word: str) -> None:
+    try:
+        getattr(trial.constraint, word)(trial.batches[0].clone())
+    except ValueError:
+        return
+    raise AssertionError(f"`{word}` must raise ValueError, for it is not defined")
+
+
+def _has_one_setting(trial: Trial) -> bool:
+    """Whether each row has the same set, so that answers can be exchanged."""
+    found: list[Tensor] = []
+    trial.constraint._map(lambda _, setting: found.append(setting) or setting)  # type: ignore[func-returns-value]
+    return all(s.ndim < len(trial.shape) or len(s) == 1 for s in found)
+
+
+def _members(trial: Trial, salt: int) -> Iterator[Tensor]:
+    """Points of the set, of all of its size."""
+    yield trial.projected(torch.zeros(trial.shape, dtype=trial.dtype))
+    yield trial.projected(trial.normal(200 + salt))
+    yield trial.projected(trial.normal(230 + salt, 100.0))
+    if trial.constraint.bounded:
+        blank = torch.empty(trial.shape, dtype=trial.dtype)
+        yield trial.constraint.sample_(blank, trial.generator(260 + salt))
+
+
+def _rivals(trial: Trial, x: Tensor, y: Tensor, salt: int) -> Iterator[Tensor]:
+    """Points of the set that might be nearer to x than y is."""
+    if _has_lmo(trial.constraint):
+        yield trial.constraint.lmo(trial.held(y.double() - x.double()))
+    yield from _members(trial, salt)
+    yield trial.projected(-x)
+    yield trial.projected(trial.held(2 * x.double() - y.double()))
+    for neighbor in _neighbors(trial, x, salt):
+        yield trial.projected(neighbor)
+    yield trial.projected(trial.held(y.double() + trial.normal(290 + salt, 1e-2).double()))
+
+
+def _neighbors(trial: Trial, x: Tensor, salt: int) -> Iterator[Tensor]:
+    """Points beside x, near and far."""
+    yield trial.held(x.double() + trial.normal(300 + salt).double())
+    yield trial.held(x.double() + trial.normal(330 + salt, 1e-3).double())
+    size = trial.column(x.double().abs().flatten(1).amax(1))
+    yield trial.held(x.double() + size * trial.normal(360 + salt).double() / trial.scale)
+
+
+def _inside(trial: Trial) -> Iterator[Tensor]:
+    """Points most of which are in the set: mixtures of two of it, draws, and the batches."""
+    for index, (x, y) in enumerate(trial.pairs):
+        yield x
+        share = torch.rand(len(x), generator=trial.generator(400 + index), dtype=torch.float64)
+        share = trial.column(share)
+        for z in _members(trial, 30 + index):
+            mixed = (1 - share) * y.double() + share * z.double()
+            yield z if not trial.constraint.convex else mixed.to(trial.dtype)
+    if trial.constraint.bounded:
+        blank = torch.empty(trial.shape, dtype=trial.dtype)
+        yield trial.constraint.sample_(blank, trial.generator(430))
+
+
+def _length(rows: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return length

@@ -1,0 +1,175 @@
+"""The table of sets x the table of laws, and what only a test can ask of a set."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from constraints.cases import CASES, DTYPES, trials
+
+from rai_toolbox import constraints
+from rai_toolbox.constraints import Constraint
+from rai_toolbox.testing import LAWS, Trial
+
+
+def has_cell(case, law, dtype):
+    """Whether the law says something of that set, in that dtype."""
+    if law == "gradient":
+        return dtype == torch.float64
+    if law == "accurate":
+        return dtype != torch.float64
+    if law == "compiled":  # which takes a second: once for each kind of set
+        return dtype == torch.float32 and case.compiles
+    return law != "non_expansive" or case.constraint().convex
+
+
+@pytest.mark.parametrize(
+    ("case", "law", "dtype"),
+    [
+        pytest.param(case, law, dtype, id=f"{case}-{law}-{str(dtype).removeprefix('torch.')}")
+        for case in CASES
+        for dtype in DTYPES
+        for law in LAWS
+        if has_cell(case, law, dtype)
+    ],
+)
+def test_law(case, law, dtype):
+    for trial in trials(case, dtype):
+        LAWS[law](trial)
+
+
+def test_each_set_has_a_case():
+    kinds = {name for name in constraints.__all__ if name != "Constraint"}
+    assert {case.kind for case in CASES} == {
+        kind for kind in kinds if issubclass(getattr(constraints, kind), Constraint)
+    }
+    assert {case.kind for case in CASES if case.compiles} >= kinds - {"Intersection"}
+
+
+# Feasible in exact arithmetic
+
+
+def as_fractions(setting, trial):
+    """A setting of each entry of the batch, exactly."""
+    setting = torch.as_tensor(setting, dtype=torch.float64).expand(trial.shape)
+    return [[Fraction(v) for v in row] for row in setting.reshape(len(setting), -1).tolist()]
+
+
+def rounded(setting, trial):
+    return as_fractions(torch.as_tensor(setting).to(trial.dtype), trial)
+
+
+def in_ball(p, rows, trial, ball):
+    centers = rounded(0.0 if ball.center is None else ball.center, trial)
+    for row, radius, center in zip(rows, as_fractions(ball.epsilon, trial), centers, strict=True):
+        yield shorter(p, [v - c for v, c in zip(row, center, strict=True)], radius[0])
+
+
+def shorter(p, row, radius):
+    if p == 1:
+        return sum(map(abs, row)) <= radius
+    return sum(v * v for v in row) <= radius**2 if p == 2 else max(map(abs, row)) <= radius
+
+
+def in_box(rows, trial, box):
+    ends = zip(rounded(box.lower, trial), rounded(box.upper, trial), strict=True)
+    for row, (lower, upper) in zip(rows, ends, strict=True):
+        yield all(l <= v <= u for l, v, u in zip(lower, row, upper, strict=True))  # noqa: E741
+
+
+def in_half_space(rows, trial, half):
+    normals, offsets = as_fractions(half.normal, trial), as_fractions(half.offset, trial)
+    for row, normal, offset in zip(rows, normals, offsets, strict=True):
+        yield sum(v * w for v, w in zip(row, normal, strict=True)) <= offset[0]
+
+
+def in_simplex(rows, trial, simplex):
+    unit = Fraction(torch.finfo(trial.dtype).eps) + Fraction(1, 2**44)
+    least = Fraction(torch.finfo(trial.dtype).smallest_normal) * len(rows[0])
+    for row, total in zip(rows, as_fractions(simplex.total, trial), strict=True):
+        yield min(row) >= 0 and abs(sum(row) - total[0]) <= unit * sum(row) + least
+
+
+def in_bounded_ball(rows, trial, both):
+    p = {"L1Ball": 1, "L2Ball": 2, "LinfBall": torch.inf}[type(both.ball).__name__]
+    return map(min, in_ball(p, rows, trial, both.ball), in_box(rows, trial, both))
+
+
+EXACT = {
+    "Box": in_box,
+    "LinfBall": lambda *args: in_ball(torch.inf, *args),
+    "L2Ball": lambda *args: in_ball(2, *args),
+    "L1Ball": lambda *args: in_ball(1, *args),
+    "BoundedBall": in_bounded_ball,
+    "Simplex": in_simplex,
+    "HalfSpace": in_half_space,
+    "MaxNorm": lambda rows, trial, c: (
+        shorter(c.p, row, r[0])
+        for row, r in zip(rows, as_fractions(c.max_norm, trial), strict=True)
+    ),
+    "TopK": lambda rows, trial, c: (sum(v != 0 for v in row) <= c.k for row in rows),
+    "Monotone": lambda rows, trial, c: (
+        row == sorted(row, reverse=not c.increasing) for row in rows
+    ),
+}
+
+
+def exactly(case):
+    """Cases whose sets are told by fractions: those with bounds that are numbers, and short."""
+    c = case.constraint()
+    bounds = [getattr(c, name, 0.0) for name in ("lower", "upper")]
+    # without a center the bounds of this ball count as rounded, which is the law of the box
+    rounds = case.kind == "LinfBall" and c.center is None
+    return (
+        not any(b is None or b == torch.inf for b in bounds if not isinstance(b, torch.Tensor))
+        and not rounds
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind in EXACT and exactly(c)], ids=str)
+def test_feasible_in_exact_arithmetic(case, dtype):
+    for trial in trials(case, dtype):
+        for x, y in trial.pairs:
+            rows = [[Fraction(v) for v in row] for row in y.flatten(1).tolist()]
+            inside = list(EXACT[case.kind](rows, trial, trial.constraint))
+            assert len(inside) == len(rows)
+            assert all(inside), (trial.scale, x[inside.index(False)], y[inside.index(False)])
+
+
+# Equivariance
+
+
+def scaled(trial, x):
+    return x * 2
+
+
+def signed(trial, x):
+    signs = torch.randint(2, x.shape[1:2], generator=trial.generator(1)) * 2 - 1
+    return x * signs.to(x).view(-1, *(1,) * (x.ndim - 2))
+
+
+def permuted(trial, x):
+    return x[:, torch.randperm(x.shape[1], generator=trial.generator(2))]
+
+
+CHANGES = {"scale": scaled, "sign": signed, "permutation": permuted}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        pytest.param(case, change, id=f"{case}-{change}")
+        for case in CASES
+        for change in sorted(case.symmetric)
+    ],
+)
+def test_equivariant(case, change, dtype):
+    """``P(change x) = change P(x)``; of a scale, with the settings scaled alike."""
+    act = CHANGES[change]
+    for trial in trials(case, dtype):
+        x = trial.normal(1, 2.0)
+        other = case.constraint(2 * trial.scale) if change == "scale" else trial.constraint
+        changed = Trial(other, trial.shape, dtype, 2 * trial.scale)
+        y, expected = changed.projected(act(trial, x)), act(trial, trial.projected(x))
+        assert (changed.length(y.double() - expected.double()) <= changed.slack(y)).all()
