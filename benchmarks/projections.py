@@ -8,7 +8,6 @@ projected, and are compared with two `copy_` of the tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +119,12 @@ def run_streamed(case: Case, *, budget_s: float, progress: Progress = silent) ->
 
         rows = compare(
             measure(
-                {FLOOR: copies, "ours, inside": ours, "ours after a copy_": outside, "one copy_": lambda: y.copy_(start)},
+                {
+                    FLOOR: copies,
+                    "ours, inside": ours,
+                    "ours after a copy_": outside,
+                    "one copy_": lambda: y.copy_(start),
+                },
                 budget_s=budget_s,
                 progress=progress,
             ),
@@ -133,7 +137,21 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     for case in SORTED:
         result = run_sorted(case, budget_s=8.0)
-        print(result["case"], {n: (round(r["median_ms"], 2), round(r["times_faster"], 2), r["error"]) for n, r in result["rows"].items()}, flush=True)
+        print(
+            result["case"],
+            {
+                n: (round(r["median_ms"], 2), round(r["times_faster"], 2), r["error"])
+                for n, r in result["rows"].items()
+            },
+            flush=True,
+        )
     for case in STREAMED:
         result = run_streamed(case, budget_s=4.0)
-        print(result["case"], {n: (round(r["median_ms"], 2), round(r["ratio"], 2)) for n, r in result["rows"].items()}, flush=True)
+        print(
+            result["case"],
+            {
+                n: (round(r["median_ms"], 2), round(r["ratio"], 2))
+                for n, r in result["rows"].items()
+            },
+            flush=True,
+        )

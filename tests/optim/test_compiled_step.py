@@ -80,7 +80,7 @@ ONE_GRAPH = {
     "ClampedGradient": ["clamp_"],
     "Signed": ["clamp_"],
     "LinfProjected": ["clamp_", "clamp_"],  # the sign is a clamp, too
-    "TopQ": ["topk", "scatter_"],
+    "TopQ": ["topk", "masked_fill_"],
     "Chained": ["topk", "scatter_", "clamp_", "clamp_"],
 }
 

@@ -212,10 +212,10 @@ class CrowdedBall(ToyBall):
 
 
 class ForgetfulBall(ToyBall):
-    """Saves a wrong radius."""
+    """Saves a radius of another type."""
 
     def to_plain(self):
-        return {**super().to_plain(), "radius": 2.0}
+        return {**super().to_plain(), "radius": torch.tensor(self.radius)}
 
 
 class StraightBall(ToyBall):

@@ -215,24 +215,29 @@ class L1Ball(_Ball):
     """
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        magnitudes = _magnitudes(self._offsets(x, dtype))
-        return (row_sum(magnitudes) - self.epsilon).clamp(min=0).squeeze(1)
+        return self._beyond(_magnitudes(self._offsets(x, dtype))).squeeze(1)
+
+    def _beyond(self, magnitudes: list[Values]) -> Tensor:
+        return (row_sum(magnitudes) - self.epsilon).clamp(min=0)
 
     def _projected(self, units: Tensor) -> Tensor:
         dtype = units.dtype
-        excess = self._excess(units.detach(), dtype)[:, None]
         offsets = self._offsets(units, dtype)
+        magnitudes = _magnitudes(offsets)
+        excess = self._beyond(magnitudes).detach()
         total = self._inner(units.shape[1]) * (1 - 2 * precision(dtype))
-        top, t = threshold(_magnitudes(offsets), total, dtype)
+        top, t = threshold(magnitudes, total, dtype)
+        t = torch.where(excess.isfinite(), t, torch.nan)
         result = []
-        for offset, (piece, at) in zip(offsets, self._pieces(units), strict=True):
-            d = offset()
-            soft = (d.abs() - top - t).clamp(min=0) * d.sign()
-            soft = offset_from(at, soft, dtype)
-            result.append(torch.where(excess > 0, soft, piece))
-        return torch.where(excess.isfinite(), torch.cat(result, 1), torch.nan)
+        for offset, size, (piece, at) in zip(offsets, magnitudes, self._pieces(units), strict=True):
+            soft = (size() - top - t).clamp(min=0) * offset().sign()
+            placed = offset_from(0.0 if self.center is None else at, soft, dtype)
+            result.append(torch.where(excess <= 0, piece, placed))
+        return result[0] if len(result) == 1 else torch.cat(result, 1)
 
     def _offsets(self, x: Tensor, dtype: torch.dtype) -> list[Values]:
+        if self.center is None:
+            return each(widened, x)
         return each(lambda piece, at: widened(piece) - at, x, self._centers(x, dtype))
 
     def _pieces(self, x: Tensor) -> list[tuple[Tensor, ...]]:
@@ -253,6 +258,9 @@ class L1Ball(_Ball):
 
 
 def _magnitudes(offsets: list[Values]) -> list[Values]:
+    if len(offsets) == 1:
+        size = offsets[0]().abs()
+        return [lambda: size]
     return [lambda offset=offset: offset().abs() for offset in offsets]  # type: ignore[misc]
 
 

@@ -50,7 +50,8 @@ class Constraint:
     _for_each: ClassVar[tuple[str, ...]] = ()  # settings of sub-tensors, not of their elements
 
     def __init_subclass__(cls) -> None:
-        _SETS[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            _SETS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         for field in fields(self):

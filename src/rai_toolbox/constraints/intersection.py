@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -16,7 +16,7 @@ from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.rounding import resolution
 
 _TURN = 10  # cycles between two looks at how far it got, each of which waits for the device
-_NOISE = 64 * torch.finfo(torch.float64).eps
+_LONGEST = 1e12  # cycles that a stride may stand for
 _SLOWEST = 1e-4  # least share of the distance that a cycle is taken to go; noise looks like none
 
 
@@ -26,13 +26,14 @@ class Intersection(Constraint):
 
     ``{x : x in C_1, ..., x in C_k}``, by Dykstra's algorithm (Boyle and Dykstra, 1986): it
     projects onto the sets in turn, each time first taking back what the last projection onto that
-    set has changed. It converges linearly for polyhedra, slowly where sets meet at a small angle,
-    and is done when a bound of the moves that are left is small (all corrections count, as of
-    Birgin and Raydan, 2005). A sub-tensor in all sets costs one `violation` of each of them.
+    set has changed. It is done when the moves that are left are small (those of all corrections,
+    as of Birgin and Raydan, 2005), which takes tens of cycles or hundreds; most where sets meet at
+    a small angle, or a sub-tensor is far away, beyond 1e4 times the size of the sets. One that is
+    in all sets costs one `violation` of each of them.
 
-    A result is in the last set as that set's own projection is before rounding, and in the others
-    to within `tolerance` and the rounding of their entries, which is what counts as inside here.
-    It is the nearest point to within `tolerance`, too. Autograd goes through all the cycles.
+    A result is the nearest point to within about `tolerance`, relative to the largest magnitude
+    of the sub-tensor and of the result. What is in all sets to within `tolerance` and the rounding
+    of its entries counts as inside. Autograd goes through all cycles, and keeps them.
 
     This is the only set that waits for its device: it reads one number every ten cycles.
 
@@ -41,7 +42,7 @@ class Intersection(Constraint):
     *sets : Constraint
         Convex sets. Put the one that has to hold most strictly last.
     tolerance : float
-        The accuracy, relative to the largest magnitude in the sub-tensor.
+        The relative accuracy.
     max_iterations : int
         The largest number of cycles. A projection that needs more raises a RuntimeError that
         tells how far outside each set it ended, and writes nothing.
@@ -135,10 +136,10 @@ class Intersection(Constraint):
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Dykstra's algorithm on each row, until it is done for all of them.
 
-        Where sets meet at a small angle, or bend far from `x`, very many cycles push in nearly
-        the same direction. So each turn of cycles starts with a stride in the direction of the
-        last push, which is taken back if the moves at the end of the turn have not become
-        smaller. Any pushes are a right start: the sum of `y` and of them is what counts.
+        Where sets meet at a small angle, or are far from `x`, very many cycles push in nearly the
+        same direction. So a turn of cycles begins with a stride in the direction of the pushes of
+        the last one, and is taken back if its own pushes turn against that. Any pushes are a right
+        start, as the algorithm is coordinate descent on the dual problem: x = y + sum of pushes.
 
         Where `x` is far off, float64 leaves an error relative to `x` in a result that is small.
         Such a row starts anew from what it got: projections do not expand, so that the error
@@ -148,57 +149,51 @@ class Intersection(Constraint):
         if bool(done.all()):
             return x
         with_origin = self._inside(torch.zeros_like(x), dtype)
-        none = [torch.zeros_like(x)] * len(self.sets)
         start = y = kept = result = x
-        pushes = kept_pushes = none
-        jumped = torch.zeros_like(done)
-        strides = none
-        stride = torch.full_like(x[:, 0], _TURN)
+        none = x.new_zeros(len(self.sets), *x.shape)
+        pushes = kept_pushes = leap = none
+        stride = x.new_full((len(x),), _TURN)
+        leapt = torch.zeros_like(done)
         for _ in range(0, self.max_iterations, _TURN):
-            end, end_pushes, last_push, left, moved = self._turn(y, pushes)
-            back = jumped & (_along(last_push, strides) < 0)
-            far = _size(start)
+            turn = self._turn(y, pushes)
+            overshot = leapt & ((_along(turn.first, leap) < 0) | (_along(turn.last, leap) < 0))
+            reach = torch.maximum(_size(start), _size(turn.y))
             # a cone's apex would be approached forever, each time a little nearer
-            vanishing = with_origin & (torch.maximum(_size(end), left) <= self.tolerance * far)
-            end = _where(vanishing, torch.zeros_like(end), end)
-            settled = (left <= self.tolerance * _size(end)) | (moved <= _NOISE * far) | vanishing
-            settled = settled & ~back
+            near_origin = torch.maximum(_size(turn.y), turn.left) <= self.tolerance * reach
+            end = _where(near_origin & with_origin, 0.0, turn.y)
+            settled = ~overshot & (turn.left <= self.tolerance * reach)
             found = settled & self._inside(end, dtype) & ~done
             result, done = _where(found, end, result), done | found
             if bool(done.all()):
                 return result
-            kept = _where(back, kept, end)
-            kept_pushes = [_where(back, *both) for both in zip(kept_pushes, end_pushes, strict=True)]
+            kept = _where(overshot, kept, end)
+            kept_pushes = _where(settled, none, _where(overshot, kept_pushes, turn.pushes))
             start = _where(settled, kept, start)
-            kept_pushes = [_where(settled, zero, push) for zero, push in zip(none, kept_pushes, strict=True)]
-            stride = torch.where(back, stride / 8, torch.where(jumped, 4 * stride, stride))
-            stride = torch.where(settled, _TURN, stride)
-            plain = back | settled
-            jumped = ~plain
-            strides = [_where(plain, zero, stride.unsqueeze(1) * push) for zero, push in zip(none, last_push, strict=True)]
-            pushes = [push + more for push, more in zip(kept_pushes, strides, strict=True)]
-            y = kept - sum(strides)
+            longer = torch.where(leapt, 4 * stride, stride).clamp(max=_LONGEST)
+            stride = torch.where(settled, _TURN, torch.where(overshot, stride / 8, longer))
+            leapt = ~(overshot | settled)
+            leap = _where(leapt, stride.unsqueeze(1) * turn.last, none)
+            pushes = kept_pushes + leap
+            y = kept - sum(leap)
         raise RuntimeError(self._failure(end[~done].detach()))
 
-    def _turn(self, y: Tensor, pushes: list[Tensor]):
-        for count in range(_TURN):
-            if count == _TURN // 2:
-                middle, half = pushes, moved
-            y, pushes, moved = self._cycle(y, pushes)
-        last = [(after - push).detach() / (_TURN - _TURN // 2) for after, push in zip(pushes, middle, strict=True)]
-        return y, pushes, last, _left(half, moved), moved
-
-    def _cycle(self, y: Tensor, pushes: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One projection onto each set in turn; also how much all of them have moved each row."""
-        moved = y.new_zeros(len(y))
-        after = []
-        for member, push in zip(self.sets, pushes, strict=True):
-            pushed = y + push
-            near = member.project(self._batch(pushed)).view(y.shape)
-            moved = moved + _size(near - y)
-            after.append(pushed - near)
-            y = near
-        return y, after, moved
+    def _turn(self, y: Tensor, pushes: Tensor) -> _Turn:
+        """Some cycles: in each, one projection onto each set in turn."""
+        seen, sizes = [pushes], []
+        for _ in range(_TURN):
+            after, moved = [], y.new_zeros(len(y))
+            for member, push in zip(self.sets, seen[-1], strict=True):
+                pushed = y + push
+                near = member.project(self._batch(pushed)).view(y.shape)
+                moved = moved + _size(near - y)
+                after.append(pushed - near)
+                y = near
+            seen.append(torch.stack(after))
+            sizes.append(moved)
+        half = _TURN // 2
+        first, last = seen[1] - pushes, (seen[-1] - seen[half]) / (_TURN - half)
+        left = _left(sizes[half - 1], sizes[-1], _TURN - half)
+        return _Turn(y, seen[-1], first.detach(), last.detach(), left)
 
     def _inside(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return self._excess(y.detach().to(dtype).to(y.dtype), dtype) <= 0
@@ -209,24 +204,36 @@ class Intersection(Constraint):
             for member in self.sets
         )
         return (
-            "`sets` must have a point in common, which Dykstra's algorithm finds within "
+            "`sets` must have points in common, the nearest of which is found within "
             f"max_iterations={self.max_iterations}; {len(y)} sub-tensors ended up to {outside}"
         )
 
 
-def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+class _Turn(NamedTuple):
+    """Where some cycles end, for N rows of n elements and k sets."""
+
+    y: Tensor  # (N, n)
+    pushes: Tensor  # (k, N, n): what each set's last projection has taken away
+    first: Tensor  # (k, N, n): by how much the first cycle changed the pushes
+    last: Tensor  # (k, N, n): by how much the last cycles did, each
+    left: Tensor  # (N,): a bound of all moves that are to come
+
+
+def _where(rows: Tensor, a: Tensor | float, b: Tensor) -> Tensor:
     return torch.where(rows.unsqueeze(1), a, b)
 
 
-def _along(a, b):
-    return sum((x * y).sum(1) for x, y in zip(a, b, strict=True))
+def _along(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of two pushes, for each row."""
+    total: Tensor = sum((a * b).sum(2))  # type: ignore[assignment]
+    return total
 
 
 def _size(rows: Tensor) -> Tensor:
     return rows.detach().abs().amax(1)
 
 
-def _left(first: Tensor, last: Tensor) -> Tensor:
-    """What moves are left in all, if they go on to shrink as from the first to the last one."""
-    rate = (last / first) ** (1 / (_TURN - _TURN // 2))
+def _left(before: Tensor, last: Tensor, cycles: int) -> Tensor:
+    """What moves are left in all, if they go on to shrink as in the last cycles."""
+    rate = (last / before) ** (1 / cycles)
     return torch.where(last > 0, last / (1 - rate).clamp(min=_SLOWEST), 0.0)

@@ -51,10 +51,24 @@ def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> T
     Float64 comes in. An anchor that is a number of `dtype` is never passed, so that whatever ball
     around it the offset is in, and whatever box both ends are in, holds the result too.
     """
+    if not isinstance(anchor, Tensor) and anchor == 0:
+        return round_down(offset.abs(), dtype) * offset.sign().to(dtype)
     rounded = (anchor + offset).to(dtype)
-    away = (rounded.detach().to(offset.dtype) - anchor).abs() > offset.detach().abs()
+    seen = rounded.detach()
+    away = (seen.to(offset.dtype) - anchor).abs() > offset.detach().abs()
     target = torch.as_tensor(anchor, dtype=dtype, device=offset.device).expand_as(rounded)
-    return torch.where(away, rounded.nextafter(target), rounded)
+    return rounded + torch.where(away, seen.nextafter(target) - seen, 0.0)
+
+
+def round_down(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 ``y >= 0`` to the next number of `dtype` that is not above it."""
+    rounded = y.to(dtype)
+    seen = rounded.detach()
+    bits = (
+        torch.int64 if dtype == torch.float64 else getattr(torch, f"int{torch.finfo(dtype).bits}")
+    )
+    lower = (seen.view(bits) - (seen.to(y.dtype) > y.detach()).to(bits)).view(dtype)
+    return rounded + (lower - seen) if y.requires_grad else lower
 
 
 def round_toward(y: Tensor, anchor: float | Tensor, dtype: torch.dtype) -> Tensor:

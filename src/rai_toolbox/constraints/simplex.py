@@ -13,7 +13,7 @@ from rai_toolbox.constraints.blocks import column_blocks, widened
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.randomness import exponential
 from rai_toolbox.constraints.rounding import resolution
-from rai_toolbox.constraints.threshold import each, row_sum, threshold
+from rai_toolbox.constraints.threshold import Values, each, row_sum, threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +56,24 @@ class Simplex(Constraint):
         check_setting("total", self.total, least=0)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        values = each(widened, x)
+        return self._off(x, each(widened, x), dtype).squeeze(1)
+
+    def _off(self, x: Tensor, values: list[Values], dtype: torch.dtype) -> Tensor:
         total, size = row_sum(values), x.shape[1]
         off = (total - self.total).abs() - resolution(total.abs(), size, size, dtype)
         lowest = x.amin(1, keepdim=True).to(total.dtype)
-        return torch.maximum(off, -lowest).clamp(min=0).squeeze(1)
+        return torch.maximum(off, -lowest).clamp(min=0)
 
     def _projected(self, units: Tensor) -> Tensor:
-        excess = self._excess(units.detach(), units.dtype)[:, None]
         values = each(widened, units)
+        excess = self._off(units, values, units.dtype).detach()
         top, t = threshold(values, self.total, units.dtype)
+        t = torch.where(excess.isfinite(), t, torch.nan)
         result = [
-            torch.where(excess > 0, (value() - top - t).clamp(min=0).to(units.dtype), piece)
+            torch.where(excess <= 0, piece, (value() - top - t).clamp(min=0).to(units.dtype))
             for value, (piece,) in zip(values, column_blocks(units), strict=True)
         ]
-        return torch.where(excess.isfinite(), torch.cat(result, 1), torch.nan)
+        return result[0] if len(result) == 1 else torch.cat(result, 1)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         total = torch.as_tensor(self.total, dtype=gradient.dtype, device=gradient.device)

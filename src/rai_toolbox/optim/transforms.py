@@ -11,12 +11,11 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rai_toolbox.autograd import readable
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
 from rai_toolbox.constraints import directions
+from rai_toolbox.constraints.sparsity import keep_largest_
 
 
 def normalize_(
@@ -30,7 +29,8 @@ def normalize_(
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
     """Keep the ``round((1 - q) * n)`` largest magnitudes of each sub-tensor of n entries.
 
-    Exactly so many, ties or not; the rest becomes 0. NaN counts as the largest magnitude.
+    Exactly so many; of tied entries those of the lowest indices stay. The rest becomes 0. NaN
+    counts as the largest magnitude.
     """
     if _is_divided(grad, param_ndim):
         _as_a_whole_(grad, lambda whole: top_q_(whole, q, param_ndim))
@@ -39,9 +39,7 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
     keep = round((1.0 - q) * rows.shape[1])
     if keep == rows.shape[1]:
         return
-    index = rows.detach().abs().topk(keep, dim=1, sorted=False).indices
-    kept = readable(rows).gather(1, index)
-    rows.zero_().scatter_(1, index, kept)
+    keep_largest_(rows, keep)
     if copied:
         grad.copy_(rows.view(grad.shape))
 

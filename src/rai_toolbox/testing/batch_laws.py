@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rai_toolbox.constraints import Constraint
+from rai_toolbox.constraints.masked import Masked
 from rai_toolbox.testing.law import law
 from rai_toolbox.testing.layouts import LAYOUTS, same_bits
 from rai_toolbox.testing.points_laws import _has_lmo
@@ -77,46 +79,44 @@ def out_of_place(trial: Trial) -> None:
 @law
 def non_finite(trial: Trial) -> None:
     """A NaN stays, an infinity is a large number or NaN, and other sub-tensors do not notice."""
-    x, y = trial.pairs[0]
-    one = torch.arange(len(x)) % x[0].numel()
+    x = trial.pairs[0][0]
+    one = torch.nn.functional.one_hot(torch.arange(len(x)) % x[0].numel(), x[0].numel()).bool()
     odd = torch.arange(len(x)) % 2 == 0
-    at = (torch.nn.functional.one_hot(one, x[0].numel()).bool() & odd[:, None]).view(x.shape)
-    if trial.constraint.elementwise:
-        _check_poison(trial, x, at, torch.where(at, torch.nan, y), torch.nan, at)
-        for infinity in (torch.inf, -torch.inf):
-            large = torch.where(at, torch.finfo(trial.dtype).max * (1 if infinity > 0 else -1), x)
-            _check_poison(trial, x, at, trial.projected(large), infinity, at)
-    else:
-        whole = trial.column(odd)
-        for poison in (torch.nan, torch.inf, -torch.inf):
-            _check_poison(trial, x, at, torch.where(whole, torch.nan, y), poison, whole)
+    at = (one & odd[:, None]).view(x.shape)
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        _check_poison(trial, at, poison)
 
 
-def _check_poison(
-    trial: Trial, x: Tensor, at: Tensor, expected: Tensor, poison: float, lost: Tensor
-) -> None:
-    """Check the words where some entries are poisoned; `lost` tells which answers are lost."""
-    constraint, rows, is_nan = trial.constraint, at.flatten(1).any(1), poison != poison
+def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
+    constraint, (x, y), is_nan = trial.constraint, trial.pairs[0], poison != poison
+    free = ~constraint.mask.expand(x.shape) if isinstance(constraint, Masked) else at & ~at
+    hit = at & ~free
+    lost = trial.column(hit.flatten(1).any(1)) & ~free
+    if constraint.elementwise:
+        lost = hit
+    large = constraint.elementwise and not is_nan
+
+    def spoilt(clean: Tensor, found: Tensor, at_large: Tensor) -> Tensor:
+        """What is to become of the clean answer."""
+        if not large:
+            return torch.where(lost, torch.nan, clean)
+        unbounded = lost & (found.abs() == torch.inf)
+        return torch.where(unbounded, found, torch.where(lost, at_large, clean))
+
     given = torch.where(at, poison, x)
+    most = torch.where(at, torch.finfo(x.dtype).max * (-1 if poison < 0 else 1), x)
+    rule, rows = "what is not finite must show, and only in its sub-tensor", lost.flatten(1).any(1)
     result = trial.projected(given)
-    if constraint.elementwise and not is_nan:  # where no bound is, it stays
-        expected = torch.where(at & (result == poison), poison, expected)
-    rule = "what is not finite must show, and only in its sub-tensor"
+    expected = spoilt(torch.where(at & free, poison, y), result, trial.projected(most))
     trial.require(same_bits(result, expected), rows, rule, given)
     found = constraint.violation(given)
-    shown = found >= 0 if constraint.elementwise else found == torch.inf
-    trial.require(
-        ~rows | (found.isnan() if is_nan else shown), found, f"`violation`: {rule}", given
-    )
-    right = rows | (found == constraint.violation(x))
+    shown = found >= 0 if large else found.isnan() if is_nan else found == torch.inf
+    right = torch.where(rows, shown, found == constraint.violation(x))
     trial.require(right, found, f"`violation`: {rule}", given)
     if _has_lmo(constraint):
-        s, clean = constraint.lmo(given), constraint.lmo(x)
-        if constraint.elementwise and not is_nan:
-            clean = torch.where(at & ~s.isnan(), s, clean)
-        else:
-            clean = torch.where(lost, torch.nan, clean)
-        trial.require(same_bits(s, clean), rows, f"`lmo`: {rule}", given)
+        s = constraint.lmo(given)
+        expected = spoilt(constraint.lmo(x), s, constraint.lmo(most))
+        trial.require(same_bits(s, expected), rows, f"`lmo`: {rule}", given)
 
 
 @law
@@ -196,11 +196,17 @@ def _some_rows(count: int) -> Iterator[slice]:
 
 
 def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
-    """The set as some rows of the batch x see it."""
-    every = x.ndim, len(x)
-    return constraint._map(
-        lambda _, s: s[rows] if (s.ndim, len(s) if s.ndim else 1) == every and len(x) > 1 else s
-    )
+    """The set as some rows of the batch x see it: with those rows of settings that have N."""
+
+    def cut(setting: Any) -> Any:
+        if isinstance(setting, dict):
+            return {name: cut(value) for name, value in setting.items()}
+        if isinstance(setting, (list, tuple)):
+            return [cut(value) for value in setting]
+        each = isinstance(setting, Tensor) and setting.ndim == x.ndim and len(setting) == len(x)
+        return setting[rows] if each and len(x) > 1 else setting
+
+    return Constraint.from_plain(cut(constraint.to_plain()))
 
 
 def _check_words(constraint: Constraint, x: Tensor) -> None:

@@ -118,7 +118,8 @@ class Trial:
         entries = math.prod(self.shape[1:])
         size = torch.stack([self.length(p) for p in points]).amax(0) + self.scale * entries**0.5
         relative = _SLACK * torch.finfo(self.dtype).eps + _SUMS * noise(entries)
-        return relative * size + _SLACK * spacing(self.dtype) * entries**0.5
+        slack: Tensor = relative * size + _SLACK * spacing(self.dtype) * entries**0.5
+        return slack
 
     def require(self, right: Tensor, found: Tensor, rule: str, x: Tensor | None = None) -> None:
         """Raise unless each row is right; name the worst one, the largest `found` of the others."""

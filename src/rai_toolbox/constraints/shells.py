@@ -1,0 +1,289 @@
+"""Norms between two values: spheres, balls, and what is between them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from rai_toolbox.checks import check_order, check_setting
+from rai_toolbox.constraints.balls import L2Ball
+from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.directions import largest_sign_, normalize_
+from rai_toolbox.constraints.norms import norm
+from rai_toolbox.constraints.randomness import exponential, normal, uniform
+from rai_toolbox.constraints.rounding import as_wide, noise, round_down, round_up, spacing
+from rai_toolbox.constraints.threshold import precision, threshold
+
+
+@dataclass(frozen=True, eq=False)
+class MinMaxNorm(Constraint):
+    """Sub-tensors whose norm is between two values; not convex unless `min_norm` is 0.
+
+    ``{x : min_norm <= |x|_p <= max_norm}``. P scales x for p = 2; it lets the magnitudes sink, or
+    rise, by a common threshold for p = 1; for p = inf it clamps, or lifts one largest magnitude.
+    Where x = 0 must move, it moves as if all its elements were equal and positive.
+    `sample_` has directions uniform in the norm's ball, and radii as they are in it.
+
+    Parameters
+    ----------
+    min_norm, max_norm : float or Tensor
+        The bounds of the norm, ``0 <= min_norm <= max_norm``; a tensor has one per sub-tensor,
+        shape (N, 1, ...), or of size 1 along `dim`.
+    p : {2, 1, inf}
+        Order of the norm.
+    dim : int or tuple of int, optional
+        Along which dims of the batch the norm is taken, such as 0 for the columns of a matrix. By
+        default all but the first.
+
+    Raises
+    ------
+    ValueError
+        If a bound is negative or NaN, ``min_norm > max_norm``, or `p` is none of 1, 2, inf.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import MinMaxNorm
+    >>> MinMaxNorm(0.5, 1.0).project_(torch.tensor([[3.0, 4.0], [0.03, 0.04], [0.0, 0.6]]))
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000],
+            [0.0000, 0.6000]])
+    """
+
+    _for_each: ClassVar[tuple[str, ...]] = ("min_norm", "max_norm")
+
+    min_norm: float | Tensor
+    max_norm: float | Tensor
+    p: float = 2
+    dim: int | tuple[int, ...] | None = None
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        """Whether the smallest norm is 0, so that the set is a ball."""
+        return bool(self.__dict__["_convex"])
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the largest norm is finite."""
+        return bool(self.__dict__["_bounded"])
+
+    def _check_settings(self) -> None:
+        check_setting("min_norm", self.min_norm, least=0)
+        check_setting("max_norm", self.max_norm, least=0, finite=False)
+        check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
+        if self.p not in (1, 2, math.inf):
+            raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
+        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        if self.dim is not None and not all(type(d) is int for d in dims):
+            raise TypeError(f"`dim` must be an int, a tuple of them or None, got {self.dim!r}")
+        object.__setattr__(self, "_convex", bool((torch.as_tensor(self.min_norm) == 0).all()))
+        finite = bool(torch.as_tensor(self.max_norm).isfinite().all())
+        object.__setattr__(self, "_bounded", finite)
+
+    def _check_batch(self, x: Tensor) -> None:
+        super()._check_batch(x)
+        dims = self._dims_of(x)
+        for name in self._for_each if self.dim is not None else ():
+            shape = torch.as_tensor(getattr(self, name)).shape
+            shape = torch.Size((1,) * (x.ndim - len(shape)) + tuple(shape))
+            if any(shape[dim] != 1 for dim in dims):
+                raise ValueError(
+                    f"`{name}` must have size 1 along `dim`={self.dim}, got shape {tuple(shape)}"
+                )
+
+    # The words along `dim`: the dims are moved to the end, and all others make the batch
+
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.dim is not None:
+            rows, moved = self._rows(x)
+            moved.copy_(self._of_rows(x).project_(rows).view(moved.shape))
+        elif self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
+            L2Ball(self.max_norm).project_(x)
+        else:
+            super().project_(x)
+        return x
+
+    def violation(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.dim is None:
+            return super().violation(x)
+        rows, moved = self._rows(x)
+        found = self._of_rows(x).violation(rows)
+        return found.view(moved.shape[: x.ndim - len(self._dims_of(x))])
+
+    @torch.no_grad()
+    def lmo(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        if self.dim is None:
+            return super().lmo(gradient)
+        answer = gradient.clone()
+        rows, moved = self._rows(answer)
+        moved.copy_(self._of_rows(gradient).lmo(rows).view(moved.shape))
+        return answer
+
+    @torch.no_grad()
+    def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
+        if self.dim is None:
+            return super().sample_(x, generator)
+        rows, moved = self._rows(x)
+        moved.copy_(self._of_rows(x).sample_(rows, generator).view(moved.shape))
+        return x
+
+    def _dims_of(self, x: Tensor) -> tuple[int, ...]:
+        dims = self.dim if isinstance(self.dim, tuple) else (self.dim or 0,)
+        if any(not -x.ndim <= dim < x.ndim for dim in dims):
+            raise ValueError(f"`dim` must be in [{-x.ndim}, {x.ndim - 1}], got {self.dim}")
+        return tuple(dim % x.ndim for dim in dims)
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy of what lies along `dim` as rows, and `x` seen with these dims at the end."""
+        self._check_batch(x)
+        dims = self._dims_of(x)
+        moved = x.movedim(dims, tuple(range(-len(dims), 0)))
+        rows = moved.reshape(prod(moved.shape[: x.ndim - len(dims)]), -1)
+        return rows.clone() if torch.is_grad_enabled() else rows, moved
+
+    def _of_rows(self, x: Tensor) -> MinMaxNorm:
+        """The set as the rows see it."""
+        dims = self._dims_of(x)
+        shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
+        end = tuple(range(-len(dims), 0))
+
+        def rows(name: str, setting: Tensor) -> Tensor:
+            return setting.expand(shape).movedim(dims, end).reshape(-1, 1)
+
+        seen: MinMaxNorm = object.__new__(MinMaxNorm)
+        seen.__dict__.update(self._map(rows).__dict__, dim=None)
+        return seen
+
+    # In float64, on rows
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        length = norm(x, self.p, 1)
+        excess = torch.maximum(length - self.max_norm, self.min_norm - length)
+        return (excess - self._range(x, dtype)[2]).clamp(min=0).squeeze(1)
+
+    def _range(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms that stay within the bounds after rounding; how far equal bounds may be missed."""
+        low, high = as_wide(self.min_norm, x), as_wide(self.max_norm, x)
+        size = x.shape[1]
+        relative = torch.finfo(dtype).eps / 2 + 8 * noise(size) + 2 * precision(dtype)
+        small = spacing(dtype) / 2 * (size if self.p == 1 else math.sqrt(size))
+        above, below = low * (1 + relative) + small, high * (1 - relative) - small
+        if self.p == math.inf:
+            above, below = round_up(low, dtype).to(low), round_down(high, dtype).to(high)
+        above = torch.where(low > 0, above, 0.0)
+        thin = (low > 0) & (above > below)
+        middle = (low + high) / 2
+        missed = torch.where(thin, 2 * (relative * high + small), 0.0)
+        return (
+            torch.where(thin, middle, above),
+            torch.where(thin, middle, below.clamp(min=0)),
+            missed,
+        )
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        low, high, _ = self._range(x, dtype)
+        length = norm(x.detach(), self.p, 1)
+        if self.p == 2:
+            x = torch.where((length == 0) & (low > 0), 1.0, x)
+            length = norm(x, 2, 1)
+            goal = length.clamp(low, high)
+            return x * (goal / torch.where(length == 0, 1.0, length))
+        goal = length.clamp(low, high)
+        signs = torch.where(x < 0, -1.0, 1.0).to(x)
+        size = x.abs()
+        if self.p == 1:
+            top, t = threshold([lambda: size], goal, dtype)
+            return (size - top - t).clamp(min=0) * signs
+        largest = torch.zeros_like(x).scatter_(1, size.argmax(1, keepdim=True), 1.0)
+        lifted = (largest > 0) & (length < goal)
+        return torch.where(lifted, goal, size.minimum(goal)) * signs
+
+    def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        largest = gradient.abs().amax(1, keepdim=True)
+        down = torch.where(largest == 0, 1.0, -gradient)
+        if self.p == 1:
+            down = largest_sign_(down)
+        elif self.p == math.inf:
+            down = torch.where(down < 0, -1.0, 1.0).to(down)
+        else:
+            down = normalize_(down, 2, 1)
+        return self._nearest(down * self.max_norm, dtype)
+
+    def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
+        if self.p == 1:
+            signs = torch.where(uniform(like, generator) < 0.5, -1.0, 1.0)
+            direction = exponential(like, generator) * signs
+        elif self.p == math.inf:
+            direction = 2 * uniform(like, generator) - 1
+        else:
+            direction = normal(like, generator)
+        size = like.shape[1]
+        low, high = as_wide(self.min_norm, direction), as_wide(self.max_norm, direction)
+        least = (low / torch.where(high > 0, high, 1.0)) ** size  # share of the ball that is empty
+        share = least + (1 - least) * uniform(like[:, :1], generator)
+        radius = high * share ** (1 / size)
+        return self._nearest(normalize_(direction, self.p, 1) * radius, like.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class MaxNorm(MinMaxNorm):
+    """Sub-tensors whose norm is at most a given one: a ball, along any dims.
+
+    ``{x : |x|_p <= max_norm}``; ``P(x) = x min(1, max_norm / |x|_2)`` for p = 2, that of `L1Ball`
+    for p = 1, a clamp for p = inf.
+
+    Parameters
+    ----------
+    max_norm, p, dim
+        See `MinMaxNorm`.
+
+    Raises
+    ------
+    ValueError
+        If `max_norm` is negative or NaN, or `p` is none of 1, 2, inf.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import MaxNorm
+    >>> MaxNorm(1.0, dim=0).project_(torch.tensor([[3.0, 0.3], [4.0, 0.4]]))  # columns
+    tensor([[0.6000, 0.3000],
+            [0.8000, 0.4000]])
+    """
+
+    min_norm: float | Tensor = field(default=0.0, init=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitNorm(MinMaxNorm):
+    """Sub-tensors of norm 1, to within rounding: a sphere, which is not convex.
+
+    ``{x : |x|_p = 1}``; ``P(x) = x / |x|_2`` for p = 2; see `MinMaxNorm`, of which it is the case
+    of two equal bounds.
+
+    Parameters
+    ----------
+    p, dim
+        See `MinMaxNorm`.
+
+    Raises
+    ------
+    ValueError
+        If `p` is none of 1, 2, inf.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import UnitNorm
+    >>> UnitNorm(dim=0).project_(torch.tensor([[3.0, 0.3], [4.0, 0.4]]))  # columns
+    tensor([[0.6000, 0.6000],
+            [0.8000, 0.8000]])
+    """
+
+    min_norm: float | Tensor = field(default=1.0, init=False, repr=False)
+    max_norm: float | Tensor = field(default=1.0, init=False, repr=False)

@@ -1,0 +1,225 @@
+"""What all sets do with their settings: checks, plain data, and being values."""
+
+import copy
+import dataclasses
+import io
+import math
+import pickle
+import re
+
+import pytest
+import torch
+from constraints.cases import CASES, N, sets
+
+from rai_toolbox.constraints import Constraint
+
+of_each_case = pytest.mark.parametrize("case", CASES, ids=str)
+NAN = torch.tensor([[1.0], [math.nan]])
+
+# What is wrong, and what the message has to say: the argument, the rule, the value.
+BAD = [
+    (lambda: sets.Box(None, None), "`lower` or `upper` must be given"),
+    (lambda: sets.Box(2.0, 1.0), "`lower` must be <= `upper`, got lower=2.0 and upper=1.0"),
+    (lambda: sets.Box(math.nan, 1.0), "`lower` must not be NaN, got nan"),
+    (lambda: sets.Box(0.0, NAN), "`upper` must not be NaN, got nan at (1, 0)"),
+    (
+        lambda: sets.Box(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0])),
+        "`lower` must be <= `upper`, got lower=2.0 and upper=1.0 at (1,)",
+    ),
+    (
+        lambda: sets.Box(torch.zeros(2), torch.ones(3)),
+        "`lower` and `upper` must broadcast against each other, got shapes (2,) and (3,)",
+    ),
+    *(
+        (lambda kind=kind, bad=bad: getattr(sets, kind)(bad), message)
+        for kind in ("LinfBall", "L2Ball", "L1Ball", "SpectralBall", "NuclearBall")
+        for bad, message in (
+            (-1.0, "`epsilon` must be >= 0, got -1.0"),
+            (math.nan, "`epsilon` must not be NaN, got nan"),
+            (NAN, "`epsilon` must not be NaN, got nan at (1, 0)"),
+            (-torch.ones(2, 1), "`epsilon` must be >= 0, got -1.0 at (0, 0)"),
+        )
+    ),
+    (lambda: sets.L2Ball(1.0, center=math.nan), "`center` must not be NaN, got nan"),
+    (lambda: sets.L2Ball(1.0, center=math.inf), "`center` must be finite, got inf"),
+    (lambda: sets.Simplex(-1.0), "`total` must be >= 0, got -1.0"),
+    (lambda: sets.Simplex(math.inf), "`total` must be finite, got inf"),
+    (lambda: sets.Simplex(math.nan), "`total` must not be NaN, got nan"),
+    (lambda: sets.BoxSection(math.nan, 1.0, 0.0, 1.0), "`weight` must not be NaN, got nan"),
+    (lambda: sets.BoxSection(1.0, math.nan, 0.0, 1.0), "`total` must not be NaN, got nan"),
+    (lambda: sets.BoxSection(1.0, 1.0, 2.0, 1.0), "`lower` must be <= `upper`"),
+    (lambda: sets.MaxNorm(-1.0), "`max_norm` must be >= 0, got -1.0"),
+    (lambda: sets.MaxNorm(math.nan), "`max_norm` must not be NaN, got nan"),
+    (lambda: sets.MaxNorm(1.0, 3), "`p` must be"),
+    (lambda: sets.UnitNorm(0), "`p` must be"),
+    (lambda: sets.MinMaxNorm(2.0, 1.0), "`min_norm` must be <= `max_norm`"),
+    (lambda: sets.BoundedBall(sets.L2Ball(1.0), 2.0, 1.0), "`lower` must be <= `upper`"),
+    (lambda: sets.TopK(-1), "`k` must be >= 0, got -1"),
+    (lambda: sets.Hyperplane(0.0, 1.0), "`normal` must not be 0"),
+    (lambda: sets.Hyperplane(torch.zeros(3), 1.0), "`normal` must not be 0"),
+    (lambda: sets.HalfSpace(1.0, math.nan), "`offset` must not be NaN, got nan"),
+    (lambda: sets.Affine(torch.ones(3, 2), 1.0), "`matrix` must have the shape (m, n)"),
+    (lambda: sets.Affine(torch.ones(2, 3), torch.ones(2)), "`matrix`"),
+    (lambda: sets.Affine(torch.eye(2), torch.ones(3)), "`offset` must have the shape"),
+    (lambda: sets.Intersection(), "`sets` must be at least one constraint"),
+]
+BAD_TYPES = [
+    (lambda: sets.Box("1", 2.0), "`lower` must be a number, got '1'"),
+    (lambda: sets.Box(True, 2.0), "`lower` must be a number, got True"),
+    (lambda: sets.L2Ball(None), "`epsilon` must be a number, got None"),
+    (lambda: sets.L2Ball(1j), "`epsilon` must be a number, got 1j"),
+    (lambda: sets.L2Ball(torch.ones(2, 1, dtype=torch.complex64)), "`epsilon` must hold real"),
+    (lambda: sets.Simplex(torch.ones(2, 1, dtype=torch.bool)), "`total` must hold real numbers"),
+    (lambda: sets.TopK(2.5), "`k` must be an int"),
+    (lambda: sets.Intersection(1.0), "`sets` must be constraints, got 1.0"),
+    (lambda: sets.Masked(sets.Box(0, 1), torch.ones(2)), "`mask` must be a tensor of bools"),
+    (lambda: sets.Masked(1.0, torch.ones(2, dtype=torch.bool)), "`constraint` must be"),
+    (lambda: sets.BoundedBall(sets.Simplex(), 0.0, 1.0), "`ball` must be"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "message", "kind"),
+    [(*bad, ValueError) for bad in BAD] + [(*bad, TypeError) for bad in BAD_TYPES],
+)
+def test_a_wrong_setting_is_named(make, message, kind):
+    with pytest.raises(kind, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        (lambda: sets.Box(0.0, torch.ones(3)), (2, 4), "`upper` must broadcast"),
+        (lambda: sets.L2Ball(torch.ones(3, 1)), (2, 4), "`epsilon` must broadcast"),
+        (
+            lambda: sets.L2Ball(torch.ones(4)),
+            (2, 4),
+            "`epsilon` must have one value per sub-tensor",
+        ),
+        (lambda: sets.L1Ball(1.0, center=torch.ones(3)), (2, 4), "`center` must broadcast"),
+        (lambda: sets.L2Ball(1.0), (4,), "L2Ball takes a batch of shape (N, ...), got (4,)"),
+        (lambda: sets.PSD(), (2, 3), "PSD takes a batch of shape (N, ..., m, k), got (2, 3)"),
+        (lambda: sets.PSD(), (2, 3, 4), "square"),
+        (lambda: sets.Stiefel(), (2, 3, 4), "transpose"),
+        (lambda: sets.BoxSection(1.0, 9.0, 0.0, 1.0), (2, 4), "`total`"),
+        (lambda: sets.BoxSection(torch.ones(3), 9.0, 0.0, 1.0), (2, 3), "`total`"),
+        (lambda: sets.Affine(torch.eye(3), 1.0), (2, 4), "`matrix` must have one column"),
+        (
+            lambda: sets.Masked(sets.L2Ball(1.0), torch.ones(3, dtype=torch.bool)),
+            (2, 4),
+            "`mask` must",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_left_alone(make, shape, message):
+    c, x = make(), torch.full(shape, 7.0)
+    for word in (c.project_, c.project, c.violation):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            word(x)
+    assert (x == 7).all()
+
+
+@of_each_case
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_only_real_floating_point(case, dtype):
+    x = torch.ones(case.shape, dtype=dtype)
+    with pytest.raises(
+        TypeError, match=f"{case.kind} takes real floating-point tensors, got {dtype}"
+    ):
+        case.constraint().project_(x)
+
+
+def through_a_file(plain):
+    file = io.BytesIO()
+    torch.save(plain, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+COPIES = {
+    "plain": lambda c: Constraint.from_plain(through_a_file(c.to_plain())),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
+    "to": lambda c: c.to("cpu"),
+}
+
+
+@of_each_case
+@pytest.mark.parametrize("way", COPIES)
+def test_comes_back_as_it_was(case, way):
+    c = case.constraint()
+    other = COPIES[way](c)
+    assert type(other) is type(c) and other == c and hash(other) == hash(c)
+    assert repr(other) == repr(c)
+    assert (other.bounded, other.convex) == (c.bounded, c.convex)
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other.project(x), c.project(x))
+
+
+@of_each_case
+def test_repr_names_the_settings(case):
+    text = repr(case.constraint())
+    assert text.startswith(f"{case.kind}(")
+    for field in dataclasses.fields(case.constraint()):
+        assert f"{field.name}=" in text or not field.repr
+
+
+def test_sets_differ_by_kind_and_settings():
+    different = [case.constraint() for case in CASES]
+    for i, one in enumerate(different):
+        for j, other in enumerate(different):
+            assert (one == other) == (repr(one.to_plain()) == repr(other.to_plain())), (i, j)
+    assert sets.L2Ball(1.0) != sets.L2Ball(torch.tensor(1.0))
+    assert sets.L2Ball(1.0) != "L2Ball(1.0)"
+    assert len({sets.L2Ball(1.0), sets.L2Ball(1), sets.L2Ball(2.0)}) == 2
+
+
+@of_each_case
+def test_immutable(case):
+    c = case.constraint()
+    for field in dataclasses.fields(c):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(c, field.name, 1.0)
+
+
+def test_numbers_of_other_libraries_become_plain():
+    numpy = pytest.importorskip("numpy")
+    c = sets.L2Ball(numpy.float32(0.5))
+    assert type(c.epsilon) is float
+    assert type(sets.TopK(numpy.int64(3)).k) is int
+
+
+def test_to_converts_tensor_settings():
+    c = sets.L2Ball(torch.ones(N, 1, dtype=torch.float64), center=0.5)
+    half = c.to(torch.float32)
+    assert (half.epsilon.dtype, half.center) == (torch.float32, 0.5)
+    assert c.epsilon.dtype == torch.float64
+    meta = c.to("meta")
+    with pytest.raises(
+        ValueError, match="`epsilon` must be on the device of the batch, cpu, got meta"
+    ):
+        meta.project(torch.ones(N, 3))
+
+
+@pytest.mark.parametrize("plain", [{"set": "Ball", "epsilon": 1.0}, {}, {"set": "__init__"}])
+def test_an_unknown_set_is_named(plain):
+    with pytest.raises(ValueError, match=r"`set` must be one of \[.*'L2Ball'.*\], got "):
+        Constraint.from_plain(plain)
+
+
+def test_plain_settings_are_checked():
+    with pytest.raises(ValueError, match="the settings of L2Ball must fit it, got"):
+        Constraint.from_plain({"set": "L2Ball", "radius": 1.0})
+    with pytest.raises(ValueError, match="`epsilon` must be >= 0, got -1.0"):
+        Constraint.from_plain({"set": "L2Ball", "epsilon": -1.0, "center": None})
+
+
+def test_words_of_unbounded_sets_say_so():
+    for c in (sets.Box(0.0, None), sets.NonNegative(), sets.L2Ball(math.inf)):
+        for word in ("lmo", "sample_"):
+            with pytest.raises(
+                ValueError, match=f"`{word}` needs a bounded set, got {type(c).__name__}"
+            ):
+                getattr(c, word)(torch.ones(2, 3))
