@@ -24,7 +24,7 @@ format: .venv/.stamp  ## put the code into the shape that `make lint` asks for
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.stamp  ## measure the claims of speed
+bench: .venv/.bench  ## measure the claims of speed
 	$(BIN)/python benchmarks/run.py
 
 docs: .venv/.stamp  ## build the documentation into out/docs
@@ -40,4 +40,8 @@ clean:  ## remove all that was made, but for the environment (.venv)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venv/.bench: .venv/.stamp  # only here: libraries to compare with
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	@touch $@

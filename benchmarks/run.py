@@ -1,7 +1,7 @@
 """Run the benchmarks: `python benchmarks/run.py [--quick]`.
 
 Prints tables, and writes the figures with the machine and versions they belong to to
-`out/bench/step_cost.json`.
+`out/bench/step_cost.json` and `out/bench/projections.json`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import import_time
 import machine
+import projections
 import step_cost
 import torch
 from timing import Progress, silent
@@ -83,23 +84,26 @@ def step_table(result: dict[str, Any]) -> str:
     return f"{title}\n{table(header, rows)}{note if result['noisy'] else ''}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what a constraint adds to a step.")
-    parser.add_argument("--quick", action="store_true", help="few rounds: a first look")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 5)
+def projection_table(result: dict[str, Any]) -> str:
+    rows = []
+    for name, row in result["rows"].items():
+        faster = result["faster"]
+        ratio = 1 / row["ratio"] if faster else row["ratio"]
+        target = row["target"]
+        verdict = ""
+        if target is not None:
+            met = ratio >= target if faster else ratio <= target
+            verdict = f"{'>=' if faster else '<='} {target:.1f} {'ok' if met else 'MISSED'}"
+        error = row.get("error")
+        cells = [name, f"{row['median_ms']:.3f}", f"{ratio:.2f}", verdict]
+        rows.append([*cells, "" if error is None else f"{error:.1e}"])
+    ratio = "times faster" if result["faster"] else "ratio"
+    title = f"{result['case']} floats: {result['rounds']} rounds"
+    return f"{title}\n{table(['projection', 'ms', ratio, 'target', 'largest error'], rows)}"
 
-    report = {**machine.describe(), "quick": args.quick, "step": []}
-    print(
-        "{model}, {cpus} CPUs, {threads} threads, {vectors}, {system}".format(**report["machine"]),
-        "Python {python}, torch {torch}, rai_toolbox {rai_toolbox}".format(**report["versions"]),
-        report["date"],
-        sep="\n",
-        end="\n\n",
-    )
+
+def run_steps(budget_s: float, import_rounds: int) -> dict[str, Any]:
+    report: dict[str, Any] = {"step": []}
     for case in step_cost.CASES:
         with progress_bar(case.name) as progress:
             result = step_cost.run(case, budget_s=budget_s, progress=progress)
@@ -111,11 +115,51 @@ def main() -> None:
     print(
         "import rai_toolbox.optim: {extra_ms:.1f} ms after torch "
         "(torch alone {torch_ms:.0f} ms, both {both_ms:.0f} ms; "
-        "medians of {rounds} fresh interpreters each)".format(**report["import"])
+        "medians of {rounds} fresh interpreters each)".format(**report["import"]),
+        end="\n\n",
     )
+    return report
 
+
+def run_projections(budget_s: float) -> dict[str, Any]:
+    report: dict[str, Any] = {"projections": []}
+    cases = [(case, projections.run_sorted) for case in projections.SORTED]
+    cases += [(case, projections.run_streamed) for case in projections.STREAMED]
+    for case, run in cases:
+        with progress_bar(case.name) as progress:
+            result = run(case, budget_s=budget_s, progress=progress)
+        report["projections"].append(result)
+        print(projection_table(result), end="\n\n", flush=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what constraints cost.")
+    parser.add_argument("what", nargs="*", metavar="steps|projections", help="by default both")
+    parser.add_argument("--quick", action="store_true", help="few rounds: a first look")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
+    args = parser.parse_args()
+    what = args.what or ["steps", "projections"]
+    torch.set_num_threads(args.threads)
+    budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 5)
+
+    about = {**machine.describe(), "quick": args.quick}
+    print(
+        "{model}, {cpus} CPUs, {threads} threads, {vectors}, {system}".format(**about["machine"]),
+        "Python {python}, torch {torch}, rai_toolbox {rai_toolbox}".format(**about["versions"]),
+        about["date"],
+        sep="\n",
+        end="\n\n",
+    )
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "step_cost.json"
+    if "steps" in what:
+        write(args.out / "step_cost.json", about | run_steps(budget_s, import_rounds))
+    if "projections" in what:
+        write(args.out / "projections.json", about | run_projections(budget_s))
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"figures: {path}")
 

@@ -29,7 +29,9 @@ SETS = {
 
 def batch(dtype, scale=1.0):
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(4, 2, 3, dtype=torch.float64, generator=generator) * scale).to(dtype)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, generator=generator) * scale
+    most = torch.finfo(dtype).max / 100  # room for a projection, which may be larger
+    return x.clamp(-most, most).to(dtype)
 
 
 def selected(constraint, mask, x):
@@ -50,7 +52,7 @@ def selected(constraint, mask, x):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", SETS)
 def test_as_row_by_row(name, mask, dtype, scale):
-    x = batch(dtype, scale).clamp(-6e4, 6e4) if dtype == torch.float16 else batch(dtype, scale)
+    x = batch(dtype, scale)
     constraint = Masked(SETS[name], MASKS[mask])
     y = constraint.project(x)
     assert equal_bits(y, selected(SETS[name], MASKS[mask], x))
@@ -118,12 +120,7 @@ def test_plain_data_and_conversion(name):
 def test_nested():
     x = batch(torch.float32)
     twice = Masked(Masked(Hyperplane(1.0, 1.0), torch.tensor([True, False, True])), SHARED)
-    both = torch.tensor([[True, False, False], [False, True, False]])
-    both = torch.zeros(2, 3, dtype=torch.bool)
-    both[0, 0] = both[1, 1] = True  # the first and last of the three that are selected
-    order = SHARED.nonzero()[[0, 2]]
-    both = torch.zeros(2, 3, dtype=torch.bool)
-    both[order[:, 0], order[:, 1]] = True
+    both = torch.tensor([[True, False, False], [False, True, False]])  # of three, first and last
     assert equal_bits(twice.project(x), Masked(Hyperplane(1.0, 1.0), both).project(x))
 
 

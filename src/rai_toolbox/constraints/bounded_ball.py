@@ -12,110 +12,16 @@ from torch import Generator, Tensor
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.roots import root
+from rai_toolbox.constraints.knapsack import beyond, bounds, wide
+from rai_toolbox.constraints.offsets import (
+    least_in_l1,
+    least_in_l2,
+    least_in_linf,
+    nearest_in_l1,
+    nearest_in_l2,
+    nearest_in_linf,
+)
 from rai_toolbox.constraints.rounding import as_rounded, as_wide, noise
-from rai_toolbox.constraints.section import beyond, bounds, fill, nearest_in_section, pieces, wide
-
-_FAR = 1e290  # a square that float64 holds, and sums of very many of them, too
-
-# The pure functions see offsets d from the center, and the bounds of offsets: float64, two dims.
-
-
-def nearest_in_linf(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
-    """Project rows onto ``{max |z_i| <= epsilon, lower <= z <= upper}``."""
-    return d.clamp(-epsilon, epsilon).clamp(lower, upper)
-
-
-def nearest_in_l2(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
-    """Project rows onto ``{|z|_2 <= epsilon, lower <= z <= upper}``: on the way from 0 to d."""
-    nearest = d.clamp(lower, upper)
-    unit = _power_of_two(d.detach())
-    shorter = along(d / unit, lower, upper, epsilon, unit)
-    return torch.where(_longer(nearest, epsilon), shorter, nearest)
-
-
-def nearest_in_l1(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
-    """Project rows onto ``{sum |z_i| <= epsilon, lower <= z <= upper}``.
-
-    Where a sign is free it is that of d; else the bounds force it. The magnitudes then have
-    bounds of their own, and a given sum: they are in a section of a box.
-    """
-    nearest = d.clamp(lower, upper)
-    sign = torch.where((lower > 0) | ((d > 0) & (upper > 0)), 1.0, -1.0)
-    least = torch.maximum(lower, -upper).clamp(min=0)
-    most = torch.where(sign > 0, upper, -lower)
-    one = torch.ones_like(epsilon[:1])
-    outside = nearest.detach().abs().sum(1, keepdim=True) > epsilon
-    magnitude = nearest_in_section(sign * d, one, epsilon, least, most)
-    nearest = torch.where(outside, sign * magnitude, nearest)
-    forced = least.sum(1, keepdim=True) >= epsilon  # there is nothing to choose
-    return torch.where(forced, torch.zeros_like(d).clamp(lower, upper), nearest)
-
-
-def along(
-    direction: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor, farthest: Tensor
-) -> Tensor:
-    """``clamp(t direction, lower, upper)`` of length epsilon, or with t at `farthest` if shorter.
-
-    The square of the length is a piecewise linear function of t^2; all is in units of epsilon.
-    """
-    unit = epsilon.where(epsilon > 0, 1.0)
-    lower, upper, goal = lower / unit, upper / unit, (epsilon > 0).to(epsilon)
-
-    def f(square: Tensor) -> tuple[Tensor, Tensor]:
-        t, length, slope = square.sqrt(), torch.zeros_like(square), torch.zeros_like(square)
-        for part, low, high in pieces(direction, lower, upper):
-            moved = t * part
-            free = (moved > low) & (moved < high)
-            length = length + moved.clamp(low, high).square().sum(1, keepdim=True)
-            slope = slope - torch.where(free, part * part, 0.0).sum(1, keepdim=True)
-        short = goal - length
-        hidden = short.abs() <= noise(direction.shape[1]) * (goal + length)
-        return torch.where(hidden, 0.0, short), slope
-
-    with torch.no_grad():
-        last = (farthest / unit).square().clamp(max=_FAR)
-        t = root(f, torch.zeros_like(last), last, last).sqrt()
-    if torch.is_grad_enabled() and direction.requires_grad:
-        # Newton's last step: of no size, but with the derivative of the root.
-        moved = t * direction
-        free = (moved > lower) & (moved < upper)
-        push = (torch.where(free, direction, 0.0).square().sum(1, keepdim=True) * 2 * t).detach()
-        over = moved.clamp(lower, upper).square().sum(1, keepdim=True) - goal
-        t = t - torch.where(push > 0, over / push.where(push > 0, 1.0), 0.0)
-    return (t * direction).clamp(lower, upper) * unit
-
-
-def least_in_linf(g: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
-    """Minimize ``g . z`` over ``{max |z_i| <= epsilon, lower <= z <= upper}``: a corner."""
-    return _corner(g, lower, upper).clamp(-epsilon, epsilon).clamp(lower, upper)
-
-
-def least_in_l2(g: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
-    """Minimize ``g . z`` over ``{|z|_2 <= epsilon, lower <= z <= upper}``: on the way along -g."""
-    corner = _corner(g, lower, upper)
-    way = along(-g / _power_of_two(g), lower, upper, epsilon, torch.full_like(g[:, :1], inf))
-    return torch.where(_longer(corner, epsilon), way, corner)
-
-
-def least_in_l1(g: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
-    """Minimize ``g . z`` over ``{sum |z_i| <= epsilon, lower <= z <= upper}``: fill by ``|g|``."""
-    start, corner = torch.zeros_like(g).clamp(lower, upper), _corner(g, lower, upper)
-    room = (corner - start).abs()
-    amount = epsilon - start.abs().sum(1, keepdim=True)
-    filled, _ = fill(-g.abs(), room, amount.clamp(min=0))
-    return torch.where(filled < room, start + (corner - start).sign() * filled, corner)
-
-
-def _corner(g: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """The corner of the box that minimizes ``g . z``; where g is 0, what is closest to 0."""
-    start = torch.zeros_like(g).clamp(lower, upper)
-    return torch.where(g > 0, lower, upper).where(g != 0, start)
-
-
-def _longer(z: Tensor, epsilon: Tensor) -> Tensor:
-    unit = epsilon.where(epsilon > 0, 1.0)
-    return (z.detach() / unit).square().sum(1, keepdim=True) > (epsilon > 0).to(epsilon)
 
 
 def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
@@ -126,13 +32,6 @@ def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
     lost = (point - (gap - part)) + (minus - part)
     beyond_it = (gap.abs() == distance) & (gap.sign() * lost > 0)
     return (gap.abs() > distance) | beyond_it
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """The power of two at the largest magnitude of each row, by which to scale without rounding."""
-    largest = x.abs().amax(1, keepdim=True)
-    mantissa, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(mantissa), exponent).where(largest > 0, 1.0)
 
 
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (

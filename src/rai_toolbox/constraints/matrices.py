@@ -14,7 +14,7 @@ from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.norms import norm
 from rai_toolbox.constraints.randomness import normal
 from rai_toolbox.constraints.rounding import resolution, spacing
-from rai_toolbox.constraints.spectral import (
+from rai_toolbox.constraints.singular_values import (
     ALIGNED,
     Recomposed,
     aligned,
@@ -44,7 +44,7 @@ class PSD(Constraint):
     Examples
     --------
     >>> import torch
-    >>> from rai_toolbox.constraints.matrices import PSD
+    >>> from rai_toolbox.constraints import PSD
     >>> PSD().project_(torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))
     tensor([[[1.5000, 1.5000],
              [1.5000, 1.5000]]])
@@ -88,7 +88,7 @@ class Stiefel(Constraint):
     Examples
     --------
     >>> import torch
-    >>> from rai_toolbox.constraints.matrices import Stiefel
+    >>> from rai_toolbox.constraints import Stiefel
     >>> Stiefel().project_(torch.tensor([[[0.0, -2.0], [3.0, 0.0], [0.0, 0.0]]]))
     tensor([[[ 0., -1.],
              [ 1.,  0.],

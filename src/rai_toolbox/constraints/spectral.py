@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.randomness import normal, uniform
 from rai_toolbox.constraints.rounding import spacing
-
-ALIGNED = 8
-"""Float64 numbers in 64 bytes, where the registers of any CPU of today begin anew."""
+from rai_toolbox.constraints.singular_values import (
+    Recomposed,
+    aligned,
+    cut,
+    noise_of,
+    recomposed,
+    singular_values,
+    svd,
+    within_range,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +138,7 @@ class SpectralBall(_SingularValueBall):
     Examples
     --------
     >>> import torch
-    >>> from rai_toolbox.constraints.spectral import SpectralBall
+    >>> from rai_toolbox.constraints import SpectralBall
     >>> SpectralBall(1.0).project_(torch.tensor([[[3.0, 0.0], [0.0, 0.5]]]))
     tensor([[[1.0000, 0.0000],
              [0.0000, 0.5000]]])
@@ -173,7 +179,7 @@ class NuclearBall(_SingularValueBall):
     Examples
     --------
     >>> import torch
-    >>> from rai_toolbox.constraints.spectral import NuclearBall
+    >>> from rai_toolbox.constraints import NuclearBall
     >>> NuclearBall(3.0).project_(torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]))
     tensor([[[2., 0.],
              [0., 1.]]])
@@ -199,109 +205,3 @@ def _l1_of_sorted(values: Tensor, radius: Tensor) -> Tensor:
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
     theta = ((below.cumsum(-1) - radius) / count).amax(-1, keepdim=True)
     return torch.minimum((below - theta).clamp(min=0.0), values)
-
-
-def noise_of(x: Tensor) -> float:
-    """Relative error of the largest singular value or eigenvalue, or of the sum of all."""
-    return torch.finfo(x.dtype).eps * (8 + x.shape[-2] + x.shape[-1])
-
-
-def aligned(x: Tensor) -> Tensor:
-    """`x` with zero rows and columns up to multiples of 8.
-
-    The bits that BLAS and LAPACK give depend on where in a cache line a matrix begins: without
-    these, on its place in the batch. Nonzero singular values and vectors stay as they are.
-    """
-    rows, columns = x.shape[-2:]
-    return torch.nn.functional.pad(x, (0, -columns % ALIGNED, 0, -rows % ALIGNED))
-
-
-def cut(y: Tensor, like: Tensor) -> Tensor:
-    """`y` without the rows and columns that `like` does not have."""
-    return y[..., : like.shape[-2], : like.shape[-1]]
-
-
-def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``U, s, V^T`` of each matrix, s falling; U and V^T with as many vectors as there are s."""
-    u, values, vh = torch.linalg.svd(x, full_matrices=False)
-    return u, values, vh
-
-
-def singular_values(x: Tensor) -> Tensor:
-    """The singular values of each matrix, and zeros."""
-    values: Tensor = torch.linalg.svdvals(aligned(x))
-    return values
-
-
-def recomposed(u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
-    """``U diag(values) V^T``."""
-    return (u * values.unsqueeze(-2)) @ vh
-
-
-def within_range(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y`, scaled down where an entry would be infinite in `dtype`: toward 0, which balls hold."""
-    most = torch.finfo(dtype).max
-    return y * (most / y.abs().amax((-2, -1), keepdim=True).clamp(min=most))
-
-
-class Recomposed(torch.autograd.Function):
-    """``Y = U diag(f) V^T`` as a function of ``X = U diag(s) V^T``, where f is one of s.
-
-    The values of f that are `moving` have the derivative 1 with respect to their own value of s,
-    others 0; if `shared`, the mean of all moving ones is taken off. The derivative of Y is made
-    of divided differences (Lewis & Sendov 2001; Yang 2009) and, other than those of U and V, has
-    no poles where values of s are equal. It is its own adjoint. What f depends on otherwise, such
-    as a radius, gets its part through f.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,
-        x: Tensor,
-        u: Tensor,
-        values: Tensor,
-        vh: Tensor,
-        f: Tensor,
-        moving: Tensor,
-        shared: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(u, values, vh, f, moving.to(f.dtype))
-        ctx.shared = shared
-        return recomposed(u, f, vh)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        u, values, vh, f, slope = ctx.saved_tensors
-        right, left = grad @ vh.mT, u.mT @ grad
-        inner = u.mT @ right
-        even, odd = (inner + inner.mT) / 2, (inner - inner.mT) / 2
-        core = divided_differences(values, f, slope) * even + _divided_sums(values, f, slope) * odd
-        if ctx.shared:
-            moved = (slope * even.diagonal(dim1=-2, dim2=-1)).sum(-1, keepdim=True)
-            mean = moved / slope.sum(-1, keepdim=True).clamp(min=1.0)
-            core = core - torch.diag_embed(slope * mean)
-        # What is outside of the span of U, or of V, turns that value's vector.
-        ratio = _ratio(f, values, slope)
-        outer = recomposed(right - u @ inner, ratio, vh) + recomposed(u, ratio, left - inner @ vh)
-        of_f = even.diagonal(dim1=-2, dim2=-1)
-        return u @ core @ vh + outer, None, None, None, of_f, None, None
-
-
-def divided_differences(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
-    """``(f_i - f_j) / (values_i - values_j)``, which is the slope where both have the same."""
-    same = slope.unsqueeze(-1) == slope.unsqueeze(-2)
-    step = torch.where(same, 1.0, values.unsqueeze(-1) - values.unsqueeze(-2))
-    quotient = (f.unsqueeze(-1) - f.unsqueeze(-2)) / step
-    return torch.where(same, slope.unsqueeze(-1), quotient)
-
-
-def _divided_sums(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
-    of_f, of_values = (v.unsqueeze(-1) + v.unsqueeze(-2) for v in (f, values))
-    return _ratio(of_f, of_values, slope.unsqueeze(-1))
-
-
-def _ratio(f: Tensor, values: Tensor, slope: Tensor) -> Tensor:
-    """``f / values``; where f is 0, as it is at 0 for all but the polar factor, no 0 / 0."""
-    zero = (f == 0) & (values == 0)
-    return torch.where(zero, slope, f / torch.where(zero, 1.0, values))
