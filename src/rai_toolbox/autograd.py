@@ -20,3 +20,12 @@ def below_autograd() -> AbstractContextManager[object]:
     stay normal tensors, and their version counters still count.
     """
     return nullcontext() if torch.is_grad_enabled() else torch.inference_mode()
+
+
+def with_value(value: Tensor, derived: Tensor) -> Tensor:
+    """The bits of `value`, with the derivative of `derived`."""
+    if not derived.requires_grad:
+        return value
+    result = derived.clone()
+    with torch.no_grad():
+        return result.copy_(value)

@@ -44,6 +44,7 @@ class Case:
     scales: tuple[float, ...] = ()
     symmetric: frozenset[str] = frozenset()
     compiles: bool = False
+    tolerance: float = 0.0
 
     def __str__(self):
         return f"{self.kind}({self.label})"
@@ -67,7 +68,9 @@ class Case:
 @lru_cache(maxsize=8)  # of one case, whose points all laws then share
 def trials(case: Case, dtype: torch.dtype) -> list[Trial]:
     scales = case.scales_of(dtype)
-    return [Trial(case.constraint(s), case.shape, dtype, s) for s in scales]
+    return [
+        Trial(case.constraint(s), case.shape, dtype, s, tolerance=case.tolerance) for s in scales
+    ]
 
 
 def _case(kind, label, make, shape=(N, n), symmetric="", **kwargs):
@@ -261,6 +264,7 @@ CASES = [
         lambda s, rand: sets.Intersection(
             sets.NonNegative(), _solvable(rand(2, n) - 0.3, (rand(n) + 0.1) * s)
         ),
+        tolerance=1e-8,
     ),
     _case(
         "Intersection",
@@ -269,6 +273,7 @@ CASES = [
             sets.L2Ball(s), sets.HalfSpace(rand(n) - 0.5, -0.1 * s), sets.Box(-0.6 * s, s)
         ),
         symmetric="scale",
+        tolerance=1e-8,
     ),
     _case("Intersection", "one", lambda s, rand: sets.Intersection(sets.L1Ball(s))),
     _case(

@@ -1,5 +1,6 @@
 """The table of sets x the table of laws, and what only a test can ask of a set."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -8,7 +9,7 @@ from constraints.cases import CASES, DTYPES, trials
 
 from rai_toolbox import constraints
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.testing import LAWS, Trial
+from rai_toolbox.testing import LAWS
 
 
 def has_cell(case, law, dtype):
@@ -181,6 +182,6 @@ def test_equivariant(case, change, dtype):
     for trial in trials(case, dtype):
         x = trial.normal(1, 2.0)
         other = case.constraint(2 * trial.scale) if change == "scale" else trial.constraint
-        changed = Trial(other, trial.shape, dtype, 2 * trial.scale)
+        changed = replace(trial, constraint=other, scale=2 * trial.scale)
         y, expected = changed.projected(act(trial, x)), act(trial, trial.projected(x))
         assert (changed.length(y.double() - expected.double()) <= changed.slack(y)).all()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.autograd import readable
+from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.blocks import row_blocks, widened
 
@@ -48,6 +48,7 @@ class Constraint:
 
     _of_matrices: ClassVar[bool] = False  # the last two dims of a batch, else all but the first
     _for_each: ClassVar[tuple[str, ...]] = ()  # settings of sub-tensors, not of their elements
+    _is_equation: ClassVar[bool] = False  # it has no interior, where P has the derivative 1
 
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
@@ -223,7 +224,14 @@ class Constraint:
 
     def to(self, *args: Any, **kwargs: Any) -> Constraint:
         """The same set with its tensor settings converted, as by `torch.Tensor.to`."""
-        return self._map(lambda _, setting: setting.to(*args, **kwargs))
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        return self._replaced(
+            {
+                name: setting.to(*args, **kwargs)
+                for name, setting in settings.items()
+                if isinstance(setting, (Tensor, Constraint))
+            }
+        )
 
     # What a set says of itself
 
@@ -260,6 +268,8 @@ class Constraint:
         inside = self._excess(wide.detach(), units.dtype) <= 0
         nearest = self._nearest(wide, units.dtype).to(units.dtype)
         result = torch.where(self._column(inside), units, nearest)
+        if self._is_equation:
+            result = with_value(result.detach(), nearest)
         return torch.where(self._column(finite), result, torch.nan)
 
     def _violations(self, units: Tensor) -> Tensor:
@@ -320,11 +330,15 @@ class Constraint:
                 changed[field.name] = change(field.name, value)
             elif isinstance(value, Constraint):
                 changed[field.name] = value._map(change)
-        if not changed:
+        return self._replaced(changed)
+
+    def _replaced(self: _Self, settings: dict[str, Any]) -> _Self:
+        """The set with some settings replaced; unchecked."""
+        if not settings:
             return self
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.__dict__.update(changed)
+        other.__dict__.update(settings)
         return other
 
     # Checks

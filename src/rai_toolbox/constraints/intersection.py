@@ -32,8 +32,9 @@ class Intersection(Constraint):
     in all sets costs one `violation` of each of them.
 
     A result is the nearest point to within about `tolerance`, relative to the largest magnitude
-    of the sub-tensor and of the result. What is in all sets to within `tolerance` and the rounding
-    of its entries counts as inside. Autograd goes through all cycles, and keeps them.
+    of the sub-tensor and of the result: for a sub-tensor that is very far away it is a point of
+    the set which need not be the nearest. What is in all sets to within `tolerance` and the
+    rounding of its entries counts as inside. Autograd goes through all cycles, and keeps them.
 
     This is the only set that waits for its device: it reads one number every ten cycles.
 
@@ -44,8 +45,8 @@ class Intersection(Constraint):
     tolerance : float
         The relative accuracy.
     max_iterations : int
-        The largest number of cycles. A projection that needs more raises a RuntimeError that
-        tells how far outside each set it ended, and writes nothing.
+        The largest number of cycles, rounded up to tens. A projection that needs more raises a
+        RuntimeError that tells how far outside each set it ended, and writes nothing.
 
     Raises
     ------

@@ -48,6 +48,7 @@ class Hyperplane(Constraint):
     tensor([[-0.5000,  2.5000]])
     """
 
+    _is_equation: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("offset",)
 
     normal: float | Tensor
@@ -151,6 +152,8 @@ class Affine(Constraint):
     >>> halves.project_(torch.tensor([[2.0, 1.0, -1.0]]))
     tensor([[ 1.1667,  1.1667, -1.3333]])
     """
+
+    _is_equation: ClassVar[bool] = True
 
     matrix: Tensor
     offset: float | Tensor

@@ -95,6 +95,7 @@ class Stiefel(Constraint):
              [ 0.,  0.]]])
     """
 
+    _is_equation: ClassVar[bool] = True
     convex: ClassVar[bool] = False
     _of_matrices: ClassVar[bool] = True
 

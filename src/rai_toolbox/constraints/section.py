@@ -71,6 +71,7 @@ class BoxSection(Constraint):
     tensor([[0.0000, 0.5000, 0.0000]])
     """
 
+    _is_equation: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
 
     weight: float | Tensor

@@ -187,13 +187,12 @@ class MinMaxNorm(Constraint):
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         low, high, _ = self._range(x, dtype)
-        length = norm(x.detach(), self.p, 1)
+        length = norm(x, self.p, 1)
+        between = (length > low) & (length < high)
+        goal = torch.where(between, length, length.detach().clamp(low, high))
         if self.p == 2:
-            x = torch.where((length == 0) & (low > 0), 1.0, x)
-            length = norm(x, 2, 1)
-            goal = length.clamp(low, high)
-            return x * (goal / torch.where(length == 0, 1.0, length))
-        goal = length.clamp(low, high)
+            x = torch.where(length.detach() == 0, 1.0, x)  # no direction: all are as good
+            return x * (goal / norm(x, 2, 1))
         signs = torch.where(x < 0, -1.0, 1.0).to(x)
         size = x.abs()
         if self.p == 1:
@@ -284,6 +283,8 @@ class UnitNorm(MinMaxNorm):
     tensor([[0.6000, 0.6000],
             [0.8000, 0.8000]])
     """
+
+    _is_equation: ClassVar[bool] = True
 
     min_norm: float | Tensor = field(default=1.0, init=False, repr=False)
     max_norm: float | Tensor = field(default=1.0, init=False, repr=False)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from rai_toolbox.autograd import with_value
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.blocks import column_blocks, widened
 from rai_toolbox.constraints.constraint import Constraint
@@ -69,10 +70,12 @@ class Simplex(Constraint):
         excess = self._off(units, values, units.dtype).detach()
         top, t = threshold(values, self.total, units.dtype)
         t = torch.where(excess.isfinite(), t, torch.nan)
-        result = [
-            torch.where(excess <= 0, piece, (value() - top - t).clamp(min=0).to(units.dtype))
-            for value, (piece,) in zip(values, column_blocks(units), strict=True)
-        ]
+        result = []
+        for value, (piece,) in zip(values, column_blocks(units), strict=True):
+            nearest = (value() - top - t).clamp(min=0).to(units.dtype)
+            # (an equation: where x solves it, the projection moves along it only)
+            kept = torch.where(excess <= 0, piece.detach(), nearest.detach())
+            result.append(with_value(kept, nearest))
         return result[0] if len(result) == 1 else torch.cat(result, 1)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:

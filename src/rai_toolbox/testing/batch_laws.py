@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
         return torch.where(unbounded, found, torch.where(lost, at_large, clean))
 
     given = torch.where(at, poison, x)
-    most = torch.where(at, torch.finfo(x.dtype).max * (-1 if poison < 0 else 1), x)
+    most = torch.where(at, torch.finfo(x.dtype).max * (-1 if poison < 0 else 1), x) if large else x
     rule, rows = "what is not finite must show, and only in its sub-tensor", lost.flatten(1).any(1)
     result = trial.projected(given)
     expected = spoilt(torch.where(at & free, poison, y), result, trial.projected(most))
@@ -156,7 +157,7 @@ def plain(trial: Trial) -> None:
 @law
 def gradient(trial: Trial) -> None:
     """Autograd gives the derivative of `project`, tested in float64, and never a NaN."""
-    trial = Trial(trial.constraint, trial.shape, torch.float64, trial.scale, trial.seed)
+    trial = replace(trial, dtype=torch.float64)
     for index, size in enumerate((0.5, 1.0, 3.0)):
         x = trial.normal(500 + index, size)
         smooth = _check_derivative(trial, x, index)

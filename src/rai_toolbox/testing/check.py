@@ -21,6 +21,7 @@ def check_constraint(
     scales: Iterable[float] = (1.0,),
     laws: Iterable[str] | None = None,
     seed: int = 0,
+    tolerance: float = 0.0,
 ) -> None:
     """Check that a set keeps the laws, on random and on awkward points.
 
@@ -40,6 +41,8 @@ def check_constraint(
         which a set that reads values on the host cannot keep.
     seed : int
         Of the random points.
+    tolerance : float
+        The relative accuracy of a set that iterates; 0 for rounding errors only.
 
     Raises
     ------
@@ -61,6 +64,6 @@ def check_constraint(
     scales = tuple(scales)
     for dtype in dtypes:
         for scale in scales:
-            trial = Trial(constraint, tuple(shape), dtype, scale, seed)
+            trial = Trial(constraint, tuple(shape), dtype, scale, seed, tolerance)
             for name in names:
                 LAWS[name](trial)

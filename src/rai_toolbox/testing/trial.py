@@ -35,6 +35,8 @@ class Trial:
         above and below it.
     seed : int
         Of the random points.
+    tolerance : float
+        The relative accuracy of a set that iterates; 0 for rounding errors only.
     """
 
     constraint: Constraint
@@ -42,6 +44,7 @@ class Trial:
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
     seed: int = 0
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.constraint!r}, {self.dtype}, scale {self.scale:g}, shape {self.shape}"
@@ -117,7 +120,7 @@ class Trial:
         """
         entries = math.prod(self.shape[1:])
         size = torch.stack([self.length(p) for p in points]).amax(0) + self.scale * entries**0.5
-        relative = _SLACK * torch.finfo(self.dtype).eps + _SUMS * noise(entries)
+        relative = _SLACK * torch.finfo(self.dtype).eps + _SUMS * noise(entries) + self.tolerance
         slack: Tensor = relative * size + _SLACK * spacing(self.dtype) * entries**0.5
         return slack
 

@@ -1,0 +1,129 @@
+"""The README's table of sets is true, cell by cell, and each set has its section in the docs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rai_toolbox import constraints as sets
+
+ROOT = Path(__file__).parents[1]
+SETS = sorted(set(sets.__all__) - {"Constraint"})
+HEADER = ["set", "what is in it", "`project_`", "`lmo`", "`violation`", "`sample_`", "convex"]
+WORDS = ("project_", "lmo", "violation", "sample_")
+ALWAYS, SOMETIMES, NEVER = "✓", "(✓)", ""
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells below the header of the table."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if cells_of(line) == HEADER:
+            break
+    next(lines)  # the rule below the header
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            return rows
+        rows.append(cells_of(line))
+    return rows
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+ROWS = rows_of((ROOT / "README.md").read_text(encoding="utf-8"))
+TABLE = {
+    name: dict(zip((*WORDS, "convex"), cells[2:], strict=True))
+    for cells in ROWS
+    for name in re.findall(r"`(\w+)`", cells[0])
+}
+
+# Each kind of set with settings that give it as few words as it can have, and with as many.
+FEWEST_AND_MOST = {
+    "Affine": [sets.Affine(torch.eye(2, 6), 0.5)],
+    "BoundedBall": [sets.BoundedBall(sets.L2Ball(1.0), 0.0, None)],
+    "Box": [sets.Box(0.0, None), sets.Box(-1.0, 1.0)],
+    "BoxSection": [sets.BoxSection(1.0, 1.0, 0.0, None), sets.BoxSection(1.0, 1.0, 0.0, 0.5)],
+    "HalfSpace": [sets.HalfSpace(1.0, 0.5)],
+    "Hyperplane": [sets.Hyperplane(1.0, 0.5)],
+    "Intersection": [
+        sets.Intersection(sets.NonNegative(), sets.Hyperplane(1.0, 1.0)),
+        sets.Intersection(sets.NonNegative(), sets.L2Ball(1.0)),
+    ],
+    "L1Ball": [sets.L1Ball(torch.inf), sets.L1Ball(0.5)],
+    "L2Ball": [sets.L2Ball(torch.inf), sets.L2Ball(0.5)],
+    "LinfBall": [sets.LinfBall(torch.inf), sets.LinfBall(0.5)],
+    "Masked": [
+        sets.Masked(sets.TopK(1), torch.arange(6) < 3),
+        sets.Masked(sets.Box(0.0, 1.0), torch.arange(6) < 3),
+    ],
+    "MaxNorm": [sets.MaxNorm(torch.inf), sets.MaxNorm(0.5)],
+    "MinMaxNorm": [sets.MinMaxNorm(0.5, torch.inf), sets.MinMaxNorm(0.0, 0.5)],
+    "Monotone": [sets.Monotone()],
+    "NonNegative": [sets.NonNegative()],
+    "NuclearBall": [sets.NuclearBall(0.5)],
+    "PSD": [sets.PSD()],
+    "Simplex": [sets.Simplex()],
+    "SpectralBall": [sets.SpectralBall(0.5)],
+    "Stiefel": [sets.Stiefel()],
+    "TopK": [sets.TopK(2)],
+    "UnitNorm": [sets.UnitNorm()],
+}
+
+
+def batch_for(constraint):
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    if isinstance(constraint, sets.PSD):
+        return x[:, :4].reshape(4, 2, 2)
+    matrices = sets.SpectralBall, sets.NuclearBall, sets.Stiefel
+    return x.view(4, 3, 2) if isinstance(constraint, matrices) else x
+
+
+def has_word(constraint, word):
+    """Whether the word gives a right answer; if it does not, it has to raise a ValueError."""
+    x = batch_for(constraint)
+    given = x.clone()
+    try:
+        found = getattr(constraint, word)(given)
+    except ValueError as error:
+        assert f"`{word}`" in str(error)
+        assert torch.equal(given, x), "a word that does not exist has written"
+        return False
+    if word == "violation":
+        assert found.shape == (4,)
+        assert (found >= 0).all()
+    else:
+        assert found.shape == x.shape
+        assert (found is given) == word.endswith("_")
+        assert (constraint.violation(found) == 0).all()
+    return True
+
+
+def test_each_set_has_a_row_an_example_and_a_section():
+    sections = re.findall(
+        r"^### (\w+)$", (ROOT / "docs/constraints.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    names = [name for cells in ROWS for name in re.findall(r"`(\w+)`", cells[0])]
+    assert sorted(names) == SETS  # once each
+    assert sorted(FEWEST_AND_MOST) == SETS
+    assert sorted(set(sections) & set(sets.__all__)) == SETS
+    assert all(type(s).__name__ == name for name, made in FEWEST_AND_MOST.items() for s in made)
+
+
+@pytest.mark.parametrize("column", [*WORDS, "convex"])
+@pytest.mark.parametrize("name", SETS)
+def test_cell(name, column):
+    found = [
+        constraint.convex if column == "convex" else has_word(constraint, column)
+        for constraint in FEWEST_AND_MOST[name]
+    ]
+    mark = {(True,): ALWAYS, (False,): NEVER}.get(tuple(sorted(set(found))), SOMETIMES)
+    assert TABLE[name][column] == mark
+
+
+def test_a_set_that_never_has_a_word_is_not_merely_unbounded():
+    bounded = {name for name, made in FEWEST_AND_MOST.items() if made[-1].bounded}
+    assert {name for name, cells in TABLE.items() if cells["sample_"] != NEVER} == bounded
