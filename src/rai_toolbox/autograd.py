@@ -10,7 +10,7 @@ from torch import Tensor
 
 def readable(x: Tensor) -> Tensor:
     """`x`, or a copy where autograd will keep what is read of it and `x` is to be written to."""
-    return x.clone() if torch.is_grad_enabled() else x
+    return x.clone() if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def below_autograd() -> AbstractContextManager[object]:

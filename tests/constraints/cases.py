@@ -1,27 +1,14 @@
 """The table of sets: each as a function of the scale of its points, in every kind of setting."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 
-from rai_toolbox import constraints
+from rai_toolbox import constraints as sets
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.testing import Trial
-
-# TEMP until all are exported: then `from rai_toolbox import constraints as sets`
-sets = SimpleNamespace(**vars(constraints))
-_LATER = "section bounded_ball shells order sparsity linear spectral matrices intersection masked"
-for _name in _LATER.split():
-    try:
-        _module = importlib.import_module(f"rai_toolbox.constraints.{_name}")
-    except Exception:
-        continue
-    vars(sets).update({k: v for k, v in vars(_module).items() if isinstance(v, type)})
-# END TEMP
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCALES = (1e-20, 1.0, 1e20)
@@ -30,7 +17,11 @@ N, n = 32, 6
 
 # What takes many passes over the rows: all scales in float64, one in each of the others.
 COSTLY = {"BoxSection", "BoundedBall", "Monotone", "SpectralBall", "NuclearBall", "PSD", "Stiefel"}
-COSTLY |= {"Intersection"}
+ITERATES = {
+    "tolerance": 1e-8,
+    "reach": 30.0,
+    "scales": (1.0,),
+}  # to an accuracy that is relative to x
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,7 @@ class Case:
     symmetric: frozenset[str] = frozenset()
     compiles: bool = False
     tolerance: float = 0.0
+    reach: float = 1e20
 
     def __str__(self):
         return f"{self.kind}({self.label})"
@@ -69,12 +61,13 @@ class Case:
 def trials(case: Case, dtype: torch.dtype) -> list[Trial]:
     scales = case.scales_of(dtype)
     return [
-        Trial(case.constraint(s), case.shape, dtype, s, tolerance=case.tolerance) for s in scales
+        Trial(case.constraint(s), case.shape, dtype, s, tolerance=case.tolerance, reach=case.reach)
+        for s in scales
     ]
 
 
-def _case(kind, label, make, shape=(N, n), symmetric="", **kwargs):
-    return Case(kind, label, make, shape, symmetric=frozenset(symmetric.split()), **kwargs)
+def _case(kind, label, make, shape=(N, n), scales=(), symmetric="", **kwargs):
+    return Case(kind, label, make, shape, scales, symmetric=frozenset(symmetric.split()), **kwargs)
 
 
 def _ball(kind):
@@ -163,6 +156,21 @@ CASES = [
         "MaxNorm", "each", lambda s, rand: sets.MaxNorm((rand(N, 1) + 0.1) * s, 2), compiles=True
     ),
     *_norms("MinMaxNorm", lambda s, p: sets.MinMaxNorm(0.6 * s, 1.7 * s, p)),
+    _case(
+        "MinMaxNorm",
+        "each",
+        lambda s, rand: sets.MinMaxNorm(rand(N, 1) * s, (rand(N, 1) + 1) * s),
+        compiles=True,
+    ),
+    _case("MinMaxNorm", "dims", lambda s, rand: sets.MinMaxNorm(0.1 * s, s, dim=(1, 2)), (N, 2, 3)),
+    _case(
+        "UnitNorm",
+        "dims",
+        lambda s, rand: sets.UnitNorm(dim=(1, 2)),
+        (N, 2, 3),
+        (1.0,),
+        compiles=True,
+    ),
     *(
         _case(
             "BoundedBall",
@@ -264,7 +272,7 @@ CASES = [
         lambda s, rand: sets.Intersection(
             sets.NonNegative(), _solvable(rand(2, n) - 0.3, (rand(n) + 0.1) * s)
         ),
-        tolerance=1e-8,
+        **ITERATES,
     ),
     _case(
         "Intersection",
@@ -273,9 +281,9 @@ CASES = [
             sets.L2Ball(s), sets.HalfSpace(rand(n) - 0.5, -0.1 * s), sets.Box(-0.6 * s, s)
         ),
         symmetric="scale",
-        tolerance=1e-8,
+        **ITERATES,
     ),
-    _case("Intersection", "one", lambda s, rand: sets.Intersection(sets.L1Ball(s))),
+    _case("Intersection", "one", lambda s, rand: sets.Intersection(sets.L1Ball(s)), **ITERATES),
     _case(
         "Masked",
         "ball",
@@ -287,5 +295,3 @@ CASES = [
     ),
     _case("Masked", "box", lambda s, rand: sets.Masked(sets.Box(-s, s), rand(N, n) > 0.5)),
 ]
-
-CASES = [case for case in CASES if hasattr(sets, case.kind)]  # TEMP

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from rai_toolbox.constraints.blocks import in_blocks, wide_dtype
 
-# Elements per block, of which there is no more than one float64 copy at a time.
-_BLOCK = 2**18
+# Elements per block, of which one at a time is copied to float64: an eighth of the tensor, but not
+# less, where the calls would cost more than the sums, nor more than what caches hold.
+_LEAST, _MOST = 2**16, 2**18
 
-_SHORT = 1024  # torch sums many rows of this length in half the time of one long row
+# A long sub-tensor is summed in rows of this length, and then their norms: torch takes half the
+# time for many short rows, and blocks of whole rows give the same bits wherever they begin.
+_SHORT = 1024
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32}
 _REAL[torch.complex128] = torch.float64
@@ -35,36 +39,48 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     sums is that of the indices, so that the result does not depend on strides, bit for bit.
     """
     reduce = _scaled_norm if x.dtype in (torch.float64, torch.complex128) else _vector_norm
-    if in_blocks(x):
-        return _blockwise(x, p, ndim, reduce)
-    return reduce(x, p, tuple(range(-ndim, 0)))
+    if not in_blocks(x) or x.numel() == 0:
+        return reduce(x, p, tuple(range(-ndim, 0)))
+    batch = x.shape[: x.ndim - ndim]
+    long = x.shape[len(batch) :].numel() >= 4 * _SHORT
+    if torch.is_grad_enabled() and x.requires_grad:
+        lengths = _of_rows(x.reshape(*batch, -1), p, long, reduce)
+    else:
+        block = min(max(x.numel() // 8, _LEAST), _MOST)
+        buffer = x.new_empty(min(block, x.numel()), dtype=_wide(x))
+        lengths = _lengths(x, len(batch), block, buffer, lambda r: _of_rows(r, p, long, reduce))
+    if long:
+        lengths = reduce(lengths, p, (-1,))  # the p-norm of the short rows' p-norms
+    return lengths.view(*batch, *(1,) * ndim)
 
 
 _Reduce = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 
-def _blockwise(x: Tensor, p: float, ndim: int, reduce: _Reduce) -> Tensor:
-    if x.numel() <= _BLOCK:
-        return _in_short_rows(x, p, ndim, reduce)
-    dim = next(i for i, size in enumerate(x.shape) if size > 1)
-    height = max(1, _BLOCK * x.shape[dim] // x.numel())
-    lengths = torch.cat([_blockwise(b, p, ndim, reduce) for b in torch.split(x, height, dim)], dim)
-    if dim < x.ndim - ndim:
+def _lengths(
+    x: Tensor, batch: int, block: int, buffer: Tensor, of_rows: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`of_rows`, which gives the norms of short rows in the last dim, block by block."""
+    dim = next((i for i, size in enumerate(x.shape) if size > 1), 0)
+    inner = x.numel() // x.shape[dim] if x.ndim else 1
+    unit = 1 if dim < batch else _SHORT // math.gcd(_SHORT, inner)  # so many are whole short rows
+    height = max(unit, block // inner // unit * unit)
+    if x.numel() <= block or height >= x.shape[dim]:
+        # one buffer for all: a new one each time would be new memory, which is slow to touch
+        wide = buffer[: x.numel()] if x.numel() <= len(buffer) else buffer.new_empty(x.numel())
+        return of_rows(wide.view(x.shape).copy_(x).view(*x.shape[:batch], -1))
+    parts = [_lengths(part, batch, block, buffer, of_rows) for part in torch.split(x, height, dim)]
+    return torch.cat(parts, min(dim, batch))
+
+
+def _of_rows(rows: Tensor, p: float, long: bool, reduce: _Reduce) -> Tensor:
+    if not long:
+        return reduce(rows, p, (-1,))
+    whole = rows.shape[-1] - rows.shape[-1] % _SHORT
+    lengths = reduce(rows[..., :whole].unflatten(-1, (-1, _SHORT)), p, (-1,)).squeeze(-1)
+    if whole == rows.shape[-1]:
         return lengths
-    return reduce(lengths, p, (dim,))  # the p-norm of the blocks' p-norms
-
-
-def _in_short_rows(x: Tensor, p: float, ndim: int, reduce: _Reduce) -> Tensor:
-    x = x.contiguous()
-    size = x.shape[x.ndim - ndim :].numel()
-    if size < 4 * _SHORT:
-        return reduce(x, p, tuple(range(-ndim, 0)))
-    rows = x.view(-1, size)
-    whole = size - size % _SHORT
-    lengths = reduce(rows[:, :whole].reshape(-1, _SHORT), p, (1,)).view(len(rows), -1)
-    if whole < size:
-        lengths = torch.cat([lengths, reduce(rows[:, whole:], p, (1,))], 1)
-    return reduce(lengths, p, (1,)).view(*x.shape[: x.ndim - ndim], *(1,) * ndim)
+    return torch.cat([lengths, reduce(rows[..., whole:], p, (-1,))], -1)
 
 
 def _scaled_norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
@@ -75,10 +91,13 @@ def _scaled_norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
 
 
 def _vector_norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
-    dtype = wide_dtype(x)
-    dtype = torch.promote_types(dtype, torch.complex64) if x.is_complex() else dtype
-    length: Tensor = torch.linalg.vector_norm(x, p, dim=dim, keepdim=True, dtype=dtype)
+    length: Tensor = torch.linalg.vector_norm(x, p, dim=dim, keepdim=True, dtype=_wide(x))
     return length
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    dtype = wide_dtype(x)
+    return torch.promote_types(dtype, torch.complex64) if x.is_complex() else dtype
 
 
 def _power_of_two(size: Tensor) -> Tensor:

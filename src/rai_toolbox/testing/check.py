@@ -22,6 +22,7 @@ def check_constraint(
     laws: Iterable[str] | None = None,
     seed: int = 0,
     tolerance: float = 0.0,
+    reach: float = 1e20,
 ) -> None:
     """Check that a set keeps the laws, on random and on awkward points.
 
@@ -34,8 +35,7 @@ def check_constraint(
     dtypes : iterable of torch.dtype
         Of the batches.
     scales : iterable of float
-        Magnitudes of the entries of points of the set: for each, points are tried around it, and
-        up to 1e20 times as large and as small. Tolerances are relative to it.
+        Magnitudes of the entries of points of the set. Tolerances are relative to them.
     laws : iterable of str, optional
         Names of `LAWS`. By default all but ``"compiled"``, which takes a second per dtype, and
         which a set that reads values on the host cannot keep.
@@ -43,6 +43,8 @@ def check_constraint(
         Of the random points.
     tolerance : float
         The relative accuracy of a set that iterates; 0 for rounding errors only.
+    reach : float
+        How many times as large, and as small, as the set's own are the points that are tried.
 
     Raises
     ------
@@ -64,6 +66,6 @@ def check_constraint(
     scales = tuple(scales)
     for dtype in dtypes:
         for scale in scales:
-            trial = Trial(constraint, tuple(shape), dtype, scale, seed, tolerance)
+            trial = Trial(constraint, tuple(shape), dtype, scale, seed, tolerance, reach)
             for name in names:
                 LAWS[name](trial)

@@ -15,7 +15,6 @@ from rai_toolbox.constraints.rounding import noise, spacing
 
 _SLACK = 4  # units of the last place that a projection may be off, of its own size and of the set's
 _SUMS = 8  # errors of a sum in float64
-_HUGE = 1e20
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +36,8 @@ class Trial:
         Of the random points.
     tolerance : float
         The relative accuracy of a set that iterates; 0 for rounding errors only.
+    reach : float
+        How many times as large, and as small, as the set's own are the points that are tried.
     """
 
     constraint: Constraint
@@ -45,6 +46,7 @@ class Trial:
     scale: float = 1.0
     seed: int = 0
     tolerance: float = 0.0
+    reach: float = 1e20
 
     def __str__(self) -> str:
         return f"{self.constraint!r}, {self.dtype}, scale {self.scale:g}, shape {self.shape}"
@@ -144,7 +146,7 @@ def _one_entry(normal: Tensor, each: Tensor, trial: Trial) -> Tensor:
 
 
 def _huge(trial: Trial) -> float:
-    return max(1.0, min(_HUGE, torch.finfo(trial.dtype).max / (1e3 * trial.scale)))
+    return max(1.0, min(trial.reach, torch.finfo(trial.dtype).max / (1e3 * trial.scale)))
 
 
 # Rows in units of the scale, from a normal row and a normal number.
@@ -158,9 +160,9 @@ _KINDS: list[Callable[[Tensor, Tensor, Trial], Tensor]] = [
     lambda normal, each, trial: each.expand_as(normal),
     lambda normal, each, trial: _huge(trial) * normal,
     lambda normal, each, trial: _huge(trial) * normal.round(),
-    lambda normal, each, trial: normal / _HUGE,
-    lambda normal, each, trial: normal * 10.0 ** (20 * normal.roll(1, 1).clamp(-1, 1)),
-    lambda normal, each, trial: 1e6 + normal,
+    lambda normal, each, trial: normal / trial.reach,
+    lambda normal, each, trial: normal * trial.reach ** normal.roll(1, 1).clamp(-1, 1),
+    lambda normal, each, trial: trial.reach**0.3 + normal,
     _one_entry,
 ]
 _BESIDE, _NEAR = 1, 2
