@@ -26,6 +26,7 @@ class _Ball(Constraint):
     """Sub-tensors within a distance of a center."""
 
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
+    _corners: ClassVar[bool] = True  # where the oracle's answers are, of no sum with rounding
 
     epsilon: float | Tensor
     center: float | Tensor | None = None
@@ -44,19 +45,19 @@ class _Ball(Constraint):
 
     def _from_center(self, x: Tensor) -> Tensor:
         """``x - center`` in float64; the center counts as rounded to the dtype of x."""
-        return widened(x) if self.center is None else widened(x) - self._at(x.dtype)
+        return widened(x) if self.center is None else widened(x) - self._at(x, x.dtype)
 
-    def _at(self, dtype: torch.dtype) -> float | Tensor:
-        center = as_rounded(self.center, dtype)
-        return 0.0 if center is None else center.to(torch.float64)
+    def _at(self, x: Tensor, dtype: torch.dtype) -> float | Tensor:
+        return 0.0 if self.center is None else as_wide(as_rounded(self.center, dtype, x), x)
 
     def _placed(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
         """``center + offset``, rounded without leaving any ball that the offset is in."""
-        center = self._at(dtype)
+        center = self._at(offset, dtype)
         return offset_from(center, offset, dtype)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._placed(self._direction(gradient) * -self._inner(gradient.shape[1]), dtype)
+        radius = self.epsilon if self._corners else self._inner(gradient.shape[1])
+        return self._placed(self._direction(gradient) * -radius, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         inside = self._uniform(like, generator) * self._inner(like.shape[1])
@@ -115,7 +116,7 @@ class LinfBall(_Ball):
         epsilon = as_wide(self.epsilon, x)
         if self.center is None:
             return (-epsilon).to(x.dtype), epsilon.to(x.dtype)
-        center = self._at(x.dtype)
+        center = self._at(x, x.dtype)
         return offset_from(center, -epsilon, x.dtype), offset_from(center, epsilon, x.dtype)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,6 +161,8 @@ class L2Ball(_Ball):
     tensor([[0.6000, 0.8000],
             [0.3000, 0.4000]])
     """
+
+    _corners: ClassVar[bool] = False
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         if self.center is not None:
@@ -244,7 +247,7 @@ class L1Ball(_Ball):
         return column_blocks(x, self._centers(x, x.dtype))
 
     def _centers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        center = as_wide(self._at(dtype), x)
+        center = as_wide(self._at(x, dtype), x)
         return center if center.ndim else center.expand(1, 1)
 
     def _direction(self, gradient: Tensor) -> Tensor:

@@ -182,11 +182,11 @@ class BoundedBall(Constraint):
             self.__dict__["_kind"][1] == inf,
         )
         if linf and center is None:  # then the ball is a box, whose bounds count as rounded
-            epsilon = as_rounded(epsilon, dtype)
+            epsilon = as_rounded(epsilon, dtype, x)
         radius = wide(epsilon, x)
         if not linf:  # what sums of float64 may be off
             radius = radius * (1 - 8 * noise(x.shape[1]))
-        middle = wide(as_rounded(0.0 if center is None else center, dtype), x)
+        middle = wide(as_rounded(0.0 if center is None else center, dtype, x), x)
         return middle, radius.expand(len(x), 1), *bounds(self.lower, self.upper, x, dtype)
 
     def _placed(

@@ -73,20 +73,23 @@ class Box(Constraint):
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
         if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor):
-            return x.clamp_(*self._bounds(x.dtype))
+            return x.clamp_(*self._bounds(x, x.dtype))
         clamp_([x], self.lower, self.upper)
         return x
 
-    def _bounds(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        return as_rounded(self.lower, dtype), as_rounded(self.upper, dtype)
+    def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        lower, upper = self.lower, self.upper
+        return (
+            None if lower is None else as_rounded(lower, dtype, x).to(x.dtype),
+            None if upper is None else as_rounded(upper, dtype, x).to(x.dtype),
+        )
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         nearest = self._nearest(x, dtype)
         return torch.where(x == nearest, 0.0, (x - nearest).abs()).amax(-1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        lower, upper = (None if b is None else b.to(x) for b in self._bounds(dtype))
-        return x.clamp(lower, upper)
+        return x.clamp(*self._bounds(x, dtype))
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         lower, upper = (as_wide(bound, gradient) for bound in (self.lower, self.upper))

@@ -34,7 +34,8 @@ class Intersection(Constraint):
     A result is the nearest point to within about `tolerance`, relative to the largest magnitude
     of the sub-tensor and of the result: for a sub-tensor that is very far away it is a point of
     the set which need not be the nearest. What is in all sets to within `tolerance` and the
-    rounding of its entries counts as inside. Autograd goes through all cycles, and keeps them.
+    rounding of its entries counts as inside, and has the derivative 1, also where an equation has
+    no interior; elsewhere autograd goes through all cycles, and keeps them.
 
     This is the only set that waits for its device: it reads one number every ten cycles.
 

@@ -105,7 +105,7 @@ def bounds(
 ) -> tuple[Tensor, Tensor]:
     """Bounds as they count, in float64, with two dims; infinite where a side is open."""
     low, high = -inf if lower is None else lower, inf if upper is None else upper
-    return wide(as_rounded(low, dtype), like), wide(as_rounded(high, dtype), like)
+    return wide(as_rounded(low, dtype, like), like), wide(as_rounded(high, dtype, like), like)
 
 
 def beyond(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

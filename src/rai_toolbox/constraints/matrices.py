@@ -50,6 +50,7 @@ class PSD(Constraint):
              [1.5000, 1.5000]]])
     """
 
+    _is_equation: ClassVar[bool] = True  # of the symmetric part
     _of_matrices: ClassVar[bool] = True
 
     def _check_shape(self, shape: torch.Size) -> None:

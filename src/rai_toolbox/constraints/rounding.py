@@ -10,18 +10,20 @@ from torch import Tensor
 from rai_toolbox.constraints.blocks import wide_dtype
 
 
-def as_rounded(bound: float | Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bound of elements as it counts: rounded to the dtype of what it bounds."""
-    if bound is None or isinstance(bound, Tensor):
-        return bound if bound is None else bound.to(dtype)
-    return torch.tensor(bound, dtype=dtype)
+def as_rounded(bound: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A bound of elements as it counts: rounded to the dtype of what it bounds; beside `like`."""
+    if isinstance(bound, Tensor):
+        return bound.to(dtype)
+    # (made there, for a copy to a device would wait for it)
+    return torch.full((), bound, dtype=wide_dtype(like), device=like.device).to(dtype)
 
 
 def as_wide(setting: float | Tensor | None, like: Tensor) -> Tensor:
-    """A setting as a tensor beside `like`; None, which is no bound, as NaN."""
-    return torch.as_tensor(
-        math.nan if setting is None else setting, dtype=wide_dtype(like), device=like.device
-    )
+    """A setting as a wide tensor beside `like`; None, which is no bound, as NaN."""
+    if isinstance(setting, Tensor):
+        return setting.to(wide_dtype(like))
+    number = math.nan if setting is None else setting
+    return torch.full((), number, dtype=wide_dtype(like), device=like.device)
 
 
 def spacing(dtype: torch.dtype) -> float:

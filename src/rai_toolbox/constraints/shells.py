@@ -56,6 +56,7 @@ class MinMaxNorm(Constraint):
     """
 
     _for_each: ClassVar[tuple[str, ...]] = ("min_norm", "max_norm")
+    _is_equation: ClassVar[bool] = True  # if the bounds are equal; else that does no harm
 
     min_norm: float | Tensor
     max_norm: float | Tensor
@@ -283,8 +284,6 @@ class UnitNorm(MinMaxNorm):
     tensor([[0.6000, 0.6000],
             [0.8000, 0.8000]])
     """
-
-    _is_equation: ClassVar[bool] = True
 
     min_norm: float | Tensor = field(default=1.0, init=False, repr=False)
     max_norm: float | Tensor = field(default=1.0, init=False, repr=False)

@@ -46,6 +46,7 @@ class TopK(Constraint):
     """
 
     convex: ClassVar[bool] = False
+    _is_equation: ClassVar[bool] = True  # of the entries that are 0
 
     k: int
 
