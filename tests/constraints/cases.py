@@ -277,9 +277,7 @@ CASES = [
     _case(
         "Intersection",
         "ball and half-space",
-        lambda s, rand: sets.Intersection(
-            sets.L2Ball(s), sets.HalfSpace(rand(n) - 0.5, -0.1 * s), sets.Box(-0.6 * s, s)
-        ),
+        lambda s, rand: sets.Intersection(sets.L2Ball(s), sets.HalfSpace(rand(n) - 0.5, -0.1 * s)),
         symmetric="scale",
         **ITERATES,
     ),

@@ -12,10 +12,18 @@ from rai_toolbox.constraints import Constraint
 from rai_toolbox.testing import LAWS
 
 
+# The polar factor has no derivative at points that lack full rank, which the law tries: NaN is right.
+# (Its derivative elsewhere has tests of its own.)
+NOT_DIFFERENTIATED = {"Stiefel(4x3)", "Stiefel(2x2)"}
+# At a boundary autograd takes the derivative of the inside, as it does for `torch.clamp`; these sets
+# are nothing but boundary, and unlike other sets that are equations they are documented to do so.
+NOT_DIFFERENTIATED |= {"LinfBall(zero)", "L2Ball(zero)", "L1Ball(zero)", "Intersection(polytope)"}
+
+
 def has_cell(case, law, dtype):
     """Whether the law says something of that set, in that dtype."""
     if law == "gradient":
-        return dtype == torch.float64
+        return dtype == torch.float64 and str(case) not in NOT_DIFFERENTIATED
     if law == "accurate":
         return dtype != torch.float64
     if law == "compiled":  # which takes a second: once for each kind of set
@@ -23,6 +31,8 @@ def has_cell(case, law, dtype):
     return law != "non_expansive" or case.constraint().convex
 
 
+# torch's own code says so whenever it captures an autograd function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("case", "law", "dtype"),
     [

@@ -17,7 +17,14 @@ from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.norms import norm, scale_dtype
 from rai_toolbox.constraints.randomness import exponential, normal, uniform
-from rai_toolbox.constraints.rounding import as_rounded, as_wide, noise, offset_from, spacing
+from rai_toolbox.constraints.rounding import (
+    as_rounded,
+    as_wide,
+    noise,
+    offset_from,
+    round_down,
+    spacing,
+)
 from rai_toolbox.constraints.threshold import Values, each, precision, row_sum, threshold
 
 
@@ -168,8 +175,7 @@ class L2Ball(_Ball):
         if self.center is not None:
             return super().project_(x)
         self._check_batch(x)
-        epsilon = widened(self.epsilon) if isinstance(self.epsilon, Tensor) else self.epsilon
-        return project_l2_ball_(x, epsilon, x.ndim - 1)
+        return project_l2_ball_(x, self.epsilon, x.ndim - 1)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(self._from_center(x.to(dtype)), 2, 1)
@@ -233,8 +239,11 @@ class L1Ball(_Ball):
         t = torch.where(excess.isfinite(), t, torch.nan)
         result = []
         for offset, size, (piece, at) in zip(offsets, magnitudes, self._pieces(units), strict=True):
-            soft = (size() - top - t).clamp(min=0) * offset().sign()
-            placed = offset_from(0.0 if self.center is None else at, soft, dtype)
+            soft, sign = (size() - top - t).clamp(min=0), offset().sign()
+            if self.center is None:
+                placed = round_down(soft, dtype) * sign.to(dtype)
+            else:
+                placed = offset_from(at, soft * sign, dtype)
             result.append(torch.where(excess <= 0, piece, placed))
         return result[0] if len(result) == 1 else torch.cat(result, 1)
 
@@ -278,10 +287,13 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if ndim == 0:
         project_l2_ball_(x.unsqueeze(-1), epsilon, 1)
         return x
+    if isinstance(epsilon, Tensor):
+        epsilon = widened(epsilon)
     length = norm(readable(x), 2, ndim)
     inside = length <= epsilon
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / outer
+    factor = torch.where(length.isinf(), torch.nan, factor)  # a direction that nobody knows
     return x.mul_(torch.where(inside, 1.0, _rounded_down(factor, scale_dtype(x))))
 
 

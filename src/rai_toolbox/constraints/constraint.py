@@ -14,7 +14,7 @@ from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.blocks import row_blocks, widened
 
-_SETS: dict[str, type[Constraint]] = {}
+_SETS: dict[str, dict[str, type[Constraint]]] = {}  # by name, and by where they are from
 _Self = TypeVar("_Self", bound="Constraint")
 
 
@@ -52,7 +52,7 @@ class Constraint:
 
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
-            _SETS[cls.__name__] = cls
+            _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -207,8 +207,11 @@ class Constraint:
         name = plain.get("set")
         if name not in _SETS:
             raise ValueError(f"`set` must be one of {sorted(_SETS)}, got {name!r}")
+        if len(_SETS[name]) > 1:
+            raise ValueError(f"`set` must name one class, got {name!r} for {sorted(_SETS[name])}")
+        (kind,) = _SETS[name].values()
         try:
-            return _SETS[name]._from_settings(settings)
+            return kind._from_settings(settings)
         except TypeError as error:
             raise ValueError(f"the settings of {name} must fit it, got {settings}") from error
 

@@ -122,7 +122,8 @@ class Stiefel(Constraint):
         # Each entry of X^T X is a sum of products of two rounded numbers.
         weights = sums.unsqueeze(-1) + sums.unsqueeze(-2)
         allowed = resolution(2 * terms, weights, x.shape[-2], dtype) + noise_of(x)
-        return torch.where(off > allowed, off, 0.0).amax((-2, -1))
+        length = gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()  # of the longest column
+        return torch.where(off > allowed, off, 0.0).amax((-2, -1)) / (1 + length)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         whole = _bordered(x)

@@ -53,8 +53,6 @@ def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> T
     Float64 comes in. An anchor that is a number of `dtype` is never passed, so that whatever ball
     around it the offset is in, and whatever box both ends are in, holds the result too.
     """
-    if not isinstance(anchor, Tensor) and anchor == 0:
-        return round_down(offset.abs(), dtype) * offset.sign().to(dtype)
     rounded = (anchor + offset).to(dtype)
     seen = rounded.detach()
     away = (seen.to(offset.dtype) - anchor).abs() > offset.detach().abs()
@@ -63,14 +61,11 @@ def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> T
 
 
 def round_down(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 ``y >= 0`` to the next number of `dtype` that is not above it."""
+    """Round float64 ``y >= 0`` to a number of `dtype` that is not above it: to the next, mostly."""
     rounded = y.to(dtype)
-    seen = rounded.detach()
-    bits = (
-        torch.int64 if dtype == torch.float64 else getattr(torch, f"int{torch.finfo(dtype).bits}")
-    )
-    lower = (seen.view(bits) - (seen.to(y.dtype) > y.detach()).to(bits)).view(dtype)
-    return rounded + (lower - seen) if y.requires_grad else lower
+    above = rounded.detach().to(y.dtype) > y.detach()
+    lower = rounded * (1 - torch.finfo(dtype).eps / 2) - spacing(dtype)
+    return torch.where(above, lower, rounded)
 
 
 def round_toward(y: Tensor, anchor: float | Tensor, dtype: torch.dtype) -> Tensor:

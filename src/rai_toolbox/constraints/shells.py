@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.balls import L2Ball
+from rai_toolbox.constraints.balls import project_l2_ball_
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_
 from rai_toolbox.constraints.norms import norm
@@ -104,7 +104,8 @@ class MinMaxNorm(Constraint):
             rows, moved = self._rows(x)
             moved.copy_(self._of_rows(x).project_(rows).view(moved.shape))
         elif self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
-            L2Ball(self.max_norm).project_(x)
+            self._check_batch(x)
+            project_l2_ball_(x, self.max_norm, x.ndim - 1)
         else:
             super().project_(x)
         return x
@@ -144,7 +145,8 @@ class MinMaxNorm(Constraint):
         self._check_batch(x)
         dims = self._dims_of(x)
         moved = x.movedim(dims, tuple(range(-len(dims), 0)))
-        rows = moved.reshape(prod(moved.shape[: x.ndim - len(dims)]), -1)
+        split = x.ndim - len(dims)
+        rows = moved.reshape(prod(moved.shape[:split]), prod(moved.shape[split:]))
         return rows.clone() if torch.is_grad_enabled() else rows, moved
 
     def _of_rows(self, x: Tensor) -> MinMaxNorm:
@@ -201,7 +203,7 @@ class MinMaxNorm(Constraint):
             return (size - top - t).clamp(min=0) * signs
         largest = torch.zeros_like(x).scatter_(1, size.argmax(1, keepdim=True), 1.0)
         lifted = (largest > 0) & (length < goal)
-        return torch.where(lifted, goal, size.minimum(goal)) * signs
+        return torch.where(lifted | (size >= goal), goal, size) * signs
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         largest = gradient.abs().amax(1, keepdim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -36,9 +35,10 @@ def threshold(
     Newton's method from the left on a convex, decreasing, piecewise linear function: each step
     solves for the entries that are above the threshold now (Michelot, 1986; Condat, 2016). With
     the excess h and the number g of entries above, convexity gives ``h'/h + g'/g <= 1`` after a
-    step, so that ``h g`` falls to a quarter at least. It starts at ``n^2 total`` at most: after
-    ``log2(n) + bits / 2`` steps the excess is ``2^-bits total``, whatever the values are. Where a
-    look at the result is free the loop ends when nothing moves, mostly after 3 to 8 steps.
+    step. As g falls from n to 1 at most, K steps leave no more than ``(1 - n^(-1/K))^K`` of an
+    excess that was ``n total`` at most, whatever the values are: so many steps are taken as are
+    enough for `precision`. Where a look at the result is free the loop ends when nothing moves,
+    mostly after 3 to 8 steps.
 
     The maximum `top` is taken off first: values that are far from 0 then lose nothing.
 
@@ -64,13 +64,21 @@ def threshold(
         size = sum(n for _, n in maxima)
         shifted = _minus(values, top)
         t = torch.maximum((row_sum(shifted) - total) / size, torch.zeros_like(top) - total)
-        for _ in range(math.ceil(math.log2(size) - math.log2(precision(dtype)) / 2)):
+        for _ in range(_steps(size, precision(dtype))):
             before, t = t, _newton(shifted, t, total)
             if in_blocks(t) and not bool((t > before).any()):
                 break
     if torch.is_grad_enabled():
         t = _newton(_minus(values, top), t, total)
     return top, t
+
+
+def _steps(size: int, precision: float) -> int:
+    """How many steps bring an excess of ``size * total`` down to ``precision * total``."""
+    steps = 1
+    while (1 - size ** (-1 / steps)) ** steps > precision / size:
+        steps += 1
+    return steps
 
 
 def precision(dtype: torch.dtype) -> float:
@@ -103,4 +111,5 @@ def _above(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return excess + t * number, number
     above = v > t  # the quickest when compiled
     kept = torch.where(above, v, 0.0).sum(1, keepdim=True)
-    return kept, torch.where(above, t.new_ones(()), 0.0).sum(1, keepdim=True)
+    one = torch.ones((), dtype=torch.float32 if v.shape[1] <= 2**24 else v.dtype, device=v.device)
+    return kept, torch.where(above, one, 0.0).sum(1, keepdim=True)
