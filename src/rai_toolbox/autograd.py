@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,25 @@ def below_autograd() -> AbstractContextManager[object]:
 
 def with_value(value: Tensor, derived: Tensor) -> Tensor:
     """The bits of `value`, with the derivative of `derived`."""
-    if not derived.requires_grad:
+    if not torch.is_grad_enabled():
         return value
-    result = derived.clone()
-    with torch.no_grad():
-        return result.copy_(value)
+    result: Tensor = _WithValue.apply(value, derived)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, derived: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+    @staticmethod
+    def jvp(ctx: Any, of_value: Tensor, of_derived: Tensor) -> Tensor:
+        return of_derived.clone()

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rai_toolbox.constraints import Constraint, blocks, roots, section
+from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box import Box
@@ -314,24 +313,3 @@ def test_plain_data(ball):
     other = Constraint.from_plain(c.to_plain())
     assert c == other
     assert torch.equal(c.project(randn(2, 5)), other.project(randn(2, 5)))
-
-
-class NothingIsRead(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        assert "_local_scalar_dense" not in name and "nonzero" not in name, name
-        return func(*args, **(kwargs or {}))
-
-
-@with_each_ball
-def test_no_value_is_read(ball, monkeypatch):
-    """As on a device where reading one would wait: same results, and only tensor operations."""
-    c, x = bounded(ball, 40, "beyond"), randn(3, 40) * 2
-    words = (c.project, c.lmo, c.violation)
-    expected = [word(x) for word in words]  # checks the shape, too, which reads once
-    for module in (blocks, roots, section):
-        monkeypatch.setattr(module, "in_blocks", lambda x: False)
-    with NothingIsRead():
-        found = [word(x) for word in words]
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)

@@ -6,9 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rai_toolbox.constraints import Constraint, blocks, roots, section
+from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.section import BoxSection
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -287,23 +286,3 @@ def test_plain_data():
     other = Constraint.from_plain(c.to_plain())
     assert c == other
     assert torch.equal(c.project(randn(2, 5)), other.project(randn(2, 5)))
-
-
-class NothingIsRead(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        assert "_local_scalar_dense" not in name and "nonzero" not in name, name
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_value_is_read(monkeypatch):
-    """As on a device where reading one would wait: same results, and only tensor operations."""
-    c, x = budget(40, share=0.4), randn(3, 40) * 2
-    words = (c.project, c.lmo, c.violation)
-    expected = [word(x) for word in words]  # checks the shape, too, which reads once
-    for module in (blocks, roots, section):
-        monkeypatch.setattr(module, "in_blocks", lambda x: False)
-    with NothingIsRead():
-        found = [word(x) for word in words]
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)

@@ -81,7 +81,7 @@ ONE_GRAPH = {
     "Signed": ["clamp_"],
     "LinfProjected": ["clamp_", "clamp_"],  # the sign is a clamp, too
     "TopQ": ["topk", "masked_fill_"],
-    "Chained": ["topk", "scatter_", "clamp_", "clamp_"],
+    "Chained": ["topk", "masked_fill_", "clamp_", "clamp_"],
 }
 
 
