@@ -7,7 +7,8 @@ import torch
 from constraints.cases import CASES, sets, trials
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rai_toolbox.constraints.threshold import precision, threshold
+from rai_toolbox.constraints.blocks import COLUMNS
+from rai_toolbox.constraints.threshold import each, precision, threshold
 
 
 @pytest.fixture
@@ -58,18 +59,28 @@ NASTY = {
 @pytest.mark.parametrize("n", [2, 17, 1000, 100_000])
 @pytest.mark.parametrize("values", NASTY.values(), ids=NASTY)
 def test_the_fixed_number_of_steps_is_enough(values, n, as_on_a_device):
+    check_sums(values, n)
+
+
+@pytest.mark.parametrize("n", [2, 17, 1000, 300_000])
+@pytest.mark.parametrize("values", NASTY.values(), ids=NASTY)
+def test_the_loop_that_ends_early_does_not_end_too_early(values, n):
+    check_sums(values, n)
+
+
+def check_sums(values, n):
     """The sum above the threshold is right, for totals from tiny to all there is."""
     v = values(n) if n > 1 else values(2)
     totals = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3, n / 2, 2.0 * n]).double()[:, None]
     rows = v.expand(len(totals), n).contiguous()
     for dtype in (torch.float32, torch.float64):
-        top, t = threshold([lambda: rows], totals, dtype)
-        sums = (rows - top - t).clamp(min=0).sum(1, keepdim=True)
+        below, t = threshold(each(lambda v: v, rows), totals, dtype)
+        sums = sum((v() - t).clamp(min=0).sum(1, keepdim=True) for v in below)
         allowed = precision(dtype) + 1e-14 * n**0.5
         assert ((sums / totals - 1).abs() <= allowed).all(), sums / totals - 1
 
 
-@pytest.mark.parametrize("shape", [(3, 65_536), (3, 65_537), (2, 200_000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, COLUMNS), (3, COLUMNS + 1), (2, 3 * COLUMNS - 1)], ids=str)
 @pytest.mark.parametrize("kind", ["Simplex", "L1Ball", "centered"])
 def test_long_rows_by_pieces(shape, kind):
     """Rows longer than a block of columns, with settings for each row and each column."""

@@ -224,33 +224,32 @@ class L1Ball(_Ball):
     """
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._beyond(_magnitudes(self._offsets(x, dtype))).squeeze(1)
+        return self._beyond(self._magnitudes(x, dtype)).squeeze(1)
 
     def _beyond(self, magnitudes: list[Values]) -> Tensor:
         return (row_sum(magnitudes) - self.epsilon).clamp(min=0)
 
     def _projected(self, units: Tensor) -> Tensor:
         dtype = units.dtype
-        offsets = self._offsets(units, dtype)
-        magnitudes = _magnitudes(offsets)
+        magnitudes = self._magnitudes(units, dtype)
         excess = self._beyond(magnitudes).detach()
         total = self._inner(units.shape[1]) * (1 - 2 * precision(dtype))
-        top, t = threshold(magnitudes, total, dtype)
+        below, t = threshold(magnitudes, total, dtype)
         t = torch.where(excess.isfinite(), t, torch.nan)
         result = []
-        for offset, size, (piece, at) in zip(offsets, magnitudes, self._pieces(units), strict=True):
-            soft, sign = (size() - top - t).clamp(min=0), offset().sign()
+        for value, (piece, at) in zip(below, self._pieces(units), strict=True):
+            soft = (value() - t).clamp_(min=0)
             if self.center is None:
-                placed = round_down(soft, dtype) * sign.to(dtype)
+                placed = torch.copysign(round_down(soft, dtype), piece)
             else:
-                placed = offset_from(at, soft * sign, dtype)
+                placed = offset_from(at, torch.copysign(soft, widened(piece) - at), dtype)
             result.append(torch.where(excess <= 0, piece, placed))
         return result[0] if len(result) == 1 else torch.cat(result, 1)
 
-    def _offsets(self, x: Tensor, dtype: torch.dtype) -> list[Values]:
+    def _magnitudes(self, x: Tensor, dtype: torch.dtype) -> list[Values]:
         if self.center is None:
-            return each(widened, x)
-        return each(lambda piece, at: widened(piece) - at, x, self._centers(x, dtype))
+            return each(lambda piece: widened(piece.abs()), x)
+        return each(lambda piece, at: (widened(piece) - at).abs(), x, self._centers(x, dtype))
 
     def _pieces(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         return column_blocks(x, self._centers(x, x.dtype))
@@ -267,13 +266,6 @@ class L1Ball(_Ball):
         rest = exponential(like[:, :1], generator)
         signs = torch.where(uniform(like, generator) < 0.5, -1.0, 1.0)
         return signs * size / (size.sum(1, keepdim=True) + rest)
-
-
-def _magnitudes(offsets: list[Values]) -> list[Values]:
-    if len(offsets) == 1:
-        size = offsets[0]().abs()
-        return [lambda: size]
-    return [lambda offset=offset: offset().abs() for offset in offsets]  # type: ignore[misc]
 
 
 def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:

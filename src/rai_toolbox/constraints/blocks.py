@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**16
-"""Elements per piece."""
+"""Elements per piece of rows, for each thread."""
+
+COLUMNS = 2**18
+"""Elements per piece of a row; fixed, so that sums have the same bits on any number of threads."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -30,10 +33,10 @@ def in_blocks(x: Tensor) -> bool:
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dim of `x`, of about `BLOCK` elements each but at least one row."""
+    """Slices of the first dim of `x`, of about `BLOCK` elements per thread but at least one row."""
     height = len(x)
     if in_blocks(x) and not (torch.is_grad_enabled() and x.requires_grad):
-        height = max(1, BLOCK * len(x) // max(1, x.numel()))
+        height = max(1, torch.get_num_threads() * BLOCK * len(x) // max(1, x.numel()))
     for start in range(0, len(x), max(1, height)):
         yield slice(start, start + height)
 
@@ -41,10 +44,10 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
 def column_blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The (N, n) tensors, where n is large, in pieces of columns; a column of its own is whole."""
     x = tensors[0]
-    if x.shape[1] <= BLOCK or not in_blocks(x):
+    if x.shape[1] <= COLUMNS or not in_blocks(x):
         return [tensors]
-    split = [t.split(BLOCK, 1) if t.shape[1] > 1 else None for t in tensors]
+    split = [t.split(COLUMNS, 1) if t.shape[1] > 1 else None for t in tensors]
     return [
         tuple(t if s is None else s[i] for t, s in zip(tensors, split, strict=True))
-        for i in range(-(-x.shape[1] // BLOCK))
+        for i in range(-(-x.shape[1] // COLUMNS))
     ]

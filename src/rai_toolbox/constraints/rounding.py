@@ -68,11 +68,6 @@ def round_down(y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(above, lower, rounded)
 
 
-def round_toward(y: Tensor, anchor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 `y` to `dtype`: to nearest, but never farther from `anchor`; `offset_from`."""
-    return offset_from(anchor, y - anchor, dtype)
-
-
 def round_up(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 `y` to the next number of `dtype` that is not below it."""
     rounded = y.to(dtype)

@@ -199,8 +199,8 @@ class MinMaxNorm(Constraint):
         signs = torch.where(x < 0, -1.0, 1.0).to(x)
         size = x.abs()
         if self.p == 1:
-            top, t = threshold([lambda: size], goal, dtype)
-            return (size - top - t).clamp(min=0) * signs
+            (below,), t = threshold([lambda: size], goal, dtype)
+            return (below() - t).clamp(min=0) * signs
         largest = torch.zeros_like(x).scatter_(1, size.argmax(1, keepdim=True), 1.0)
         lifted = (largest > 0) & (length < goal)
         return torch.where(lifted | (size >= goal), goal, size) * signs

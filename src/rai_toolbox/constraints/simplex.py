@@ -68,11 +68,11 @@ class Simplex(Constraint):
     def _projected(self, units: Tensor) -> Tensor:
         values = each(widened, units)
         excess = self._off(units, values, units.dtype).detach()
-        top, t = threshold(values, self.total, units.dtype)
+        below, t = threshold(values, self.total, units.dtype)
         t = torch.where(excess.isfinite(), t, torch.nan)
         result = []
-        for value, (piece,) in zip(values, column_blocks(units), strict=True):
-            nearest = (value() - top - t).clamp(min=0).to(units.dtype)
+        for value, (piece,) in zip(below, column_blocks(units), strict=True):
+            nearest = (value() - t).clamp_(min=0).to(units.dtype)
             # (an equation: where x solves it, the projection moves along it only)
             kept = torch.where(excess <= 0, piece.detach(), nearest.detach())
             result.append(with_value(kept, nearest))

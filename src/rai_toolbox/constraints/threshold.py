@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.blocks import column_blocks, in_blocks
+from rai_toolbox.constraints.rounding import noise
 
 Values = Callable[[], Tensor]
 """Gives a piece of some columns of the values, in float64; called once per pass."""
+
+_GROUP = 16  # so many entries stand behind the largest of them, where a first guess is made
 
 
 def each(f: Callable[..., Tensor], *tensors: Tensor) -> list[Values]:
@@ -29,7 +32,7 @@ def row_sum(values: list[Values]) -> Tensor:
 
 def threshold(
     values: list[Values], total: float | Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Values], Tensor]:
     r"""Solve ``sum_i max(v_i - top - t, 0) = total`` for t, of each row; total >= 0.
 
     Newton's method from the left on a convex, decreasing, piecewise linear function: each step
@@ -37,10 +40,11 @@ def threshold(
     the excess h and the number g of entries above, convexity gives ``h'/h + g'/g <= 1`` after a
     step. As g falls from n to 1 at most, K steps leave no more than ``(1 - n^(-1/K))^K`` of an
     excess that was ``n total`` at most, whatever the values are: so many steps are taken as are
-    enough for `precision`. Where a look at the result is free the loop ends when nothing moves,
-    mostly after 3 to 8 steps.
+    enough for `precision`. Where a look at the result is free the loop ends when the excess is as
+    small as that, mostly after 1 to 4 steps: it starts there at the threshold of some of the
+    entries, which are mostly all that count, and whose threshold is never above that of all.
 
-    The maximum `top` is taken off first: values that are far from 0 then lose nothing.
+    The row's maximum `top` is taken off first: values that are far from 0 then lose nothing.
 
     Parameters
     ----------
@@ -52,25 +56,45 @@ def threshold(
 
     Returns
     -------
-    top, t : Tensor, shape (N, 1)
-        The row's maximum, and the threshold minus it. The sum at t is not less than `total` but
-        for rounding. Autograd can differentiate t.
+    below : list of callables
+        The values minus `top`.
+    t : Tensor, shape (N, 1)
+        The threshold minus `top`. The sum at t is not less than `total` but for rounding.
+        Autograd can differentiate both.
     """
     with torch.no_grad():
-        maxima = [(v.amax(1, keepdim=True), v.shape[1]) for v in (piece() for piece in values)]
-        top = maxima[0][0]
-        for other, _ in maxima[1:]:
-            top = torch.maximum(top, other)
-        size = sum(n for _, n in maxima)
-        shifted = _minus(values, top)
-        t = torch.maximum((row_sum(shifted) - total) / size, torch.zeros_like(top) - total)
-        for _ in range(_steps(size, precision(dtype))):
-            before, t = t, _newton(shifted, t, total)
-            if in_blocks(t) and not bool((t > before).any()):
-                break
+        found = [(_largest(v), v.shape[1]) for v in (piece() for piece in values)]
+        large, size = torch.cat([some for some, _ in found], 1), sum(n for _, n in found)
+        top = large.amax(1, keepdim=True)
+        below = _minus(values, top)
+        t = torch.maximum((row_sum(below) - total) / size, torch.zeros_like(top) - total)
+        steps, enough = _steps(size, precision(dtype)), max(precision(dtype), noise(size))
+        if large.shape[1] < size:
+            t = _iterate(_minus([lambda: large], top), t, total, steps, enough)
+        t = _iterate(below, t, total, steps, enough)
     if torch.is_grad_enabled():
-        t = _newton(_minus(values, top), t, total)
-    return top, t
+        below = _minus(values, top)
+        t, _ = _newton(below, t, total)
+    return below, t
+
+
+def _iterate(
+    values: list[Values], t: Tensor, total: float | Tensor, steps: int, precision: float
+) -> Tensor:
+    for _ in range(steps):
+        t, excess = _newton(values, t, total)
+        if in_blocks(t) and not bool((excess > precision * total).any()):
+            break  # this step has brought it further down
+    return t
+
+
+def _largest(v: Tensor) -> Tensor:
+    """Some of the columns: the largest of every few, so that the row's maximum is among them."""
+    size = v.shape[1] // _GROUP
+    if size == 0 or not in_blocks(v):
+        return v
+    groups, rest = v[:, : size * _GROUP].unflatten(1, (_GROUP, size)), v[:, size * _GROUP :]
+    return torch.cat([groups.amax(1), rest], 1)
 
 
 def _steps(size: int, precision: float) -> int:
@@ -93,23 +117,22 @@ def _minus(values: list[Values], top: Tensor) -> list[Values]:
     return [lambda piece=piece: piece() - top for piece in values]  # type: ignore[misc]
 
 
-def _newton(values: list[Values], t: Tensor, total: float | Tensor) -> Tensor:
-    """The threshold that is right for the entries that are above t."""
-    kept, number = torch.zeros_like(t) - total, torch.zeros_like(t)
+def _newton(values: list[Values], t: Tensor, total: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The threshold that is right for the entries that are above t; the excess of the sum at t."""
+    excess, number = torch.zeros_like(t) - total, torch.zeros_like(t)
     for piece in values:
-        some, how_many = _above(piece(), t)
-        kept, number = kept + some, number + how_many
-    return kept / number.clamp(min=1)  # none is above where the total is 0
+        over, above = _above(piece(), t)
+        excess, number = excess + over, number + above
+    return t + excess / number.clamp(min=1), excess  # none is above where the total is 0
 
 
 def _above(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the entries above t."""
+    """By how much the entries above t are so, in sum, and their number."""
     if in_blocks(v) and not torch.is_grad_enabled():  # the quickest operators, one by one
         over = (v - t).clamp_(min=0)
-        excess = over.sum(1, keepdim=True)
-        number = over.gt_(0).sum(1, keepdim=True)
-        return excess + t * number, number
-    above = v > t  # the quickest when compiled
-    kept = torch.where(above, v, 0.0).sum(1, keepdim=True)
+        total = over.sum(1, keepdim=True)
+        return total, over.gt_(0).sum(1, keepdim=True)
+    over = v - t  # the quickest when compiled
     one = torch.ones((), dtype=torch.float32 if v.shape[1] <= 2**24 else v.dtype, device=v.device)
-    return kept, torch.where(above, one, 0.0).sum(1, keepdim=True)
+    total = torch.where(over > 0, over, 0.0).sum(1, keepdim=True)
+    return total, torch.where(over > 0, one, 0.0).sum(1, keepdim=True)
