@@ -81,10 +81,16 @@ def threshold(
 def _iterate(
     values: list[Values], t: Tensor, total: float | Tensor, steps: int, precision: float
 ) -> Tensor:
+    done = torch.zeros_like(t, dtype=torch.bool)
     for _ in range(steps):
-        t, excess = _newton(values, t, total)
-        if in_blocks(t) and not bool((excess > precision * total).any()):
-            break  # this step has brought it further down
+        better, excess = _newton(values, t, total)
+        if not in_blocks(t):
+            t = better
+            continue
+        t = torch.where(done, t, better)  # a row's bits must not depend on the other rows
+        done = done | (excess <= precision * total)
+        if bool(done.all()):
+            break
     return t
 
 
