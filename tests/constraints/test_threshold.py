@@ -1,7 +1,5 @@
 """The threshold by a fixed number of steps, and that no word of any set waits for a device."""
 
-import sys
-
 import pytest
 import torch
 from constraints.cases import CASES, sets, trials
@@ -9,14 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rai_toolbox.constraints.blocks import COLUMNS
 from rai_toolbox.constraints.threshold import each, precision, threshold
-
-
-@pytest.fixture
-def as_on_a_device(monkeypatch):
-    """No loop may end early, and none may go by pieces that fit a cache of the host."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("rai_toolbox.") and hasattr(module, "in_blocks"):
-            monkeypatch.setattr(module, "in_blocks", lambda x: False)
 
 
 class NothingIsRead(TorchDispatchMode):

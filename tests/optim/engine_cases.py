@@ -6,6 +6,7 @@ import torch
 from torch.optim import SGD
 
 from rai_toolbox import optim
+from rai_toolbox.constraints import Box, L2Ball
 from rai_toolbox.optim import ParamTransformingOptimizer
 
 
@@ -33,6 +34,8 @@ WITH_INNER = {
     "TopQ": partial(optim.TopQGradientOptimizer, q=0.5),
     "L1qNormed": partial(optim.L1qNormedGradientOptim, q=0.5),
     "Chained": chain,
+    "Projected": partial(optim.ProjectedOptimizer, constraint=L2Ball(0.9)),
+    "ProjectedBox": partial(optim.ProjectedOptimizer, constraint=Box(-0.6, 0.6)),
 }
 FRANK_WOLFE = {
     "L1FrankWolfe": partial(optim.L1FrankWolfe, epsilon=0.9),

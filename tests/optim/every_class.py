@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox import optim
+from rai_toolbox.constraints import Box, L2Ball
 
 Row = np.ndarray
 
@@ -146,6 +147,21 @@ CASES = {
             partial(optim.ClampedGradientOptimizer, **_CLAMP),
             partial(optim.ClampedParameterOptimizer, **_CLAMP),
         ),
+        real_only=True,
+    ),
+    "Projected": Case(
+        optim.ProjectedOptimizer,
+        {"constraint": L2Ball(0.9)},
+        project=ball(0.9),
+        keeps_zero=True,
+        real_only=True,
+    ),
+    "ProjectedBox": Case(
+        optim.ProjectedOptimizer,
+        {"constraint": Box(-0.4, 0.7)},
+        project=clamp(-0.4, 0.7),
+        elementwise=True,
+        keeps_zero=True,
         real_only=True,
     ),
     "FrankWolfe": Case(optim.FrankWolfe, {"lmo_scaling_factor": 0.9}, keeps_zero=True),

@@ -12,6 +12,7 @@ import torch
 from bitwise import copied, same_bits
 from torch.optim import SGD, Adam
 
+from rai_toolbox.constraints import Box, MaxNorm
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedGradientOptimizer,
@@ -27,6 +28,7 @@ from rai_toolbox.optim import (
     LinfFrankWolfe,
     LinfProjectedOptim,
     ParamTransformingOptimizer,
+    ProjectedOptimizer,
     SignedGradientOptim,
     TopQGradientOptimizer,
 )
@@ -61,6 +63,7 @@ GOOD = {
     TopQGradientOptimizer: {"q": 0.5},
     L1qNormedGradientOptim: {"q": 0.5},
     Chain: {},
+    ProjectedOptimizer: {"constraint": MaxNorm(1.0), "param_ndim": None},
     FrankWolfe: {},
     L1FrankWolfe: {"epsilon": 0.5},
     L2FrankWolfe: {"epsilon": 0.5},
@@ -151,6 +154,30 @@ for _cls in [FrankWolfe, *BALLS]:
 TABLE += out_of_range(FrankWolfe, "lmo_scaling_factor", "not be NaN", [NAN])
 TABLE += no_number(FrankWolfe, "lmo_scaling_factor")
 TABLE += out_of_range(FrankWolfe, "div_by_zero_eps", ">= 0", [-1.0])
+TABLE += [
+    *(
+        Bad(
+            ProjectedOptimizer,
+            {"constraint": v},
+            TypeError,
+            ("`constraint` must be a set", repr(v)),
+        )
+        for v in (1.0, "ball", [Box(0.0, 1.0)])
+    ),
+    *no_number(ProjectedOptimizer, "reach"),
+    *out_of_range(ProjectedOptimizer, "reach", "must be > 0 and finite", [0, -1.0, INF]),
+    *out_of_range(ProjectedOptimizer, "every", "must be an int >= 1", [0, -1, 1.5, True]),
+    *out_of_range(ProjectedOptimizer, "warmup", "must be an int >= 0", [-1, 1.5, True]),
+    *(
+        Bad(
+            ProjectedOptimizer,
+            {"gradient_mapping": v},
+            TypeError,
+            ("must be a bool or None", repr(v)),
+        )
+        for v in (1, "yes")
+    ),
+]
 for _cls in WITH_INNER:
     for _name in ("grad_scale", "grad_bias"):
         TABLE += out_of_range(_cls, _name, "not be NaN", [NAN])
@@ -355,7 +382,8 @@ def test_order_is_of_real_numbers(cls, route, monkeypatch):
 
 # --- required settings ----------------------------------------------------------------------------
 
-REQUIRED = [(cls, name) for cls in WRAPPERS for name in ("epsilon", "q") if name in GOOD[cls]]
+NEEDED = ("epsilon", "q", "constraint")
+REQUIRED = [(cls, name) for cls in WRAPPERS for name in NEEDED if name in GOOD[cls]]
 
 
 @pytest.mark.parametrize(("cls", "name"), REQUIRED, ids=lambda v: getattr(v, "__name__", v))

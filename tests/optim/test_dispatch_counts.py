@@ -110,7 +110,7 @@ READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonz
 
 @pytest.mark.parametrize("make", WITH_INNER.values(), ids=WITH_INNER.keys())
 @pytest.mark.parametrize("inner", [SGD, partial(SGD, momentum=0.9), partial(Adam, fused=True)])
-def test_a_step_reads_no_tensor(make, inner):
+def test_a_step_reads_no_tensor(make, inner, as_on_a_device):
     opt = make(tensors((3, 2), (2, 2)), InnerOpt=inner, lr=0.1, grad_scale=2.0)
     with Operators() as first:
         opt.step()

@@ -37,8 +37,9 @@ OPTIONS = {
 }
 by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
+WHOLE = {"Projected": {"param_ndim": None}}  # it refuses to take each element of a bias as a row
 MAKERS = FRANK_WOLFE | {
-    f"{name}-{inner}": partial(make, InnerOpt=InnerOpt, **kwargs)
+    f"{name}-{inner}": partial(make, InnerOpt=InnerOpt, **kwargs, **WHOLE.get(name, {}))
     for name, make in WITH_INNER.items()
     for inner, InnerOpt, kwargs in [
         ("SGD", SGD, {}),

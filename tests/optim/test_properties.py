@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from every_class import CASES, TRANSFORMING, bridged, distinct, leaf
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory_layouts import LAYOUTS, equal_bits
 
@@ -113,6 +113,8 @@ def test_grouped_as_one_by_one(name, several, data):
     case = CASES[name]
     param_ndim = data.draw(st.sampled_from([None, 0, 1, -1]))
     params = [leaf(LAYOUTS[data.draw(layouts)](start)) for start, _, _ in several]
+    vectors = any(p.ndim == 1 for p in params)
+    assume(name != "Projected" or not (param_ndim == -1 and vectors))  # refused, see its own tests
     optimizer = case.make([group_of(case, params, param_ndim)])
     for step in (0, 1):
         for param, (_, grads, _) in zip(params, several, strict=True):

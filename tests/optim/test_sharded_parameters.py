@@ -73,7 +73,14 @@ def test_a_training_by_fully_shard_is_that_of_one_process(name, param_ndim):
         torch.testing.assert_close(of_rank, expected)
 
 
-ELEMENTWISE = ["ClampedParameter", "ClampedGradient", "Signed", "LinfProjected", "LinfFrankWolfe"]
+ELEMENTWISE = [
+    "ProjectedBox",
+    "ClampedParameter",
+    "ClampedGradient",
+    "Signed",
+    "LinfProjected",
+    "LinfFrankWolfe",
+]
 wrapped = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
 
 

@@ -24,6 +24,7 @@ from rai_toolbox.optim import (
     ParamTransformingOptimizer,
     TopQGradientOptimizer,
 )
+from rai_toolbox.optim.settings import as_saved
 
 by_name = pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS.keys())
 by_name_with_inner = pytest.mark.parametrize("make", WITH_INNER.values(), ids=WITH_INNER.keys())
@@ -455,7 +456,7 @@ def test_state_dict_is_that_of_the_inner(make):
     run(opt, 0, 2)
     ours, theirs = opt.state_dict(), opt.inner_opt.state_dict()
     assert ours.keys() == theirs.keys()
-    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["param_groups"] == [as_saved(group) for group in theirs["param_groups"]]
     assert ours["state"].keys() == theirs["state"].keys()
     ours["param_groups"][0]["lr"] = 7.0  # a copy, which may be edited
     ours["state"].clear()

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.blocks import column_blocks, widened
+from rai_toolbox.constraints.blocks import column_blocks, in_blocks, widened
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_, sign_
@@ -47,7 +47,7 @@ class _Ball(Constraint):
         check_setting("epsilon", self.epsilon, least=0, finite=False)
         if self.center is not None:
             check_setting("center", self.center)
-        finite = bool(torch.as_tensor(self.epsilon).isfinite().all())
+        finite = bool(torch.as_tensor(self.epsilon, dtype=torch.float64).isfinite().all())
         object.__setattr__(self, "_bounded", finite)
 
     def _from_center(self, x: Tensor) -> Tensor:
@@ -119,6 +119,12 @@ class LinfBall(_Ball):
         lower, upper = self._bounds(x)
         return x.clamp_(lower, upper)
 
+    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
+        if self.center is None and not isinstance(self.epsilon, Tensor):
+            clamp_(batches, -self.epsilon, self.epsilon)
+        else:
+            super().project_each_(batches)
+
     def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         epsilon = as_wide(self.epsilon, x)
         if self.center is None:
@@ -184,8 +190,9 @@ class L2Ball(_Ball):
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         offset = self._from_center(x.to(dtype))
         length = norm(offset, 2, 1)
-        factor = self._inner(x.shape[1]) / torch.where(length <= self.epsilon, 1.0, length)
-        return self._placed(offset * factor, dtype)
+        inside = length <= self.epsilon  # (an infinite radius would have the derivative 0 * inf)
+        shrunk = self._inner(x.shape[1]) / torch.where(inside, 1.0, length)
+        return self._placed(offset * torch.where(inside, 1.0, shrunk), dtype)
 
     def _direction(self, gradient: Tensor) -> Tensor:
         return normalize_(gradient.clone(), 2, 1)
@@ -286,7 +293,18 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / outer
     factor = torch.where(length.isinf(), torch.nan, factor)  # a direction that nobody knows
-    return x.mul_(torch.where(inside, 1.0, _rounded_down(factor, scale_dtype(x))))
+    factor = torch.where(inside, 1.0, factor)
+    if x.device.type != "cpu":
+        return x.mul_(factor)  # in wide arithmetic, in one pass
+    # Here a wide factor would take a wide copy of x. A narrow one is as good, but where it is too
+    # small to have all its digits: there it goes in two.
+    dtype = scale_dtype(x)
+    least = torch.finfo(dtype).smallest_normal
+    x.mul_(_rounded_down(factor.clamp(min=least), dtype))
+    if not in_blocks(x) or bool((factor < least).any()):
+        rest = factor / least * (1 - 2 * torch.finfo(x.dtype).eps)  # which rounds once more
+        x.mul_(torch.where(factor < least, _rounded_down(rest, dtype), 1.0))
+    return x
 
 
 def _inward(epsilon: float | Tensor, x: Tensor, size: int) -> float | Tensor:

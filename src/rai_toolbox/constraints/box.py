@@ -65,7 +65,7 @@ class Box(Constraint):
             raise ValueError("`lower` or `upper` must be given, got lower=None and upper=None")
         check_order("lower", self.lower, "upper", self.upper)
         finite = (
-            b is not None and bool(torch.as_tensor(b).isfinite().all())
+            b is not None and bool(torch.as_tensor(b, dtype=torch.float64).isfinite().all())
             for b in (self.lower, self.upper)
         )
         object.__setattr__(self, "_bounded", all(finite))
@@ -76,6 +76,12 @@ class Box(Constraint):
             return x.clamp_(*self._bounds(x, x.dtype))
         clamp_([x], self.lower, self.upper)
         return x
+
+    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
+        if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor):
+            super().project_each_(batches)
+        else:
+            clamp_(batches, self.lower, self.upper)
 
     def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         lower, upper = self.lower, self.upper

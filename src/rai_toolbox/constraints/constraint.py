@@ -64,6 +64,10 @@ class Constraint:
         """Whether the set is bounded, so that `lmo` and `sample_` exist."""
         return False
 
+    def coupled_dims(self, ndim: int) -> tuple[int, ...]:
+        """The dims of a batch of `ndim` dims along which the set may couple the elements."""
+        return tuple(range(1, ndim))
+
     # The words
 
     def project_(self, x: Tensor) -> Tensor:
@@ -175,6 +179,11 @@ class Constraint:
             part.copy_(seen._sampled(like, generator).to(x.dtype).view(part.shape))
         return x
 
+    def project_each_(self, batches: list[Tensor]) -> None:
+        """`project_` for several batches, with as few calls as the set can do with."""
+        for x in batches:
+            self.project_(x)
+
     # Plain data
 
     def to_plain(self) -> dict[str, Any]:
@@ -279,7 +288,7 @@ class Constraint:
         wide, finite = self._finite(units)
         hidden = units.flatten(-self._dims).abs().amax(-1)  # an infinity, or NaN
         excess = torch.where(finite, self._excess(wide, units.dtype), hidden)
-        return excess.flatten(1).amax(1) if excess.ndim > 1 else excess
+        return (excess.flatten(1).amax(1) if excess.ndim > 1 else excess) + 0.0  # -0.0 is 0.0
 
     def _finite(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """The units in float64, with zeros in place of any that are not finite; which are."""
@@ -357,9 +366,10 @@ class Constraint:
         least = 3 if self._of_matrices else 2
         if x.ndim < least and not self.elementwise:
             shape = "(N, ..., m, k)" if self._of_matrices else "(N, ...)"
+            hint = "=2 for a matrix" if self._of_matrices else ""
             raise ValueError(
                 f"{name} takes a batch of shape {shape}, got {tuple(x.shape)}; "
-                "rai_toolbox.to_batch makes one (with optimizers: `param_ndim`)"
+                f"rai_toolbox.to_batch makes one (with optimizers: `param_ndim`{hint})"
             )
         self._map(lambda setting_name, setting: self._checked(setting_name, setting, x))
         self._check_shape(x.shape)
@@ -399,7 +409,8 @@ def _from_plain(value: Any) -> Any:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+        tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return tensors and a.device == b.device and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
     if isinstance(a, list) and isinstance(b, list):

@@ -84,6 +84,9 @@ class Intersection(Constraint):
         """Whether one of the sets is bounded."""
         return any(member.bounded for member in self.sets)
 
+    def coupled_dims(self, ndim: int) -> tuple[int, ...]:  # noqa: D102
+        return tuple(sorted({dim for member in self.sets for dim in member.coupled_dims(ndim)}))
+
     def _check_settings(self) -> None:
         if not self.sets:
             raise ValueError("`sets` must be at least one constraint, got none")

@@ -100,6 +100,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(dtype, torch.complex64) if x.is_complex() else dtype
 
 
+def row_scale(x: Tensor) -> Tensor:
+    """A power of two near the largest magnitude of each row, by which to scale without rounding."""
+    return _power_of_two(x.detach().abs().amax(1, keepdim=True))
+
+
 def _power_of_two(size: Tensor) -> Tensor:
     """The power of two at or below each size, by which to scale without rounding; 1 if none."""
     exponent = torch.frexp(size).exponent - 1

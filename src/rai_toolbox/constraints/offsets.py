@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.knapsack import fill, nearest_in_section, pieces
+from rai_toolbox.constraints.norms import row_scale
 from rai_toolbox.constraints.roots import root
 from rai_toolbox.constraints.rounding import noise
 
@@ -26,7 +27,7 @@ def nearest_in_linf(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) ->
 def nearest_in_l2(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
     """Project rows onto ``{|z|_2 <= epsilon, lower <= z <= upper}``: on the way from 0 to d."""
     nearest = d.clamp(lower, upper)
-    unit = _power_of_two(d.detach())
+    unit = row_scale(d)
     shorter = along(d / unit, lower, upper, epsilon, unit)
     return torch.where(_longer(nearest, epsilon), shorter, nearest)
 
@@ -91,7 +92,7 @@ def least_in_linf(g: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> T
 def least_in_l2(g: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
     """Minimize ``g . z`` over ``{|z|_2 <= epsilon, lower <= z <= upper}``: on the way along -g."""
     corner = _corner(g, lower, upper)
-    way = along(-g / _power_of_two(g), lower, upper, epsilon, torch.full_like(g[:, :1], inf))
+    way = along(-g / row_scale(g), lower, upper, epsilon, torch.full_like(g[:, :1], inf))
     return torch.where(_longer(corner, epsilon), way, corner)
 
 
@@ -113,10 +114,3 @@ def _corner(g: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 def _longer(z: Tensor, epsilon: Tensor) -> Tensor:
     unit = epsilon.where(epsilon > 0, 1.0)
     return (z.detach() / unit).square().sum(1, keepdim=True) > (epsilon > 0).to(epsilon)
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """The power of two at the largest magnitude of each row, by which to scale without rounding."""
-    largest = x.abs().amax(1, keepdim=True)
-    mantissa, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(mantissa), exponent).where(largest > 0, 1.0)

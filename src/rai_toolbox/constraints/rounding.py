@@ -54,10 +54,16 @@ def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> T
     around it the offset is in, and whatever box both ends are in, holds the result too.
     """
     rounded = (anchor + offset).to(dtype)
-    seen = rounded.detach()
-    away = (seen.to(offset.dtype) - anchor).abs() > offset.detach().abs()
+    seen, distance = rounded.detach(), offset.detach().abs()
+    wide = seen.to(offset.dtype)
+    gap = wide - anchor
+    of_wide = gap + anchor  # what that has lost in rounding tells where the gap is a tie (Knuth)
+    lost = (wide - of_wide) - (anchor - (of_wide - gap))
+    away = (gap.abs() > distance) | ((gap.abs() == distance) & (lost * gap > 0))
     target = torch.as_tensor(anchor, dtype=dtype, device=offset.device).expand_as(rounded)
-    return rounded + torch.where(away, seen.nextafter(target) - seen, 0.0)
+    nearer = seen.nextafter(target)
+    moved = rounded + torch.where(away, nearer - seen, 0.0)
+    return torch.where(away & seen.isinf(), nearer, moved)  # (inf - inf would be NaN)
 
 
 def round_down(y: Tensor, dtype: torch.dtype) -> Tensor:

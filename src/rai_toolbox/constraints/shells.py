@@ -14,7 +14,7 @@ from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import project_l2_ball_
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_
-from rai_toolbox.constraints.norms import norm
+from rai_toolbox.constraints.norms import norm, row_scale
 from rai_toolbox.constraints.randomness import exponential, normal, uniform
 from rai_toolbox.constraints.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.threshold import precision, threshold
@@ -77,14 +77,16 @@ class MinMaxNorm(Constraint):
         check_setting("min_norm", self.min_norm, least=0)
         check_setting("max_norm", self.max_norm, least=0, finite=False)
         check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
-        if self.p not in (1, 2, math.inf):
+        if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
         dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
         if self.dim is not None and not all(type(d) is int for d in dims):
             raise TypeError(f"`dim` must be an int, a tuple of them or None, got {self.dim!r}")
-        object.__setattr__(self, "_convex", bool((torch.as_tensor(self.min_norm) == 0).all()))
-        finite = bool(torch.as_tensor(self.max_norm).isfinite().all())
-        object.__setattr__(self, "_bounded", finite)
+        least, most = (
+            torch.as_tensor(bound, dtype=torch.float64) for bound in (self.min_norm, self.max_norm)
+        )
+        object.__setattr__(self, "_convex", bool((least == 0).all()))
+        object.__setattr__(self, "_bounded", bool(most.isfinite().all()))
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)
@@ -96,6 +98,12 @@ class MinMaxNorm(Constraint):
                 raise ValueError(
                     f"`{name}` must have size 1 along `dim`={self.dim}, got shape {tuple(shape)}"
                 )
+
+    def coupled_dims(self, ndim: int) -> tuple[int, ...]:  # noqa: D102
+        if self.dim is None:
+            return super().coupled_dims(ndim)
+        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        return tuple(dim % ndim for dim in dims)
 
     # The words along `dim`: the dims are moved to the end, and all others make the batch
 
@@ -138,7 +146,10 @@ class MinMaxNorm(Constraint):
         dims = self.dim if isinstance(self.dim, tuple) else (self.dim or 0,)
         if any(not -x.ndim <= dim < x.ndim for dim in dims):
             raise ValueError(f"`dim` must be in [{-x.ndim}, {x.ndim - 1}], got {self.dim}")
-        return tuple(dim % x.ndim for dim in dims)
+        dims = tuple(dim % x.ndim for dim in dims)
+        if not dims or len(set(dims)) < len(dims):
+            raise ValueError(f"`dim` must name one dim or more, each once, got {self.dim}")
+        return dims
 
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A copy of what lies along `dim` as rows, and `x` seen with these dims at the end."""
@@ -195,7 +206,8 @@ class MinMaxNorm(Constraint):
         goal = torch.where(between, length, length.detach().clamp(low, high))
         if self.p == 2:
             x = torch.where(length.detach() == 0, 1.0, x)  # no direction: all are as good
-            return x * (goal / norm(x, 2, 1))
+            x = x / row_scale(x)
+            return x / norm(x, 2, 1) * goal
         signs = torch.where(x < 0, -1.0, 1.0).to(x)
         size = x.abs()
         if self.p == 1:

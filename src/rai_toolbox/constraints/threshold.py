@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.blocks import column_blocks, in_blocks
 from rai_toolbox.constraints.rounding import noise
 
 Values = Callable[[], Tensor]
 """Gives a piece of some columns of the values, in float64; called once per pass."""
 
+_SHORT = 1024
 _GROUP = 16  # so many entries stand behind the largest of them, where a first guess is made
 
 
@@ -27,7 +29,22 @@ def each(f: Callable[..., Tensor], *tensors: Tensor) -> list[Values]:
 
 def row_sum(values: list[Values]) -> Tensor:
     """Sum of each row, shape (N, 1)."""
-    return sum((piece().sum(1, keepdim=True) for piece in values[1:]), values[0]().sum(1, True))
+    total = _sum(values[0]())
+    for piece in values[1:]:
+        total = total + _sum(piece())
+    return total
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum of each row, with the same bits on any number of threads and beside any other rows.
+
+    Torch splits the sum of a single long row between its threads, but not those of short ones.
+    """
+    whole = x.shape[1] // _SHORT * _SHORT
+    if whole < 16 * _SHORT or not in_blocks(x):
+        return x.sum(1, keepdim=True)
+    short: Tensor = x[:, :whole].unflatten(1, (-1, _SHORT)).sum(2)
+    return short.sum(1, keepdim=True) + x[:, whole:].sum(1, keepdim=True)
 
 
 def threshold(
@@ -70,11 +87,12 @@ def threshold(
         t = torch.maximum((row_sum(below) - total) / size, torch.zeros_like(top) - total)
         steps, enough = _steps(size, precision(dtype)), max(precision(dtype), noise(size))
         if large.shape[1] < size:
-            t = _iterate(_minus([lambda: large], top), t, total, steps, enough)
+            start = _iterate(_minus([lambda: large], top), t, total, steps, enough)
+            t = torch.maximum(t, start)
         t = _iterate(below, t, total, steps, enough)
     if torch.is_grad_enabled():
         below = _minus(values, top)
-        t, _ = _newton(below, t, total)
+        t = with_value(t, _newton(below, t, total)[0])
     return below, t
 
 
@@ -83,12 +101,12 @@ def _iterate(
 ) -> Tensor:
     done = torch.zeros_like(t, dtype=torch.bool)
     for _ in range(steps):
-        better, excess = _newton(values, t, total)
+        before, (better, excess) = t, _newton(values, t, total)
         if not in_blocks(t):
             t = better
             continue
         t = torch.where(done, t, better)  # a row's bits must not depend on the other rows
-        done = done | (excess <= precision * total)
+        done = done | ~((better > before) & (excess > precision * total))
         if bool(done.all()):
             break
     return t
@@ -136,7 +154,7 @@ def _above(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the entries above t are so, in sum, and their number."""
     if in_blocks(v) and not torch.is_grad_enabled():  # the quickest operators, one by one
         over = (v - t).clamp_(min=0)
-        total = over.sum(1, keepdim=True)
+        total = _sum(over)
         return total, over.gt_(0).sum(1, keepdim=True)
     over = v - t  # the quickest when compiled
     one = torch.ones((), dtype=torch.float32 if v.shape[1] <= 2**24 else v.dtype, device=v.device)

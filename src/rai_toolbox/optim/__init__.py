@@ -13,6 +13,9 @@ from rai_toolbox.optim.l1q import L1qNormedGradientOptim
 from rai_toolbox.optim.normed import L1NormedGradientOptim, L2NormedGradientOptim
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.projected import L2ProjectedOptim, LinfProjectedOptim
+from rai_toolbox.optim.projected_optimizer import ProjectedOptimizer
+from rai_toolbox.optim.scheduling import LinearSetting, SettingScheduler
+from rai_toolbox.optim.selecting import constrain
 from rai_toolbox.optim.signed import SignedGradientOptim
 from rai_toolbox.optim.top_q import TopQGradientOptimizer
 
@@ -28,9 +31,13 @@ __all__ = [
     "L2FrankWolfe",
     "L2NormedGradientOptim",
     "L2ProjectedOptim",
+    "LinearSetting",
     "LinfFrankWolfe",
     "LinfProjectedOptim",
     "ParamTransformingOptimizer",
+    "ProjectedOptimizer",
+    "SettingScheduler",
     "SignedGradientOptim",
     "TopQGradientOptimizer",
+    "constrain",
 ]

@@ -75,8 +75,8 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     ) -> None:
         if not transforming_optimizers:
             raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
-        self._members = tuple(_make_member(factory) for factory in transforming_optimizers)
-        self._elementwise = all(member._elementwise for member in self._members)
+        inner = optimizer_class(InnerOpt)
+        self._members = tuple(_make_member(each, inner) for each in transforming_optimizers)
         self._divides_by_norms = any(member._divides_by_norms for member in self._members)
         own = [
             _own_settings(member, factory)
@@ -117,6 +117,13 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         for member, group in self._each_member(optim_group):
             member._transform_group_parameters_(params, group)
+
+    def _sees_elements(self, group: Group) -> bool:
+        return all(member._sees_elements(seen) for member, seen in self._each_member(group))
+
+    def _has_gradient_transform(self, group: Group) -> bool:
+        # A member may also scale, shift, or have a hook of its own.
+        return any(member._transforms_gradients(seen) for member, seen in self._each_member(group))
 
     def _group_of_view(self, group: Group) -> Group:
         stored = [name for names in self._names for name in names.values()]
@@ -231,8 +238,9 @@ class _MemberGroup(MutableMapping[str, Any]):
 class _NoInner(Optimizer):
     """Stands where a chain's member expects its inner optimizer: the chain has the only one."""
 
-    def __init__(self) -> None:
+    def __init__(self, stands_for: type[Optimizer]) -> None:
         super().__init__([{"params": []}], {})
+        self.stands_for = stands_for
         self.param_groups.clear()
 
 
@@ -246,7 +254,7 @@ def _of_member(extra: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)}
 
 
-def _make_member(factory: object) -> ParamTransformingOptimizer:
+def _make_member(factory: object, inner: type[Optimizer]) -> ParamTransformingOptimizer:
     if not (
         isinstance(factory, (type, partial))
         and issubclass(optimizer_class(factory), ParamTransformingOptimizer)
@@ -261,7 +269,7 @@ def _make_member(factory: object) -> ParamTransformingOptimizer:
             raise TypeError(
                 f"`{name}` must be given to the chain, not to a member, got {bound[name]!r}"
             )
-    member: ParamTransformingOptimizer = factory(params=None, InnerOpt=_NoInner())
+    member: ParamTransformingOptimizer = factory(params=None, InnerOpt=_NoInner(inner))
     return member
 
 

@@ -19,8 +19,6 @@ from rai_toolbox.optim.wrapper import Group, Params
 class _ClampingOptimizer(ParamTransformingOptimizer):
     """What the two have in common: their bounds."""
 
-    _elementwise = True
-
     def __init__(
         self,
         params: Params = None,
@@ -43,6 +41,9 @@ class _ClampingOptimizer(ParamTransformingOptimizer):
             defaults={"clamp_min": clamp_min, "clamp_max": clamp_max, **(defaults or {})},
             **inner_opt_kwargs,
         )
+
+    def _sees_elements(self, group: Group) -> bool:
+        return True
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -76,9 +76,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     tensor([ 1.5000, -9.0000], requires_grad=True)
     """
 
-    _elementwise: bool = False
-    """Whether the built-in transforms act on each element by itself, whatever `param_ndim` is."""
-
     _divides_by_norms: bool = False
     """Whether the built-in transform divides gradients by norms of theirs."""
 
@@ -148,7 +145,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         check_number("grad_bias", group["grad_bias"])
         check_param_ndim(group["param_ndim"])
         shown = self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_")
-        if self._elementwise and not shown:
+        if self._sees_elements(group) and not shown:
             return
         for param, label in zip(group["params"], labels(group), strict=True):
             try:
@@ -161,10 +158,18 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                     "flattened by FullyShardedDataParallel; shard it by fully_shard instead"
                 )
 
+    def _sees_elements(self, group: Group) -> bool:
+        """Whether the built-in transforms act on each element, whatever `param_ndim` is."""
+        return False
+
+    def _has_gradient_transform(self, group: Group) -> bool:
+        """Whether the built-in transform changes gradients."""
+        unchanged = ParamTransformingOptimizer._transform_gradients_
+        return type(self)._transform_gradients_ is not unchanged
+
     def _keeps_zero(self, optim_group: Group) -> bool:
         """Whether the gradient's transform is elementwise with 0 -> 0: fit for sparse gradients."""
-        unchanged = ParamTransformingOptimizer._transform_gradients_
-        return type(self)._transform_gradients_ is unchanged
+        return not self._has_gradient_transform(optim_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -235,10 +240,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._transform_group_parameters_(group["params"], group)
 
     def _transforms_gradients(self, group: Group) -> bool:
-        unchanged = ParamTransformingOptimizer._transform_gradients_
         return (
             self._overrides("_pre_step_transform_")
-            or type(self)._transform_gradients_ is not unchanged
+            or self._has_gradient_transform(group)
             or group["grad_scale"] != 1.0
             or group["grad_bias"] != 0.0
         )

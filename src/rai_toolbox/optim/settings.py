@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rai_toolbox.constraints.constraint import Constraint
+
 TINY = torch.finfo(torch.float32).tiny
 """Default of every `div_by_zero_eps`."""
 
@@ -39,3 +41,29 @@ def refuse_complex(group: Mapping[str, Any], names: str) -> None:
     for param, label in zip(group["params"], labels(group), strict=True):
         if param.is_complex():
             raise TypeError(f"{names} must bound real numbers, got {param.dtype} for {label}")
+
+
+def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A group as a checkpoint holds it: each constraint as plain data."""
+    return {
+        name: value.to_plain() if isinstance(value, Constraint) else value
+        for name, value in settings.items()
+    }
+
+
+def as_loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of a checkpoint as it is used: the constraint that each plain one was."""
+    return {
+        name: Constraint.from_plain(value)
+        if isinstance(value, Mapping) and "set" in value
+        else value
+        for name, value in settings.items()
+    }
+
+
+def check_constraint(constraint: object) -> None:
+    """Raise unless it is a constraint, or None, which is none."""
+    if constraint is not None and not isinstance(constraint, Constraint):
+        raise TypeError(
+            f"`constraint` must be a set of rai_toolbox.constraints or None, got {constraint!r}"
+        )

@@ -37,8 +37,6 @@ class SignedGradientOptim(ParamTransformingOptimizer):
     (tensor([-1.,  1.]), tensor([-0.5000,  0.5000], requires_grad=True))
     """
 
-    _elementwise = True
-
     def __init__(
         self,
         params: Params = None,
@@ -59,6 +57,9 @@ class SignedGradientOptim(ParamTransformingOptimizer):
             param_ndim=param_ndim,
             **inner_opt_kwargs,
         )
+
+    def _sees_elements(self, group: Group) -> bool:
+        return True
 
     def _transform_gradients_(
         self, params: list[Tensor], grads: list[Tensor], optim_group: Group

@@ -18,7 +18,7 @@ from rai_toolbox.optim.inner import (
     own_state,
     picklable_state,
 )
-from rai_toolbox.optim.settings import REQUIRED
+from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
@@ -137,6 +137,10 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.inner_opt.state_dict()
+        state_dict = {
+            **state_dict,
+            "param_groups": [as_saved(group) for group in state_dict["param_groups"]],
+        }
         extra = self._extra_state()
         if extra:
             first, *others = state_dict["param_groups"]
@@ -205,7 +209,8 @@ class OptimizerWrapper(Optimizer):
                 )
             ours = {name: live[name] for name in self._settings}
             group = ours | {k: None if k in extra_names else v for k, v in new.items()}
-            group.update({name: as_plain(group[name]) for name in self._settings})
+            ours = as_loaded({name: group[name] for name in self._settings})
+            group.update({name: as_plain(value) for name, value in ours.items()})
             names = {k: live[k] for k in ("params", "param_names") if k in live}
             self._check_group(group | names)
             merged.append(group)
@@ -227,6 +232,10 @@ class OptimizerWrapper(Optimizer):
         if theirs:
             self.inner_opt.__setstate__(theirs)
         Optimizer.__setstate__(self, state)
+
+    def _inner_class(self) -> type[Optimizer]:
+        """Class of the inner optimizer; of that of the chain, in a member of one."""
+        return getattr(self.inner_opt, "stands_for", type(self.inner_opt))
 
     def _given_settings(self) -> dict[str, Any]:
         return {name: v for name, v in self._settings.items() if v is not REQUIRED}

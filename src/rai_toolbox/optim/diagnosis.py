@@ -1,0 +1,35 @@
+"""What tells whether a constrained parameter is where it should be; of batches (N, ...)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints.blocks import widened
+from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.optim.gradient_mapping import step_size
+
+
+def kkt_residual(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
+    """``|x - P(x - gradient)|``, which is 0 just at the stationary points of the constraint."""
+    step = widened(x) - widened(gradient)
+    residual: Tensor = torch.linalg.vector_norm(widened(x) - constraint.project(step))
+    return residual
+
+
+def active(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
+    """Which sub-tensors, or elements of a set that bounds these, a small step down takes out.
+
+    The step has the length ``sqrt(eps) |x|``, with the eps of the dtype of x.
+    """
+    reach = torch.finfo(x.dtype).eps ** 0.5
+    x, gradient = widened(x), widened(gradient)
+    y = x - step_size(x, gradient, constraint, reach=reach, lr=reach) * gradient
+    moved = constraint.project(y) != y
+    return moved if constraint.elementwise else moved.flatten(1).any(1)
+
+
+def frank_wolfe_gap(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
+    """``<gradient, x - lmo(gradient)>``, which is not less than f(x) - min f if f is convex."""
+    gradient = widened(gradient)
+    return (gradient * (widened(x) - constraint.lmo(gradient))).sum()

@@ -1,0 +1,304 @@
+"""The optimizer that keeps parameters in any set, around any inner optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, SGD, Adafactor, Muon, Optimizer
+
+from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.checks import check_number
+from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.optim import diagnosis
+from rai_toolbox.optim.gradient_mapping import map_gradient_
+from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.settings import REQUIRED, check_constraint, labels, refuse_complex
+from rai_toolbox.optim.wrapper import Group, Params
+
+# Their step is one number times an average of gradients. Projected, it is right as it is.
+_STEP_ALONG_GRADIENTS = (SGD, ASGD)
+_DECOUPLED = (Adafactor, Muon)  # and those whose groups say so: their decay is none of gradients
+
+
+class ProjectedOptimizer(ParamTransformingOptimizer):
+    r"""Keep each parameter in a set: step, and go to the nearest point of the set.
+
+    .. math::
+        g \leftarrow (p - P(p - e g)) / e, \quad p \leftarrow \text{inner step}(p, g), \quad
+        p \leftarrow P(p)
+
+    The first of these is the gradient mapping, which leads to the right point with inner
+    optimizers that scale each element for itself, such as Adam: without it they stop where
+    nothing is optimal, unless the set bounds each element for itself. It leaves g as it is where
+    the constraint is not active. See the user guide for proof and figures.
+
+    Parameters
+    ----------
+    constraint : Constraint or None
+        The set that each sub-tensor is to be kept in; None leaves parameters free. To be given
+        here or in every parameter group.
+    gradient_mapping : bool, optional
+        Whether g is replaced by its gradient mapping. By default it is where it makes a difference
+        to where the optimizer ends: not with SGD and ASGD, nor with sets that bound each element.
+    reach : float
+        How far the gradient mapping looks ahead, as a share of the length of a sub-tensor:
+        ``e = reach * |p| / |g|``. A larger one is quicker without noise, a smaller one is less
+        sensitive to noise.
+    every : int
+        Project in each `every`-th step only.
+    warmup : int
+        Number of first steps that are those of the inner optimizer alone.
+    params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
+        See `ParamTransformingOptimizer`.
+
+    Raises
+    ------
+    TypeError
+        If `constraint` is missing, or is no constraint.
+    ValueError
+        If the constraint does not fit a parameter as seen by `param_ndim`, or another setting is
+        out of its range.
+
+    Notes
+    -----
+    Parameters are not changed before the first step; see `make_feasible_`. Weight decay that the
+    inner optimizer adds to the gradient (SGD, Adam, ...) is a part of what is minimized over the
+    set. Decoupled weight decay (AdamW) is not: it shrinks a parameter on its own, so that its
+    fixed points are no stationary points of the loss, with or without constraints.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import Simplex
+    >>> from rai_toolbox.optim import ProjectedOptimizer
+    >>> x = torch.tensor([0.2, 0.3, 0.5], requires_grad=True)
+    >>> optim = ProjectedOptimizer([x], constraint=Simplex(), param_ndim=None, lr=1.0)
+    >>> x.backward(gradient=torch.tensor([-0.6, 0.0, 0.6]))
+    >>> optim.step()
+    >>> x
+    tensor([0.7500, 0.2500, 0.0000], requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
+        *,
+        constraint: Constraint | None | type[REQUIRED] = REQUIRED,
+        param_ndim: int | None = -1,
+        gradient_mapping: bool | None = None,
+        reach: float = 0.1,
+        every: int = 1,
+        warmup: int = 0,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        settings = {
+            "constraint": constraint,
+            "gradient_mapping": gradient_mapping,
+            "reach": reach,
+            "every": every,
+            "warmup": warmup,
+            "steps_taken": 0,  # counted only where it matters
+        }
+        super().__init__(
+            params,
+            InnerOpt,
+            param_ndim=param_ndim,
+            grad_scale=grad_scale,
+            grad_bias=grad_bias,
+            defaults={**settings, **(defaults or {})},
+            **inner_opt_kwargs,
+        )
+
+    @torch.no_grad()
+    def make_feasible_(self) -> None:
+        """Project all parameters onto their sets, now."""
+        for group in self.param_groups:
+            self._project_parameters_(group["params"], group)
+
+    def violation(self) -> list[Tensor]:
+        """By how much each group is outside its set: the largest over its sub-tensors.
+
+        Returns
+        -------
+        list of Tensor
+            One number per group, without waiting for a device; so are those below.
+        """
+        return self._each_group(lambda x, c: c.violation(x).amax(), torch.amax)
+
+    def kkt_residual(self) -> list[Tensor]:
+        """How far each group is from a stationary point: ``|p - P(p - g)|``.
+
+        It is to be read between `backward` and `step`, which changes gradients.
+
+        Returns
+        -------
+        list of Tensor
+        """
+        return self._each_group_by_gradient(diagnosis.kkt_residual, torch.linalg.vector_norm)
+
+    def active_fraction(self) -> list[Tensor]:
+        """Share of a group's sub-tensors that a small step along -g takes out of their set.
+
+        In sets that bound each element for itself it is the share of elements. It is to be read
+        between `backward` and `step`.
+
+        Returns
+        -------
+        list of Tensor
+        """
+        return self._each_group_by_gradient(
+            lambda x, g, c: diagnosis.active(x, g, c).double().flatten(),
+            torch.mean,
+        )
+
+    def frank_wolfe_gap(self) -> list[Tensor]:
+        """``<g, p - lmo(g)>`` of each group: for convex losses, no less than what is to be gained.
+
+        It is to be read between `backward` and `step`, and needs bounded sets.
+
+        Returns
+        -------
+        list of Tensor
+        """
+        return self._each_group_by_gradient(diagnosis.frank_wolfe_gap, torch.sum)
+
+    # The step
+
+    def _transform_gradients_(
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
+    ) -> None:
+        if not self._maps(optim_group):
+            return
+        inner = self._inner_class()
+        decoupled = issubclass(inner, _DECOUPLED) or optim_group.get("decoupled_weight_decay")
+        for param, grad in zip(params, grads, strict=True):
+            shape = batch_shape(param.shape, optim_group["param_ndim"])
+            seen, copied = view_or_copy(grad, shape)
+            map_gradient_(
+                seen,
+                view_or_copy(param, shape)[0],
+                optim_group["constraint"],
+                reach=optim_group["reach"],
+                lr=optim_group["lr"],
+                weight_decay=0.0 if decoupled else optim_group.get("weight_decay", 0.0),
+                maximize=optim_group.get("maximize", False),
+            )
+            if copied:
+                grad.copy_(seen.view(grad.shape))
+
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
+        constraint = optim_group["constraint"]
+        if constraint is None:
+            return
+        seen = [view_or_copy(p, self._shape(p, optim_group)) for p in params]
+        constraint.project_each_([view for view, _ in seen])
+        for param, (view, copied) in zip(params, seen, strict=True):
+            if copied:
+                param.copy_(view.view(param.shape))
+
+    def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
+        if group["every"] != 1 or group["warmup"] != 0:
+            group["steps_taken"] += 1
+            after = group["steps_taken"] - group["warmup"]
+            if after <= 0 or after % group["every"] != 0:
+                return
+        super()._transform_group_parameters_(params, group)
+
+    def _maps(self, group: Group) -> bool:
+        constraint = group["constraint"]
+        if constraint is None or constraint.elementwise or group["steps_taken"] < group["warmup"]:
+            return False
+        wanted: bool | None = group["gradient_mapping"]
+        if wanted is None:
+            return not issubclass(self._inner_class(), _STEP_ALONG_GRADIENTS)
+        return wanted
+
+    def _has_gradient_transform(self, group: Group) -> bool:
+        return self._maps(group)
+
+    def _keeps_zero(self, optim_group: Group) -> bool:
+        return not self._maps(optim_group)
+
+    def _sees_elements(self, group: Group) -> bool:
+        constraint = group["constraint"]
+        return constraint is None or constraint.elementwise
+
+    # Looking at groups
+
+    def _shape(self, param: Tensor, group: Group) -> tuple[int, ...]:
+        if param.ndim == 0 and self._sees_elements(group):
+            return (1, 1)
+        return batch_shape(param.shape, group["param_ndim"])
+
+    @torch.no_grad()
+    def _each_group(
+        self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor], gradients: bool = False
+    ) -> list[Tensor]:
+        found = []
+        for group in self.param_groups:
+            values = list(self._values(group, of, gradients))
+            device = group["params"][0].device if group["params"] else None
+            values = [value.to(device, torch.float64).reshape(-1) for value in values]
+            nothing = torch.zeros(1, dtype=torch.float64, device=device)
+            found.append(total(torch.cat(values or [nothing])))
+        return found
+
+    def _each_group_by_gradient(
+        self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        return self._each_group(of, total, gradients=True)
+
+    def _values(self, group: Group, of: Callable[..., Tensor], gradients: bool) -> Iterator[Tensor]:
+        constraint = group["constraint"]
+        for param in group["params"]:
+            if constraint is None or param.numel() == 0 or (gradients and param.grad is None):
+                continue
+            shape = self._shape(param, group)
+            seen = [param.detach().reshape(shape)]
+            if gradients:
+                grad = param.grad.detach().to_dense() if param.grad.is_sparse else param.grad
+                seen.append((-grad if group.get("maximize", False) else grad).reshape(shape))
+            yield of(*seen, constraint)
+
+    # Checks
+
+    def _check_group(self, group: Group) -> None:
+        check_constraint(group["constraint"])
+        super()._check_group(group)
+        _check_mapping(group["gradient_mapping"], group["reach"])
+        for name, least in (("every", 1), ("warmup", 0), ("steps_taken", 0)):
+            if type(group[name]) is not int or group[name] < least:
+                raise ValueError(f"`{name}` must be an int >= {least}, got {group[name]!r}")
+        constraint = group["constraint"]
+        if constraint is None:
+            return
+        refuse_complex(group, "`constraint`")
+        couples = not constraint.elementwise and group["param_ndim"] == -1
+        for param, label in zip(group["params"], labels(group), strict=True):
+            shape = self._shape(param, group)
+            if couples and param.ndim == 1 < param.numel():
+                raise ValueError(
+                    "`param_ndim` must be None or 1 for a vector, whose elements would each be a "
+                    f"sub-tensor, got -1 for {label} of shape {tuple(param.shape)} (it is a bias? "
+                    "see `constrain`)"
+                )
+            try:
+                constraint._check_batch(param.detach().reshape(shape))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{error} ({label})") from None
+
+
+def _check_mapping(wanted: object, reach: object) -> None:
+    if wanted is not None and not isinstance(wanted, bool):
+        raise TypeError(f"`gradient_mapping` must be a bool or None, got {wanted!r}")
+    check_number("reach", reach)
+    if not 0 < float(reach) < float("inf"):  # type: ignore[arg-type]
+        raise ValueError(f"`reach` must be > 0 and finite, got {reach!r}")
