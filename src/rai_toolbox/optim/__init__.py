@@ -2,6 +2,7 @@
 
 from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.clamped import ClampedGradientOptimizer, ClampedParameterOptimizer
+from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.frank_wolfe_balls import (
     L1FrankWolfe,
@@ -23,6 +24,7 @@ __all__ = [
     "ChainedParamTransformingOptimizer",
     "ClampedGradientOptimizer",
     "ClampedParameterOptimizer",
+    "ExponentiatedGradient",
     "FrankWolfe",
     "L1FrankWolfe",
     "L1NormedGradientOptim",

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, SGD, Adafactor, Muon, Optimizer
 
-from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.optim import diagnosis
+from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import map_gradient_
+from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
-from rai_toolbox.optim.settings import REQUIRED, check_constraint, labels, refuse_complex
+from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, check_constraint, check_fits
 from rai_toolbox.optim.wrapper import Group, Params
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
@@ -99,6 +101,11 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
+        if issubclass(optimizer_class(InnerOpt), FrankWolfe):
+            raise TypeError(
+                "`InnerOpt` must not be FrankWolfe, which takes a constraint of its own, got "
+                f"{InnerOpt!r}"
+            )
         settings = {
             "constraint": constraint,
             "gradient_mapping": gradient_mapping,
@@ -180,7 +187,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         inner = self._inner_class()
         decoupled = issubclass(inner, _DECOUPLED) or optim_group.get("decoupled_weight_decay")
         for param, grad in zip(params, grads, strict=True):
-            shape = batch_shape(param.shape, optim_group["param_ndim"])
+            shape = batch_shape_in(param, optim_group)
             seen, copied = view_or_copy(grad, shape)
             map_gradient_(
                 seen,
@@ -198,7 +205,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         constraint = optim_group["constraint"]
         if constraint is None:
             return
-        seen = [view_or_copy(p, self._shape(p, optim_group)) for p in params]
+        seen = [view_or_copy(p, batch_shape_in(p, optim_group)) for p in params]
         constraint.project_each_([view for view, _ in seen])
         for param, (view, copied) in zip(params, seen, strict=True):
             if copied:
@@ -233,11 +240,6 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
 
     # Looking at groups
 
-    def _shape(self, param: Tensor, group: Group) -> tuple[int, ...]:
-        if param.ndim == 0 and self._sees_elements(group):
-            return (1, 1)
-        return batch_shape(param.shape, group["param_ndim"])
-
     @torch.no_grad()
     def _each_group(
         self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor], gradients: bool = False
@@ -261,7 +263,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         for param in group["params"]:
             if constraint is None or param.numel() == 0 or (gradients and param.grad is None):
                 continue
-            shape = self._shape(param, group)
+            shape = batch_shape_in(param, group)
             seen = [param.detach().reshape(shape)]
             if gradients:
                 grad = param.grad.detach().to_dense() if param.grad.is_sparse else param.grad
@@ -277,23 +279,8 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         for name, least in (("every", 1), ("warmup", 0), ("steps_taken", 0)):
             if type(group[name]) is not int or group[name] < least:
                 raise ValueError(f"`{name}` must be an int >= {least}, got {group[name]!r}")
-        constraint = group["constraint"]
-        if constraint is None:
-            return
-        refuse_complex(group, "`constraint`")
-        couples = not constraint.elementwise and group["param_ndim"] == -1
-        for param, label in zip(group["params"], labels(group), strict=True):
-            shape = self._shape(param, group)
-            if couples and param.ndim == 1 < param.numel():
-                raise ValueError(
-                    "`param_ndim` must be None or 1 for a vector, whose elements would each be a "
-                    f"sub-tensor, got -1 for {label} of shape {tuple(param.shape)} (it is a bias? "
-                    "see `constrain`)"
-                )
-            try:
-                constraint._check_batch(param.detach().reshape(shape))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{error} ({label})") from None
+        if group["constraint"] is not None:
+            check_fits(group["constraint"], group)
 
 
 def _check_mapping(wanted: object, reach: object) -> None:

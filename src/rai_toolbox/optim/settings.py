@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rai_toolbox.batch import batch_shape
 from rai_toolbox.constraints.constraint import Constraint
 
 TINY = torch.finfo(torch.float32).tiny
 """Default of every `div_by_zero_eps`."""
+
+
+_BOUND_REAL = "{} must bound real numbers, got {} for {}"
 
 
 class REQUIRED:
@@ -40,7 +44,7 @@ def refuse_complex(group: Mapping[str, Any], names: str) -> None:
     """Raise if a group for whose settings `names` order matters has a complex parameter."""
     for param, label in zip(group["params"], labels(group), strict=True):
         if param.is_complex():
-            raise TypeError(f"{names} must bound real numbers, got {param.dtype} for {label}")
+            raise TypeError(_BOUND_REAL.format(names, param.dtype, label))
 
 
 def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,3 +71,36 @@ def check_constraint(constraint: object) -> None:
         raise TypeError(
             f"`constraint` must be a set of rai_toolbox.constraints or None, got {constraint!r}"
         )
+
+
+def with_names_apart(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group, as it is given, with its named parameters as `params` and `param_names`."""
+    given = group["params"]
+    if not given or not all(isinstance(param, tuple) for param in given):
+        return dict(group)
+    return {**group, "params": [p[1] for p in given], "param_names": [p[0] for p in given]}
+
+
+def batch_shape_in(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape `(N, d0, ...)` in which a constraint sees a parameter; (1, 1) for a number."""
+    return (1, 1) if param.ndim == 0 else batch_shape(param.shape, group["param_ndim"])
+
+
+def check_fits(constraint: Constraint, group: Mapping[str, Any]) -> None:
+    """Raise, with its name, if a parameter of a group is no batch that the constraint takes."""
+    for param, label in zip(group["params"], labels(group), strict=True):
+        if not isinstance(param, Tensor):
+            return  # torch will refuse it
+        couples = not constraint.elementwise and group["param_ndim"] == -1
+        if couples and param.ndim == 1 < param.numel():
+            raise ValueError(
+                "`param_ndim` must be None or 1 for a vector, whose elements would each be a "
+                f"sub-tensor, got -1 for {label} of shape {tuple(param.shape)} (it is a bias? "
+                "see `constrain`)"
+            )
+        if param.is_complex():
+            raise TypeError(_BOUND_REAL.format("`constraint`", param.dtype, label))
+        try:
+            constraint._check_batch(param.detach().reshape(batch_shape_in(param, group)))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} ({label})") from None

@@ -18,7 +18,7 @@ from rai_toolbox.optim.inner import (
     own_state,
     picklable_state,
 )
-from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved
+from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, with_names_apart
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
@@ -243,7 +243,6 @@ class OptimizerWrapper(Optimizer):
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
         """A copy of a group in which every setting has a value that keeps its rule."""
         group = self._given_settings() | checked_group(param_group)
-        given = group["params"]
         for name in self._settings:
             if name not in group:
                 raise TypeError(
@@ -251,11 +250,9 @@ class OptimizerWrapper(Optimizer):
                     f"group, got a group without it"
                 )
             group[name] = as_plain(group[name])
-        named = all(isinstance(param, tuple) for param in given)
-        tensors = [param[1] for param in given] if named else given
-        names = {"param_names": [param[0] for param in given]} if given and named else {}
-        if all(isinstance(tensor, Tensor) for tensor in tensors):  # else the inner will refuse
-            self._check_group({**group, "params": tensors, **names})
+        apart = with_names_apart(group)
+        if all(isinstance(param, Tensor) for param in apart["params"]):  # else the inner refuses
+            self._check_group(apart)
         return group
 
     def _complete_live_groups(self, groups: Sequence[Group]) -> None:

@@ -1,0 +1,182 @@
+"""Exponentiated gradient: mirror descent on the simplex."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf, nan
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from rai_toolbox.batch import check_param_ndim, to_batch
+from rai_toolbox.checks import as_plain, check_finite
+from rai_toolbox.constraints.blocks import widened
+from rai_toolbox.constraints.simplex import Simplex
+from rai_toolbox.optim.inner import not_compiled
+from rai_toolbox.optim.settings import check_fits, is_zero_on_host, with_names_apart
+from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
+
+
+class ExponentiatedGradient(Optimizer):
+    r"""Keep each sub-tensor on the simplex by steps that multiply: shares of a total.
+
+    .. math::
+        p \leftarrow \text{total} \cdot \frac{w}{\sum w}, \quad w = p \, e^{-\text{lr} \, g}
+
+    This is mirror descent with the entropy as its distance. Where it is the entries of gradients
+    that are bounded, its error after some steps grows with the number n of entries as
+    ``sqrt(log n)``, that of projected gradient descent as ``sqrt(n)`` (Kivinen & Warmuth, 1997;
+    Beck & Teboulle, 2003).
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors, or dicts that define parameter groups.
+    lr : float
+        The step size, >= 0; where 0, nothing moves.
+    total : float
+        The sum of each sub-tensor, > 0.
+    param_ndim : int or None
+        Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`. A vector takes
+        None or 1.
+    maximize : bool
+        Go up rather than down.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting breaks its rule, or does not fit a parameter.
+
+    Notes
+    -----
+    Start inside, at equal shares for instance: entries >= 0 of a positive sum, which the first step
+    makes `total`. An entry that is 0, or becomes 0 by underflow (in float16 below 6e-8), stays 0
+    whatever its gradient is.
+    A sub-tensor with a negative or infinite entry, without a positive one, or with a gradient that
+    is not finite, becomes NaN; nothing else does, however large ``lr * g`` is. Parameters without a
+    gradient stay as they are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.optim import ExponentiatedGradient
+    >>> shares = torch.full((4,), 0.25, requires_grad=True)
+    >>> optim = ExponentiatedGradient([shares], lr=1.0, param_ndim=None)
+    >>> shares.backward(gradient=torch.tensor([1.0, 1.0, 2.0, 4.0]).log())
+    >>> optim.step()  # by factors of 1, 1, 1/2 and 1/4
+    >>> shares
+    tensor([0.3636, 0.3636, 0.1818, 0.0909], requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        lr: float | Tensor,
+        total: float = 1.0,
+        param_ndim: int | None = -1,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "total": total,
+            "param_ndim": param_ndim,
+            "maximize": maximize,
+            "differentiable": False,
+        }
+        super().__init__(cast(Any, as_groups(params)), defaults)
+
+    @not_compiled
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        Parameters
+        ----------
+        param_group : dict
+            `params`, and any settings. It is not modified.
+        """
+        group = self.defaults | checked_group(param_group)
+        for name in ("lr", "total"):
+            group[name] = as_plain(group[name])
+        _check(group)
+        super().add_param_group(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = self.__dict__.get("defaults", state.get("defaults", {}))
+        groups = state.get("param_groups", ())  # of a checkpoint, among others
+        for group in groups:
+            _check({**defaults, **group})
+        for group in groups:
+            group.update({**defaults, **group})
+        super().__setstate__(state)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step for every parameter that has a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        float or None
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if is_zero_on_host(group["lr"]):
+                continue
+            for param in group["params"]:
+                if param.grad is not None:
+                    _step_(param, param.grad, group)
+        return loss
+
+
+def exponentiated_step(x: Tensor, exponent: Tensor, total: float) -> Tensor:
+    """``total * x exp(exponent) / sum(x exp(exponent))`` of each sub-tensor, in float64."""
+    x, exponent = widened(x), widened(exponent)
+    # A largest factor of 1 among the entries that count: so no overflow, and a sum that is not 0.
+    exponent = torch.where((x == 0) & ~exponent.isnan(), -inf, exponent)
+    dims = tuple(range(1, x.ndim))
+    factor = (exponent - exponent.amax(dims, keepdim=True)).exp()
+    product = torch.where((x >= 0) & (x < inf), x, nan) * factor
+    return product / product.sum(dims, keepdim=True) * total
+
+
+def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
+    dense = grad if grad.layout is torch.strided else grad.to_dense()
+    seen = widened(dense)
+    speed = group["lr"] if group["maximize"] else -group["lr"]
+    exponent = seen * speed + (seen - seen)  # NaN where the gradient is infinite, too
+    if param.numel():
+        k = group["param_ndim"]
+        x = exponentiated_step(to_batch(param, k), to_batch(exponent, k), group["total"])
+        param.copy_(x.view(param.shape))
+
+
+def _check(group: Group) -> None:
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        check_finite("lr", lr)
+    elif lr.device.type == "cpu":
+        check_finite("lr", lr.item())
+    if check_finite("total", group["total"]) == 0:
+        raise ValueError(f"`total` must be > 0, got {group['total']!r}")
+    check_param_ndim(group["param_ndim"])
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"`maximize` must be True or False, got {group['maximize']!r}")
+    check_fits(Simplex(group["total"]), with_names_apart(group))
