@@ -4,12 +4,13 @@
 outside a point is, `sample_` draws a point. All act on batches `(N, ...)` of sub-tensors.
 """
 
+from rai_toolbox.constraints.affine import Affine
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box import Box, NonNegative
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.intersection import Intersection
-from rai_toolbox.constraints.linear import Affine, HalfSpace, Hyperplane
+from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked
 from rai_toolbox.constraints.matrices import PSD, Stiefel
 from rai_toolbox.constraints.order import Monotone
