@@ -13,7 +13,7 @@ demo: .venv/.stamp  ## train and attack a small net on real digits; figures go t
 	$(BIN)/rai-toolbox demo
 
 test: .venv/.stamp  ## run all tests, and every example of the docstrings, README and docs
-	$(BIN)/python -m pytest --timeout=300
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=300 --numprocesses=auto
 
 lint: .venv/.stamp  ## check style, formatting and types
 	$(BIN)/ruff check

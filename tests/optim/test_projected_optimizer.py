@@ -299,6 +299,14 @@ def test_copies_have_their_own_groups_with_the_same_sets():
     assert other.param_groups[0]["constraint"] == L2Ball(0.5)
 
 
+def test_a_set_is_loaded_to_the_device_of_its_parameters():
+    param = torch.empty(3, 2, device="meta", requires_grad=True)
+    optimizer = ProjectedOptimizer([param], constraint=Simplex())
+    other = ProjectedOptimizer([normal(3, 2)], constraint=L2Ball(torch.ones(3, 1)))
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["constraint"].epsilon.device.type == "meta"
+
+
 def test_a_bad_set_in_a_checkpoint_changes_nothing():
     optimizer = ProjectedOptimizer([normal(3, 2).requires_grad_()], constraint=L2Ball(0.5))
     state = optimizer.state_dict()

@@ -55,10 +55,13 @@ def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A group of a checkpoint as it is used: the constraint that each plain one was."""
+def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A group of a checkpoint as it is used: the constraint that each plain one was, on a device.
+
+    A checkpoint may have been loaded to another one than its parameters.
+    """
     return {
-        name: Constraint.from_plain(value)
+        name: Constraint.from_plain(value).to(device)
         if isinstance(value, Mapping) and "set" in value
         else value
         for name, value in settings.items()

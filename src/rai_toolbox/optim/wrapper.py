@@ -209,7 +209,8 @@ class OptimizerWrapper(Optimizer):
                 )
             ours = {name: live[name] for name in self._settings}
             group = ours | {k: None if k in extra_names else v for k, v in new.items()}
-            ours = as_loaded({name: group[name] for name in self._settings})
+            device = live["params"][0].device if live["params"] else None
+            ours = as_loaded({name: group[name] for name in self._settings}, device)
             group.update({name: as_plain(value) for name, value in ours.items()})
             names = {k: live[k] for k in ("params", "param_names") if k in live}
             self._check_group(group | names)
