@@ -26,3 +26,4 @@ napoleon_google_docstring = False
 
 # The README links to files of the repository, which are no pages here.
 suppress_warnings = ["myst.xref_missing"]
+exclude_patterns = ["stationarity/*"]  # parts of pages

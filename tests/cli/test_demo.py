@@ -66,7 +66,7 @@ def test_what_is_needed_to_repeat_the_run_is_reported(report):
     assert report["settings"]["digits_trained_on"] == 4000
     assert report["settings"]["digits_tested_on"] == 1000
     assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert set(report["seconds"]) == {"loading", "training", "perturbing", "drawing"}
+    assert set(report["seconds"]) == {*("loading", "training", "perturbing", "fitting", "drawing")}
 
 
 def test_the_picture_is_drawn(out):
@@ -74,6 +74,37 @@ def test_the_picture_is_drawn(out):
     assert image.shape[:2] == (1152, 1560)
     assert 0.05 < (image[..., :3].min(-1) < 0.9).mean() < 0.6  # neither blank nor black
     assert (out / "demo.png").stat().st_size > 50_000
+
+
+def test_the_gradient_mapping_gets_nearer_to_the_solution_in_l1_balls(report):
+    settings, runs = report["sparse"]["settings"], report["sparse"]["runs"]
+    assert settings["constraint"] == "L1Ball"
+    assert settings["radius"] == 16
+    assert settings["steps"] == report["settings"]["sparse_steps"] == 40
+    assert list(runs) == ["default", "plain"]
+    for run in runs.values():
+        assert run["largest_violation"] == 0
+        assert run["share_of_weights_zero"] + run["share_of_weights_nonzero"] == 1
+        assert 0.1 < run["share_of_weights_zero"] <= run["share_of_weights_small"] < 1
+    default, plain = runs["default"], runs["plain"]
+    assert default["kkt_residual"] < plain["kkt_residual"] / 5
+    assert default["loss"] < plain["loss"] - 0.5
+    assert 0.8 < default["test_accuracy"] < 1
+    assert default["share_of_weights_small"] > 0.5
+
+
+def test_the_picture_of_the_maps_is_drawn(out):
+    image = pytest.importorskip("matplotlib.image").imread(out / "sparse.png")[..., :3]
+    assert image.shape[:2] == (648, 1560)
+    assert 0.02 < (image.min(-1) < 0.9).mean() < 0.4  # neither blank nor black
+    red, blue = image[..., 0] - image[..., 2] > 0.3, image[..., 2] - image[..., 0] > 0.3
+    assert red[:, 700:].any() and blue[:, 700:].any()  # weights for and against
+
+
+def test_the_summary_has_both_tables(report):
+    lines = demo._summary(report).splitlines()
+    heads = [line.split() for line in lines if line.endswith(("free", "plain"))]
+    assert heads == [["bounded", "free"], ["L1", "ball,", "radius", "16", "default", "plain"]]
 
 
 # --- the parts
@@ -165,14 +196,23 @@ def test_accuracy_that_rises_with_epsilon_is_not_hidden():
 
 @pytest.mark.parametrize("bad", [1e-12, float("nan")])
 def test_a_broken_constraint_fails_the_run(bad, capsys):
-    report = {"bound": {"largest_violation": 0.0}, "perturbations": curve(0.9)}
+    runs = {name: {"largest_violation": 0.0} for name in ("default", "plain")}
+    report = {
+        "bound": {"largest_violation": 0.0},
+        "perturbations": curve(0.9),
+        "sparse": {"runs": runs},
+    }
     assert demo._check(report) == 0
     assert demo._check(report | {"bound": {"largest_violation": bad}}) == 1
     report["perturbations"][0]["largest_excess"]["free"] = bad
     assert demo._check(report) == 1
+    report["perturbations"][0]["largest_excess"]["free"] = 0.0
+    runs["plain"]["largest_violation"] = bad
+    assert demo._check(report) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"FAILED: a weight left its bounds by {bad:g}",
         f"FAILED: L2 epsilon 0, free: too large by {bad:g}",
+        f"FAILED: the weights of the plain fit left their L1 ball by {bad:g}",
     ]
 
 

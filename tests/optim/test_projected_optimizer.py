@@ -413,13 +413,14 @@ def test_what_it_tells_of_each_group():
     g = torch.cat(grads[:2])
     residual = (x - ball.project(x - g)).norm()
     gap = (g * (x - ball.lmo(g))).sum()
-    for found, expected in [
-        (optimizer.violation(), ball.violation(x).max()),
-        (optimizer.kkt_residual(), residual),
-        (optimizer.frank_wolfe_gap(), gap),
+    of_free = grads[2].norm()
+    for found, expected, expected_free in [
+        (optimizer.violation(), ball.violation(x).max(), 0 * of_free),
+        (optimizer.kkt_residual(), residual, of_free),
+        (optimizer.frank_wolfe_gap(), gap, torch.inf + of_free),
+        (optimizer.active_fraction(), optimizer.active_fraction()[0], 0 * of_free),
     ]:
-        torch.testing.assert_close(found[0], expected)
-        assert found[1] == 0 and found[0].ndim == 0
+        torch.testing.assert_close(found, [expected, expected_free])
 
 
 def test_the_share_of_active_constraints():

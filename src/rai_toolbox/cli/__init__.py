@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a bounded and a free CNN on MNIST digits, then perturb the digits",
         description=(
             "Train the same CNN with bounded weights and free on 5,000 MNIST digits, perturb test "
-            "digits within L-inf and L2 balls, and write demo.png and demo.json. "
+            "digits within L-inf and L2 balls, fit a linear reader with weights in L1 balls, and "
+            "write demo.png, sparse.png and demo.json. "
             'Needs: pip install "rai-toolbox[demo]".'
         ),
     )

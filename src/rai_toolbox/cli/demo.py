@@ -1,4 +1,7 @@
-"""The demo: train with bounded weights and without, perturb the test digits, report and draw."""
+"""The demo: train with bounded weights and without, perturb the test digits, report and draw.
+
+After it, one set that couples elements: a linear reader with weights in L1 balls.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from rai_toolbox.cli.digits import Digits, load_digits
 from rai_toolbox.cli.extras import progress, require
 from rai_toolbox.cli.perturbing import L2, LINF, perturb
 from rai_toolbox.cli.picture import Example, draw
+from rai_toolbox.cli.sparse import RADIUS, broken, fit_each, summary, to_report
+from rai_toolbox.cli.sparse_picture import draw_sparse
 from rai_toolbox.cli.training import BATCH, LR, Run, accuracy, train
 
 __all__ = ["Settings", "demo"]
@@ -40,16 +45,17 @@ class Settings(NamedTuple):
     epochs: int = 12
     digits_perturbed: int = 500
     perturbation_steps: int = 10
+    sparse_steps: int = 200
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Settings:
         """Enough to see that all works."""
-        return cls(epochs=2, digits_perturbed=100, perturbation_steps=5)
+        return cls(epochs=2, digits_perturbed=100, perturbation_steps=5, sparse_steps=40)
 
 
 def demo(settings: Settings, out: Path) -> int:
-    """Run the demo, write `demo.json` and `demo.png` to the folder `out`; 1 if a check failed."""
+    """Run the demo, write a report and two pictures to the folder `out`; 1 if a check failed."""
     with _one_thread():
         return _demo(settings, out)
 
@@ -70,6 +76,9 @@ def _demo(settings: Settings, out: Path) -> int:
     perturbed = test_digits.first(settings.digits_perturbed)
     curve = _curve(runs, perturbed, settings.perturbation_steps)
     clock.stop("perturbing")
+
+    fits = fit_each(train_digits, settings.sparse_steps)
+    clock.stop("fitting")
 
     report: dict[str, Any] = {
         "settings": {
@@ -104,6 +113,7 @@ def _demo(settings: Settings, out: Path) -> int:
         "step_time_ratio": median(bounded.seconds) / median(free.seconds),
         "perturbations": curve,
         "rises": list(_rises(curve)),
+        "sparse": to_report(fits, RADIUS, test_digits),
     }
 
     draw(
@@ -112,11 +122,12 @@ def _demo(settings: Settings, out: Path) -> int:
         {name: run.weights() for name, run in runs.items()},
         _examples(bounded, test_digits, settings.perturbation_steps),
     )
+    draw_sparse(out / "sparse.png", report["sparse"], fits)
     clock.stop("drawing")
     report["seconds"] = clock.seconds
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(_summary(report))
-    print(f"\n{out / 'demo.png'}\n{out / 'demo.json'}")
+    print(*("", *(out / name for name in ("demo.png", "sparse.png", "demo.json"))), sep="\n")
     return _check(report)
 
 
@@ -191,6 +202,7 @@ def _summary(report: dict[str, Any]) -> str:
     table = "\n".join(f"{label:<30}{left:>12}{right:>12}" for label, left, right in rows)
     excess = max(max(row["largest_excess"].values()) for row in report["perturbations"])
     seconds = sum(report["seconds"].values())
+    sparse = summary(report["sparse"])
     return f"""
 {table}
 
@@ -201,6 +213,9 @@ weights on the bound           {bound["share_of_weights_on_bound"]:.1%} exactly,
 step time, bounded / free      {report["step_time_ratio"]:.2f}
 norm of perturbation - epsilon {excess:g} at most, before clipping images to [0, 1]
 accuracy rises with epsilon    {"; ".join(report["rises"]) or "never"}
+
+{sparse}
+
 seconds                        {seconds:.0f}"""
 
 
@@ -216,6 +231,7 @@ def _check(report: dict[str, Any]) -> int:
                 failures.append(
                     f"{row['norm']} epsilon {row['epsilon']:g}, {name}: too large by {excess:g}"
                 )
+    failures += broken(report["sparse"])
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0

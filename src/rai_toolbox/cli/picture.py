@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rai_toolbox.cli.extras import require
 
-__all__ = ["Example", "draw"]
+__all__ = ["Example", "draw", "tidy", "write_title"]
 
 # Colors that stay apart for color-blind readers and in grey.
 COLOR = {"bounded": "#0b5fa5", "free": "#e07b00"}
@@ -84,7 +84,7 @@ def _accuracy(axes: Any, rows: list[dict[str, Any]], number: int) -> None:
         )
     row = rows[3]
     norm, accuracy = row["norm"], row["accuracy"]
-    _title(
+    write_title(
         axes,
         f"{NORM[norm]} balls, by {row['optimizer']}: at ε = {row['epsilon']:g} the bounded\n"
         f"net reads {accuracy['bounded']:.0%} of the digits right, the free net "
@@ -96,7 +96,7 @@ def _accuracy(axes: Any, rows: list[dict[str, Any]], number: int) -> None:
     axes.set_xlim(0, epsilons[-1])
     axes.set_ylim(0, 100)
     axes.legend(frameon=False, loc="upper right", fontsize=11)
-    _plain(axes)
+    tidy(axes)
 
 
 def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -119,7 +119,7 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
         axes.axvline(side, color="0.2", linestyle="--", linewidth=1)
     exactly = report["bound"]["share_of_weights_on_bound"]
     nearly = report["bound"]["share_of_weights_within_1_percent"]
-    _title(
+    write_title(
         axes,
         f"{nearly:.0%} of the bounded net's weights end within 1% of a bound\n"
         f"(dashed), {exactly:.0%} exactly on it; the free net's reach "
@@ -131,7 +131,7 @@ def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> N
     axes.set_ylabel("share of the net's weights (%)")
     axes.set_xlim(edges[0], edges[-1])
     axes.legend(frameon=False, loc="upper right", fontsize=11)
-    _plain(axes)
+    tidy(axes)
 
 
 def _digits(figure: Any, place: Any, examples: list[Example]) -> None:
@@ -161,7 +161,7 @@ def _digits(figure: Any, place: Any, examples: list[Example]) -> None:
             if j == 0:
                 axes.set_ylabel(example.title.replace("Linf", NORM["Linf"]))
             if i == j == 0:
-                _title(
+                write_title(
                     axes,
                     "What the bounded net is shown and, in the corner, what it\n"
                     "reads: it misreads the digits framed in red",
@@ -177,11 +177,13 @@ def _interval(share: float, number: int) -> tuple[float, float]:
     return 100 * (center - half), 100 * (center + half)
 
 
-def _title(axes: Any, text: str) -> None:
+def write_title(axes: Any, text: str) -> None:
+    """Write what a panel shows above it."""
     axes.set_title(text, loc="left", fontsize=11.5, weight="bold", pad=12)
 
 
-def _plain(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Take away what a panel does not need."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import ASGD, SGD, Adafactor, Muon, Optimizer
 
 from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_number
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.optim import diagnosis
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
@@ -23,6 +25,7 @@ from rai_toolbox.optim.wrapper import Group, Params
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
 _STEP_ALONG_GRADIENTS = (SGD, ASGD)
+_FREE = Box(-inf, inf)
 _DECOUPLED = (Adafactor, Muon)  # and those whose groups say so: their decay is none of gradients
 
 
@@ -141,7 +144,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         return self._each_group(lambda x, c: c.violation(x).amax(), torch.amax)
 
     def kkt_residual(self) -> list[Tensor]:
-        """How far each group is from a stationary point: ``|p - P(p - g)|``.
+        """How far each group is from a stationary point: ``|p - P(p - g)|``; ``|g|`` of a free one.
 
         It is to be read between `backward` and `step`, which changes gradients.
 
@@ -169,13 +172,17 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     def frank_wolfe_gap(self) -> list[Tensor]:
         """``<g, p - lmo(g)>`` of each group: for convex losses, no less than what is to be gained.
 
-        It is to be read between `backward` and `step`, and needs bounded sets.
+        It is to be read between `backward` and `step`, and needs bounded sets; a free group, of
+        which nothing can be said, has inf.
 
         Returns
         -------
         list of Tensor
         """
-        return self._each_group_by_gradient(diagnosis.frank_wolfe_gap, torch.sum)
+        return self._each_group_by_gradient(
+            lambda x, g, c: x.new_tensor(inf) if c is _FREE else diagnosis.frank_wolfe_gap(x, g, c),
+            torch.sum,
+        )
 
     # The step
 
@@ -259,9 +266,9 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         return self._each_group(of, total, gradients=True)
 
     def _values(self, group: Group, of: Callable[..., Tensor], gradients: bool) -> Iterator[Tensor]:
-        constraint = group["constraint"]
+        constraint = _FREE if group["constraint"] is None else group["constraint"]
         for param in group["params"]:
-            if constraint is None or param.numel() == 0 or (gradients and param.grad is None):
+            if param.numel() == 0 or (gradients and param.grad is None):
                 continue
             shape = batch_shape_in(param, group)
             seen = [param.detach().reshape(shape)]
