@@ -222,6 +222,27 @@ def test_the_inner_optimizer_is_alone_in_the_warmup():
     assert same_bits(ours.detach(), theirs.detach())
 
 
+class Halving(torch.optim.Optimizer):
+    """An inner optimizer that has no learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param -= param.grad / 2
+
+
+def test_an_inner_optimizer_without_a_learning_rate():
+    param = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    param.grad = normal(2, 3)
+    ProjectedOptimizer([param], Halving, constraint=L2Ball(0.5)).step()
+    assert L2Ball(0.5).violation(param).amax() == 0
+    assert (param != 0).all()
+
+
 def test_parameters_without_gradient_are_projected_too():
     param = normal(2, 3).requires_grad_()
     ProjectedOptimizer([param], Adam, constraint=NonNegative()).step()

@@ -25,8 +25,8 @@ from rai_toolbox.optim.wrapper import Group, Params
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
 _STEP_ALONG_GRADIENTS = (SGD, ASGD)
-_FREE = Box(-inf, inf)
 _DECOUPLED = (Adafactor, Muon)  # and those whose groups say so: their decay is none of gradients
+_FREE = Box(-inf, inf)  # what None stands for
 
 
 class ProjectedOptimizer(ParamTransformingOptimizer):
@@ -146,7 +146,8 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     def kkt_residual(self) -> list[Tensor]:
         """How far each group is from a stationary point: ``|p - P(p - g)|``; ``|g|`` of a free one.
 
-        It is to be read between `backward` and `step`, which changes gradients.
+        It is to be read between `backward` and `step`, which changes gradients. Weight decay, which
+        the inner optimizer adds in its step, is no part of g.
 
         Returns
         -------
@@ -201,7 +202,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
                 view_or_copy(param, shape)[0],
                 optim_group["constraint"],
                 reach=optim_group["reach"],
-                lr=optim_group["lr"],
+                lr=optim_group.get("lr", 1.0),
                 weight_decay=0.0 if decoupled else optim_group.get("weight_decay", 0.0),
                 maximize=optim_group.get("maximize", False),
             )
@@ -237,9 +238,6 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
 
     def _has_gradient_transform(self, group: Group) -> bool:
         return self._maps(group)
-
-    def _keeps_zero(self, optim_group: Group) -> bool:
-        return not self._maps(optim_group)
 
     def _sees_elements(self, group: Group) -> bool:
         constraint = group["constraint"]
