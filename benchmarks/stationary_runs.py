@@ -47,7 +47,7 @@ RULES = {
     "Adagrad": Rule(optim.Adagrad, 1.0, 12_000),
     "NAdam": Rule(optim.NAdam, 0.1, 2000),
     "RAdam": Rule(optim.RAdam, 0.1, 2000),
-    "Adadelta": Rule(optim.Adadelta, 10.0, 1200),
+    "Adadelta": Rule(optim.Adadelta, 10.0, 2000),
     "LBFGS": Rule(partial(optim.LBFGS, max_iter=1, tolerance_grad=0, tolerance_change=0), 1.0),
 }
 

@@ -12,7 +12,7 @@ PACKAGE = "rai_toolbox"
 
 # From left to right; a module imports from its own layer and from those left of it.
 LAYERS = [
-    {"batch", "autograd", "checks", "foreach", "functional", "modules"},  # the foundation
+    {"batch", "autograd", "checks", "extras", "foreach", "functional", "modules"},  # the foundation
     {"constraints"},
     {"optim"},
     {"perturbations"},

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 
 from rai_toolbox import cli
-from rai_toolbox.cli.extras import progress
+from rai_toolbox.extras import progress
 
 
 def test_without_a_command_the_help_is_shown(capsys):

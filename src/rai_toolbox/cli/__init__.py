@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rai_toolbox.cli.extras import MissingExtra
+from rai_toolbox.extras import MissingExtra
 
 __all__ = ["main"]
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 from rai_toolbox.cli.digits import Digits, load_digits
-from rai_toolbox.cli.extras import progress, require
 from rai_toolbox.cli.perturbing import L2, LINF, perturb
 from rai_toolbox.cli.picture import Example, draw
 from rai_toolbox.cli.sparse import RADIUS, broken, fit_each, summary, to_report
 from rai_toolbox.cli.sparse_picture import draw_sparse
 from rai_toolbox.cli.training import BATCH, LR, Run, accuracy, train
+from rai_toolbox.extras import progress, require
 
 __all__ = ["Settings", "demo"]
 

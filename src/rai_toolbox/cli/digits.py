@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rai_toolbox.cli.extras import require
+from rai_toolbox.extras import require
 
 __all__ = ["Digits", "load_digits"]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rai_toolbox.cli.extras import require
+from rai_toolbox.extras import require
 
 __all__ = ["Example", "draw", "tidy", "write_title"]
 

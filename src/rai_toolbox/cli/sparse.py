@@ -17,9 +17,9 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from rai_toolbox.cli.digits import Digits
-from rai_toolbox.cli.extras import Bar, progress
 from rai_toolbox.cli.training import accuracy
 from rai_toolbox.constraints import L1Ball
+from rai_toolbox.extras import Bar, progress
 from rai_toolbox.optim import ProjectedOptimizer, constrain
 
 __all__ = ["MAPPINGS", "Fit", "broken", "fit_each", "summary", "to_report"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rai_toolbox.cli.extras import require
 from rai_toolbox.cli.picture import COLOR, WRONG, tidy, write_title
 from rai_toolbox.cli.sparse import Fit
+from rai_toolbox.extras import require
 
 __all__ = ["draw_sparse"]
 

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rai_toolbox.cli.digits import Digits
-from rai_toolbox.cli.extras import progress
+from rai_toolbox.extras import progress
 from rai_toolbox.optim import ClampedParameterOptimizer
 
 __all__ = ["Run", "accuracy", "train", "violation"]

@@ -50,6 +50,7 @@ class Affine(Constraint):
     tensor([[ 1.1667,  1.1667, -1.3333]])
     """
 
+    flat: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True
 
     matrix: Tensor

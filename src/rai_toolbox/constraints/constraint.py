@@ -46,6 +46,9 @@ class Constraint:
     elementwise: ClassVar[bool] = False
     """Whether the set bounds each entry for itself."""
 
+    flat: ClassVar[bool] = False
+    """Whether the set is an affine subspace, so that the projection is an affine map."""
+
     _of_matrices: ClassVar[bool] = False  # the last two dims of a batch, else all but the first
     _for_each: ClassVar[tuple[str, ...]] = ()  # settings of sub-tensors, not of their elements
     _is_equation: ClassVar[bool] = False  # it has no interior, where P has the derivative 1

@@ -45,6 +45,7 @@ class Hyperplane(Constraint):
     tensor([[-0.5000,  2.5000]])
     """
 
+    flat: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("offset",)
 

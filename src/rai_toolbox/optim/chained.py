@@ -105,7 +105,10 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         )
 
     def _each_member(self, group: Group) -> Iterator[tuple[ParamTransformingOptimizer, Any]]:
-        for member, names in zip(self._members, self._names, strict=True):
+        for i, (member, names) in enumerate(zip(self._members, self._names, strict=True)):
+            if "inner_opt" in self.__dict__:
+                member.state, member._shown = self.state, self._shown
+                member._place = f"{self._place}{i}."
             yield member, _MemberGroup(group, names)
 
     def _transform_gradients_(
@@ -117,6 +120,10 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         for member, group in self._each_member(optim_group):
             member._transform_group_parameters_(params, group)
+
+    def _init_state_(self, group: Group) -> None:
+        for member, seen in self._each_member(group):
+            member._init_state_(seen)
 
     def _sees_elements(self, group: Group) -> bool:
         return all(member._sees_elements(seen) for member, seen in self._each_member(group))

@@ -15,27 +15,33 @@ def map_gradient_(
     x: Tensor,
     constraint: Constraint,
     *,
+    average: Tensor | None = None,
     reach: float,
     lr: float | Tensor,
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Tensor:
-    """Replace the gradient g by ``(x - P(x - e g)) / e``, in place.
+    """Replace the gradient g by ``g + (y - P(y)) / e`` with ``y = x - e m``, in place.
 
-    It is 0 just where x is a stationary point of the constrained problem, whatever e > 0 is, and
-    where ``x - e g`` is in the set it is g, bit for bit. Both are batches of shape (N, ...). The
-    step e is such that it reaches as far as `reach` times the length of x; see `step_size`.
+    Here m is `average`, of recent gradients, or g itself. Where m is g, that is the gradient
+    mapping ``(x - P(x - e g)) / e``: it is 0 just where x is a stationary point of the constrained
+    problem, whatever e > 0 is. Where y is in the set it is g, bit for bit. All are batches of shape
+    (N, ...). The step e is such that it reaches as far as `reach` times the length of x; see
+    `step_size`.
 
     Where the inner optimizer goes up (`maximize`), or adds ``weight_decay * x`` to what it is
     given, that is allowed for: it then descends on the mapping of the sum.
     """
     dtype = torch.promote_types(scale_dtype(x), grad.dtype)
     x = x.to(dtype)
-    down = grad.to(dtype).neg() if maximize else grad.to(dtype)
-    if weight_decay != 0.0:
-        down = down + weight_decay * x
+
+    def downhill(gradient: Tensor) -> Tensor:
+        down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
+        return down + weight_decay * x if weight_decay != 0.0 else down
+
+    down = downhill(grad)
     e = step_size(x, down, constraint, reach=reach, lr=lr)
-    y = x - e * down
+    y = x - e * (down if average is None else downhill(average))
     pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
     return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
 

@@ -139,6 +139,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         """Built-in classes override this: all parameters of a group."""
 
+    def _init_state_(self, group: Group) -> None:
+        """Built-in classes with a state of their own override this: make it, empty."""
+
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_number("grad_scale", group["grad_scale"])
@@ -195,6 +198,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
             if not torch.compiler.is_compiling() and self._initializes_state():
                 step_inner(self.inner_opt, None)
+                for group in self.param_groups:
+                    self._init_state_(group)
                 return None
             self._pre_step()
             if torch.compiler.is_compiling() and self._must_break_graph():
@@ -306,7 +311,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if grad.dtype != param.dtype:
             view.grad_dtype = grad.dtype
         view.grad = grad_view
-        self._pre_step_transform_(view, optim_group=group)
+        self._shown = param
+        try:
+            self._pre_step_transform_(view, optim_group=group)
+        finally:
+            self._shown = None
         if view.grad is not grad_view:
             raise ValueError(
                 f"{type(self).__name__}._pre_step_transform_ must write into `param.grad` in "

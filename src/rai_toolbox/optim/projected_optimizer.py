@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, SGD, Adafactor, Muon, Optimizer
+from torch.optim import ASGD, LBFGS, SGD, Adafactor, Muon, Optimizer
 
 from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_number
@@ -27,19 +27,21 @@ from rai_toolbox.optim.wrapper import Group, Params
 _STEP_ALONG_GRADIENTS = (SGD, ASGD)
 _DECOUPLED = (Adafactor, Muon)  # and those whose groups say so: their decay is none of gradients
 _FREE = Box(-inf, inf)  # what None stands for
+_AVERAGING = 0.9
 
 
 class ProjectedOptimizer(ParamTransformingOptimizer):
     r"""Keep each parameter in a set: step, and go to the nearest point of the set.
 
     .. math::
-        g \leftarrow (p - P(p - e g)) / e, \quad p \leftarrow \text{inner step}(p, g), \quad
-        p \leftarrow P(p)
+        g \leftarrow g + (y - P(y)) / e, \; y = p - e m, \quad
+        p \leftarrow \text{inner step}(p, g), \quad p \leftarrow P(p)
 
     The first of these is the gradient mapping, which leads to the right point with inner
     optimizers that scale each element for itself, such as Adam: without it they stop where
-    nothing is optimal, unless the set bounds each element for itself. It leaves g as it is where
-    the constraint is not active. See the user guide for proof and figures.
+    nothing is optimal, unless the set bounds each element for itself. It takes from g what pushes
+    against the constraint, as told by an average m of recent gradients, and leaves g as it is
+    where the constraint is not active. See the user guide for proof and figures.
 
     Parameters
     ----------
@@ -53,6 +55,11 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         How far the gradient mapping looks ahead, as a share of the length of a sub-tensor:
         ``e = reach * |p| / |g|``. A larger one is quicker without noise, a smaller one is less
         sensitive to noise.
+    averaging : float, optional
+        The share of the past in m, ``m <- averaging * m + (1 - averaging) * g``: a larger one is
+        less sensitive to noise, and a smaller one quicker where there is none. With 0, m is g, and
+        no m is kept in `state`. By default 0.9; 0 with LBFGS, which lives by differences of exact
+        gradients, and in affine subspaces, through which noise averages out as it is.
     every : int
         Project in each `every`-th step only.
     warmup : int
@@ -97,6 +104,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         param_ndim: int | None = -1,
         gradient_mapping: bool | None = None,
         reach: float = 0.1,
+        averaging: float | None = None,
         every: int = 1,
         warmup: int = 0,
         grad_scale: float = 1.0,
@@ -113,6 +121,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
             "constraint": constraint,
             "gradient_mapping": gradient_mapping,
             "reach": reach,
+            "averaging": averaging,
             "every": every,
             "warmup": warmup,
             "steps_taken": 0,  # counted only where it matters
@@ -126,6 +135,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
             defaults={**settings, **(defaults or {})},
             **inner_opt_kwargs,
         )
+        self._new_averages: dict[Tensor, Tensor] = {}  # of parameters without an inner state yet
 
     @torch.no_grad()
     def make_feasible_(self) -> None:
@@ -190,17 +200,21 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     def _transform_gradients_(
         self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
-        if not self._maps(optim_group):
+        if not self._has_gradient_transform(optim_group):
+            return
+        averages = self._averages(params, grads, optim_group)
+        if optim_group["steps_taken"] < optim_group["warmup"]:
             return
         inner = self._inner_class()
         decoupled = issubclass(inner, _DECOUPLED) or optim_group.get("decoupled_weight_decay")
-        for param, grad in zip(params, grads, strict=True):
+        for param, grad, average in zip(params, grads, averages, strict=True):
             shape = batch_shape_in(param, optim_group)
             seen, copied = view_or_copy(grad, shape)
             map_gradient_(
                 seen,
                 view_or_copy(param, shape)[0],
                 optim_group["constraint"],
+                average=None if average is None else average.reshape(shape),
                 reach=optim_group["reach"],
                 lr=optim_group.get("lr", 1.0),
                 weight_decay=0.0 if decoupled else optim_group.get("weight_decay", 0.0),
@@ -220,6 +234,9 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
                 param.copy_(view.view(param.shape))
 
     def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
+        for param in params if self._new_averages else ():
+            if param in self._new_averages:
+                self.state[param][self._average_name()] = self._new_averages.pop(param)
         if group["every"] != 1 or group["warmup"] != 0:
             group["steps_taken"] += 1
             after = group["steps_taken"] - group["warmup"]
@@ -227,21 +244,60 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
                 return
         super()._transform_group_parameters_(params, group)
 
-    def _maps(self, group: Group) -> bool:
-        constraint = group["constraint"]
-        if constraint is None or constraint.elementwise or group["steps_taken"] < group["warmup"]:
+    def _has_gradient_transform(self, group: Group) -> bool:
+        constraint, wanted = group["constraint"], group["gradient_mapping"]
+        if constraint is None or constraint.elementwise:
             return False
-        wanted: bool | None = group["gradient_mapping"]
         if wanted is None:
             return not issubclass(self._inner_class(), _STEP_ALONG_GRADIENTS)
-        return wanted
-
-    def _has_gradient_transform(self, group: Group) -> bool:
-        return self._maps(group)
+        return bool(wanted)
 
     def _sees_elements(self, group: Group) -> bool:
         constraint = group["constraint"]
         return constraint is None or constraint.elementwise
+
+    # The averages of gradients
+
+    def _averages(
+        self, params: list[Tensor], grads: list[Tensor], group: Group
+    ) -> Sequence[Tensor | None]:
+        """Averages of the gradients of each parameter, these included; None stands for the last."""
+        past = self._averaging(group)
+        if past == 0.0:
+            return [None] * len(params)
+        return [self._average(p, g, past) for p, g in zip(params, grads, strict=True)]
+
+    def _average(self, param: Tensor, grad: Tensor, past: float) -> Tensor:
+        param = param if self._shown is None else self._shown
+        name = self._average_name()
+        grad = grad.to(param.dtype).reshape(param.shape)  # as checkpoints hold it
+        if name not in self.state.get(param, ()):
+            # Inner optimizers take a state that is not empty for one of their own.
+            new = self._new_averages.get(param)
+            new = grad.clone() if new is None else new.lerp(grad, 1.0 - past)
+            self._new_averages[param] = new
+            return new
+        kept: Tensor = self.state[param][name]
+        if torch.is_grad_enabled():  # a differentiable step
+            kept = self.state[param][name] = kept.lerp(grad, 1.0 - past)
+            return kept
+        return kept.lerp_(grad, 1.0 - past)
+
+    def _averaging(self, group: Group) -> float:
+        given: float | None = group["averaging"]
+        if given is not None:
+            return given
+        exact = group["constraint"].flat or issubclass(self._inner_class(), LBFGS)
+        return 0.0 if exact else _AVERAGING
+
+    def _average_name(self) -> str:
+        return f"{self._place}gradient_average"
+
+    def _init_state_(self, group: Group) -> None:
+        if self._has_gradient_transform(group) and self._averaging(group) != 0.0:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param][self._average_name()] = torch.zeros_like(param.grad)
 
     # Looking at groups
 
@@ -280,7 +336,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     def _check_group(self, group: Group) -> None:
         check_constraint(group["constraint"])
         super()._check_group(group)
-        _check_mapping(group["gradient_mapping"], group["reach"])
+        _check_mapping(group["gradient_mapping"], group["reach"], group["averaging"])
         for name, least in (("every", 1), ("warmup", 0), ("steps_taken", 0)):
             if type(group[name]) is not int or group[name] < least:
                 raise ValueError(f"`{name}` must be an int >= {least}, got {group[name]!r}")
@@ -288,9 +344,13 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
             check_fits(group["constraint"], group)
 
 
-def _check_mapping(wanted: object, reach: object) -> None:
+def _check_mapping(wanted: object, reach: object, averaging: object) -> None:
     if wanted is not None and not isinstance(wanted, bool):
         raise TypeError(f"`gradient_mapping` must be a bool or None, got {wanted!r}")
     check_number("reach", reach)
     if not 0 < float(reach) < float("inf"):  # type: ignore[arg-type]
         raise ValueError(f"`reach` must be > 0 and finite, got {reach!r}")
+    if averaging is not None:
+        check_number("averaging", averaging)
+        if not 0 <= float(averaging) < 1:  # type: ignore[arg-type]
+            raise ValueError(f"`averaging` must be >= 0 and < 1, got {averaging!r}")

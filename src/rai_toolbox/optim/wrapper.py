@@ -34,6 +34,12 @@ class OptimizerWrapper(Optimizer):
     inner_opt: Optimizer
     """The optimizer that updates the parameters."""
 
+    _shown: Tensor | None = None
+    """The parameter of which a hook is just being shown a view."""
+
+    _place: str = ""
+    """Goes before each name in the state of a parameter: the numbers of a chain's member."""
+
     def __init__(
         self,
         params: Params,

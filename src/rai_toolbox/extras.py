@@ -1,4 +1,4 @@
-"""What only the commands need, and not every user has installed."""
+"""Packages that make some things possible or pleasant, and that not every user has installed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def progress(title: str, total: int) -> Iterator[Bar]:
     try:
         from tqdm import tqdm
     except ImportError:
-        print(f"{title} ...", file=sys.stderr)
+        sys.stderr.write(f"{title} ...\n")
         yield _Silent()
         return
     # in a log, where a bar cannot move, a line now and then is enough
