@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench bench-attacks docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.stamp  ## train and attack a small net on real digits; figures go to out/
 	$(BIN)/rai-toolbox demo
@@ -27,6 +27,10 @@ format: .venv/.stamp  ## put the code into the shape that `make lint` asks for
 bench: .venv/.bench  ## measure the claims of speed
 	$(BIN)/python benchmarks/run.py
 
+bench-attacks: .venv/.attacks  ## measure attacks beside other libraries'; renews docs/attacks/
+	$(BIN)/python benchmarks/attacks.py
+	$(BIN)/python benchmarks/adversarial_training.py
+
 docs: .venv/.stamp  ## build the documentation into out/docs
 	$(BIN)/python -m sphinx -W --keep-going -E -q docs out/docs
 	@echo "open out/docs/index.html"
@@ -44,4 +48,10 @@ clean:  ## remove all that was made, but for the environment (.venv)
 
 .venv/.bench: .venv/.stamp  # only here: libraries to compare with
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	@touch $@
+
+# torchattacks asks for torchvision, which it never imports, and for an old version of requests
+.venv/.attacks: .venv/.stamp  # only here: libraries to compare with
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,attacks]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps torchattacks
 	@touch $@

@@ -1,7 +1,8 @@
 """Run the benchmarks: `python benchmarks/run.py [--quick]`.
 
 Prints tables, and writes the figures with the machine and versions they belong to to
-`out/bench/step_cost.json` and `out/bench/projections.json`.
+`out/bench/step_cost.json` and `out/bench/projections.json`. With the word `attacks` it measures
+attacks beside other libraries', which `make bench-attacks` installs.
 """
 
 from __future__ import annotations
@@ -135,12 +136,17 @@ def run_projections(budget_s: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what constraints cost.")
-    parser.add_argument("what", nargs="*", metavar="steps|projections", help="by default both")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="steps|projections|speed|attacks",
+        help="by default all but attacks",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: a first look")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
     args = parser.parse_args()
-    what = args.what or ["steps", "projections"]
+    what = args.what or ["steps", "projections", "speed"]
     torch.set_num_threads(args.threads)
     budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 5)
 
@@ -157,6 +163,18 @@ def main() -> None:
         write(args.out / "step_cost.json", about | run_steps(budget_s, import_rounds))
     if "projections" in what:
         write(args.out / "projections.json", about | run_projections(budget_s))
+    if "speed" in what:
+        import free  # only here: it imports this script, too
+
+        parts = free.measured(
+            words=[], budget_s=budget_s, progress=progress_bar, import_rounds=import_rounds
+        )
+        free.renew(about, parts)
+    if "attacks" in what:
+        import attacks  # only here: it needs what it compares with
+
+        report = about | attacks.run(attacks.QUICK if args.quick else attacks.Size())
+        write(args.out / "attacks.json", report)
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ OUT, KEPT = ROOT / "docs" / "stationarity", ROOT / "out" / "bench" / "stationary
 KINDS: dict[str, Callable[[str], Problem]] = {
     "reference": problems.reference,
     "random": problems.random,
+    "held out": partial(problems.random, seed=1),
 }
 TITLES = {
     "reference": "The reference quadratic, n = 3",
     "random": f"Random quadratics, n = 50, condition number {problems.CONDITION:g}, 4 a cell",
+    "held out": "Four others, on which no learning rate was chosen",
 }
 # The default of these is plain projection: they have no second run.
 PLAIN = ("SGD", "SGD momentum")
@@ -42,18 +45,18 @@ Report = dict[str, Any]
 # The table
 
 
-def measured(name: str, steps: int) -> Report:
+def measured(name: str, steps: int, kinds: Iterable[str] = KINDS) -> Report:
     """Of one set: how each inner optimizer ends, by default and with plain projection."""
     report: Report = {}
     with progress_bar(name) as progress:
-        cells = [(kind, inner) for kind in KINDS for inner in RULES]
-        solved = {kind: make(name) for kind, make in KINDS.items()}
+        cells = [(kind, inner) for kind in kinds for inner in RULES]
+        solved = {kind: KINDS[kind](name) for kind in kinds}
         for done, (kind, inner) in enumerate(cells):
             progress(done, len(cells))
             problem, rule = solved[kind], RULES[inner]
             default = runs.run(problem, rule, steps=steps)
             plain = default
-            if inner not in PLAIN:
+            if inner not in PLAIN and kind != "held out":
                 plain = runs.run(problem, rule, False, steps=steps, stall=1000)
             report.setdefault(kind, {})[inner] = {
                 "default": default._replace(trace=[])._asdict(),
@@ -115,6 +118,10 @@ def table(reports: dict[str, Report]) -> str:
             by_sets(one, lambda report, name: default_cell(report[name]["default"]), RULES),
             f"{len(every) - missed} of {len(every)} cells end at or below {runs.WANTED:g}; the "
             f"objective is above that of an independent solver by at most {number(worst)} of it.\n",
+        ]
+        if kind == "held out":
+            continue
+        parts += [
             "Plain projection (`gradient_mapping=False`): the residual at the end, and by how much "
             "the objective is too large.\n",
             by_sets(
@@ -146,7 +153,8 @@ def measured_with_noise(name: str, seeds: int, steps: int) -> Report:
         for done, inner in enumerate(NOISY):
             progress(done, len(NOISY))
             mapping = True if inner in PLAIN else None
-            report[inner] = runs.compared(problem, RULES[inner], mapping, seeds, steps)._asdict()
+            (report[inner],) = runs.compared(problem, RULES[inner], mapping, seeds, steps)
+            report[inner] = report[inner]._asdict()
     return report
 
 
@@ -225,6 +233,45 @@ def candidate_cell(found: list[float]) -> str:
     return f"{number(residual)}; " + ", ".join(f"{100 * x:.2g} %" for x in excess)
 
 
+# The average of gradients
+
+AVERAGINGS = (0.0, 0.5, 0.8, 0.9, 0.95)
+AVERAGED = (("L1Ball", "Adam"), ("Monotone", "Adam"), ("Monotone", "Adagrad"))
+
+
+def measured_averages(steps: int, noise_steps: int) -> Report:
+    """Steps to the wanted residual without noise; objectives over those of plain projection."""
+    each = [{"averaging": share} for share in AVERAGINGS]
+    report: Report = {}
+    with progress_bar("averages") as progress:
+        for done, (name, inner) in enumerate(AVERAGED):
+            progress(done, len(AVERAGED))
+            problem, rule = problems.random(name), RULES[inner]
+            some = noise_steps // 2 if name in SLOW else noise_steps
+            exact = [runs.run(problem, rule, steps=steps, **one).steps_to_wanted for one in each]
+            noisy = runs.compared(problem, rule, None, 2, some, each)
+            report[f"{inner}, `{name}`"] = [
+                f"{'never' if exactly is None else exactly}; "
+                + " / ".join(f"{ratio:.3f}" for ratio in found.objective)
+                for exactly, found in zip(exact, noisy, strict=True)
+            ]
+    return report
+
+
+def average_table(report: Report) -> str:
+    rows = zip(AVERAGINGS, *report.values(), strict=True)
+    return "\n".join(
+        [
+            f"First the steps after which the residual stays at or below {runs.WANTED:g} without "
+            "noise. Then the objective over that of plain projection, for noise of "
+            + " / ".join(f"{sigma:g}" for sigma in runs.SIGMAS)
+            + " times the rms of the gradient at the solution.\n",
+            markdown(["averaging", *report], [[f"{share:g}", *cells] for share, *cells in rows]),
+            stamp(),
+        ]
+    )
+
+
 # The plot
 
 PLOTTED = ("L2Ball", "Simplex", "SpectralBall")
@@ -273,6 +320,7 @@ def main() -> None:
     )
     parser.add_argument("--noise", action="store_true", help="the study with noisy gradients")
     parser.add_argument("--candidates", action="store_true", help="the study of the step e")
+    parser.add_argument("--averages", action="store_true", help="the study of averaging")
     parser.add_argument("--plot", action="store_true", help="the plot alone")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of tables and plot")
     args = parser.parse_args()
@@ -293,6 +341,9 @@ def main() -> None:
             min(steps, CANDIDATE_STEPS),
         )
         (args.out / "steps.md").write_text(step_table(found))
+    elif args.averages:
+        found = measured_averages(steps, 100 if args.quick else runs.NOISE_STEPS)
+        (args.out / "averages.md").write_text(average_table(found))
     elif args.noise:
         for name in names:
             noise_steps = 100 if args.quick else runs.NOISE_STEPS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,7 +139,12 @@ class Noisy(NamedTuple):
 
 
 def noisy(
-    problem: Problem, rule: Rule, gradient_mapping: bool | None, seeds: int, steps: int
+    problem: Problem,
+    rule: Rule,
+    gradient_mapping: bool | None,
+    seeds: int,
+    steps: int,
+    **settings: Any,
 ) -> Tensor:
     """Mean objectives after `steps` steps, over all rows and seeds: (sigmas, 2), f and f - f*.
 
@@ -148,7 +153,7 @@ def noisy(
     all_rows, scale = with_noise(problem, seeds)
     generator = torch.Generator().manual_seed(2)
     first_lr = rule.first_lr(problem)
-    optimizer, x = make(all_rows, rule, gradient_mapping)
+    optimizer, x = make(all_rows, rule, gradient_mapping, **settings)
     for done in range(steps):
         optimizer.param_groups[0]["lr"] = first_lr * 0.01 ** (done / steps)
         noise = scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -171,11 +176,18 @@ def rms_at_best(problem: Problem) -> Tensor:
     return norm(gradient) / math.sqrt(gradient[0].numel())
 
 
-def compared(problem: Problem, rule: Rule, mapping: bool | None, seeds: int, steps: int) -> Noisy:
-    """`mapping` against plain projection, with the same noise."""
+def compared(
+    problem: Problem,
+    rule: Rule,
+    mapping: bool | None,
+    seeds: int,
+    steps: int,
+    each: Sequence[dict[str, Any]] = ({},),
+) -> list[Noisy]:
+    """`mapping`, with each of the settings, against plain projection, with the same noise."""
     plain = noisy(problem, rule, False, seeds, steps)
-    ratio = noisy(problem, rule, mapping, seeds, steps) / plain
-    return Noisy(*ratio.T.tolist())
+    ratios = (noisy(problem, rule, mapping, seeds, steps, **one) / plain for one in each)
+    return [Noisy(*ratio.T.tolist()) for ratio in ratios]
 
 
 # Candidates for the step of the mapping

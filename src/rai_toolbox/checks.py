@@ -56,6 +56,14 @@ def check_fraction(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be in [0, 1], got {value!r}")
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless `value` is an int >= `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"`{name}` must be >= {least}, got {value}")
+
+
 def check_bounds(lower_name: str, lower: object, upper_name: str, upper: object) -> None:
     """Raise unless at least one bound is given, and the lower one is <= the upper one."""
     if lower is None and upper is None:

@@ -39,8 +39,14 @@ class _Silent:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Bar]:
-    """A progress bar on stderr if tqdm is there, else one line that says what is being done."""
+def progress(title: str, total: int, shown: bool = True) -> Iterator[Bar]:
+    """A progress bar on stderr if tqdm is there, else one line that says what is being done.
+
+    A total of 0 stands for one that is not known.
+    """
+    if not shown:
+        yield _Silent()
+        return
     try:
         from tqdm import tqdm
     except ImportError:
@@ -49,5 +55,5 @@ def progress(title: str, total: int) -> Iterator[Bar]:
         return
     # in a log, where a bar cannot move, a line now and then is enough
     often = 0.1 if sys.stderr.isatty() else 5.0
-    with tqdm(total=total, desc=title, mininterval=often, file=sys.stderr) as bar:
+    with tqdm(total=total or None, desc=title, mininterval=often, file=sys.stderr) as bar:
         yield bar

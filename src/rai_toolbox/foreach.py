@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rai_toolbox.autograd import below_autograd
+
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -31,6 +33,16 @@ def mul_(tensors: list[Tensor], factor: float) -> None:
         torch._foreach_mul_(tensors, factor)
     else:
         for tensor in tensors:
+            tensor.mul_(factor)
+
+
+def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    """Multiply every tensor by the factor of its own, in place."""
+    if are_plain(tensors):
+        with below_autograd():
+            torch._foreach_mul_(tensors, factors)
+    else:
+        for tensor, factor in zip(tensors, factors, strict=True):
             tensor.mul_(factor)
 
 

@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from rai_toolbox.cli import demo, digits, main, training
 from rai_toolbox.cli.digits import Digits, load_digits
 from rai_toolbox.cli.perturbing import L2, LINF, perturb
-from rai_toolbox.cli.picture import _interval
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +38,17 @@ def test_no_weight_ever_leaves_its_bounds(report):
     assert bound["share_of_weights_on_bound"] <= bound["share_of_weights_within_1_percent"] < 1
     assert report["nets"]["bounded"]["largest_weight"] == bound["clamp_max"]
     assert report["nets"]["free"]["largest_weight"] > 2 * bound["clamp_max"]
+
+
+def test_the_bounded_net_is_attacked_inside_ball_and_range(report, out):
+    robustness = report["robustness"]
+    assert robustness["feasible"]
+    assert [row["norm"] for row in robustness["rows"]] == ["Linf"] * 3 + ["L2"] * 3
+    for norm in ("Linf", "L2"):
+        robust = [r["robust_accuracy"] for r in robustness["rows"] if r["norm"] == norm]
+        assert robust == sorted(robust, reverse=True)
+        assert robust[-1] < robustness["rows"][0]["clean_accuracy"] - 0.3
+    assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_both_nets_learn_to_read(report):
@@ -66,7 +76,9 @@ def test_what_is_needed_to_repeat_the_run_is_reported(report):
     assert report["settings"]["digits_trained_on"] == 4000
     assert report["settings"]["digits_tested_on"] == 1000
     assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert set(report["seconds"]) == {*("loading", "training", "perturbing", "fitting", "drawing")}
+    assert set(report["seconds"]) == {
+        *("loading", "training", "perturbing", "fitting", "evaluating", "drawing")
+    }
 
 
 def test_the_picture_is_drawn(out):
@@ -201,6 +213,7 @@ def test_a_broken_constraint_fails_the_run(bad, capsys):
         "bound": {"largest_violation": 0.0},
         "perturbations": curve(0.9),
         "sparse": {"runs": runs},
+        "robustness": {"feasible": True},
     }
     assert demo._check(report) == 0
     assert demo._check(report | {"bound": {"largest_violation": bad}}) == 1
@@ -209,16 +222,15 @@ def test_a_broken_constraint_fails_the_run(bad, capsys):
     report["perturbations"][0]["largest_excess"]["free"] = 0.0
     runs["plain"]["largest_violation"] = bad
     assert demo._check(report) == 1
+    runs["plain"]["largest_violation"] = 0.0
+    report["robustness"]["feasible"] = False
+    assert demo._check(report) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"FAILED: a weight left its bounds by {bad:g}",
         f"FAILED: L2 epsilon 0, free: too large by {bad:g}",
         f"FAILED: the weights of the plain fit left their L1 ball by {bad:g}",
+        "FAILED: an attack left its ball or the range of pixels",
     ]
-
-
-def test_interval_is_that_of_wilson():
-    assert _interval(0.5, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
-    assert _interval(0.0, 100)[0] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("missing", ["mlxtend", "matplotlib"])

@@ -323,3 +323,52 @@ def test_without_the_mapping_adam_leaves_the_solution():
         x.grad = gradient(x.detach())
         opt.step()
     assert (x.detach() - f64(SOLUTIONS["L2Ball"])).norm() > 0.01
+
+
+# What docs/stationarity.md says of the simplex
+
+
+@pytest.mark.parametrize(("mapping", "steps"), [(None, 1), (False, 7)])
+def test_steps_until_adam_leaves_a_face(mapping, steps):
+    x = torch.full((3,), 1 / 3, dtype=torch.float64, requires_grad=True)
+    opt = ProjectedOptimizer(
+        [x],
+        optim.Adam,
+        lr=0.01,
+        constraint=Simplex(),
+        param_ndim=None,
+        gradient_mapping=mapping,
+    )
+    push = f64([-1.0, -0.5, 1.0])
+    for _ in range(200):
+        x.grad = push.clone()
+        opt.step()
+    taken = 0
+    while x[2] == 0:
+        x.grad = -push
+        opt.step()
+        taken += 1
+    assert taken == steps
+
+
+@pytest.mark.parametrize(
+    ("start", "decay", "distance"),
+    [
+        ([0.875, 0.125, 0.0], 0.0, 0.0),
+        ([0.875, 0.125, 0.0], 0.1, 1e-6),
+        ([1 / 3, 1 / 3, 1 / 3], 0.0, 0.0),
+        ([1 / 3, 1 / 3, 1 / 3], 0.01, 5e-5),
+        ([1 / 3, 1 / 3, 1 / 3], 0.1, 6e-4),
+    ],
+)
+def test_how_far_decoupled_weight_decay_leads_away(start, decay, distance):
+    best = f64([0.875, 0.125, 0.0])
+    x = f64(start).requires_grad_()
+    opt = ProjectedOptimizer(
+        [x], optim.AdamW, lr=0.01, weight_decay=decay, constraint=Simplex(), param_ndim=None
+    )
+    for step in range(4000):
+        opt.param_groups[0]["lr"] = 0.01 * 1e-3 ** (step / 4000)
+        x.grad = gradient(x.detach())
+        opt.step()
+    assert float((x.detach() - best).norm()) == pytest.approx(distance, rel=0.2, abs=1e-12)

@@ -22,6 +22,7 @@ import torch
 from rai_toolbox.cli.digits import Digits, load_digits
 from rai_toolbox.cli.perturbing import L2, LINF, perturb
 from rai_toolbox.cli.picture import Example, draw
+from rai_toolbox.cli.robustness import evaluate
 from rai_toolbox.cli.sparse import RADIUS, broken, fit_each, summary, to_report
 from rai_toolbox.cli.sparse_picture import draw_sparse
 from rai_toolbox.cli.training import BATCH, LR, Run, accuracy, train
@@ -45,17 +46,26 @@ class Settings(NamedTuple):
     epochs: int = 12
     digits_perturbed: int = 500
     perturbation_steps: int = 10
+    digits_evaluated: int = 200
+    attack_steps: int = 20
     sparse_steps: int = 200
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Settings:
         """Enough to see that all works."""
-        return cls(epochs=2, digits_perturbed=100, perturbation_steps=5, sparse_steps=40)
+        return cls(
+            epochs=2,
+            digits_perturbed=100,
+            perturbation_steps=5,
+            digits_evaluated=40,
+            attack_steps=5,
+            sparse_steps=40,
+        )
 
 
 def demo(settings: Settings, out: Path) -> int:
-    """Run the demo, write a report and two pictures to the folder `out`; 1 if a check failed."""
+    """Run the demo, write a report and pictures to the folder `out`; 1 if a check failed."""
     with _one_thread():
         return _demo(settings, out)
 
@@ -79,6 +89,14 @@ def _demo(settings: Settings, out: Path) -> int:
 
     fits = fit_each(train_digits, settings.sparse_steps)
     clock.stop("fitting")
+
+    robustness = evaluate(
+        bounded.net,
+        test_digits.first(settings.digits_evaluated),
+        settings.attack_steps,
+        settings.seed,
+    )
+    clock.stop("evaluating")
 
     report: dict[str, Any] = {
         "settings": {
@@ -114,6 +132,14 @@ def _demo(settings: Settings, out: Path) -> int:
         "perturbations": curve,
         "rises": list(_rises(curve)),
         "sparse": to_report(fits, RADIUS, test_digits),
+        "robustness": {
+            "feasible": robustness.feasible,
+            "warnings": robustness.warnings(),
+            "rows": [
+                {name: value for name, value in row._asdict().items() if name != "checks"}
+                for row in robustness.rows()
+            ],
+        },
     }
 
     draw(
@@ -123,11 +149,14 @@ def _demo(settings: Settings, out: Path) -> int:
         _examples(bounded, test_digits, settings.perturbation_steps),
     )
     draw_sparse(out / "sparse.png", report["sparse"], fits)
+    robustness.plot().savefig(out / "robustness.png")
     clock.stop("drawing")
     report["seconds"] = clock.seconds
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(_summary(report))
-    print(*("", *(out / name for name in ("demo.png", "sparse.png", "demo.json"))), sep="\n")
+    print("\nthe bounded net, against the worst found", robustness, sep="\n")
+    pictures = ("demo.png", "sparse.png", "robustness.png", "demo.json")
+    print(*("", *(out / name for name in pictures)), sep="\n")
     return _check(report)
 
 
@@ -232,6 +261,8 @@ def _check(report: dict[str, Any]) -> int:
                     f"{row['norm']} epsilon {row['epsilon']:g}, {name}: too large by {excess:g}"
                 )
     failures += broken(report["sparse"])
+    if not report["robustness"]["feasible"]:
+        failures.append("an attack left its ball or the range of pixels")
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rai_toolbox.extras import require
+from rai_toolbox.perturbations.report import wilson_interval
 
 __all__ = ["Example", "draw", "tidy", "write_title"]
 
@@ -70,7 +71,8 @@ def _accuracy(axes: Any, rows: list[dict[str, Any]], number: int) -> None:
     epsilons = [row["epsilon"] for row in rows]
     for name, color in COLOR.items():
         shares = [row["accuracy"][name] for row in rows]
-        low, high = zip(*(_interval(share, number) for share in shares), strict=True)
+        each = [wilson_interval(round(share * number), number) for share in shares]
+        low, high = zip(*((100 * low, 100 * high) for low, high in each), strict=True)
         axes.fill_between(epsilons, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(
             epsilons,
@@ -166,15 +168,6 @@ def _digits(figure: Any, place: Any, examples: list[Example]) -> None:
                     "What the bounded net is shown and, in the corner, what it\n"
                     "reads: it misreads the digits framed in red",
                 )
-
-
-def _interval(share: float, number: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `number` cases, in percent."""
-    z = 1.96
-    center = (share + z**2 / (2 * number)) / (1 + z**2 / number)
-    half = z / (1 + z**2 / number)
-    half *= (share * (1 - share) / number + (z / (2 * number)) ** 2) ** 0.5
-    return 100 * (center - half), 100 * (center + half)
 
 
 def write_title(axes: Any, text: str) -> None:

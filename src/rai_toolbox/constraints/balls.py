@@ -9,13 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from rai_toolbox import foreach
 from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.blocks import column_blocks, in_blocks, widened
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_, sign_
-from rai_toolbox.constraints.norms import norm, scale_dtype
+from rai_toolbox.constraints.norms import (
+    alike_rows,
+    may_be_beyond,
+    may_group,
+    norm,
+    row_norms,
+    scale_dtype,
+)
 from rai_toolbox.constraints.randomness import exponential, normal, uniform
 from rai_toolbox.constraints.rounding import (
     as_rounded,
@@ -183,6 +191,14 @@ class L2Ball(_Ball):
         self._check_batch(x)
         return project_l2_ball_(x, self.epsilon, x.ndim - 1)
 
+    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
+        if self.center is None and not isinstance(self.epsilon, Tensor) and may_group(batches):
+            for x in batches:
+                self._check_batch(x)
+            project_l2_balls_(batches, self.epsilon)
+        else:
+            super().project_each_(batches)
+
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(self._from_center(x.to(dtype)), 2, 1)
         return (length - self.epsilon).clamp(min=0).squeeze(1)
@@ -288,23 +304,66 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
         return x
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
-    length = norm(readable(x), 2, ndim)
-    inside = length <= epsilon
-    outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
-    factor = _inward(epsilon, x, x.shape[x.ndim - ndim :].numel()) / outer
-    factor = torch.where(length.isinf(), torch.nan, factor)  # a direction that nobody knows
-    factor = torch.where(inside, 1.0, factor)
+    size = x.shape[x.ndim - ndim :].numel()
+    factor = _shrinking(norm(readable(x), 2, ndim), epsilon, x, size)
     if x.device.type != "cpu":
         return x.mul_(factor)  # in wide arithmetic, in one pass
-    # Here a wide factor would take a wide copy of x. A narrow one is as good, but where it is too
-    # small to have all its digits: there it goes in two.
+    for narrow in _narrowed(factor, x):
+        x.mul_(narrow)
+    return x
+
+
+def project_l2_balls_(batches: list[Tensor], epsilon: float) -> None:
+    """`project_l2_ball_` of the rows of several batches, with the same bits, in fewer calls."""
+    for some in alike_rows(batches):
+        x, size = some[0], some[0][0].numel()
+        if x.dtype == torch.float32 and all(batch.is_contiguous() for batch in some):
+            rows = [batch.view(-1, size) for batch in some]
+            near = may_be_beyond(rows, epsilon)
+            number = int(near.sum())
+            if 4 * number <= len(near):
+                if number:
+                    _project_some_(rows, near, epsilon)
+                continue
+        factor = _shrinking(row_norms(some), epsilon, x, size)
+        heights = [len(batch) for batch in some]
+        for narrow in _narrowed(factor, x):
+            parts = narrow.split(heights)
+            shapes = [(-1, *(1,) * (batch.ndim - 1)) for batch in some]
+            foreach.mul_each_(
+                some, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            )
+
+
+def _project_some_(batches: list[Tensor], chosen: Tensor, epsilon: float) -> None:
+    """Project the chosen rows, and do not so much as read the others."""
+    for x, part in zip(batches, chosen.split([len(x) for x in batches]), strict=True):
+        at = part.nonzero().view(-1)
+        if len(at):
+            x.index_copy_(0, at, project_l2_ball_(x.index_select(0, at), epsilon, 1))
+
+
+def _shrinking(length: Tensor, epsilon: float | Tensor, x: Tensor, size: int) -> Tensor:
+    """What brings sub-tensors of `size` elements, like those of x, into the ball: float64."""
+    inside = length <= epsilon
+    outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
+    factor = _inward(epsilon, x, size) / outer
+    factor = torch.where(length.isinf(), torch.nan, factor)  # a direction that nobody knows
+    return torch.where(inside, 1.0, factor)
+
+
+def _narrowed(factor: Tensor, x: Tensor) -> list[Tensor]:
+    """The same in one or two narrow factors, as a wide one would take a wide copy of x on CPU.
+
+    A narrow one is as good, but where it is too small to have all its digits.
+    """
     dtype = scale_dtype(x)
     least = torch.finfo(dtype).smallest_normal
-    x.mul_(_rounded_down(factor.clamp(min=least), dtype))
-    if not in_blocks(x) or bool((factor < least).any()):
-        rest = factor / least * (1 - 2 * torch.finfo(x.dtype).eps)  # which rounds once more
-        x.mul_(torch.where(factor < least, _rounded_down(rest, dtype), 1.0))
-    return x
+    first = _rounded_down(factor.clamp(min=least), dtype)
+    if in_blocks(x) and not bool((factor < least).any()):
+        return [first]
+    rest = factor / least * (1 - 2 * torch.finfo(x.dtype).eps)  # which rounds once more
+    return [first, torch.where(factor < least, _rounded_down(rest, dtype), 1.0)]
 
 
 def _inward(epsilon: float | Tensor, x: Tensor, size: int) -> float | Tensor:

@@ -128,12 +128,18 @@ class NonNegative(Box):
     upper: float | Tensor | None = field(default=None, init=False, repr=False)
 
 
-def clamp_(tensors: list[Tensor], lower: float | None, upper: float | None) -> None:
+def clamp_(
+    tensors: list[Tensor], lower: float | Tensor | None, upper: float | Tensor | None
+) -> None:
     """Clamp every element of every tensor to [lower, upper], in place; None leaves a side open.
 
-    The bounds count as rounded to each tensor's dtype. NaN stays NaN.
+    The bounds count as rounded to each tensor's dtype. NaN stays NaN. Bounds that are tensors of
+    one number are those of compiled steps, which would be compiled anew for each other number.
     """
-    if any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
+    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
+        for tensor in tensors:
+            tensor.clamp_(*(None if b is None else torch.as_tensor(b) for b in (lower, upper)))
+    elif any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
             tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
     elif are_plain(tensors):

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.blocks import row_blocks, widened
+from rai_toolbox.constraints.sharding import WORDS, by_shards
 
 _SETS: dict[str, dict[str, type[Constraint]]] = {}  # by name, and by where they are from
 _Self = TypeVar("_Self", bound="Constraint")
@@ -56,6 +57,9 @@ class Constraint:
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
             _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
+        for word in WORDS:  # so that no set needs to know of shards
+            if word in cls.__dict__:
+                setattr(cls, word, by_shards(cls.__dict__[word]))
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -73,6 +77,7 @@ class Constraint:
 
     # The words
 
+    @by_shards
     def project_(self, x: Tensor) -> Tensor:
         """Project each sub-tensor onto the set, in place: the nearest point, in Euclidean norm.
 
@@ -105,6 +110,7 @@ class Constraint:
         """
         return self.project_(x.clone())
 
+    @by_shards
     @torch.no_grad()
     def violation(self, x: Tensor) -> Tensor:
         """By how much each sub-tensor is outside the set, in the unit of `x`; 0 inside.
@@ -125,6 +131,7 @@ class Constraint:
             return torch.zeros(x.shape[:1], dtype=torch.float64, device=x.device)
         return torch.cat(found)
 
+    @by_shards
     @torch.no_grad()
     def lmo(self, gradient: Tensor) -> Tensor:
         """Minimize a linear function over the set: ``argmin_s <gradient, s>``.
@@ -154,6 +161,7 @@ class Constraint:
             out.copy_(torch.where(seen._column(finite), least, torch.nan).view(part.shape))
         return answer
 
+    @by_shards
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill each sub-tensor with a random point of the set, in place.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ _LEAST, _MOST = 2**16, 2**18
 # A long sub-tensor is summed in rows of this length, and then their norms: torch takes half the
 # time for many short rows, and blocks of whole rows give the same bits wherever they begin.
 _SHORT = 1024
+
+# So many elements are read, to find the norms of their rows, before they are read again.
+_IN_CACHE = 2**19
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32}
 _REAL[torch.complex128] = torch.float64
@@ -45,8 +48,12 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     long = x.shape[len(batch) :].numel() >= 4 * _SHORT
     if torch.is_grad_enabled() and x.requires_grad:
         lengths = _of_rows(x.reshape(*batch, -1), p, long, reduce)
+    elif not long and x.is_contiguous():  # the same sums, in fewer calls
+        rows = x.view(-1, x.shape[len(batch) :].numel())
+        parts = rows.split(max(1, _block(x) // rows.shape[1]))
+        lengths = torch.cat([reduce(part, p, (-1,)) for part in parts])
     else:
-        block = min(max(x.numel() // 8, _LEAST), _MOST)
+        block = _block(x)
         buffer = x.new_empty(min(block, x.numel()), dtype=_wide(x))
         lengths = _lengths(x, len(batch), block, buffer, lambda r: _of_rows(r, p, long, reduce))
     if long:
@@ -55,6 +62,10 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
 
 
 _Reduce = Callable[[Tensor, float, tuple[int, ...]], Tensor]
+
+
+def _block(x: Tensor) -> int:
+    return min(max(x.numel() // 8, _LEAST), _MOST)
 
 
 def _lengths(
@@ -81,6 +92,50 @@ def _of_rows(rows: Tensor, p: float, long: bool, reduce: _Reduce) -> Tensor:
     if whole == rows.shape[-1]:
         return lengths
     return torch.cat([lengths, reduce(rows[..., whole:], p, (-1,))], -1)
+
+
+def may_group(batches: list[Tensor]) -> bool:
+    """Whether rows of several batches may be scaled together: plain ones on CPU, run eagerly."""
+    return all(in_blocks(x) and not (torch.is_grad_enabled() and x.requires_grad) for x in batches)
+
+
+def alike_rows(batches: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The batches that are not empty, by dtype and length of rows, as many as stay in cache."""
+    by_kind: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    for x in batches:
+        if x.numel() > 0:
+            by_kind.setdefault((x.dtype, x.numel() // len(x)), []).append(x)
+    for alike in by_kind.values():
+        some: list[Tensor] = []
+        room = _IN_CACHE
+        for x in alike:
+            if some and x.numel() > room:
+                yield some
+                some, room = [], _IN_CACHE
+            some.append(x)
+            room -= x.numel()
+        yield some
+
+
+def may_be_beyond(rows: list[Tensor], epsilon: float) -> Tensor:
+    """Which rows, of batches (N, n) with the same n, are not surely shorter than epsilon.
+
+    That is told by norms in the dtype itself, which take a quarter of the time.
+    """
+    rough = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in rows]).double()
+    info, size = torch.finfo(rows[0].dtype), rows[0].shape[1]
+    # No sum of so many squares is off by more, nor do squares that underflow hide more.
+    most = rough * (1 + size * info.eps) + math.sqrt(size * info.smallest_normal)
+    return ~(most < epsilon)
+
+
+def row_norms(batches: list[Tensor]) -> Tensor:
+    """The 2-norms of all rows of batches whose rows are alike, one after the other."""
+    small = sum(map(Tensor.numel, batches)) <= _LEAST
+    if small and len(batches) > 1:  # (so little that a copy costs less than a call for each)
+        size = batches[0][0].numel()
+        batches = [torch.cat([x.reshape(-1, size) for x in batches])]
+    return torch.cat([norm(x, 2, x.ndim - 1).view(-1) for x in batches])
 
 
 def _scaled_norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:

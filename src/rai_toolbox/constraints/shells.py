@@ -12,9 +12,10 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import project_l2_ball_
+from rai_toolbox.constraints.blocks import in_blocks
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_
-from rai_toolbox.constraints.norms import norm, row_scale
+from rai_toolbox.constraints.norms import norm, row_scale, scale_dtype
 from rai_toolbox.constraints.randomness import exponential, normal, uniform
 from rai_toolbox.constraints.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.threshold import precision, threshold
@@ -114,9 +115,27 @@ class MinMaxNorm(Constraint):
         elif self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             self._check_batch(x)
             project_l2_ball_(x, self.max_norm, x.ndim - 1)
-        else:
+        elif self.p != 2 or not self._scaled_(x):
             super().project_(x)
         return x
+
+    def _scaled_(self, x: Tensor) -> bool:
+        """Project by one pass that reads and one that writes, where each row can be so scaled."""
+        self._check_batch(x)
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        tensors = isinstance(self.min_norm, Tensor) or isinstance(self.max_norm, Tensor)
+        if not in_blocks(x) or differentiable or tensors or x.numel() == 0:
+            return False
+        length, size = norm(x, 2, x.ndim - 1), x[0].numel()
+        low, high, missed = self._range(length.reshape(-1, 1).expand(-1, size), x.dtype)
+        goal = torch.minimum(torch.maximum(length, low), high)
+        off = torch.maximum(length - self.max_norm, self.min_norm - length)
+        factor = torch.where(off <= missed, 1.0, goal / length)
+        dtype = torch.finfo(scale_dtype(x))
+        if not bool(((factor >= dtype.smallest_normal) & (factor <= dtype.max)).all()):
+            return False  # too far for one factor, nothing to scale, or not finite
+        x.mul_(factor.to(scale_dtype(x)))
+        return True
 
     def violation(self, x: Tensor) -> Tensor:  # noqa: D102
         if self.dim is None:
@@ -158,7 +177,8 @@ class MinMaxNorm(Constraint):
         moved = x.movedim(dims, tuple(range(-len(dims), 0)))
         split = x.ndim - len(dims)
         rows = moved.reshape(prod(moved.shape[:split]), prod(moved.shape[split:]))
-        return rows.clone() if torch.is_grad_enabled() else rows, moved
+        # A view with other strides could not be copied to what it is a view of.
+        return rows.clone() if torch.is_grad_enabled() or len(rows) == 1 else rows, moved
 
     def _of_rows(self, x: Tensor) -> MinMaxNorm:
         """The set as the rows see it."""

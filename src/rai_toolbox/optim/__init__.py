@@ -1,5 +1,6 @@
 """Optimizers that transform gradients before an inner optimizer's step, and parameters after it."""
 
+from rai_toolbox.optim.apgd import APGD
 from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.clamped import ClampedGradientOptimizer, ClampedParameterOptimizer
 from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
@@ -18,9 +19,12 @@ from rai_toolbox.optim.projected_optimizer import ProjectedOptimizer
 from rai_toolbox.optim.scheduling import LinearSetting, SettingScheduler
 from rai_toolbox.optim.selecting import constrain
 from rai_toolbox.optim.signed import SignedGradientOptim
+from rai_toolbox.optim.steepest import PGD
 from rai_toolbox.optim.top_q import TopQGradientOptimizer
 
 __all__ = [
+    "APGD",
+    "PGD",
     "ChainedParamTransformingOptimizer",
     "ClampedGradientOptimizer",
     "ClampedParameterOptimizer",

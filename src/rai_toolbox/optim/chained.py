@@ -121,6 +121,10 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         for member, group in self._each_member(optim_group):
             member._transform_group_parameters_(params, group)
 
+    def _after_inner_step_(self, group: Group) -> None:
+        for member, seen in self._each_member(group):
+            member._after_inner_step_(seen)
+
     def _init_state_(self, group: Group) -> None:
         for member, seen in self._each_member(group):
             member._init_state_(seen)

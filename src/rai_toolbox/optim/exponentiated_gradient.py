@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from rai_toolbox.batch import check_param_ndim, to_batch
+from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import as_plain, check_finite
 from rai_toolbox.constraints.blocks import widened
 from rai_toolbox.constraints.simplex import Simplex
 from rai_toolbox.optim.inner import not_compiled
-from rai_toolbox.optim.settings import check_fits, is_zero_on_host, with_names_apart
+from rai_toolbox.optim.settings import (
+    batch_shape_in,
+    check_fits,
+    is_zero_on_host,
+    with_names_apart,
+)
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 
@@ -104,6 +109,10 @@ class ExponentiatedGradient(Optimizer):
         _check(group)
         super().add_param_group(group)
 
+    def _check_group(self, group: Group) -> None:
+        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
+        _check(group)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = self.__dict__.get("defaults", state.get("defaults", {}))
         groups = state.get("param_groups", ())  # of a checkpoint, among others
@@ -161,10 +170,12 @@ def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
     dense = grad if grad.layout is torch.strided else grad.to_dense()
     seen = widened(dense)
     speed = group["lr"] if group["maximize"] else -group["lr"]
-    exponent = seen * speed + (seen - seen)  # NaN where the gradient is infinite, too
+    # A product beyond float64 is a very large number; NaN where the gradient is infinite, too.
+    largest = torch.finfo(seen.dtype).max
+    exponent = (seen * speed).clamp(-largest, largest) + (seen - seen)
     if param.numel():
-        k = group["param_ndim"]
-        x = exponentiated_step(to_batch(param, k), to_batch(exponent, k), group["total"])
+        shape = batch_shape_in(param, group)
+        x = exponentiated_step(param.reshape(shape), exponent.reshape(shape), group["total"])
         param.copy_(x.view(param.shape))
 
 

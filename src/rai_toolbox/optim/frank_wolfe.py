@@ -161,6 +161,10 @@ class FrankWolfe(Optimizer):
         _check_alike([*self.param_groups, group])
         super().add_param_group(group)
 
+    def _check_group(self, group: Group) -> None:
+        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
+        _check(group)
+
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain data and tensors; a constraint as its `to_plain`.
@@ -180,7 +184,7 @@ class FrankWolfe(Optimizer):
         groups = []
         for now, group in zip(present, loaded, strict=False):
             kept = {name: now[name] for name in now.keys() & (_OPTIONS.keys() | defaults.keys())}
-            groups.append(_completed({**defaults, **kept, **as_loaded(group)}))
+            groups.append(_completed({**defaults, **kept, **as_loaded(group, _device(group))}))
         for group in groups:
             _check(group)
         _check_alike(groups)
@@ -262,6 +266,7 @@ class FrankWolfe(Optimizer):
                 steps.append(state["step"])
 
     def _search(self, closure: Callable[[], float] | None) -> float | None:
+        _check_alike(self.param_groups)  # somebody may have set it in one of them
         if closure is None:
             if all(is_zero_on_host(group["lr"]) for group in self.param_groups):
                 return None  # the step by which a distributed checkpoint makes empty state
@@ -279,9 +284,12 @@ class FrankWolfe(Optimizer):
         return loss
 
 
+def _device(group: Group) -> torch.device | None:
+    return group["params"][0].device if group["params"] else None
+
+
 def _gap(group: Group) -> Tensor:
-    device = group["params"][0].device if group["params"] else None
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=_device(group))
     for param in group["params"]:
         if param.grad is not None:
             constraint, x, grad = seen(param, group)
@@ -384,7 +392,7 @@ def _check_step(group: Group) -> None:
     if group["constraint"] is not None and group["lmo_scaling_factor"] != 1:
         raise ValueError(
             "`lmo_scaling_factor` must be 1 with a constraint (or steps would lead outside), got "
-            f" {group['lmo_scaling_factor']!r}"
+            f"{group['lmo_scaling_factor']!r}"
         )
 
 

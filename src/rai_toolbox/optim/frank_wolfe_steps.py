@@ -29,7 +29,8 @@ class Move(NamedTuple):
 
     def short_step(self, smoothness: float) -> Tensor:
         """The share of the way at which the bound on the loss is least."""
-        length = (self.gap.clamp(min=0) / (smoothness * self.square)).clamp(max=1)
+        # (not by their product, which may become 0 by underflow where neither is)
+        length = (self.gap.clamp(min=0) / self.square / smoothness).clamp(max=1)
         return torch.where(self.square == 0, 0.0, length)
 
     def bound(self, a: Tensor, smoothness: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.blocks import wide_dtype
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.norms import scale_dtype
@@ -39,7 +40,7 @@ def map_gradient_(
         down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
         return down + weight_decay * x if weight_decay != 0.0 else down
 
-    down = downhill(grad)
+    down = downhill(readable(grad))
     e = step_size(x, down, constraint, reach=reach, lr=lr)
     y = x - e * (down if average is None else downhill(average))
     pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
@@ -55,9 +56,11 @@ def step_size(
     is not followed far. Where x is 0, which says nothing of a scale, e is `lr`.
     """
     dims = constraint.coupled_dims(x.ndim)
+    if torch.is_grad_enabled():  # both are changed in place before this is differentiated
+        x, gradient = x.clone(), gradient.clone()
     length, slope = (
         torch.linalg.vector_norm(t, 2, dims, keepdim=True, dtype=wide_dtype(t))
-        for t in (x.detach(), gradient.detach())
+        for t in (x, gradient)
     )
     e = torch.where(length > 0, reach * length / torch.where(slope > 0, slope, 1.0), lr)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite

@@ -139,6 +139,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         """Built-in classes override this: all parameters of a group."""
 
+    def _after_inner_step_(self, group: Group) -> None:
+        """Built-in classes override this: what is to be done once per step and group."""
+
     def _init_state_(self, group: Group) -> None:
         """Built-in classes with a state of their own override this: make it, empty."""
 
@@ -242,6 +245,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _post_step(self) -> None:
         for group in self.param_groups:
+            self._after_inner_step_(group)
             self._transform_group_parameters_(group["params"], group)
 
     def _transforms_gradients(self, group: Group) -> bool:
@@ -311,11 +315,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if grad.dtype != param.dtype:
             view.grad_dtype = grad.dtype
         view.grad = grad_view
-        self._shown = param
+        outer = self._shown  # where a chain's hook is shown a view, and here a view of that
+        self._shown = param if outer is None else outer
         try:
             self._pre_step_transform_(view, optim_group=group)
         finally:
-            self._shown = None
+            self._shown = outer
         if view.grad is not grad_view:
             raise ValueError(
                 f"{type(self).__name__}._pre_step_transform_ must write into `param.grad` in "

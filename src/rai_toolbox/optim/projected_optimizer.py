@@ -112,10 +112,11 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
-        if issubclass(optimizer_class(InnerOpt), FrankWolfe):
+        inner = getattr(InnerOpt, "stands_for", optimizer_class(InnerOpt))  # in a chain's member
+        if issubclass(inner, FrankWolfe):
             raise TypeError(
                 "`InnerOpt` must not be FrankWolfe, which takes a constraint of its own, got "
-                f"{InnerOpt!r}"
+                f"{inner.__name__}"
             )
         settings = {
             "constraint": constraint,
@@ -233,12 +234,15 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
             if copied:
                 param.copy_(view.view(param.shape))
 
-    def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
-        for param in params if self._new_averages else ():
-            if param in self._new_averages:
-                self.state[param][self._average_name()] = self._new_averages.pop(param)
+    def _after_inner_step_(self, group: Group) -> None:
+        while self._new_averages:
+            param, average = self._new_averages.popitem()
+            self.state[param][self._average_name()] = average
         if group["every"] != 1 or group["warmup"] != 0:
             group["steps_taken"] += 1
+
+    def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
+        if group["every"] != 1 or group["warmup"] != 0:
             after = group["steps_taken"] - group["warmup"]
             if after <= 0 or after % group["every"] != 0:
                 return
@@ -265,7 +269,15 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         past = self._averaging(group)
         if past == 0.0:
             return [None] * len(params)
+        if torch.compiler.is_compiling() and self._begins(params):
+            # The compiler would not look again at the state, once the inner has made its own.
+            torch._dynamo.graph_break()
         return [self._average(p, g, past) for p, g in zip(params, grads, strict=True)]
+
+    def _begins(self, params: list[Tensor]) -> bool:
+        name = self._average_name()
+        shown = params if self._shown is None else [self._shown]
+        return not all(name in self.state.get(param, ()) for param in shown)
 
     def _average(self, param: Tensor, grad: Tensor, past: float) -> Tensor:
         param = param if self._shown is None else self._shown
@@ -297,7 +309,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         if self._has_gradient_transform(group) and self._averaging(group) != 0.0:
             for param in group["params"]:
                 if param.grad is not None:
-                    self.state[param][self._average_name()] = torch.zeros_like(param.grad)
+                    self.state[param][self._average_name()] = torch.zeros_like(param)
 
     # Looking at groups
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.batch import batch_shape
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.sharding import check_view
 
 TINY = torch.finfo(torch.float32).tiny
 """Default of every `div_by_zero_eps`."""
@@ -104,6 +105,11 @@ def check_fits(constraint: Constraint, group: Mapping[str, Any]) -> None:
         if param.is_complex():
             raise TypeError(_BOUND_REAL.format("`constraint`", param.dtype, label))
         try:
-            constraint._check_batch(param.detach().reshape(batch_shape_in(param, group)))
+            shape = batch_shape_in(param, group)
+            # (a batch of that shape without its memory, and without its ranks)
+            constraint._check_batch(
+                torch.empty((), dtype=param.dtype, device=param.device).expand(shape)
+            )
+            check_view(param, shape)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} ({label})") from None

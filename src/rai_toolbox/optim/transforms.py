@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
 from rai_toolbox.constraints import directions
+from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparsity import keep_largest_
 
 
@@ -32,8 +33,8 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
     Exactly so many; of tied entries those of the lowest indices stay. The rest becomes 0. NaN
     counts as the largest magnitude.
     """
-    if _is_divided(grad, param_ndim):
-        _as_a_whole_(grad, lambda whole: top_q_(whole, q, param_ndim))
+    if is_sharded(grad):
+        _on_whole_sub_tensors_(grad, param_ndim, lambda shard: top_q_(shard, q, param_ndim))
         return
     rows, copied = _rows(grad, param_ndim)
     keep = round((1.0 - q) * rows.shape[1])
@@ -50,8 +51,8 @@ def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
     That is minus the linear minimization oracle of the unit L1 ball. Of tied entries one stays,
     so that the answer is in the ball.
     """
-    if _is_divided(grad, param_ndim):
-        _as_a_whole_(grad, lambda whole: largest_sign_(whole, param_ndim))
+    if is_sharded(grad):
+        _on_whole_sub_tensors_(grad, param_ndim, lambda shard: largest_sign_(shard, param_ndim))
         return
     rows, copied = _rows(grad, param_ndim)
     directions.largest_sign_(rows)
@@ -64,20 +65,14 @@ def _rows(grad: Tensor, param_ndim: int | None) -> tuple[Tensor, bool]:
     return view_or_copy(grad, (shape[0], prod(shape[1:])))
 
 
-def _is_divided(grad: Any, param_ndim: int | None) -> bool:
-    """Whether a DTensor holds parts of sub-tensors in different places."""
-    batch_ndim = grad.ndim - sub_ndim(grad.ndim, param_ndim)
-    return not all(
-        placement.is_replicate() or (placement.is_shard(0) and batch_ndim == 1)
-        for placement in getattr(grad, "placements", ())
-    )
+def _on_whole_sub_tensors_(
+    grad: Tensor, param_ndim: int | None, transform_: Callable[[Tensor], None]
+) -> None:
+    """Apply what has no sharding rule to a DTensor: shard by shard, of whole sub-tensors."""
 
+    def transformed(whole: Any) -> Tensor:
+        local = local_of(whole)
+        transform_(local)
+        return local
 
-def _as_a_whole_(grad: Any, transform_: Callable[[Tensor], None]) -> None:
-    """Apply what has no sharding rule to a DTensor: gathered, and divided again."""
-    from torch.distributed.tensor import DTensor
-
-    whole = grad.full_tensor()
-    transform_(whole)
-    everywhere = DTensor.from_local(whole, grad.device_mesh, run_check=False)
-    grad.copy_(everywhere.redistribute(placements=grad.placements))
+    on_shards_(grad, range(grad.ndim - sub_ndim(grad.ndim, param_ndim), grad.ndim), transformed)

@@ -1,0 +1,206 @@
+"""Projected gradient descent as attacks do it: steepest steps in the norm of a ball."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from rai_toolbox.batch import view_or_copy
+from rai_toolbox.checks import check_fraction
+from rai_toolbox.constraints.balls import L1Ball, LinfBall
+from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.directions import sign_
+from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
+from rai_toolbox.optim.gradients import is_own
+from rai_toolbox.optim.inner import _unhooked_step
+from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, check_fits
+from rai_toolbox.optim.transforms import normalize_, top_q_
+from rai_toolbox.optim.wrapper import Group, Params
+
+
+class PGD(ParamTransformingOptimizer):
+    r"""Step in the steepest direction of the norm of a ball, and project onto the ball.
+
+    .. math::
+        g \leftarrow \arg\max_{\|d\| = 1} \langle g, d \rangle, \quad
+        p \leftarrow \text{inner step}(p, g), \quad p \leftarrow P(p)
+
+    for each sub-tensor: in an Linf ball the sign of g, in an L2 ball ``g / |g|_2``, and in an L1
+    ball, where the steepest direction would be one entry, the signs of its largest entries, divided
+    by their number (Madry et al., 2018; Tramèr & Boneh, 2019). So `lr` is how far a step goes, in
+    the norm of the ball. The projection is the exact one, onto ball and bounds together. A
+    sub-tensor whose gradient is 0 stays where it is.
+
+    Parameters
+    ----------
+    constraint : LinfBall, L2Ball, L1Ball, or BoundedBall of one
+        The ball that each sub-tensor is kept in, alone or within bounds. To be given here or in
+        every parameter group.
+    q : float
+        The share of the gradient's entries that a step in an L1 ball leaves alone, in [0, 1]; of
+        other balls it says nothing.
+    params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
+        See `ParamTransformingOptimizer`.
+
+    Raises
+    ------
+    TypeError
+        If `constraint` is missing, or another set.
+    ValueError
+        If its radius is infinite, it does not fit a parameter, or `q` is outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import BoundedBall, LinfBall
+    >>> from rai_toolbox.optim import PGD
+    >>> delta = torch.zeros(1, 3, requires_grad=True)
+    >>> optim = PGD([delta], constraint=BoundedBall(LinfBall(0.3), -0.1, 0.9), lr=0.2)
+    >>> delta.backward(gradient=torch.tensor([[5.0, -0.1, 0.0]]))
+    >>> optim.step()
+    >>> delta
+    tensor([[-0.1000,  0.2000,  0.0000]], requires_grad=True)
+    """
+
+    _divides_by_norms = True
+
+    def __init__(
+        self,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
+        *,
+        constraint: Constraint | type[REQUIRED] = REQUIRED,
+        q: float = 0.95,
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            InnerOpt,
+            param_ndim=param_ndim,
+            grad_scale=grad_scale,
+            grad_bias=grad_bias,
+            defaults={"constraint": constraint, "q": q, **(defaults or {})},
+            **inner_opt_kwargs,
+        )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Transform the gradients, step `inner_opt`, project the parameters.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        float or None
+            What the closure returned.
+        """
+        if closure is not None or not self._is_bare():
+            loss: float | None = _unhooked_step(ParamTransformingOptimizer)(self, closure)
+            return loss
+        # The same operators on the same numbers, without the calls in between: for small models
+        # these would take as long as the gradient.
+        for group in self.param_groups:
+            (param,) = group["params"]
+            self._transform_gradients_([param], [param.grad], group)
+            param.add_(param.grad, alpha=-group["lr"])
+            self._project_parameters_([param], group)
+        return None
+
+    def _is_bare(self) -> bool:
+        """Whether the step is plain: of SGD alone, and of one tensor in each group."""
+        inner = self.inner_opt
+        if type(inner) is not SGD or "step" in inner.__dict__ or torch.compiler.is_compiling():
+            return False
+        if inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks:
+            return False
+        if self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_"):
+            return False
+        return not torch.is_grad_enabled() and all(map(_is_bare, self.param_groups))
+
+    def _check_group(self, group: Group) -> None:
+        ball_of(group["constraint"])
+        check_fraction("q", group["q"])
+        super()._check_group(group)
+        check_fits(group["constraint"], group)
+
+    def _sees_elements(self, group: Group) -> bool:
+        return bool(group["constraint"].elementwise)
+
+    def _transform_gradients_(
+        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
+    ) -> None:
+        ball, k = ball_of(optim_group["constraint"]), optim_group["param_ndim"]
+        if isinstance(ball, LinfBall):
+            sign_(grads)
+        elif isinstance(ball, L1Ball):
+            for param, grad in zip(params, grads, strict=True):
+                self._free_(param, grad, optim_group)
+                top_q_(grad, _within_one(optim_group["q"], grad, optim_group), k)
+            sign_(grads)
+            normalize_(grads, 1, k, 0.0)
+        else:
+            normalize_(grads, 2, k, 0.0)
+
+    def _free_(self, param: Tensor, grad: Tensor, group: Group) -> None:
+        shape = batch_shape_in(param, group)
+        down = group["grad_scale"] > 0
+        if group.get("maximize", False):
+            down = not down
+        seen, copied = view_or_copy(grad, shape)
+        free_(seen if down else seen.neg_(), view_or_copy(param, shape)[0], group["constraint"])
+        if not down:
+            seen.neg_()
+        if copied:
+            grad.copy_(seen.view(grad.shape))
+
+    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
+        for param in params:
+            seen, copied = view_or_copy(param, batch_shape_in(param, optim_group))
+            nearest_(seen, optim_group["constraint"])
+            if copied:
+                param.copy_(seen.view(param.shape))
+
+
+def _is_bare(group: Group) -> bool:
+    if len(group["params"]) != 1:
+        return False
+    param, lr = group["params"][0], group["lr"]
+    grad = param.grad
+    return (
+        grad is not None
+        and type(lr) is float
+        and lr != 0
+        and all(not group[name] for name in ("momentum", "weight_decay", "maximize"))
+        and group["grad_scale"] == 1
+        and group["grad_bias"] == 0
+        and grad.layout is torch.strided
+        and grad.dtype == param.dtype
+        and is_own(grad)
+    )
+
+
+def _within_one(q: float, grad: Tensor, group: Group) -> float:
+    """`q`, or the largest share that leaves one entry: else small sub-tensors would never move."""
+    shape = batch_shape_in(grad, group)
+    size = max(1, grad.numel() // max(1, shape[0]))
+    return min(q, 1 - 1 / size)

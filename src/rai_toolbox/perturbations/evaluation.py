@@ -1,0 +1,325 @@
+"""How many data a model reads right, as they are and anywhere in balls around them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from operator import length_hint
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rai_toolbox.checks import check_count
+from rai_toolbox.extras import Bar
+from rai_toolbox.extras import progress as progress_bar
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.box import Ball, Range
+from rai_toolbox.perturbations.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning, solving
+from rai_toolbox.perturbations.report import Examples, RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.state_file import StateFile
+from rai_toolbox.perturbations.verification import (
+    NORMS,
+    Reading,
+    VerificationReport,
+    beyond_range,
+    check_ball,
+    check_batch,
+    judge,
+    read,
+)
+
+__all__ = ["evaluate_robustness"]
+
+Model = Callable[[Tensor], Tensor]
+
+
+class Perturbed(Protocol):
+    """What a solver returns; nothing but the perturbed data is believed."""
+
+    @property
+    def data(self) -> Tensor:
+        """The perturbed data, in the shape of the originals."""
+
+
+def evaluate_robustness(
+    model: Model,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    balls: Iterable[Ball],
+    data_range: Range = (0.0, 1.0),
+    solver: Callable[..., Perturbed] = attack,
+    steps: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    state_file: str | PathLike[str] | None = None,
+    progress: bool = True,
+    examples: int = 4,
+) -> RobustnessReport:
+    """Clean and robust accuracy over norms and radii, verified apart from the solver.
+
+    ``robust accuracy at epsilon = share of data that are read right, and that no perturbation found
+    at this or a smaller epsilon of the norm fools``
+
+    It is an upper bound of the accuracy in the worst case: a better solver may find more. Data that
+    are misread, or fooled at a smaller epsilon, are not attacked again. A perturbed datum counts as
+    fooling only if a fresh call of the model misreads it, and norm and bounds, computed anew in
+    float64, hold. What seems wrong is warned of by a `RobustnessWarning`, in words.
+
+    What is found for a datum depends on the batch that it comes in and on `seed`, and not on other
+    batches or their order, as random numbers are seeded by the content of the batch.
+
+    Parameters
+    ----------
+    model : Callable
+        Gives logits of shape (N, K). A module is in eval mode with frozen weights meanwhile.
+    loader : Iterable
+        Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader.
+    balls : Iterable of LinfBall, L2Ball or L1Ball
+        Each with a number as radius, without a center.
+    data_range : (float or Tensor, float or Tensor), optional
+        The bounds of all data, that perturbed data keep, too; None for no bounds.
+    solver : Callable
+        Called as ``solver(model, data, target, ball=..., data_range=..., generator=...)``, gives an
+        object whose ``data`` are the perturbed data. ``partial(attack, restarts=5)`` sets options.
+    steps : int, optional
+        Passed on to `solver` if it is given.
+    seed : int
+        Of all random numbers. torch's own generators are as before afterwards.
+    device : torch.device or str, optional
+        Where the data are moved to. By default that of the parameters of the model.
+    state_file : path, optional
+        A JSON file that is replaced after each batch. Where it exists, the run goes on from it: a
+        run that was killed loses one batch at most.
+    progress : bool
+        Whether to show a bar.
+    examples : int
+        How many data of the first batch to keep for `RobustnessReport.plot`, attacked for that in
+        the largest ball of each norm.
+
+    Returns
+    -------
+    RobustnessReport
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is wrong, data are outside `data_range`, or a class is not one of the model's.
+        A `StateFileError`, which is a ValueError, if `state_file` is of another run.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import LinfBall
+    >>> from rai_toolbox.perturbations.evaluation import evaluate_robustness
+    >>> data = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.8], [0.2, 0.3]])
+    >>> batches = [(data, torch.tensor([0, 0, 1, 0]))]
+    >>> balls = [LinfBall(0.05), LinfBall(0.2)]
+    >>> model = torch.nn.Identity()  # reads the larger entry
+    >>> print(evaluate_robustness(model, batches, balls=balls, steps=10, progress=False))
+    norm  epsilon   data   clean  robust   95% interval
+    Linf     0.05      4   75.0%   75.0%  30.1% - 95.4%
+    Linf      0.2      4   75.0%   25.0%   4.6% - 69.9%
+    """
+    radii = _radii(balls)
+    check_count("examples", examples, 0)
+    check_count("seed", seed, 0)
+    if steps is not None:
+        solver = partial(solver, steps=steps)
+    settings = {
+        "data_range": described(data_range),
+        "solver": described(solver),
+        "seed": seed,
+    }
+    start = RobustnessReport(
+        settings,
+        {name: tuple(ball.epsilon for ball in found) for name, found in radii.items()},  # type: ignore[misc]
+        {name: () for name in radii},
+        {name: (VerificationReport(),) * len(found) for name, found in radii.items()},
+    )
+    state = StateFile(None if state_file is None else Path(state_file), fingerprint(model), start)
+    job = _Job(model, radii, data_range, solver, seed)
+    device = _device(model) if device is None else torch.device(device)
+    shown: tuple[Examples, ...] = ()
+    done = 0
+    total = length_hint(loader) * sum(map(len, radii.values()))
+    with progress_bar("evaluating", total, shown=progress) as bar:
+        for done, (data, target) in enumerate(_batches(loader, device, data_range), start=1):
+            batch = fingerprint(data, target)
+            if done == 1 and examples:
+                with _seeded(_seed(seed, batch), data.device):
+                    shown = job.examples(data, target, batch, examples)
+            if state.knows(done - 1, batch):
+                bar.update(sum(map(len, radii.values())))
+            else:
+                with _seeded(_seed(seed, batch), data.device):
+                    part = job.report(start, data, target, batch, bar)
+                state.add(batch, part)
+    if not done:
+        raise ValueError("`loader` must give one batch at least, got none")
+    report = replace(state.finish(done), examples=shown)
+    for line in report.warnings():
+        warnings.warn(line, RobustnessWarning, stacklevel=2)
+    return report
+
+
+class _Job(NamedTuple):
+    """What is the same for all batches."""
+
+    model: Model
+    radii: Mapping[str, list[Ball]]
+    data_range: Range
+    solver: Callable[..., Perturbed]
+    seed: int
+
+    def report(
+        self, start: RobustnessReport, data: Tensor, target: Tensor, batch: str, bar: Bar
+    ) -> RobustnessReport:
+        """What is found of one batch."""
+        before = read(self.model, data, target)
+        withstood, checks = {}, {}
+        for name, balls in self.radii.items():
+            robust = ~before.misread
+            count = robust.long() - 1
+            found = []
+            for ball in balls:
+                verified, robust = self._withstand(data, target, before, robust, ball, batch)
+                count += robust
+                found.append(verified)
+                bar.update()
+            withstood[name], checks[name] = tuple(count.tolist()), tuple(found)
+        return RobustnessReport(start.settings, start.epsilons, withstood, checks)
+
+    def _withstand(
+        self,
+        data: Tensor,
+        target: Tensor,
+        before: Reading,
+        robust: Tensor,
+        ball: Ball,
+        batch: str,
+    ) -> tuple[VerificationReport, Tensor]:
+        """Attack those that are robust so far; which of them still are."""
+        rows = robust.nonzero().squeeze(1)
+        if ball.epsilon == 0 or not len(rows):  # that ball's one point has been read already
+            return VerificationReport(), robust
+        data, target = data[rows], target[rows]
+        perturbed = self.perturbed(data, target, ball, batch)
+        after = read(self.model, perturbed, target, gradient=False)
+        verdict = judge(data, perturbed, before.at(rows), after, ball, self.data_range)
+        robust = robust.index_fill(0, rows[verdict.fooled], False)
+        return verdict.report(), robust
+
+    def perturbed(self, data: Tensor, target: Tensor, ball: Ball, batch: str) -> Tensor:
+        """What the solver makes of the data, with random numbers that only this batch decides."""
+        if ball.epsilon == 0:
+            return data
+        seed = _seed(self.seed, batch, repr(ball))
+        with _seeded(seed, data.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZeroGradientWarning)  # the report tells of all of them
+            answer = self.solver(
+                self.model,
+                data,
+                target,
+                ball=ball,
+                data_range=self.data_range,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        perturbed = getattr(answer, "data", None)
+        if not isinstance(perturbed, Tensor):
+            raise TypeError(
+                f"`solver` must return an object with `data`, got {type(answer).__name__}"
+            )
+        if perturbed.shape != data.shape or perturbed.dtype != data.dtype:
+            raise ValueError(
+                f"`solver` must return data of shape {tuple(data.shape)} and {data.dtype}, got "
+                f"shape {tuple(perturbed.shape)} and {perturbed.dtype}"
+            )
+        return perturbed.detach()
+
+    def examples(
+        self, data: Tensor, target: Tensor, batch: str, number: int
+    ) -> tuple[Examples, ...]:
+        """What is done to the first data that are read right, in the largest ball of each norm."""
+        right = ~read(self.model, data, target, gradient=False).misread
+        rows = right.nonzero().squeeze(1)[:number]
+        if not len(rows):
+            return ()
+        data, target = data[rows], target[rows]
+        found = []
+        for name, balls in self.radii.items():
+            perturbed = self.perturbed(data, target, balls[-1], batch)
+            with solving(self.model), torch.no_grad():
+                reading = self.model(perturbed).argmax(1)
+            kept = (tensor.cpu() for tensor in (data, perturbed, target, reading))
+            found.append(Examples(name, float(balls[-1].epsilon), *kept))
+        return tuple(found)
+
+
+def _radii(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
+    """The balls of each norm by ascending radius, once each."""
+    found: dict[str, dict[float, Ball]] = {}
+    for ball in balls:
+        check_ball(ball)
+        if isinstance(ball.epsilon, Tensor) or not ball.bounded:
+            raise ValueError(f"`epsilon` of each of `balls` must be a finite number, got {ball!r}")
+        epsilon = float(ball.epsilon)
+        found.setdefault(NORMS[type(ball)][0], {})[epsilon] = type(ball)(epsilon)
+    if not found:
+        raise ValueError("`balls` must be one ball at least, got none")
+    return {name: [of[epsilon] for epsilon in sorted(of)] for name, of in found.items()}
+
+
+def _batches(
+    loader: Iterable[Any], device: torch.device | None, data_range: Range
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that hold data, checked, on the device."""
+    for i, batch in enumerate(loader):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(
+                f"`loader` must give pairs (data, target), got {type(batch).__name__} as batch {i}"
+            )
+        data, target = batch
+        check_batch(data, target)
+        if not len(data):
+            continue
+        data, target = data.to(device or data.device), target.to(device or data.device)
+        excess = beyond_range(data, data_range)
+        if not bool((data.isfinite().flatten(1).all(1) & (excess <= 0)).all()):
+            raise ValueError(
+                f"`data` must be finite and within `data_range`, {described(data_range)}, got "
+                f"values from {float(data.min()):g} to {float(data.max()):g} in batch {i}"
+            )
+        yield data, target
+
+
+def _device(model: object) -> torch.device | None:
+    """Where the model is, None if it is no module or has no tensors."""
+    if not isinstance(model, nn.Module):
+        return None
+    tensors = (tensor for of in (model.parameters(), model.buffers()) for tensor in of)
+    return next((tensor.device for tensor in tensors), None)
+
+
+def _seed(*values: object) -> int:
+    text = repr(values).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's own generators, which models that draw numbers use, seeded, and as before later."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,170 @@
+"""`compiled`: one graph for a whole step, made once, or a warning and the eager step.
+
+The backend runs the graphs as they are, so that no C++ compiler is needed.
+"""
+
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+from every_class import CASES
+from torch.optim import LBFGS, SGD, Adafactor, Adam, lr_scheduler
+
+from rai_toolbox.constraints import L2Ball
+from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
+from rai_toolbox.optim.compiling import compiled
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 4, generator=generator).requires_grad_() for _ in range(2)]
+
+
+def run(optimizer, step, steps=5, change=lambda group, k: None):
+    """Some steps; the numbers of graphs after each of them."""
+    generator = torch.Generator().manual_seed(1)
+    graphs = []
+    for k in range(steps):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.randn(param.shape, generator=generator)
+            change(group, k)
+        step()
+        graphs.append(getattr(step, "graphs", 0))
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [(name, SGD) for name in CASES]
+    + [(name, Adam) for name in ("ClampedParameter", "L2Projected", "Projected", "ProjectedBox")],
+)
+def test_every_class_is_compiled_once_and_does_the_same(name, inner):
+    case = CASES[name]
+
+    def make():
+        return case.make(parameters(), **({} if case.frank_wolfe else {"InnerOpt": inner}))
+
+    optimizer, eager = make(), make()
+    step = compiled(optimizer, backend="aot_eager")
+    # (torch 2.13 cannot compile norms, a division by them and the update as one)
+    most = 2 if getattr(optimizer, "_must_break_graph", bool)() else 1
+    assert run(optimizer, step, steps=4) == [0] + [most] * 3
+    run(eager, eager.step, steps=4)
+    for ours, theirs in zip(
+        optimizer.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # Adam's own difference
+
+
+def lower_lr(group, k):
+    group["lr"] = 0.1 / (k + 1)
+
+
+def lower_bound(group, k):
+    group["clamp_max"] = 1.0 / (k + 1)
+
+
+def shrink(group, k):
+    group["constraint"] = L2Ball(1.0 / (k + 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda p: ClampedParameterOptimizer(p, lr=0.1, clamp_max=1.0), lower_lr),
+        (lambda p: ClampedParameterOptimizer(p, Adam, lr=0.1, clamp_max=1.0), lower_lr),
+        (lambda p: ClampedParameterOptimizer(p, lr=0.1, clamp_max=1.0), lower_bound),
+        (lambda p: ProjectedOptimizer(p, lr=0.1, constraint=L2Ball(1.0)), shrink),
+    ],
+    ids=["lr", "lr of Adam", "clamp_max", "epsilon of the constraint"],
+)
+def test_a_changed_number_is_used_and_compiles_nothing_again(make, change):
+    optimizer, eager = make(parameters()), make(parameters())
+    step = compiled(optimizer, backend="aot_eager")
+    assert run(optimizer, step, change=change) == [0, 1, 1, 1, 1]
+    run(eager, eager.step, change=change)
+    for ours, theirs in zip(
+        optimizer.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_graph_would_be_counted():
+    optimizer = ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=1.0)
+
+    def toggle(group, k):
+        group["clamp_min"] = None if k < 3 else -1.0
+
+    step = compiled(optimizer, backend="eager")
+    assert run(optimizer, step, change=toggle) == [0, 1, 1, 2, 2]
+
+
+def test_a_step_that_cannot_be_captured_stays_eager_with_one_warning():
+    optimizer, eager = (
+        ClampedParameterOptimizer(parameters(), Adafactor, lr=0.1, clamp_max=0.5) for _ in range(2)
+    )
+    step = compiled(optimizer, backend="eager")
+    with pytest.warns(UserWarning, match="cannot be compiled as a whole and stays eager") as found:
+        run(optimizer, step)
+    assert len(found) == 1
+    run(eager, eager.step)
+    for ours, theirs in zip(
+        optimizer.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_backend_that_fails_leaves_a_right_step_and_one_warning():
+    def broken(module, inputs):
+        raise RuntimeError("no compiler here")
+
+    optimizer, eager = (ClampedParameterOptimizer(parameters(), clamp_max=0.5) for _ in range(2))
+    step = compiled(optimizer, backend=broken)
+    with pytest.warns(UserWarning, match="no compiler here") as found:
+        run(optimizer, step)
+    assert len(found) == 1
+    run(eager, eager.step)
+    assert torch.equal(optimizer.param_groups[0]["params"][0], eager.param_groups[0]["params"][0])
+
+
+def test_closures_are_eager():
+    x = torch.ones(2, requires_grad=True)
+    optimizer = ClampedParameterOptimizer([x], LBFGS, clamp_max=3.0)
+    step = compiled(optimizer, backend="eager")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (x - 5).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        assert step(closure) >= 0
+    assert step.graphs == 0
+    assert x.tolist() == [3.0, 3.0]
+
+
+def test_a_scheduler_that_comes_later_sees_the_steps():
+    optimizer = ClampedParameterOptimizer(parameters(), lr=1.0, clamp_max=1.0)
+    step = compiled(optimizer, backend="eager")
+    run(optimizer, step, steps=2)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, step, steps=2)
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer, got 3"):
+        compiled(3)

@@ -1,0 +1,294 @@
+"""PGD, and the projections that it and APGD take: where they lead, and what they cost."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from bitwise import same_bits, snapshot
+from engine_cases import new_gradients, tensors
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall, Simplex
+from rai_toolbox.optim import PGD
+from rai_toolbox.optim.ball_projection import nearest_
+
+BALLS = {"linf": LinfBall, "l2": L2Ball, "l1": L1Ball}
+each_ball = pytest.mark.parametrize("kind", BALLS)
+
+
+def bounds(shape, seed=0, dtype=torch.float32):
+    """Of a perturbation of data in [0, 1], some of which is on the bounds of that."""
+    generator = torch.Generator().manual_seed(seed)
+    data = (torch.rand(shape, generator=generator, dtype=dtype) * 1.4 - 0.2).clamp(0, 1)
+    return -data, 1 - data
+
+
+# --- the projection -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 4.0])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 2, 7, 9), (2, 1500)])
+@each_ball
+def test_the_quick_projection_is_that_of_the_set(kind, shape, scale, dtype):
+    generator = torch.Generator().manual_seed(1)
+    radius = torch.tensor([0.0, 0.3, 2.0, 9.0, 1e3, 0.1], dtype=dtype)[: shape[0]]
+    epsilon = radius.view(-1, *(1,) * (len(shape) - 1)) * {"linf": 0.1, "l2": 0.5, "l1": 1}[kind]
+    constraint = BoundedBall(BALLS[kind](epsilon), *bounds(shape, dtype=dtype))
+    constraint = constraint.to(torch.float64)  # settings of another dtype than x
+    x = torch.randn(shape, generator=generator, dtype=dtype) * scale
+    expected = constraint.project(x)
+    found = nearest_(x.clone(), constraint)
+    # to some roundings of the largest entry that comes in, of which sums have some more
+    close = 8 * math.sqrt(x[0].numel()) * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=0, atol=close * max(1.0, scale))
+    assert (constraint.violation(found) == 0).all()
+    assert torch.equal(nearest_(found.clone(), constraint), found)
+    inside = constraint.sample_(torch.empty_like(x), generator) * 0.999
+    assert torch.equal(nearest_(inside.clone(), constraint), inside)
+
+
+@each_ball
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_hidden(kind, bad):
+    constraint = BoundedBall(BALLS[kind](0.5), *bounds((2, 6)))
+    x = torch.full((2, 6), 0.3)
+    x[0, 2] = bad
+    found = nearest_(x, constraint)
+    assert kind == "linf" or found[0].isnan().all()
+    assert kind != "linf" or math.isinf(bad) or found[0, 2].isnan()
+    assert found[1].isfinite().all()
+
+
+@each_ball
+def test_other_centers_bounds_and_dtypes_are_those_of_the_set(kind):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for constraint, dtype in (
+        (BoundedBall(BALLS[kind](0.5, center=0.2), -0.1, 0.9), torch.float32),
+        (BoundedBall(BALLS[kind](2.0), 0.1, 0.9), torch.float32),  # 0 is outside the bounds
+        (BoundedBall(BALLS[kind](0.5), -0.1, None), torch.float32),
+        (BoundedBall(BALLS[kind](0.5), -0.1, 0.4), torch.bfloat16),
+        (BALLS[kind](0.5), torch.float32),
+    ):
+        found = nearest_(x.to(dtype).clone(), constraint)
+        torch.testing.assert_close(found, constraint.project(x.to(dtype)), rtol=0, atol=1e-6)
+        assert (constraint.violation(found) == 0).all()
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ball", "q", "expected"),
+    [
+        (LinfBall(5.0), 0.0, [[-1.0, 1.0, 0.0, -1.0]]),
+        (L2Ball(5.0), 0.0, [[-0.6, 0.0, 0.0, -0.8]]),
+        (L1Ball(5.0), 0.5, [[-0.5, 0.0, 0.0, -0.5]]),
+        (L1Ball(5.0), 1.0, [[0.0, 0.0, 0.0, -1.0]]),  # one entry at least
+    ],
+)
+def test_a_step_has_length_lr_in_the_norm_of_the_ball(ball, q, expected):
+    x = torch.zeros(1, 4, requires_grad=True)
+    x.grad = torch.tensor([[3.0, -1e-30, 0.0, 4.0]])
+    PGD([x], constraint=ball, q=q, lr=1.0).step()
+    torch.testing.assert_close(x.detach(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_sparse_step_is_not_wasted_on_a_bound(maximize):
+    x = torch.tensor([[0.5, 0.0]], requires_grad=True)
+    x.grad = torch.tensor([[-9.0, -1.0]]) * (-1 if maximize else 1)
+    constraint = BoundedBall(L1Ball(5.0), -0.5, 0.5)
+    PGD([x], constraint=constraint, q=0.5, lr=0.25, maximize=maximize).step()
+    assert x.tolist() == [[0.5, 0.25]]
+
+
+def worst_case(c, kind, epsilon, lower, upper):
+    """min c.d over the ball within bounds, in closed form (by bisection for L2), one row."""
+    room = torch.where(c > 0, -lower, upper)
+    if kind == "linf":
+        return -(c.abs() * room.clamp(max=epsilon)).sum()
+    if kind == "l1":
+        order = c.abs().argsort(descending=True)
+        room, c = room[order], c[order]
+        before = room.cumsum(0) - room
+        return -(c.abs() * torch.minimum(room, (epsilon - before).clamp(min=0))).sum()
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        t = (low + high) / 2
+        long = torch.minimum(t * c.abs(), room).norm() > epsilon
+        low, high = (low, t) if long else (t, high)
+    return -(c.abs() * torch.minimum(low * c.abs(), room)).sum()
+
+
+def linear_cases(kind, n=4, size=30):
+    generator = torch.Generator().manual_seed(7)
+    c = torch.randn(n, size, generator=generator, dtype=torch.float64)
+    epsilon = {"linf": 0.2, "l2": 1.0, "l1": 3.0}[kind]
+    lower, upper = bounds((n, size), seed=8, dtype=torch.float64)
+    least = [worst_case(c[i], kind, epsilon, lower[i], upper[i]) for i in range(n)]
+    return c, BoundedBall(BALLS[kind](epsilon), lower, upper), torch.stack(least)
+
+
+@each_ball
+def test_the_worst_case_of_a_linear_objective(kind):
+    c, constraint, least = linear_cases(kind)
+    x = torch.zeros_like(c).requires_grad_()
+    opt = PGD([x], constraint=constraint, lr=0.2 if kind == "linf" else 0.5, q=0.9)
+    # For L2 the steps along c, projected, need more and more of it; for L1 they are exchanges
+    for i in range(400):
+        opt.param_groups[0]["lr"] = (0.2 if kind == "linf" else 0.5) * 0.98**i + 1e-9
+        x.grad = c.clone()
+        opt.step()
+        assert (constraint.violation(x.detach()) == 0).all()
+    reached = (c * x).sum(1)
+    gap = {"linf": 1e-12, "l2": 1e-6, "l1": 2e-2}[kind]
+    assert ((reached - least) >= -1e-9).all()
+    assert ((reached - least) <= gap * least.abs()).all()
+
+
+@pytest.mark.parametrize("how", ["closure", "two tensors", "a hook", "scaled"])
+@each_ball
+def test_the_quick_step_has_the_bits_of_the_general_one(kind, how):
+    constraint = BoundedBall(BALLS[kind](0.5), *bounds((3, 6)))
+
+    def run(general):
+        x, other = tensors((3, 6), (3, 6))
+        two = general and how == "two tensors"
+        scale = 2.0 if general and how == "scaled" else 1.0
+        opt = PGD(
+            [x, other] if two else [x], constraint=constraint, lr=0.1 / scale, grad_scale=scale
+        )
+        if general and how == "a hook":
+            opt.inner_opt.register_step_post_hook(lambda *_: None)
+        for i in range(5):
+            new_gradients([x, other], i)
+            opt.step((lambda: 0.0) if general and how == "closure" else None)
+        return x.detach()
+
+    assert same_bits(run(general=True), run(general=False))
+
+
+@each_ball
+def test_batched_is_row_by_row(kind):
+    lower, upper = bounds((3, 40))
+    radius = torch.tensor([0.2, 0.4, 0.8]).view(3, 1)
+
+    def run(rows):
+        ball = BALLS[kind](radius[rows])
+        (x,) = tensors((3, 40))
+        x = x.detach()[rows].clone().requires_grad_()
+        opt = PGD([x], constraint=BoundedBall(ball, lower[rows], upper[rows]), lr=0.1, momentum=0.5)
+        for i in range(4):
+            full = torch.zeros(3, 40, requires_grad=True)
+            new_gradients([full], i)
+            x.grad = full.grad[rows].clone()
+            opt.step()
+        return x.detach()
+
+    whole = run(slice(0, 3))
+    parts = torch.cat([run(slice(i, i + 1)) for i in range(3)])
+    torch.testing.assert_close(whole, parts, rtol=0, atol=2e-6)
+
+
+@each_ball
+def test_any_strides_and_param_ndim(kind):
+    constraint = BALLS[kind](0.5)
+    base = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    results = []
+    for make in (torch.Tensor.contiguous, lambda t: t.t().contiguous().t()):
+        x = make(base.clone()).requires_grad_()
+        x.grad = make(base.flip(0).clone())
+        PGD([x], constraint=constraint, lr=0.3, q=0.5).step()
+        results.append(x.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-7)
+    whole = base.clone().requires_grad_()
+    whole.grad = base.flip(0).clone()
+    PGD([whole], constraint=constraint, lr=0.3, param_ndim=None).step()
+    assert constraint.violation(whole.detach().reshape(1, -1)).item() == 0
+
+
+@each_ball
+def test_state_resumes_bit_for_bit(kind):
+    constraint = BoundedBall(BALLS[kind](0.5), *bounds((3, 6)))
+    (x,) = tensors((3, 6))
+    opt = PGD([x], constraint=constraint, lr=0.1, momentum=0.9)
+    new_gradients([x], 0)
+    opt.step()
+    y = x.detach().clone().requires_grad_()
+    other = PGD([y], constraint=LinfBall(9.0), lr=1.0, momentum=0.9)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for i in (1, 2):
+        for param, each in ((x, opt), (y, other)):
+            new_gradients([param], i)
+            each.step()
+    assert same_bits(snapshot([x], opt)["params"], snapshot([y], other)["params"])
+    assert other.param_groups[0]["constraint"] == constraint
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+class Passes(TorchDispatchMode):
+    """Notes all operators, and those whose result has a given number of entries."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names, self.all = size, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.all.append(func.overloadpacket.__name__)
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor) and value.numel() == self.size:
+                self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_an_linf_step_within_bounds_is_a_few_passes():
+    (x,) = tensors((16, 40))
+    opt = PGD([x], constraint=BoundedBall(LinfBall(0.1), *bounds((16, 40))), lr=0.01)
+    with Passes(x.numel()) as mode:
+        opt.step()
+    assert mode.names == ["add_", "clamp_", "clamp_"]
+    assert sum(name.startswith("_foreach") for name in mode.all) <= 4  # of the sign
+    assert sum("_record_function" not in name for name in mode.all) <= 8
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, TypeError, "`constraint` must be given"),
+        ({"constraint": None}, TypeError, "`constraint` must be a LinfBall"),
+        ({"constraint": Box(0.0, 1.0)}, TypeError, "`constraint` must be a LinfBall"),
+        ({"constraint": Simplex()}, TypeError, "`constraint` must be a LinfBall"),
+        ({"constraint": L2Ball(math.inf)}, ValueError, "`epsilon` of `constraint` must be finite"),
+        ({"constraint": L1Ball(1.0), "q": 1.5}, ValueError, r"`q` must be in \[0, 1\], got 1.5"),
+        ({"constraint": L2Ball(torch.ones(4, 1))}, ValueError, "`epsilon` must broadcast"),
+    ],
+)
+def test_what_is_refused(settings, error, message):
+    x = torch.zeros(3, 2, requires_grad=True)
+    with pytest.raises(error, match=message):
+        PGD([x], lr=0.1, **settings)
+
+
+def test_a_vector_is_no_batch_of_balls():
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="`param_ndim` must be None or 1 for a vector"):
+        PGD([x], constraint=L2Ball(1.0), lr=0.1)
+
+
+def test_inner_optimizers_of_another_kind():
+    x = torch.zeros(2, 3, requires_grad=True)
+    opt = PGD([x], partial(SGD, momentum=0.9), constraint=LinfBall(0.1), lr=0.04)
+    for _ in range(3):
+        x.grad = torch.ones(2, 3)
+        opt.step()
+    torch.testing.assert_close(x.detach(), torch.full((2, 3), -0.1))

@@ -1,0 +1,432 @@
+"""The short form: what it returns is in ball and box and the best, and what it costs."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from host_reads import HostReads
+from torch import nn
+from torch.optim import SGD
+
+from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning
+from rai_toolbox.perturbations.losses import (
+    cross_entropy,
+    dlr_loss,
+    is_fooled,
+    margin_loss,
+    targeted_dlr_loss,
+)
+
+N, SIZE, CLASSES = 24, (1, 5, 4), 4
+ORDER = {LinfBall: np.inf, L2Ball: 2, L1Ball: 1}
+BALLS = [LinfBall(0.07), L2Ball(0.4), L1Ball(1.3)]
+STEP = partial(ProjectedOptimizer, lr=0.05)
+ORACLE = partial(FrankWolfe, initial_step=2)
+
+
+def a_net(dtype=torch.float32):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, CLASSES))
+    with torch.no_grad():
+        net[1].weight.mul_(4)
+    return net.to(dtype)
+
+
+def images(dtype=torch.float32):
+    x = torch.rand(N, *SIZE, generator=torch.Generator().manual_seed(4))
+    return (1.4 * x - 0.2).clamp(0, 1).to(dtype)  # some pixels are at the ends of the range
+
+
+@pytest.fixture
+def problem():
+    net, x = a_net(), images()
+    return net, x, net(x).argmax(1)
+
+
+def check_inside(found, x, kind, epsilon, low=0.0, high=1.0):
+    data, x = found.double().flatten(1).numpy(), x.double().flatten(1).numpy()
+    assert (data >= low).all() and (data <= high).all()
+    epsilon = np.broadcast_to(np.asarray(epsilon, dtype=np.float64).reshape(-1), len(x))
+    # (the numbers are exact in float64, whose sums and roots may be off by some 1e-16)
+    slack = 1 if kind is LinfBall else 1 + 1e-14
+    assert (np.linalg.norm(data - x, ORDER[kind], axis=1) <= epsilon * slack).all()
+
+
+# --- inside -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=repr)
+@pytest.mark.parametrize("optimizer", [STEP, ORACLE], ids=["projection", "oracle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_what_is_returned_is_in_ball_and_box(ball, optimizer, dtype, random_start):
+    net, x = a_net(dtype), images(dtype)
+    target = net(x).argmax(1)
+    found = attack(
+        net, x, target, ball=ball, optimizer=optimizer, steps=15, random_start=random_start
+    )
+    check_inside(found.data, x, type(ball), ball.epsilon)
+    assert not torch.equal(found.data, x)
+    if optimizer is ORACLE:
+        return
+    # and near the boundary, so that it is the set that has stopped it
+    norms = np.linalg.norm((found.data - x).double().flatten(1).numpy(), ORDER[type(ball)], axis=1)
+    assert (norms > 0.99 * ball.epsilon).any()
+
+
+@pytest.mark.parametrize("ball", BALLS[:2], ids=repr)
+def test_rounding_alone_would_leave_the_ball(ball):
+    # so that the test above sees what it is to see: data plus delta is outside for some
+    x = images()
+    delta = type(ball)(ball.epsilon).project(torch.randn(N, *SIZE))
+    sums = (x + delta).double().flatten(1).numpy() - x.double().flatten(1).numpy()
+    assert (np.linalg.norm(sums, ORDER[type(ball)], axis=1) > ball.epsilon).any()
+
+
+@pytest.mark.parametrize("kind", ORDER)
+@pytest.mark.parametrize("shape", [(N,), (N, 1, 1, 1)])
+def test_a_radius_for_each_datum(problem, kind, shape):
+    net, x, y = problem
+    epsilon = torch.linspace(0, 0.6, N, dtype=torch.float64)
+    found = attack(net, x, y, ball=kind(epsilon.reshape(shape)), optimizer=STEP, steps=10)
+    check_inside(found.data, x, kind, epsilon.numpy())
+    assert torch.equal(found.data[0], x[0])  # radius 0
+
+
+@pytest.mark.parametrize(
+    "data_range",
+    [
+        (0.0, 1.0),
+        (-0.5, 1.5),
+        (torch.tensor(0.0), torch.full((5, 1), 1.0)),
+        (torch.zeros(1, 1, 1), torch.ones(N, *SIZE)),
+    ],
+)
+def test_the_range_of_the_data(problem, data_range):
+    net, x, y = problem
+    found = attack(net, x, y, ball=LinfBall(0.4), data_range=data_range, optimizer=STEP, steps=10)
+    low, high = (float(torch.as_tensor(bound).flatten()[0]) for bound in data_range)
+    check_inside(found.data, x, LinfBall, 0.4, low, high)
+    if low == 0.0:
+        assert found.data.min() == 0 and found.data.max() == 1
+    else:
+        assert found.data.min() < 0 and found.data.max() > 1
+
+
+def test_no_range(problem):
+    net, x, y = problem
+    found = attack(net, x, y, ball=LinfBall(0.4), data_range=None, optimizer=STEP, steps=10)
+    check_inside(found.data, x, LinfBall, 0.4, -0.4, 1.4)
+    assert found.data.min() < 0 and found.data.max() > 1
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=repr)
+@pytest.mark.parametrize("data_range", [(0.0, 1.0), None])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_a_mask_keeps_all_else_bit_for_bit(problem, ball, data_range, random_start):
+    net, x, y = problem
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[:, 1:3] = True
+    found = attack(
+        net, x, y, ball=ball, mask=mask, data_range=data_range, optimizer=STEP, steps=9,
+        random_start=random_start, stop_once_fooled=True, restarts=2,
+    )  # fmt: skip
+    changed = found.data != x
+    assert not changed[:, ~mask].any() and changed[:, mask].any()
+    check_inside(found.data, x, type(ball), ball.epsilon, *(data_range or (-9, 9)))
+
+
+# --- the best -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", [None, cross_entropy, dlr_loss])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_losses_and_success_are_those_of_what_is_returned(problem, criterion, targeted):
+    net, x, y = problem
+    target = (y + 1) % CLASSES if targeted else y
+    if targeted and criterion is dlr_loss:
+        criterion = targeted_dlr_loss
+    found = attack(
+        net, x, target, ball=L2Ball(0.4), optimizer=STEP, steps=12, criterion=criterion,
+        targeted=targeted,
+    )  # fmt: skip
+    with torch.no_grad():
+        loss = margin_loss if criterion is None else criterion
+        assert torch.equal(found.losses, loss(net(found.data), target))
+        assert torch.equal(found.fooled, is_fooled(net(found.data), target, targeted))
+        clean = loss(net(x), target)
+    # (of two that fool, the one of the larger loss; but who fools comes first)
+    better = found.losses <= clean + 1e-6 if targeted else found.losses >= clean - 1e-6
+    assert (better | found.fooled).all()
+    assert found.fooled.any() and not found.fooled.all()
+    assert found.model_calls == 14
+
+
+def test_who_fools_comes_before_who_has_a_larger_loss():
+    # cross entropy is larger at the end, where the model is right, than on the way, where it is not
+    class Trap(nn.Module):
+        def forward(self, x):
+            d = x[:, 0]
+            near = torch.stack([1 - 20 * d, torch.zeros_like(d), d * 0 - 9.0], 1)
+            far = torch.stack([2 + d * 0, 1.9 + d * 0, 3 * d], 1)
+            return torch.where(d[:, None] < 0.2, near, far)
+
+    x = torch.full((1, 2), 0.0)
+    found = attack(
+        Trap(), x, torch.tensor([0]), ball=LinfBall(0.9), criterion=cross_entropy, steps=12,
+        optimizer=partial(ProjectedOptimizer, lr=0.004), data_range=None,
+    )  # fmt: skip
+    assert found.fooled.all() and found.data[0, 0] < 0.2
+
+
+def test_more_of_anything_is_never_worse(problem):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=L2Ball(0.25), optimizer=STEP)
+    torch.manual_seed(0)
+    few = run(steps=3)
+    more_steps = run(steps=12)
+    restarts = run(steps=3, restarts=4)
+    assert (more_steps.losses >= few.losses - 1e-6).all()
+    assert (restarts.losses >= few.losses - 1e-6).all()
+    assert (restarts.losses > few.losses + 1e-3).any()
+    wider = attack(net, x, y, ball=L2Ball(0.5), optimizer=STEP, steps=12)
+    assert wider.fooled.sum() > more_steps.fooled.sum()
+
+
+def test_the_first_run_starts_at_the_data(problem):
+    net, x, y = problem
+    found = attack(net, x, y, ball=L2Ball(0.25), optimizer=STEP, steps=0)
+    assert torch.equal(found.data, x) and found.model_calls == 2
+    started = attack(net, x, y, ball=L2Ball(0.25), optimizer=STEP, steps=0, random_start=True)
+    assert (started.data != x).flatten(1).any(1).all()
+
+
+def test_a_generator_makes_it_reproducible(problem):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=L1Ball(0.5), optimizer=STEP, steps=2, random_start=True)
+    a, b, c = (run(generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a.data, b.data) and not torch.equal(a.data, c.data)
+
+
+def test_rivals_find_what_one_loss_does_not(problem):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=L2Ball(0.3), optimizer=STEP, steps=6)
+    one, all_of_them = run(), run(rivals=CLASSES - 1)
+    assert all_of_them.model_calls == 1 + 3 * 7 + 1
+    assert all_of_them.losses.mean() >= one.losses.mean()
+    assert torch.equal(all_of_them.losses > 0, all_of_them.fooled)
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.rows = net, []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("rivals", [None, 2])
+def test_nothing_is_spent_on_who_is_fooled(problem, rivals):
+    net, x, y = problem
+    run = partial(stopping_or_not, x=x, y=y, rivals=rivals)
+    whole, short = Counting(net), Counting(net)
+    torch.manual_seed(0)
+    expected = run(whole, stop_once_fooled=False)
+    torch.manual_seed(0)
+    found = run(short, stop_once_fooled=True)
+    assert sum(short.rows) < 0.7 * sum(whole.rows)
+    assert found.model_calls == len(short.rows)
+    assert expected.model_calls == len(whole.rows)
+    assert found.fooled.any() and not found.fooled.all()
+    # the runs of the others take the same steps up to chance, so that success is about equal
+    assert abs(int(found.fooled.sum()) - int(expected.fooled.sum())) <= 1
+    check_inside(found.data, x, LinfBall, 0.1)
+
+
+def stopping_or_not(net, *, x, y, rivals, stop_once_fooled):
+    return attack(
+        net, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=20, restarts=2, rivals=rivals,
+        stop_once_fooled=stop_once_fooled,
+    )  # fmt: skip
+
+
+def test_no_step_reads_a_value(problem, as_on_a_device):
+    net, x, y = problem
+
+    def reads(steps):
+        with HostReads() as mode:
+            attack(net, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=steps)
+        return mode.count
+
+    assert reads(3) == reads(30)
+
+
+def test_the_model_is_as_it_was(problem):
+    net = nn.Sequential(problem[0], nn.Dropout(0.3)).train()
+    problem[0].eval()
+    net[0][1].bias.requires_grad_(False)
+    before = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    _, x, y = problem
+
+    def fail(logits, target):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        attack(net, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=3, criterion=fail)
+    attack(net, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=3)
+    after = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    assert before == after and all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(problem, context):
+    net, x, y = problem
+    run = partial(attack, ball=L2Ball(0.4), optimizer=STEP, steps=5, mask=torch.ones(SIZE).bool())
+    expected = run(net, x, y)
+    with context():
+        found = run(net, x * 1, y * 1)
+    assert torch.equal(found.data, expected.data) and not found.data.is_inference()
+
+
+def test_autocast_around_it(problem):
+    net, x, y = problem
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attack(net, x, y, ball=L2Ball(0.4), optimizer=STEP, steps=5)
+    assert found.data.dtype == torch.float32
+    check_inside(found.data, x, L2Ball, 0.4)
+
+
+def test_a_model_that_depends_on_chance(problem):
+    net, x, y = problem
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return net(x + 0.02 * torch.randn_like(x))
+
+    torch.manual_seed(0)
+    found = attack(Noisy(), x, y, ball=L2Ball(0.4), optimizer=STEP, steps=5, samples=4)
+    assert found.model_calls == 4 * 7
+    check_inside(found.data, x, L2Ball, 0.4)
+    assert margin_loss(net(found.data), y).mean() > margin_loss(net(x), y).mean() + 0.2
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+BAD = {
+    "data below": (
+        {"data": lambda x: x - 0.5},
+        ValueError,
+        r"`data` must be within `data_range`, \[0, 1\], got -",
+    ),
+    "data above": (
+        {"data": lambda x: 255 * x},
+        ValueError,
+        r"`data` must be within `data_range`, \[0, 1\], got \d",
+    ),
+    "nan": ({"data": lambda x: x.log().sqrt()}, ValueError, "`data` must be finite"),
+    "integers": (
+        {"data": lambda x: x.long()},
+        TypeError,
+        "`data` must be of a floating-point dtype",
+    ),
+    "one dim": (
+        {"data": lambda x: x[:, 0, 0, 0]},
+        ValueError,
+        r"`data` must have the shape \(N, ...\)",
+    ),
+    "class too high": (
+        {"target": lambda y: y + 3},
+        ValueError,
+        r"`target` must hold classes from 0 to 3, got [456]",
+    ),
+    "class too low": (
+        {"target": lambda y: y - 9},
+        ValueError,
+        "`target` must hold classes >= 0, got -",
+    ),
+    "target one-hot": (
+        {"target": lambda y: nn.functional.one_hot(y, 4)},
+        ValueError,
+        r"shape \(24,\), got shape \(24, 4\)",
+    ),
+    "target short": ({"target": lambda y: y[:3]}, ValueError, r"shape \(24,\), got shape \(3,\)"),
+    "target float": (
+        {"target": lambda y: y.float()},
+        TypeError,
+        "`target` must hold classes, .* got torch.float32",
+    ),
+    "loss of all": (
+        {"criterion": nn.CrossEntropyLoss()},
+        ValueError,
+        r"`criterion` must give one value for each datum",
+    ),
+    "no ball": ({"ball": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
+    "center": ({"ball": L2Ball(1.0, center=1.0)}, ValueError, "`ball` must have no center"),
+    "infinite": ({"ball": L2Ball(float("inf"))}, ValueError, "`epsilon` of `ball` must be finite"),
+    "epsilons": (
+        {"ball": L2Ball(torch.ones(3))},
+        ValueError,
+        r"one value for each datum, shape \(24,\), got shape \(3,\)",
+    ),
+    "range": ({"data_range": (1.0, 0.0)}, ValueError, "`lower` must be <= `upper`"),
+    "range shape": (
+        {"data_range": (0.0, torch.ones(7))},
+        ValueError,
+        "`data_range` must broadcast",
+    ),
+    "range number": ({"data_range": 1.0}, TypeError, "`data_range` must be a pair"),
+    "mask": ({"mask": torch.ones(SIZE)}, TypeError, "`mask` must be a tensor of bools"),
+    "mask shape": ({"mask": torch.ones(7).bool()}, ValueError, "`mask` must broadcast"),
+    "steps": ({"steps": -1}, ValueError, "`steps` must be >= 0, got -1"),
+    "restarts": ({"restarts": 0}, ValueError, "`restarts` must be >= 1, got 0"),
+    "samples": ({"samples": 0}, ValueError, "`samples` must be >= 1, got 0"),
+    "rivals": ({"rivals": 4}, ValueError, "from 1 to 3, the number of other classes, got 4"),
+    "rivals, targeted": ({"rivals": 2, "targeted": True}, ValueError, "`rivals` must be None with"),
+    "optimizer": ({"optimizer": SGD}, TypeError, "`optimizer` must take `constraint`"),
+    "logits": (
+        {"model": nn.Identity()},
+        ValueError,
+        r"`model` must give logits of shape \(24, K\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(problem, name):
+    change, error, match = BAD[name]
+    arguments = dict(zip(("model", "data", "target"), problem, strict=True))
+    arguments |= {"ball": LinfBall(0.1), "optimizer": STEP, "steps": 2}
+    for key, value in change.items():
+        computed = key in ("data", "target")
+        arguments[key] = value(arguments[key]) if computed else value
+    before = problem[1].clone()
+    with pytest.raises(error, match=match):
+        attack(**arguments)
+    assert torch.equal(problem[1], before)
+    assert all(p.requires_grad for p in problem[0].parameters())
+
+
+def test_a_negative_radius_is_no_ball():
+    with pytest.raises(ValueError, match="`epsilon` must be >= 0, got -4.0"):
+        LinfBall(-4.0)
+
+
+def test_a_model_that_does_not_look_at_its_input(problem):
+    net = problem[0]
+    with torch.no_grad():
+        net[1].weight.zero_()
+    with pytest.warns(ZeroGradientWarning, match="of 24 of 24 data is 0"):
+        found = attack(
+            net, problem[1], net(problem[1]).argmax(1), ball=LinfBall(0.1), optimizer=STEP, steps=3
+        )
+    assert found.zero_gradient.all() and not found.fooled.any()
+    assert torch.equal(found.data, problem[1])
