@@ -272,12 +272,16 @@ def run(size: Size) -> Report:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Attacks side by side with other libraries.")
     parser.add_argument("--quick", action="store_true", help="small and few: a first look")
+    parser.add_argument(
+        "--budget", type=float, default=Size.budget_s, help="seconds for each of the timed parts"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder for the tables")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    report = {**machine.describe(), "quick": args.quick, **run(QUICK if args.quick else Size())}
+    size = QUICK if args.quick else Size(budget_s=args.budget)
+    report = {**machine.describe(), "quick": args.quick, **run(size)}
     print(verdict_table(report))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "attacks.json"

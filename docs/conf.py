@@ -26,4 +26,4 @@ napoleon_google_docstring = False
 
 # The README links to files of the repository, which are no pages here.
 suppress_warnings = ["myst.xref_missing"]
-exclude_patterns = ["stationarity/*"]  # parts of pages
+exclude_patterns = ["stationarity/*", "attacks/*", "speed/*"]  # parts of pages

@@ -108,10 +108,11 @@ def test_hooks_of_a_user_are_called_for_each_tensor():
 @pytest.mark.parametrize("param_ndim", [-1, 0, None])
 def test_the_number_of_operators_does_not_depend_on_the_shape(make, param_ndim):
     def of(*shape):
-        return len(operators(make(tensors(shape), param_ndim=param_ndim)))
+        (x,) = tensors(shape)
+        x.grad = -100 * x.detach()  # outwards: what is inside a set may take fewer
+        return operators(make([x], param_ndim=param_ndim))
 
-    counts = of(4, 8), of(300, 8), of(4, 70)
-    assert max(counts) - min(counts) <= 40  # for what is inside a set may take fewer
+    assert of(4, 8) == of(300, 8) == of(4, 70)
 
 
 # --- no waiting for a device -------------------------------------------------------------------

@@ -132,9 +132,14 @@ class MinMaxNorm(Constraint):
         off = torch.maximum(length - self.max_norm, self.min_norm - length)
         factor = torch.where(off <= missed, 1.0, goal / length)
         dtype = torch.finfo(scale_dtype(x))
-        if not bool(((factor >= dtype.smallest_normal) & (factor <= dtype.max)).all()):
-            return False  # too far for one factor, nothing to scale, or not finite
+        fit = ((factor >= dtype.smallest_normal) & (factor <= dtype.max)).view(-1)
+        # Too far for one factor, nothing to scale, or not finite: row by row, for the same bits
+        # beside any other rows.
+        at = fit.logical_not().nonzero().view(-1)
+        others = super().project_(x.index_select(0, at)) if len(at) else None
         x.mul_(factor.to(scale_dtype(x)))
+        if others is not None:
+            x.index_copy_(0, at, others)
         return True
 
     def violation(self, x: Tensor) -> Tensor:  # noqa: D102

@@ -3,6 +3,7 @@
 from rai_toolbox.optim.apgd import APGD
 from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.clamped import ClampedGradientOptimizer, ClampedParameterOptimizer
+from rai_toolbox.optim.compiling import compiled
 from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.frank_wolfe_balls import (
@@ -45,5 +46,6 @@ __all__ = [
     "SettingScheduler",
     "SignedGradientOptim",
     "TopQGradientOptimizer",
+    "compiled",
     "constrain",
 ]

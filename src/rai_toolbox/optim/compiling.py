@@ -61,7 +61,8 @@ def compiled(
     Examples
     --------
     >>> import torch
-    >>> from rai_toolbox.optim import ClampedParameterOptimizer, compiled
+    >>> from rai_toolbox.optim import ClampedParameterOptimizer
+    >>> from rai_toolbox.optim import compiled
     >>> x = torch.ones(2, requires_grad=True)
     >>> optim = ClampedParameterOptimizer([x], lr=1.0, clamp_max=3.0)
     >>> step = compiled(optim)

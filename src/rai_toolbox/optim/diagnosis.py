@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.blocks import widened
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.gradient_mapping import step_size
 
 
@@ -25,7 +26,7 @@ def active(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
     reach = torch.finfo(x.dtype).eps ** 0.5
     x, gradient = widened(x), widened(gradient)
     y = x - step_size(x, gradient, constraint, reach=reach, lr=reach) * gradient
-    moved = constraint.project(y) != y
+    moved = complete(constraint.project(y) != y)
     return moved if constraint.elementwise else moved.flatten(1).any(1)
 
 

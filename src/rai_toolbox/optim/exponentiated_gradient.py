@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from rai_toolbox.batch import check_param_ndim
+from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import as_plain, check_finite
 from rai_toolbox.constraints.blocks import widened
+from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
 from rai_toolbox.optim.inner import not_compiled
 from rai_toolbox.optim.settings import (
@@ -167,6 +168,11 @@ def exponentiated_step(x: Tensor, exponent: Tensor, total: float) -> Tensor:
 
 
 def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
+    if is_sharded(param):
+        first = param.ndim - sub_ndim(param.ndim, group["param_ndim"])
+        coupled = range(first, param.ndim)
+        on_shards_(param, coupled, lambda whole: _stepped_shard(whole, grad, group))
+        return
     dense = grad if grad.layout is torch.strided else grad.to_dense()
     seen = widened(dense)
     speed = group["lr"] if group["maximize"] else -group["lr"]
@@ -177,6 +183,12 @@ def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
         shape = batch_shape_in(param, group)
         x = exponentiated_step(param.reshape(shape), exponent.reshape(shape), group["total"])
         param.copy_(x.view(param.shape))
+
+
+def _stepped_shard(whole: Any, grad: Any, group: Group) -> Tensor:
+    local = local_of(whole)
+    _step_(local, grad.redistribute(placements=whole.placements).to_local(), group)
+    return local
 
 
 def _check(group: Group) -> None:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import as_plain, check_finite, check_non_negative, check_number
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.diagnosis import frank_wolfe_gap
 from rai_toolbox.optim.frank_wolfe_steps import go_, move_of, search_, seen
 from rai_toolbox.optim.inner import not_compiled
@@ -293,7 +294,7 @@ def _gap(group: Group) -> Tensor:
     for param in group["params"]:
         if param.grad is not None:
             constraint, x, grad = seen(param, group)
-            total += frank_wolfe_gap(x, grad, constraint).to(total)
+            total += complete(frank_wolfe_gap(x, grad, constraint)).to(total)
     return total
 
 

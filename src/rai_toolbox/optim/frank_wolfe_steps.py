@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.blocks import widened
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.settings import TINY, batch_shape_in
 from rai_toolbox.optim.wrapper import Group
 
@@ -35,13 +36,13 @@ class Move(NamedTuple):
 
     def bound(self, a: Tensor, smoothness: float) -> float:
         """What the loss changes by at most, if `smoothness` is right."""
-        return float((a * (a * self.square * (smoothness / 2) - self.gap)).sum())
+        return float(complete((a * (a * self.square * (smoothness / 2) - self.gap)).sum()))
 
     def mean_slope(self, a: Tensor) -> float:
         """The change of a quadratic loss, from the gradients at both ends of the step."""
         constraint, _, grad = seen(self.param, self.group)
         ahead = _inner(grad, widened(self.end) - widened(self.start), constraint)
-        return float((a * (ahead - self.gap)).sum()) / 2
+        return float(complete((a * (ahead - self.gap)).sum())) / 2
 
 
 def move_of(param: Tensor, group: Group) -> Move:
@@ -84,10 +85,10 @@ def search_(moves: list[Move], loss: Any, closure: Callable[[], Any]) -> list[Mo
     Returns those that have moved: all, or none where no trial lowers the loss.
     """
     value = _number(loss)
-    gap = sum(float(move.gap.sum()) for move in moves)
+    gap = sum(float(complete(move.gap.sum())) for move in moves)
     if gap <= 0:  # there is nothing to gain, or no gradient
         return []
-    whole = gap / max(sum(float(move.square.sum()) for move in moves), TINY)
+    whole = gap / max(sum(float(complete(move.square.sum())) for move in moves), TINY)
     last = [move.group.get("smoothness") for move in moves]
     least = [whole if L is None else max(_SHRINK * L, whole / 1024) for L in last]
     hidden = 8 * _precision(loss, moves) * abs(value)
@@ -117,7 +118,7 @@ def search_(moves: list[Move], loss: Any, closure: Callable[[], Any]) -> list[Mo
 def _number(loss: Any) -> float:
     if loss is None:
         raise TypeError("`closure` must return the loss with `line_search=True`, got None")
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    return float(complete(loss.detach()) if isinstance(loss, Tensor) else loss)
 
 
 def _precision(loss: Any, moves: list[Move]) -> float:

@@ -15,6 +15,7 @@ from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim import diagnosis
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import map_gradient_
@@ -341,7 +342,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
             if gradients:
                 grad = param.grad.detach().to_dense() if param.grad.is_sparse else param.grad
                 seen.append((-grad if group.get("maximize", False) else grad).reshape(shape))
-            yield of(*seen, constraint)
+            yield complete(of(*seen, constraint))
 
     # Checks
 

@@ -138,8 +138,7 @@ def attack(
     Examples
     --------
     >>> import torch
-    >>> from rai_toolbox.checks import check_count
-    from rai_toolbox.constraints import L2Ball
+    >>> from rai_toolbox.constraints import L2Ball
     >>> from rai_toolbox.optim import FrankWolfe
     >>> from rai_toolbox.perturbations import attack
     >>> model, x, y = torch.nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])
