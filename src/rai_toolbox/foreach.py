@@ -21,6 +21,11 @@ def are_plain(tensors: list[Tensor]) -> bool:
     return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
 
 
+def together(tensors: list[Tensor]) -> bool:
+    """Whether a foreach operator pays: for one tensor it takes ten times as long as its own."""
+    return len(tensors) > 1 and are_plain(tensors)
+
+
 def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
     """Yield the list in pieces that stay in cache between two passes."""
     for start in range(0, len(tensors), size):
@@ -29,7 +34,7 @@ def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
 
 def mul_(tensors: list[Tensor], factor: float) -> None:
     """Multiply every tensor by a number, in place."""
-    if are_plain(tensors):
+    if together(tensors):
         torch._foreach_mul_(tensors, factor)
     else:
         for tensor in tensors:
@@ -38,7 +43,7 @@ def mul_(tensors: list[Tensor], factor: float) -> None:
 
 def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
     """Multiply every tensor by the factor of its own, in place."""
-    if are_plain(tensors):
+    if together(tensors):
         with below_autograd():
             torch._foreach_mul_(tensors, factors)
     else:
@@ -48,7 +53,7 @@ def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
 
 def add_(tensors: list[Tensor], term: float) -> None:
     """Add a number to every tensor, in place."""
-    if are_plain(tensors):
+    if together(tensors):
         torch._foreach_add_(tensors, term)
     else:
         for tensor in tensors:

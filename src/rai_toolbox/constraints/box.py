@@ -14,7 +14,7 @@ from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.randomness import uniform
 from rai_toolbox.constraints.rounding import as_rounded, as_wide
-from rai_toolbox.foreach import are_plain, in_chunks
+from rai_toolbox.foreach import in_chunks, together
 
 # Two passes of a foreach kernel (min, then max) are quicker than one `clamp_` per tensor up to
 # about this many elements; beyond it the second pass over memory costs more than the dispatch.
@@ -142,7 +142,7 @@ def clamp_(
     elif any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
             tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
-    elif are_plain(tensors):
+    elif together(tensors):
         with below_autograd():
             for chunk in in_chunks(tensors):
                 _clamp_chunk_(chunk, lower, upper)
