@@ -9,6 +9,7 @@ import torch._dynamo
 from bitwise import same_bits
 from torch.optim import SGD, Adam
 
+from rai_toolbox import foreach
 from rai_toolbox.constraints import L1Ball, L2Ball, Simplex
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
@@ -186,3 +187,14 @@ def test_an_exponent_beyond_the_largest_number_is_a_very_large_one():
     x.grad = torch.tensor([-1e308, 0.0, 1e308], dtype=torch.float64)
     opt.step()
     assert x.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [0.9, 1 / 3, 1e-3])
+def test_a_number_times_one_tensor_is_as_among_others(dtype, number):
+    for operator in (foreach.mul_, foreach.add_):
+        alone = torch.linspace(-3, 3, 64).to(dtype)
+        first, second = alone.clone(), alone.clone()
+        operator([alone], number)
+        operator([first, second], number)
+        assert torch.equal(alone, first)
