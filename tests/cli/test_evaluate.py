@@ -86,7 +86,6 @@ def folder(tmp_path, monkeypatch):
 
 def run(*changed, **options):
     """Run the command with these options instead of the usual ones."""
-    pytest.importorskip("matplotlib")
     given = {"model": "nets:mortal", "data": "data.npz", "norm": "linf", "epsilon": "0.05 0.3"}
     given |= {"steps": "5", "batch-size": "10"} | {
         k.replace("_", "-"): v for k, v in options.items()

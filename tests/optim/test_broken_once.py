@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam
 from rai_toolbox import foreach
 from rai_toolbox.constraints import L1Ball, L2Ball, Simplex
 from rai_toolbox.optim import (
+    APGD,
     ChainedParamTransformingOptimizer,
     ExponentiatedGradient,
     FrankWolfe,
@@ -198,3 +199,14 @@ def test_a_number_times_one_tensor_is_as_among_others(dtype, number):
         operator([alone], number)
         operator([first, second], number)
         assert torch.equal(alone, first)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("momentum", 2.0), ("rho", -1.0), ("steps", 0), ("constraint", None)]
+)
+def test_apgd_refuses_a_bad_value_that_is_scheduled(setting, value):
+    opt = APGD([torch.zeros(2, 3, requires_grad=True)], constraint=L2Ball(1.0), steps=5)
+    before = opt.param_groups[0][setting]
+    with pytest.raises((TypeError, ValueError), match=setting):
+        SettingScheduler(opt, setting, lambda step: value)
+    assert opt.param_groups[0][setting] is before

@@ -128,8 +128,6 @@ def test_parts_that_do_not_fit_are_refused(changed, said):
 
 @pytest.fixture
 def drawn():
-    pytest.importorskip("matplotlib")
-
     def draw(*shape):
         data = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
         target = torch.tensor([0, 1, 2])
@@ -164,5 +162,4 @@ def test_examples_show_what_was_changed_and_misread(drawn):
 
 
 def test_without_examples_there_are_only_panels():
-    pytest.importorskip("matplotlib")
     assert len(report().plot().subfigs) == 1

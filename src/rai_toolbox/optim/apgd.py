@@ -133,6 +133,10 @@ class APGD(Optimizer):
         _check(group)
         super().add_param_group(group)
 
+    def _check_group(self, group: Group) -> None:
+        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
+        _check(group)
+
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain data and tensors; a constraint as its `to_plain`.
