@@ -31,9 +31,18 @@ from rai_toolbox.constraints.rounding import (
     noise,
     offset_from,
     round_down,
+    round_up,
     spacing,
 )
-from rai_toolbox.constraints.threshold import Values, each, precision, row_sum, threshold
+from rai_toolbox.constraints.threshold import (
+    Values,
+    each,
+    is_narrow,
+    narrow_threshold,
+    precision,
+    row_sum,
+    threshold,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +262,8 @@ class L1Ball(_Ball):
         return (row_sum(magnitudes) - self.epsilon).clamp(min=0)
 
     def _projected(self, units: Tensor) -> Tensor:
+        if self.center is None and is_narrow(units):
+            return self._narrow(units)
         dtype = units.dtype
         magnitudes = self._magnitudes(units, dtype)
         excess = self._beyond(magnitudes).detach()
@@ -268,6 +279,19 @@ class L1Ball(_Ball):
                 placed = offset_from(at, torch.copysign(soft, widened(piece) - at), dtype)
             result.append(torch.where(excess <= 0, piece, placed))
         return result[0] if len(result) == 1 else torch.cat(result, 1)
+
+    def _narrow(self, units: Tensor) -> Tensor:
+        """`_projected` of rows that float32 holds, without a center."""
+        size = units.abs().float()
+        excess = self._beyond([lambda: widened(size)])
+        lost = torch.finfo(torch.float32).eps  # by two roundings to nearest below
+        total = self._inner(size.shape[1]) * (1 - 2 * precision(units.dtype) - lost)
+        near, rest = narrow_threshold(size, total)
+        # (a rest that is rounded up keeps the entries at the threshold from being above it)
+        soft = size.sub_(near).sub_(round_up(rest, torch.float32)).clamp_(min=0)
+        soft = round_down(soft, units.dtype) if units.dtype != soft.dtype else soft
+        placed = soft.copysign_(units).where(excess > 0, units)
+        return placed.masked_fill_(~excess.isfinite(), torch.nan)
 
     def _magnitudes(self, x: Tensor, dtype: torch.dtype) -> list[Values]:
         if self.center is None:
@@ -305,7 +329,10 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
     size = x.shape[x.ndim - ndim :].numel()
-    factor = _shrinking(norm(readable(x), 2, ndim), epsilon, x, size)
+    length = norm(readable(x), 2, ndim)
+    if in_blocks(x) and not torch.is_grad_enabled() and bool((length <= epsilon).all()):
+        return x
+    factor = _shrinking(length, epsilon, x, size)
     if x.device.type != "cpu":
         return x.mul_(factor)  # in wide arithmetic, in one pass
     for narrow in _narrowed(factor, x):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
+from rai_toolbox.constraints.blocks import in_blocks
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.norms import norm, scale_dtype
 from rai_toolbox.foreach import mul_
@@ -49,9 +50,12 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
         normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
         return x
     length = norm(readable(x), p, ndim)
+    info = torch.finfo(scale_dtype(x))
+    divisor = length.clamp(max(div_by_zero_eps, info.smallest_normal), info.max)
+    if in_blocks(x) and not torch.is_grad_enabled() and bool((divisor == length).all()):
+        return x.div_(length.to(scale_dtype(x)))  # as below, in fewer calls
     length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
-    info = torch.finfo(scale_dtype(x))
     # Two divisions: a norm can be beyond the numbers that the dtype holds, or holds precisely.
     first = divisor.clamp(info.smallest_normal, info.max)
     return x.div_(first.to(scale_dtype(x))).div_((divisor / first).to(scale_dtype(x)))

@@ -50,8 +50,11 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
         lengths = _of_rows(x.reshape(*batch, -1), p, long, reduce)
     elif not long and x.is_contiguous():  # the same sums, in fewer calls
         rows = x.view(-1, x.shape[len(batch) :].numel())
-        parts = rows.split(max(1, _block(x) // rows.shape[1]))
-        lengths = torch.cat([reduce(part, p, (-1,)) for part in parts])
+        if x.numel() <= _LEAST:
+            lengths = reduce(rows, p, (-1,))
+        else:
+            parts = rows.split(max(1, _block(x) // rows.shape[1]))
+            lengths = torch.cat([reduce(part, p, (-1,)) for part in parts])
     else:
         block = _block(x)
         buffer = x.new_empty(min(block, x.numel()), dtype=_wide(x))

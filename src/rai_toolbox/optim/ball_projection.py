@@ -53,7 +53,7 @@ def nearest_(x: Tensor, constraint: Constraint) -> Tensor:
         return between_(between_(x, lower, upper), -epsilon, epsilon)
     if isinstance(ball, L2Ball):
         _shorten_(x, as_wide(ball.epsilon, x), lower, upper)
-        return project_l2_ball_(x, ball.epsilon, x.ndim - 1)  # for the last rounding
+        return project_l2_ball_(x, ball.epsilon, x.ndim - 1)  # should rounding have lengthened it
     return _lessen_(x, as_wide(ball.epsilon, x), lower, upper)
 
 
@@ -105,17 +105,20 @@ def _shorten_(x: Tensor, epsilon: Tensor, lower: Bound, upper: Bound) -> Tensor:
     The square of the length is a concave function of t^2, so that Newton's method stays on the
     near side of the root where it starts there, and can end at any time.
     """
-    y = between_(x.clone(), lower, upper)
-    outside = ~(norm(y, 2, x.ndim - 1) <= epsilon)
+    clamped = between_(x.clone(), lower, upper)
+    outside = ~(norm(clamped, 2, x.ndim - 1) <= epsilon)
+    if in_blocks(x) and not bool(outside.any()):
+        return x.copy_(clamped)
+    epsilon = epsilon * (1 - torch.finfo(x.dtype).eps)  # what rounding may add to it
     t = torch.where(outside, epsilon / norm(x, 2, x.ndim - 1), 1.0).clamp(max=1)
-    least = 4 * torch.finfo(x.dtype).eps
+    moved, least = torch.empty_like(x), 4 * torch.finfo(x.dtype).eps
     for _ in range(_NEWTON):
-        moved = torch.mul(x, t.to(x.dtype), out=y)
-        clamped = between_(moved.clone(), lower, upper)
+        torch.mul(x, t.to(x.dtype), out=moved)
+        between_(clamped.copy_(moved), lower, upper)
         short = epsilon - _length(clamped, 2)
         going = outside & (short > least * epsilon)
         if in_blocks(x) and not bool(going.any()):
-            break
+            return x.copy_(clamped)
         slope = _length(_where_equal(x, moved, clamped), 2)
         gain = (short / slope) * ((2 * epsilon - short) / slope)
         farther = torch.where(slope > 0, (t.square() + gain).sqrt(), 1.0).clamp(max=1)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import _use_grad_for_differentiable
 
 from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_fraction
@@ -17,8 +15,6 @@ from rai_toolbox.constraints.balls import L1Ball, LinfBall
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import sign_
 from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
-from rai_toolbox.optim.gradients import is_own
-from rai_toolbox.optim.inner import _unhooked_step
 from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, check_fits
 from rai_toolbox.optim.transforms import normalize_, top_q_
@@ -94,49 +90,6 @@ class PGD(ParamTransformingOptimizer):
             **inner_opt_kwargs,
         )
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Transform the gradients, step `inner_opt`, project the parameters.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Reevaluates the model and returns the loss.
-
-        Returns
-        -------
-        float or None
-            What the closure returned.
-        """
-        if closure is not None or not self._is_bare():
-            loss: float | None = _unhooked_step(ParamTransformingOptimizer)(self, closure)
-            return loss
-        # The same operators on the same numbers, without the calls in between: for small models
-        # these would take as long as the gradient.
-        for group in self.param_groups:
-            (param,) = group["params"]
-            self._transform_gradients_([param], [param.grad], group)
-            param.add_(param.grad, alpha=-group["lr"])
-            self._project_parameters_([param], group)
-        return None
-
-    def _is_bare(self) -> bool:
-        """Whether the step is plain: of SGD alone, and of one tensor in each group."""
-        inner = self.inner_opt
-        if type(inner) is not SGD or "step" in inner.__dict__ or torch.compiler.is_compiling():
-            return False
-        if inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks:
-            return False
-        if self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_"):
-            return False
-        return not torch.is_grad_enabled() and all(map(_is_bare, self.param_groups))
-
     def _check_group(self, group: Group) -> None:
         ball_of(group["constraint"])
         check_fraction("q", group["q"])
@@ -179,24 +132,6 @@ class PGD(ParamTransformingOptimizer):
             nearest_(seen, optim_group["constraint"])
             if copied:
                 param.copy_(seen.view(param.shape))
-
-
-def _is_bare(group: Group) -> bool:
-    if len(group["params"]) != 1:
-        return False
-    param, lr = group["params"][0], group["lr"]
-    grad = param.grad
-    return (
-        grad is not None
-        and type(lr) is float
-        and lr != 0
-        and all(not group[name] for name in ("momentum", "weight_decay", "maximize"))
-        and group["grad_scale"] == 1
-        and group["grad_bias"] == 0
-        and grad.layout is torch.strided
-        and grad.dtype == param.dtype
-        and is_own(grad)
-    )
 
 
 def _within_one(q: float, grad: Tensor, group: Group) -> float:

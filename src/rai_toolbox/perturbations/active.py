@@ -69,7 +69,7 @@ class Kept:
             take = torch.ones_like(cost, dtype=torch.bool)
         if success is not None and self.success is not None:
             if self._stop:
-                take = (take | success) & ~self.success
+                take = (take | success) > self.success
             self.success = torch.where(take, success, self.success)
         self.cost = torch.where(take, cost, self.cost)
         for kept, point in zip(self.points, points, strict=True):
@@ -87,10 +87,10 @@ def better(
     cost: Tensor, than: Tensor, success: Tensor | None = None, their: Tensor | None = None
 ) -> Tensor:
     """Where success is new, or the cost is lower with no success lost; anything beats NaN."""
-    lower = (cost < than) | than.isnan()
+    lower = torch.fmin(cost, than) != than
     if success is None or their is None:
         return lower
-    return (success & ~their) | ((success | ~their) & lower)
+    return (success > their) | ((success >= their) & lower)
 
 
 def column(of_data: Tensor, like: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rai_toolbox.modules import evaluating, frozen
+from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.perturbations.active import (
     Kept,
     Success,
@@ -99,7 +101,11 @@ def ascend(
             seen_target = target if target.ndim == 0 else target[rows]
         if observe is not None and kept is not None:
             observe(kept.last_cost)
-        optimizer.step()
+        if isinstance(optimizer, Optimizer):
+            # as a part of the solver's: torch's wrapper takes as long as the step of a small model
+            step_inner(optimizer, None)
+        else:
+            optimizer.step()
     for param in params:
         param.grad = None
     if kept is None or not keeps:
