@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from rai_toolbox.batch import check_param_ndim
-from rai_toolbox.checks import as_plain, check_fraction
+from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.optim.apgd_steps import (
     check_,
@@ -22,19 +21,18 @@ from rai_toolbox.optim.apgd_steps import (
     put_,
 )
 from rai_toolbox.optim.ball_projection import ball_of
+from rai_toolbox.optim.checked import CheckedOptimizer
 from rai_toolbox.optim.inner import not_compiled
 from rai_toolbox.optim.settings import (
-    as_loaded,
-    as_saved,
     batch_shape_in,
     check_fits,
     labels,
     with_names_apart,
 )
-from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
+from rai_toolbox.optim.wrapper import Group, Params
 
 
-class APGD(Optimizer):
+class APGD(CheckedOptimizer):
     r"""Steepest steps in a norm ball, of a size that each sub-tensor finds for itself (Auto-PGD).
 
     .. math::
@@ -118,36 +116,10 @@ class APGD(Optimizer):
             "rho": rho,
             "differentiable": False,
         }
-        super().__init__(cast(Any, as_groups(params)), defaults)
-
-    @not_compiled
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
-
-        Parameters
-        ----------
-        param_group : dict
-            `params`, and any settings. It is not modified.
-        """
-        group = _completed(self.defaults | checked_group(param_group))
-        _check(group)
-        super().add_param_group(group)
+        super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
         _check(group)
-
-    @not_compiled
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as plain data and tensors; a constraint as its `to_plain`.
-
-        Returns
-        -------
-        dict
-            `state` and `param_groups`, in the format of every torch optimizer.
-        """
-        state_dict = super().state_dict()
-        return {**state_dict, "param_groups": list(map(as_saved, state_dict["param_groups"]))}
 
     @not_compiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,19 +143,6 @@ class APGD(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.to(param.device, copy=True)
         self._losses = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = self.__dict__.get("defaults", state.get("defaults", {}))
-        loaded = state.get("param_groups", ())  # of a checkpoint, among others
-        groups = []
-        for group in loaded:
-            device = group["params"][0].device if group["params"] else None
-            groups.append(_completed({**defaults, **as_loaded(group, device)}))
-        for group in groups:
-            _check(group)
-        for group, full in zip(loaded, groups, strict=True):
-            group.update(full)
-        super().__setstate__(state)
 
     def observe_(self, losses: Tensor) -> None:
         """Tell the optimizer the loss of each sub-tensor, at the present parameters.
@@ -273,11 +232,6 @@ def _step_(
         state["previous"].copy_(x)
     param.copy_(new.view(param.shape))
     state["step"] += 1
-
-
-def _completed(group: Group) -> Group:
-    """A copy of a group, with numbers as plain ones."""
-    return {**group, **{name: as_plain(group[name]) for name in ("steps", "momentum", "rho")}}
 
 
 def _check(group: Group) -> None:

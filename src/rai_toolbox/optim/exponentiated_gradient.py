@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf, nan
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from rai_toolbox.batch import check_param_ndim, sub_ndim
-from rai_toolbox.checks import as_plain, check_finite
+from rai_toolbox.checks import check_finite
 from rai_toolbox.constraints.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
-from rai_toolbox.optim.inner import not_compiled
+from rai_toolbox.optim.checked import CheckedOptimizer
 from rai_toolbox.optim.settings import (
     batch_shape_in,
     check_fits,
     is_zero_on_host,
     with_names_apart,
 )
-from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
+from rai_toolbox.optim.wrapper import Group, Params
 
 
-class ExponentiatedGradient(Optimizer):
+class ExponentiatedGradient(CheckedOptimizer):
     r"""Keep each sub-tensor on the simplex by steps that multiply: shares of a total.
 
     .. math::
@@ -93,35 +92,10 @@ class ExponentiatedGradient(Optimizer):
             "maximize": maximize,
             "differentiable": False,
         }
-        super().__init__(cast(Any, as_groups(params)), defaults)
-
-    @not_compiled
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
-
-        Parameters
-        ----------
-        param_group : dict
-            `params`, and any settings. It is not modified.
-        """
-        group = self.defaults | checked_group(param_group)
-        for name in ("lr", "total"):
-            group[name] = as_plain(group[name])
-        _check(group)
-        super().add_param_group(group)
+        super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
         _check(group)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = self.__dict__.get("defaults", state.get("defaults", {}))
-        groups = state.get("param_groups", ())  # of a checkpoint, among others
-        for group in groups:
-            _check({**defaults, **group})
-        for group in groups:
-            group.update({**defaults, **group})
-        super().__setstate__(state)
 
     @overload
     def step(self, closure: None = None) -> None: ...

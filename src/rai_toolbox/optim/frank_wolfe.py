@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
 
 from rai_toolbox.batch import check_param_ndim
-from rai_toolbox.checks import as_plain, check_finite, check_non_negative, check_number
+from rai_toolbox.checks import check_finite, check_non_negative, check_number
 from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.sharding import complete
+from rai_toolbox.optim.checked import CheckedOptimizer, device_of
 from rai_toolbox.optim.diagnosis import frank_wolfe_gap
 from rai_toolbox.optim.frank_wolfe_steps import go_, move_of, search_, seen
-from rai_toolbox.optim.inner import not_compiled
 from rai_toolbox.optim.settings import (
     TINY,
-    as_loaded,
-    as_saved,
     check_constraint,
     check_fits,
     is_zero_on_host,
     with_names_apart,
 )
-from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
+from rai_toolbox.optim.wrapper import Group, Params
 
 # What a group has if it has a constraint, and else where it is given only.
 _OPTIONS: Group = {
@@ -38,7 +35,7 @@ _OPTIONS: Group = {
 }
 
 
-class FrankWolfe(Optimizer):
+class FrankWolfe(CheckedOptimizer):
     r"""Move each parameter towards the answer of a linear minimization oracle.
 
     .. math::
@@ -115,6 +112,8 @@ class FrankWolfe(Optimizer):
     tensor([0.6000, 0.1500, 0.2500], requires_grad=True)
     """
 
+    _options = _OPTIONS
+
     def __init__(
         self,
         params: Params,
@@ -146,52 +145,17 @@ class FrankWolfe(Optimizer):
         if constraint is None:  # else groups of an optimizer around this one could not have theirs
             options = {k: v for k, v in options.items() if v is not _OPTIONS[k]}
         defaults.update(options)
-        super().__init__(cast(Any, as_groups(params)), defaults)
+        super().__init__(params, defaults)
 
-    @not_compiled
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
-
-        Parameters
-        ----------
-        param_group : dict
-            `params`, and any settings. It is not modified.
-        """
-        group = _completed(self.defaults | checked_group(param_group))
-        _check(group)
-        _check_alike([*self.param_groups, group])
-        super().add_param_group(group)
+    def _completed(self, group: Mapping[str, Any]) -> Group:
+        given = group.get("constraint") is not None
+        return super()._completed({**(_OPTIONS if given else {}), **group})
 
     def _check_group(self, group: Group) -> None:
-        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
         _check(group)
 
-    @not_compiled
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as plain data and tensors; a constraint as its `to_plain`.
-
-        Returns
-        -------
-        dict
-            `state` and `param_groups`, in the format of every torch optimizer.
-        """
-        state_dict = super().state_dict()
-        return {**state_dict, "param_groups": list(map(as_saved, state_dict["param_groups"]))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        loaded = state.get("param_groups", ())  # of a checkpoint, among others
-        defaults = self.__dict__.get("defaults", state.get("defaults", {}))
-        present = self.__dict__.get("param_groups") or [{}] * len(loaded)
-        groups = []
-        for now, group in zip(present, loaded, strict=False):
-            kept = {name: now[name] for name in now.keys() & (_OPTIONS.keys() | defaults.keys())}
-            groups.append(_completed({**defaults, **kept, **as_loaded(group, _device(group))}))
-        for group in groups:
-            _check(group)
+    def _check_together(self, groups: Sequence[Group]) -> None:
         _check_alike(groups)
-        for group, full in zip(loaded, groups, strict=False):
-            group.update(full)
-        super().__setstate__(state)
 
     @torch.no_grad()
     def gap(self) -> list[Tensor]:
@@ -285,12 +249,8 @@ class FrankWolfe(Optimizer):
         return loss
 
 
-def _device(group: Group) -> torch.device | None:
-    return group["params"][0].device if group["params"] else None
-
-
 def _gap(group: Group) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=_device(group))
+    total = torch.zeros((), dtype=torch.float64, device=device_of(group))
     for param in group["params"]:
         if param.grad is not None:
             constraint, x, grad = seen(param, group)
@@ -343,16 +303,6 @@ def check_lr(group: Group) -> None:
         raise ValueError(
             f"`lr` must be in [0, 1] without the default schedule, got {group['lr']!r}"
         )
-
-
-def _completed(group: Group) -> Group:
-    """A copy of a group that has all settings, the numbers among them as plain ones."""
-    given = group.get("constraint") is not None
-    group = {**(_OPTIONS if given else {}), **group}
-    for name in ("lr", "lmo_scaling_factor", "div_by_zero_eps", "smoothness", "initial_step"):
-        if name in group:
-            group[name] = as_plain(group[name])
-    return group
 
 
 def _check(group: Group) -> None:
