@@ -35,6 +35,8 @@ class Mortal(nn.Sequential):
         state = Path("out/state.json")
         done = len(json.loads(state.read_text())["batches"]) if state.exists() else 0
         self.calls += done == batches
+        if os.environ.get("RANK", "0") != os.environ.get("KILLED_RANK", "0"):
+            return super().forward(x)
         if self.calls > calls and done == batches:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
@@ -180,6 +182,34 @@ def test_a_run_that_is_killed_goes_on_to_the_same_table(folder, batches):
     assert main(run("--out", "whole")) == 0
     for name in ("report.json", "report.csv"):
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def by_ranks(number, command, **environment):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launch, f"--nproc-per-node={number}", "-m", "rai_toolbox", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_ranks_share_the_work_and_go_on_where_one_was_killed(folder):
+    command = run("--batch-size", "7")  # five batches
+    killed = by_ranks(2, command, KILLED_AFTER="2 4", KILLED_RANK="1")
+    assert killed.returncode == 1 and "Signal 9" in killed.stderr
+    kept = json.loads((folder / "out/state.json").read_text(encoding="utf-8"))
+    assert len(kept["batches"]) == 2  # one of each
+    again = by_ranks(2, [*command, "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert main([*command, "--out", "whole"]) == 0
+    for name in ("report.json", "report.csv"):
+        assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert len(list((folder / "out").iterdir())) == 3
+    report = RobustnessReport.from_json((folder / "out/report.json").read_text(encoding="utf-8"))
+    assert again.stdout.count(str(report)) == 1  # one rank tells
+    assert again.stderr.count("evaluating:   0%") == 1
 
 
 def test_a_run_that_did_not_end_is_not_thrown_away(folder, capsys):

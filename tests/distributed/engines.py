@@ -35,6 +35,10 @@ def divided_(module: nn.Module, mesh: DeviceMesh, dim: int) -> nn.Module:
             shard = Shard(min(dim, p.ndim - 1))
             held = distribute_tensor(p.detach(), mesh, [shard], src_data_rank=None)
             holder.register_parameter(name, nn.Parameter(held))
+            # as torch makes a gradient whole where there are more ranks than columns
+            holder.get_parameter(name).register_hook(
+                lambda grad, shard=shard: grad.redistribute(placements=[shard])
+            )
     return module
 
 

@@ -133,3 +133,36 @@ def test_a_killed_write_leaves_the_last_checkpoint_as_it_was(tmp_path):
     (expected,) = on_ranks(1, uninterrupted, name)
     for values in on_ranks(2, resumed, name, FORMS["plain"], last_complete(tmp_path)):
         assert all(map(partial(torch.allclose, rtol=0, atol=1e-6), values, expected))
+
+
+# --- a rank that fails in a step ----------------------------------------------------------------
+
+
+def die():
+    os._exit(7)
+
+
+def fail():
+    raise ArithmeticError("on purpose")
+
+
+def failing_in_a_step(how, name, path):
+    module, opt = made(name, seed=1)
+    train(module, opt, 0, SAVED)
+    dcp.save(states(module, opt, FORMS["plain"]), checkpoint_id=Path(path, "first"))
+    train(module, opt, SAVED, SAVED + 1)
+    if torch.distributed.get_rank() == 1:  # when its parameters have moved, but not been projected
+        opt.inner_opt.register_step_post_hook(lambda *_: how())
+    train(module, opt, SAVED + 1, END)
+
+
+@pytest.mark.parametrize("how", [die, fail])
+def test_a_rank_that_fails_in_a_step_ends_the_others_and_training_goes_on(how, tmp_path):
+    name = "projected"
+    first, second = outcomes(2, failing_in_a_step, how, name, tmp_path, timeout=40.0)
+    assert first.error is not None and first.exit_code == 1  # on its own: nobody killed it
+    assert "on purpose" in second.error if how is fail else second.exit_code == 7
+    (expected,) = on_ranks(1, uninterrupted, name)
+    for k in (2, 4):
+        for values in on_ranks(k, resumed, name, FORMS["plain"], last_complete(tmp_path)):
+            assert all(map(partial(torch.allclose, rtol=0, atol=1e-6), values, expected))

@@ -10,7 +10,7 @@ from ranks import on_ranks, outcomes
 from rai_toolbox import constraints as sets
 from rai_toolbox import optim
 
-SHAPES = [(6, 4), (5, 3), (4, 3, 2, 2), (5,)]
+SHAPES = [(6, 4), (5, 3), (4, 3, 2, 2), (5,), (1, 3)]  # uneven shards, and less rows than ranks
 
 
 def chain(params, **settings):
@@ -87,6 +87,8 @@ ENGINES = {
     "ddp": (2, ddp),
     "columns": (2, columns),
     "fsdp on 4": (4, fsdp),
+    "ddp on 4": (4, ddp),
+    "columns on 4": (4, columns),
     "fsdp x rows": (4, partial(both, 0)),
 }
 

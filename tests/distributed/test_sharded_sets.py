@@ -73,6 +73,8 @@ ENGINES = {
     "columns": (2, columns),
     "rows": (2, rows),
     "fsdp on 4": (4, fsdp),
+    "ddp on 4": (4, ddp),
+    "columns on 4": (4, columns),
     "fsdp x rows": (4, partial(both, 0)),
     "fsdp x columns": (4, partial(both, 1)),
 }
@@ -214,6 +216,9 @@ def refused():
     p = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None))
     with pytest.raises(ValueError, match=r"Shard\(dim=0\).*param_ndim=-1.*'conv.weight'"):
         ProjectedOptimizer([("conv.weight", p)], constraint=sets.SpectralBall(1.0), param_ndim=2)
+    none = nn.Parameter(distribute_tensor(weight[:0], mesh, [Shard(0)], src_data_rank=None))
+    with pytest.raises(ValueError, match=r"is no batch of shape .*'none'"):  # and does not hang
+        ProjectedOptimizer([("none", none)], constraint=sets.L2Ball(1.0), param_ndim=0)
 
 
 def test_what_cannot_be_seen_as_a_batch_is_refused_by_name():

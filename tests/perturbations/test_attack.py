@@ -221,6 +221,50 @@ def test_rivals_find_what_one_loss_does_not(problem):
     assert torch.equal(all_of_them.losses > 0, all_of_them.fooled)
 
 
+def just(classes):
+    return lambda model, around, target: classes
+
+
+@pytest.mark.parametrize("criterion", [margin_loss, dlr_loss, cross_entropy])
+def test_each_loss_runs_toward_each_rival(problem, criterion):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=L2Ball(0.3), optimizer=STEP, steps=6, criterion=criterion)
+    order = net(x).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
+    each = [run(rivals=just(order[:, i : i + 1])) for i in range(CLASSES - 1)]
+    found = run(rivals=CLASSES - 1)
+    assert torch.equal(found.fooled, torch.stack([one.fooled for one in each]).any(0))
+    # what is found is what one of the runs has found: that of the largest loss toward its rival
+    toward = torch.stack(
+        [criterion(net(one.data), y, order[:, i]) for i, one in enumerate(each)]
+    ).where(torch.stack([one.fooled for one in each]) | ~found.fooled, -torch.inf)
+    points = torch.stack([one.data for one in each])
+    best = points[toward.argmax(0), torch.arange(N)]
+    torch.testing.assert_close(found.data, best)
+    assert len(toward.argmax(0).unique()) > 1
+    assert torch.equal(found.losses, criterion(net(found.data), y))
+    # the classes themselves are as good as their number
+    assert torch.equal(run(rivals=just(order)).data, found.data)
+    if criterion is not margin_loss:  # the loss counts
+        assert not torch.equal(run(rivals=just(order), criterion=margin_loss).data, found.data)
+
+
+def test_a_loss_of_ones_own_toward_rivals(problem):
+    net, x, y = problem
+
+    def share(logits, target, rival=None):
+        shares = logits.softmax(1)
+        if rival is None:
+            return 1 - shares.gather(1, target[:, None]).squeeze(1)
+        return shares.gather(1, rival[:, None]).squeeze(1)
+
+    rival = ((y + 1) % CLASSES)[:, None]
+    run = partial(attack, net, x, y, ball=L2Ball(0.3), optimizer=STEP, steps=6)
+    found = run(criterion=share, rivals=just(rival))
+    before, after = (net(data).softmax(1).gather(1, rival) for data in (x, found.data))
+    assert (after > before).all()
+    assert torch.equal(found.losses, share(net(found.data), y))
+
+
 # --- cost ---------------------------------------------------------------------------------------
 
 
@@ -390,7 +434,32 @@ BAD = {
     "restarts": ({"restarts": 0}, ValueError, "`restarts` must be >= 1, got 0"),
     "samples": ({"samples": 0}, ValueError, "`samples` must be >= 1, got 0"),
     "rivals": ({"rivals": 4}, ValueError, "from 1 to 3, the number of other classes, got 4"),
-    "rivals, targeted": ({"rivals": 2, "targeted": True}, ValueError, "`rivals` must be None with"),
+    "rivals, targeted": (
+        {"rivals": 2, "targeted": True},
+        ValueError,
+        "`rivals` must be None with `targeted`, whose target is the rival, got 2",
+    ),
+    "rivals, criterion": (
+        {"rivals": 2, "criterion": targeted_dlr_loss},
+        TypeError,
+        "`criterion` must take `rival` where there are `rivals`, .* got <function targeted_dlr",
+    ),
+    "rivals of a module": (
+        {"rivals": 2, "criterion": nn.CrossEntropyLoss(reduction="none")},
+        TypeError,
+        r"`criterion` must take `rival` where .* got CrossEntropyLoss\(\)",
+    ),
+    "rivals float": ({"rivals": 1.5}, TypeError, "`rivals` must be an int, got 1.5"),
+    "rivals of another shape": (
+        {"rivals": just(torch.ones(N).long())},
+        ValueError,
+        r"`rivals` must give classes of shape \(24, m\) .* got shape \(24,\)",
+    ),
+    "rivals that are targets": (
+        {"rivals": just(torch.arange(4).expand(N, 4))},
+        ValueError,
+        r"`rivals` must give classes .* that are not the targets, got shape \(24, 4\)",
+    ),
     "optimizer": ({"optimizer": SGD}, TypeError, "`optimizer` must take `constraint`"),
     "logits": (
         {"model": nn.Identity()},

@@ -12,6 +12,7 @@ from rai_toolbox.cli.digits import load_digits
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.rivals import nearest_rivals
 
 IMAGES, RIVALS = 300, 9
 CASES = [(LinfBall, 0.05), (L2Ball, 0.75), (L1Ball, 4.0)]
@@ -98,13 +99,16 @@ def check_inside(found, images, kind, epsilon):
 @pytest.mark.parametrize("optimizer", ONE_STEP.values(), ids=ONE_STEP.keys())
 @pytest.mark.parametrize(("kind", "epsilon"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_one_step_for_each_rival_is_exact(problem, worst_margins, kind, epsilon, optimizer, dtype):
+@pytest.mark.parametrize("rivals", [RIVALS, nearest_rivals], ids=["all", "nearest"])
+def test_one_step_for_each_rival_is_exact(
+    problem, worst_margins, kind, epsilon, optimizer, dtype, rivals
+):
     wide, test = problem
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).to(dtype)
     model.load_state_dict(wide.state_dict())
     images, exact = test.images.to(dtype), worst_margins[kind]
     found = attack(
-        model, images, test.labels, ball=kind(epsilon), optimizer=optimizer, steps=1, rivals=RIVALS
+        model, images, test.labels, ball=kind(epsilon), optimizer=optimizer, steps=1, rivals=rivals
     )
     assert torch.equal(found.fooled, exact > 0)
     losses = found.losses.double()
@@ -126,7 +130,7 @@ def test_success_never_exceeds_the_exact_one(problem, worst_margins):
 
 
 def test_the_number_of_rivals_matters(problem, worst_margins):
-    # so that the exact answer above is not one that any attack would find
+    # so that the exact answer above is not one that any attack would find, or any one rival
     model, test = problem
     found = [
         attack(

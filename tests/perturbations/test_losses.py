@@ -53,6 +53,22 @@ def test_each_loss_is_that_of_a_loop_over_the_data(name, logits, target):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
+def toward_by_loops(name, z, y, t):
+    ranked = sorted(z, reverse=True)
+    if name == "cross entropy":
+        return z[t] - math.log(sum(map(math.exp, z)))
+    gap = 1 if name == "margin" else ranked[0] - (ranked[2] + ranked[3]) / 2
+    return (z[t] - z[y]) / gap
+
+
+@pytest.mark.parametrize("name", ["margin", "dlr", "cross entropy"])
+def test_each_loss_toward_a_rival_is_that_of_a_loop(name, logits, target):
+    rival = (target + torch.arange(40) % 4 + 1) % 5
+    rows = zip(logits.tolist(), target.tolist(), rival.tolist(), strict=True)
+    expected = torch.tensor([toward_by_loops(name, *row) for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(LOSSES[name](logits, target, rival), expected)
+
+
 @pytest.mark.parametrize("name", ["margin", "dlr", "targeted dlr"])
 def test_the_sign_tells_who_is_fooled(name, logits, target):
     assert torch.equal(LOSSES[name](logits, target) > 0, is_fooled(logits, target))
@@ -118,7 +134,13 @@ def test_the_number_of_rivals_has_a_range(m, logits, target):
         most_likely_rivals(logits, target, m)
 
 
-@pytest.mark.parametrize(("loss", "least"), [(dlr_loss, 3), (targeted_dlr_loss, 4)])
+def toward_class_1(logits, target):
+    return dlr_loss(logits, target, torch.ones_like(target))
+
+
+@pytest.mark.parametrize(
+    ("loss", "least"), [(dlr_loss, 3), (targeted_dlr_loss, 4), (toward_class_1, 4)]
+)
 def test_dlr_needs_several_classes(loss, least):
     with pytest.raises(ValueError, match=rf"`logits` must have at least {least} classes, got .*"):
         loss(torch.zeros(1, least - 1), torch.tensor([0]))

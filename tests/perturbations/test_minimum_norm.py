@@ -13,6 +13,7 @@ from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall, Simplex
 from rai_toolbox.optim import FrankWolfe
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.minimum_norm import minimum_norm_attack
+from rai_toolbox.perturbations.rivals import nearest_rivals
 
 BALLS = [LinfBall, L2Ball, L1Ball]
 ORDERS = {LinfBall: math.inf, L2Ball: 2, L1Ball: 1}
@@ -86,21 +87,45 @@ def test_without_a_box_it_is_the_distance_from_the_boundary(ball, seed):
     assert found.fooled.all()
 
 
-@in_each_norm
-@pytest.mark.parametrize("seed", range(3))
-def test_in_a_box_it_is_that_of_an_exact_solver(ball, seed):
-    model, data, target = problem(seed)
-    found = search(model, data, target, ball=ball)
-    cases = zip(data.numpy(), found.radius.tolist(), rivals(model, data, target), strict=True)
-    for x, radius, (c, m) in cases:
-        least = min(
+def least_radii(ball, model, data, target):
+    """The exact ones in the unit box, inf where nothing fools."""
+    cases = zip(data.numpy(), rivals(model, data, target), strict=True)
+    return [
+        min(
             least_in_box(ball, of_rival, margin, x)
             for of_rival, margin in zip(c.numpy(), m.tolist(), strict=True)
         )
+        for x, (c, m) in cases
+    ]
+
+
+@in_each_norm
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("of", [CLASSES - 1, nearest_rivals], ids=["all", "nearest"])
+def test_in_a_box_it_is_that_of_an_exact_solver(ball, seed, of):
+    model, data, target = problem(seed)
+    solver = partial(attack, optimizer=FrankWolfe, rivals=of)
+    found = search(model, data, target, ball=ball, solver=solver)
+    for radius, least in zip(found.radius, least_radii(ball, model, data, target), strict=True):
         if math.isinf(least):
             assert math.isinf(radius)
         else:
             assert least * (1 - 1e-6) <= radius <= least * (1 + 1e-3)
+
+
+@in_each_norm
+def test_by_default_it_is_exact_where_the_likeliest_rival_is_not_the_nearest(ball):
+    # (but for how near to the boundary the steps of the solver end)
+    model, data, target = problem(5)
+    least = torch.tensor(least_radii(ball, model, data, target))
+    some = least.isfinite()
+    settings = {"ball": ball, "steps": 40, "search_steps": 25}
+    found = minimum_norm_attack(model, data, target, **settings)
+    assert torch.equal(found.fooled, some)
+    ratio = found.radius[some] / least[some]
+    assert (1 - 1e-6 <= ratio).all() and (ratio <= (1.02 if ball is L1Ball else 1.002)).all()
+    one = minimum_norm_attack(model, data, target, solver=partial(attack, rivals=1), **settings)
+    assert (one.radius[some] > 1.05 * least[some]).any()
 
 
 @in_each_norm

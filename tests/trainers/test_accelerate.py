@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from killing import die, killed_in
 from tiny import by_hand, is_feasible, loader, net, optimizer, same
 from torch import nn
 
@@ -58,3 +59,36 @@ def test_a_saved_state_is_loaded(tmp_path):
     assert all(map(torch.equal, model.parameters(), expected))
     pairs = zip(model.parameters(), moments, strict=True)
     assert all(torch.equal(opt.state[p]["exp_avg"], m) for p, m in pairs)
+
+
+def kept(path, death=None):
+    """Train for two epochs, from the last state that was saved; one is, every three steps."""
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    model = net()
+    opt = optimizer(model)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 3, 0.5)
+    model, opt, schedule, batches = accelerator.prepare(model, opt, schedule, loader())
+    last = max((int(at.name) for at in path.iterdir()), default=0)
+    if last:
+        accelerator.load_state(path / str(last))
+    step = last
+    for _ in range(step // len(batches), 2):
+        for x, y in accelerator.skip_first_batches(batches, step % len(batches)):
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            if step == death:
+                die()
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+            step += 1
+            if step % 3 == 0:
+                accelerator.save_state(path / str(step))
+    return accelerator.unwrap_model(model), step - last
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    killed_in(kept, tmp_path, 11)
+    assert {at.name for at in tmp_path.iterdir()} == {"3", "6", "9"}
+    model, steps = kept(tmp_path)
+    assert steps == 16 - 9
+    assert same(model, by_hand(epochs=2))

@@ -3,6 +3,8 @@
 import lightning
 import pytest
 import torch
+from killing import die, killed_in
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny import by_hand, is_feasible, loader, net, optimizer, same
 from torch import nn
 
@@ -90,3 +92,33 @@ def test_bfloat16(tmp_path):
     fitted(module, tmp_path, precision="bf16-mixed")
     assert is_feasible(module.net)
     assert not same(module.net, net())
+
+
+class Death(Callback):
+    def on_before_optimizer_step(self, trainer, module, opt):
+        if trainer.global_step == 19:  # 8 steps an epoch
+            die()
+
+
+def kept(path, *more):
+    """Two of three epochs leave a checkpoint before `Death`."""
+    module = Automatic()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(path, save_last=True), *more],
+    )
+    trainer.fit(module, loader(), ckpt_path="last" if any(path.iterdir()) else None)
+    return module, trainer.global_step
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    killed_in(kept, tmp_path, Death())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 16
+    module, steps = kept(tmp_path)
+    assert steps == 24
+    assert same(module.net, by_hand(epochs=3))

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from killing import die, killed_in
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from rai_toolbox.constraints import MaxNorm
 from rai_toolbox.optim import ProjectedOptimizer, constrain
@@ -86,4 +93,26 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one(tmp_path)
     whole, again = model(), model()
     hooked(whole, tmp_path, save_strategy="steps", save_steps=4).train()
     hooked(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+
+
+class Death(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **others):
+        if state.global_step == 5:
+            die()
+
+
+def killed(path):
+    trainer = hooked(model(), path, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Death())
+    trainer.train()
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    whole, again = model(), model()
+    hooked(whole, tmp_path / "whole").train()
+    killed_in(killed, tmp_path)
+    found = {at.name for at in tmp_path.glob("checkpoint-*")}
+    assert found == {"checkpoint-2", "checkpoint-4"}
+    hooked(again, tmp_path).train(resume_from_checkpoint=True)
     assert all(map(torch.equal, whole.parameters(), again.parameters()))

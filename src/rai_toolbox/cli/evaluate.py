@@ -7,13 +7,16 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -53,19 +56,28 @@ class Settings(NamedTuple):
 def evaluate(settings: Settings) -> int:
     """Evaluate, print the table, write report.json, report.csv and report.png to `settings.out`.
 
-    1 if what the solver returned was not always finite, in its ball and in the data range.
+    1 if what the solver returned was not always finite, in its ball and in the data range. Where
+    `torchrun` has started several processes, they share the work, and the first one writes.
     """
+    with _ranks() as group:
+        return _evaluate(settings, group)
+
+
+def _evaluate(settings: Settings, group: dist.ProcessGroup | None) -> int:
     require("matplotlib.figure", extra="plots")  # better to know before the work than after it
     balls = [BALLS[name](epsilon) for name, epsilons in settings.epsilons for epsilon in epsilons]
     device = _device(settings.device)
     model = load_model(settings.model, settings.weights, device)
     loader = load_data(settings)
+    first = group is None or dist.get_rank(group) == 0
     settings.out.mkdir(parents=True, exist_ok=True)
     state = settings.out / "state.json"
     if state.exists() and not settings.resume:
         raise Refused(
             f"{state} is of a run that did not end: go on with it by --resume, or remove it"
         )
+    if group is not None:
+        dist.barrier(group)  # so that nobody sees a file of this run
     solver = partial(attack, restarts=settings.restarts, rivals=settings.rivals)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RobustnessWarning)  # they are printed below
@@ -80,13 +92,15 @@ def evaluate(settings: Settings) -> int:
                 seed=settings.seed,
                 device=device,
                 state_file=state,
+                group=group,
             )
         except (TypeError, ValueError) as error:
             if _is_of(error, "perturbations"):
                 raise Refused(str(error)) from error
             raise  # the model's or the loader's own: its traceback helps
-    _write(report, settings.out)
-    state.unlink(missing_ok=True)
+    if first:
+        _write(report, settings.out)
+        state.unlink(missing_ok=True)
     return 0 if report.feasible else 1
 
 
@@ -204,7 +218,24 @@ def _called(option: str, path: str, found: Any) -> Any:
     return found()
 
 
+@contextmanager
+def _ranks() -> Iterator[dist.ProcessGroup | None]:
+    """All processes that were started together; None if this is the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    # What is sent is small and not on a GPU. A rank that ends is noticed at once; one that is slow
+    # may be so for as long as a batch takes.
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 def _device(name: str) -> torch.device:
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -13,6 +13,7 @@ from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.blocks import in_blocks
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.norms import norm, scale_dtype
+from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
 from rai_toolbox.foreach import mul_
 
 
@@ -50,6 +51,13 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
         normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
         return x
     length = norm(readable(x), p, ndim)
+    if is_sharded(x) and not torch.is_grad_enabled():
+        _divide_(local_of(x), beside(length, x), div_by_zero_eps)
+        return x
+    return _divide_(x, length, div_by_zero_eps)
+
+
+def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:
     info = torch.finfo(scale_dtype(x))
     divisor = length.clamp(max(div_by_zero_eps, info.smallest_normal), info.max)
     if in_blocks(x) and not torch.is_grad_enabled() and bool((divisor == length).all()):

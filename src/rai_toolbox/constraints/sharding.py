@@ -62,6 +62,20 @@ def local_of(x: Any) -> Tensor:
     return local.clone() if torch.is_grad_enabled() else local
 
 
+def beside(scale: Any, x: Any) -> Tensor:
+    """The part of a sharded `scale`, which broadcasts against x, that is for this rank's part of x.
+
+    Where a dim has fewer entries than there are ranks, torch takes no such pair of DTensors.
+    """
+    from torch.distributed.tensor import Replicate
+
+    placements = [
+        p if not p.is_replicate() and scale.shape[p.dim] > 1 else Replicate() for p in x.placements
+    ]
+    local: Tensor = scale.redistribute(placements=placements).to_local()
+    return local
+
+
 def complete(x: Any) -> Tensor:
     """All of x on each rank: for what is small, such as a sum, which `float` takes a part of."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[no-any-return]
@@ -72,6 +86,8 @@ def check_view(x: Tensor, shape: Sequence[int]) -> None:
     if not is_sharded(x) or tuple(x.shape) == tuple(shape):
         return
     try:
+        if x.numel() == 0:  # torch would look for the dims of such a view for ever
+            raise RuntimeError
         x.detach().view(shape)
     except RuntimeError:
         raise ValueError(

@@ -23,6 +23,7 @@ from rai_toolbox.perturbations.minimum_norm import MinimumNorm, minimum_norm_att
 from rai_toolbox.perturbations.protocol import PerturbationModel
 from rai_toolbox.perturbations.report import Examples, RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.restart import random_restart
+from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.state_file import StateFileError
 from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
 from rai_toolbox.perturbations.verification import VerificationReport, verify
@@ -52,6 +53,7 @@ __all__ = [
     "margin_loss",
     "minimum_norm_attack",
     "most_likely_rivals",
+    "nearest_rivals",
     "random_restart",
     "rival_margin",
     "targeted_dlr_loss",

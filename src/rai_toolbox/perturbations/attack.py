@@ -22,8 +22,8 @@ from rai_toolbox.perturbations.losses import (
     is_fooled,
     margin_loss,
     most_likely_rivals,
-    rival_margin,
 )
+from rai_toolbox.perturbations.rivals import Rivals
 
 __all__ = ["Attacked", "attack"]
 
@@ -64,7 +64,7 @@ def attack(
     criterion: Criterion | None = None,
     targeted: bool = False,
     restarts: int = 1,
-    rivals: int | None = None,
+    rivals: int | Rivals | None = None,
     random_start: bool = False,
     mask: Tensor | None = None,
     stop_once_fooled: bool = False,
@@ -98,15 +98,19 @@ def attack(
     steps : int
         Number of steps of each run, >= 0.
     criterion : callable, optional
-        The loss of each datum. By default `margin_loss`, which never saturates.
+        The loss of each datum, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`,
+        which never saturates.
     targeted : bool
         Minimize the loss for `target`.
     restarts : int
         Number of runs, >= 1: the first starts at the data, all others at random points of the set.
-    rivals : int, optional
-        Number of runs of each of the restarts, one for each of so many of the most likely other
-        classes, whose logit is to rise above the target's: all K - 1 find the exact worst case of
-        a linear model.
+    rivals : int or callable, optional
+        Number of runs of each of the restarts, one toward each of so many of the most likely other
+        classes; or what chooses the classes, such as `nearest_rivals`. The criterion is called with
+        `rival`, the class of each datum, as `margin_loss`, `dlr_loss` and `cross_entropy` can be,
+        or one of your own; of the runs, the one of the largest loss toward its rival counts. With
+        the margin, all K - 1 rivals find the exact worst case of a linear model. Not with
+        `targeted`, whose target is the one class to win.
     random_start : bool
         Start the first run at a random point, too.
     mask : Tensor of bool, optional
@@ -125,7 +129,8 @@ def attack(
     Raises
     ------
     TypeError
-        If data or target have the wrong dtype, or `optimizer` takes no constraint.
+        If data or target have the wrong dtype, `optimizer` takes no constraint, or `criterion` no
+        rival where there are `rivals`.
     ValueError
         If data are outside their range or not finite, targets are no classes, the criterion does
         not give a loss for each datum, or another argument breaks its rule.
@@ -151,17 +156,13 @@ def attack(
         check_count(name, value, least)
     with solving(model):
         data, target = as_data(data), _checked_target(target, data)
+        criterion = margin_loss if criterion is None else criterion
         if rivals is not None:
-            check_count("rivals", rivals, 1)
-            if targeted or criterion is not None:
-                raise ValueError(
-                    "`rivals` must be None with `targeted` or a `criterion` of your own, got "
-                    f"{rivals}"
-                )
+            _check_rivals(rivals, criterion, targeted)
         run = _Run(
             model=_classifier(model, int(target.max()) if len(target) else 0),
             optimizer=_optimizer_of(optimizer, steps),
-            criterion=margin_loss if criterion is None else criterion,
+            criterion=criterion,
             mask=mask,
             steps=steps,
             targeted=targeted,
@@ -215,7 +216,8 @@ class _Run(NamedTuple):
         criterion = self.criterion
         success: Success = partial(is_fooled, targeted=self.targeted)
         if rival is not None:  # beside its target, so that a solver takes the same rows of both
-            target, criterion, success = torch.stack([target, rival], 1), _of_pairs, _fooled_of_pair
+            target, success = torch.stack([target, rival], 1), _fooled_of_pair
+            criterion = partial(_of_pairs, criterion)
         return ascend(
             self.model,
             around.data,
@@ -233,7 +235,12 @@ class _Run(NamedTuple):
 
 
 def _best(
-    run: _Run, around: DataSet, target: Tensor, restarts: int, rivals: int | None, start: bool
+    run: _Run,
+    around: DataSet,
+    target: Tensor,
+    restarts: int,
+    rivals: int | Rivals | None,
+    start: bool,
 ) -> Attacked:
     """The best of all runs for each datum, seen once more where it ends."""
     data, calls = around.data.clone(), 0
@@ -246,7 +253,7 @@ def _best(
         plan = ((start or i > 0, None) for i in range(restarts))
     else:
         with torch.no_grad():
-            classes = most_likely_rivals(run.model(data), target, rivals)
+            classes = _classes_of(rivals, run.model, around, target)
         calls += 1
         plan = ((start or i > 0, c) for i in range(restarts) for c in classes.unbind(1))
     for i, (random, rival) in enumerate(plan):
@@ -278,12 +285,39 @@ def _best(
     return Attacked(data, losses, fooled, flat, calls + run.samples)
 
 
-def _of_pairs(logits: Tensor, pairs: Tensor) -> Tensor:
-    return rival_margin(pairs[:, 1])(logits, pairs[:, 0])
+def _of_pairs(criterion: Callable[..., Tensor], logits: Tensor, pairs: Tensor) -> Tensor:
+    return criterion(logits, pairs[:, 0], rival=pairs[:, 1])
 
 
 def _fooled_of_pair(logits: Tensor, pairs: Tensor) -> Tensor:
     return is_fooled(logits, pairs[:, 0])
+
+
+def _check_rivals(rivals: int | Rivals, criterion: Criterion, targeted: bool) -> None:
+    if not callable(rivals):
+        check_count("rivals", rivals, 1)
+    if targeted:
+        raise ValueError(
+            f"`rivals` must be None with `targeted`, whose target is the rival, got {rivals!r}"
+        )
+    if "rival" not in inspect.signature(criterion).parameters:
+        raise TypeError(
+            "`criterion` must take `rival` where there are `rivals`, as margin_loss, dlr_loss and "
+            f"cross_entropy do, got {criterion!r}"
+        )
+
+
+def _classes_of(rivals: int | Rivals, model: Model, around: DataSet, target: Tensor) -> Tensor:
+    """The rival classes of each datum, shape (N, m)."""
+    if not callable(rivals):
+        return most_likely_rivals(model(around.data), target, rivals)
+    classes = rivals(model, around, target)
+    if classes.ndim != 2 or len(classes) != len(target) or bool((classes == target[:, None]).any()):
+        raise ValueError(
+            f"`rivals` must give classes of shape ({len(target)}, m) that are not the targets, got "
+            f"shape {tuple(classes.shape)}"
+        )
+    return classes
 
 
 def _classifier(model: Model, highest: int) -> Model:

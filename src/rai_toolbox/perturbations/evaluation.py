@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from operator import length_hint
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.extras import Bar
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.box import Ball, Range
 from rai_toolbox.perturbations.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning, solving
+from rai_toolbox.perturbations.ranks import Ranks
 from rai_toolbox.perturbations.report import Examples, RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.state_file import StateFile
 from rai_toolbox.perturbations.verification import (
@@ -35,6 +39,9 @@ from rai_toolbox.perturbations.verification import (
     judge,
     read,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["evaluate_robustness"]
 
@@ -62,6 +69,7 @@ def evaluate_robustness(
     state_file: str | PathLike[str] | None = None,
     progress: bool = True,
     examples: int = 4,
+    group: ProcessGroup | None = None,
 ) -> RobustnessReport:
     """Clean and robust accuracy over norms and radii, verified apart from the solver.
 
@@ -74,7 +82,8 @@ def evaluate_robustness(
     float64, hold. What seems wrong is warned of by a `RobustnessWarning`, in words.
 
     What is found for a datum depends on the batch that it comes in and on `seed`, and not on other
-    batches or their order, as random numbers are seeded by the content of the batch.
+    batches or their order, as random numbers are seeded by the content of the batch. So ranks can
+    share the work, see `group`: the report is that of one process.
 
     Parameters
     ----------
@@ -97,12 +106,18 @@ def evaluate_robustness(
         Where the data are moved to. By default that of the parameters of the model.
     state_file : path, optional
         A JSON file that is replaced after each batch. Where it exists, the run goes on from it: a
-        run that was killed loses one batch at most.
+        run that was killed loses one batch at most, or one of each rank.
     progress : bool
         Whether to show a bar.
     examples : int
         How many data of the first batch to keep for `RobustnessReport.plot`, attacked for that in
         the largest ball of each norm.
+    group : ProcessGroup, optional
+        Ranks that share the work, such as ``torch.distributed.group.WORLD``. Each calls this with
+        the same arguments (but for `device`), reads all batches, attacks every k-th of them, and
+        returns the whole report; the first one has the bar, the state file and the warnings. An
+        error on one of them is one on all. None: this process works for itself, also where a group
+        is initialized.
 
     Returns
     -------
@@ -111,7 +126,8 @@ def evaluate_robustness(
     Raises
     ------
     TypeError, ValueError
-        If a setting is wrong, data are outside `data_range`, or a class is not one of the model's.
+        If a setting is wrong, data are outside `data_range`, a class is not one of the model's, or
+        model or batches are not the same on each rank.
         A `StateFileError`, which is a ValueError, if `state_file` is of another run.
 
     Examples
@@ -144,30 +160,91 @@ def evaluate_robustness(
         {name: () for name in radii},
         {name: (VerificationReport(),) * len(found) for name, found in radii.items()},
     )
-    state = StateFile(None if state_file is None else Path(state_file), fingerprint(model), start)
+    ranks = Ranks.of(group)
+    path = None if state_file is None else Path(state_file)
+    state = _agreed(ranks, model, path, start)
     job = _Job(model, radii, data_range, solver, seed)
     device = _device(model) if device is None else torch.device(device)
-    shown: tuple[Examples, ...] = ()
-    done = 0
-    total = length_hint(loader) * sum(map(len, radii.values()))
-    with progress_bar("evaluating", total, shown=progress) as bar:
-        for done, (data, target) in enumerate(_batches(loader, device, data_range), start=1):
+    shown: list[Examples] = []
+    per_batch = sum(map(len, radii.values()))
+    total = length_hint(loader) * per_batch
+
+    def unknown(bar: Bar) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for data, target in _batches(loader, device, data_range):
             batch = fingerprint(data, target)
-            if done == 1 and examples:
+            if not state.read and examples:
                 with _seeded(_seed(seed, batch), data.device):
-                    shown = job.examples(data, target, batch, examples)
-            if state.knows(done - 1, batch):
-                bar.update(sum(map(len, radii.values())))
+                    shown.extend(job.examples(data, target, batch, examples))
+            if state.knows(batch):
+                bar.update(per_batch)
             else:
-                with _seeded(_seed(seed, batch), data.device):
-                    part = job.report(start, data, target, batch, bar)
-                state.add(batch, part)
-    if not done:
+                yield batch, data, target
+
+    with progress_bar("evaluating", total, shown=progress and ranks.rank == 0) as bar:
+        todo = unknown(bar)
+
+        def next_round() -> tuple[list[str], RobustnessReport]:
+            """The names of the next batches, one for each rank, and what is found of our own."""
+            names, part = list[str](), start
+            for rank, (batch, data, target) in enumerate(islice(todo, ranks.size)):
+                names.append(batch)
+                if rank == ranks.rank:
+                    with _seeded(_seed(seed, batch), data.device):
+                        part = job.report(start, data, target, batch, bar)
+                else:
+                    bar.update(per_batch)
+            return names, part
+
+        while True:
+            found = ranks.gathered(next_round)
+            names = found[0][0]
+            if any(others != names for others, _ in found):
+                raise ValueError("`loader` must give the same batches on each rank, in one order")
+            if not names:
+                break
+            state.add(names, [part for _, part in found[: len(names)]])
+            if ranks.rank == 0:
+                state.save()
+    if not state.read:
         raise ValueError("`loader` must give one batch at least, got none")
-    report = replace(state.finish(done), examples=shown)
-    for line in report.warnings():
-        warnings.warn(line, RobustnessWarning, stacklevel=2)
+    report = replace(state.finish(), examples=tuple(shown))
+    if ranks.rank == 0:
+        for line in report.warnings():
+            warnings.warn(line, RobustnessWarning, stacklevel=2)
     return report
+
+
+def _agreed(ranks: Ranks, model: Model, path: Path | None, start: RobustnessReport) -> StateFile:
+    """What has been found so far, by the file that the first rank sees; the same on each rank."""
+
+    def opened() -> tuple[str, StateFile | None]:
+        if ranks.size > 1:
+            _check_whole(model)
+        name = fingerprint(model)
+        return name, StateFile(path, name, start) if ranks.rank == 0 else None
+
+    found = ranks.gathered(opened)
+    (name, state), *_ = found
+    if any(other != name for other, _ in found):
+        raise ValueError("`model` must be the same on each rank, weights too, got others")
+    assert state is not None
+    return state
+
+
+def _check_whole(model: Model) -> None:
+    """Raise if calls of the model would wait for those on other ranks, which are not as many."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                "`model` must be called by each rank for itself, got DistributedDataParallel: give "
+                "its `module`"
+            )
+        for name, tensor in module.named_parameters(recurse=False):
+            if is_sharded(tensor):
+                raise ValueError(
+                    f"`model` must be whole on each rank, got the sharded parameter {name!r}; "
+                    "without `group`, all ranks do the same work on the shards of one model"
+                )
 
 
 class _Job(NamedTuple):

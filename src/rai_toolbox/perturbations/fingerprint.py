@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.sharding import complete
 
 __all__ = ["described", "fingerprint"]
 
@@ -69,7 +70,7 @@ def _pieces(value: object) -> Iterator[bytes | ctypes.Array[ctypes.c_char]]:
             yield from _pieces(entry)
     elif isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
-        whole = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        whole = complete(value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
         if whole.nbytes:  # read where it lies: numpy may not be there
             yield (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
     else:

@@ -25,15 +25,18 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
     """Cross entropy of each datum, ``-log softmax(logits)[target]``.
 
-    It is flat where a model is very sure: there `margin_loss` still has a gradient.
+    It is flat where a model is very sure: there `margin_loss` still has a gradient. Toward a rival
+    it is ``log softmax(logits)[rival]``, whatever the target.
 
     Parameters
     ----------
     logits : Tensor, shape (N, K)
     target : Tensor of int, shape (N,)
+    rival : Tensor of int, shape (N,), optional
+        The class that is to win, instead of any but the target.
 
     Returns
     -------
@@ -46,20 +49,27 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor([0.6931])
     """
-    return functional.cross_entropy(_wide(logits), target, reduction="none")
+    loss = functional.cross_entropy(
+        _wide(logits), target if rival is None else rival, reduction="none"
+    )
+    return loss if rival is None else -loss
 
 
-def margin_loss(logits: Tensor, target: Tensor) -> Tensor:
+def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
     """By how much the best other class beats the target; above 0 the datum is fooled.
 
     ``max_{j != y} z_j - z_y`` (Carlini & Wagner, 2017). It does not saturate, whatever the scale
-    of the logits.
+    of the logits. Toward a rival t it is ``z_t - z_y``: linear on a linear model, so that its
+    maximum over a convex set is found exactly, and the largest over all rivals is the exact worst
+    margin.
 
     Parameters
     ----------
     logits : Tensor, shape (N, K)
         With K >= 2.
     target : Tensor of int, shape (N,)
+    rival : Tensor of int, shape (N,), optional
+        The class that is to win, instead of the best other one.
 
     Returns
     -------
@@ -72,22 +82,26 @@ def margin_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> margin_loss(torch.tensor([[5.0, 2.0, 3.0], [1.0, 4.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2.,  3.])
     """
-    return _others(logits, target).amax(1) - _of_class(logits, target)
+    best = _others(logits, target).amax(1) if rival is None else _of_class(logits, rival)
+    return best - _of_class(logits, target)
 
 
-def dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
+def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
     """The margin loss in units of the gap from the first to the third logit.
 
     ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` with the logits in falling order ``z_(1) >=
     z_(2) >= ...`` (Croce & Hein, 2020): it does not change with the scale of the logits, nor with
     a shift of them. It is 0 where the three are equal. It is constant where the target has the
-    third logit: `targeted_dlr_loss` is for a target that is to rise.
+    third logit: `targeted_dlr_loss` is for a target that is to rise. So is the form toward a rival
+    t, ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``.
 
     Parameters
     ----------
     logits : Tensor, shape (N, K)
-        With K >= 3.
+        With K >= 3; K >= 4 with `rival`.
     target : Tensor of int, shape (N,)
+    rival : Tensor of int, shape (N,), optional
+        The class that is to win, instead of the best other one.
 
     Returns
     -------
@@ -96,7 +110,7 @@ def dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        If there are fewer than three classes.
+        If there are fewer classes.
 
     Examples
     --------
@@ -105,6 +119,8 @@ def dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> dlr_loss(torch.tensor([[5.0, 2.0, 3.0]]), torch.tensor([0]))
     tensor([-0.6667])
     """
+    if rival is not None:
+        return _in_units_of(_targeted_gap(logits), margin_loss(logits, target, rival))
     first, _, third = _largest(logits, 3).unbind(1)
     return _in_units_of(first - third, margin_loss(logits, target))
 
@@ -138,15 +154,11 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> targeted_dlr_loss(torch.tensor([[5.0, 2.0, 3.0, 0.0]]), torch.tensor([2]))
     tensor([0.5000])
     """
-    first, _, third, fourth = _largest(logits, 4).unbind(1)
-    return _in_units_of(first - (third + fourth) / 2, margin_loss(logits, target))
+    return _in_units_of(_targeted_gap(logits), margin_loss(logits, target))
 
 
 def rival_margin(rival: Tensor) -> Criterion:
-    """Make a loss of one rival class for each datum: ``z_rival - z_y``.
-
-    On a linear model it is linear, so that its maximum over a convex set is found exactly; the
-    largest over all rivals is the exact worst margin.
+    """Make a loss of one rival class for each datum: `margin_loss` toward it, ``z_rival - z_y``.
 
     Parameters
     ----------
@@ -165,7 +177,7 @@ def rival_margin(rival: Tensor) -> Criterion:
     """
 
     def of_rival(logits: Tensor, target: Tensor) -> Tensor:
-        return _of_class(logits, rival) - _of_class(logits, target)
+        return margin_loss(logits, target, rival)
 
     return of_rival
 
@@ -225,8 +237,8 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     >>> is_fooled(logits, target), is_fooled(logits, target, targeted=True)
     (tensor([False,  True]), tensor([ True, False]))
     """
-    right = logits.argmax(1) == target
-    return right if targeted else ~right
+    predicted = logits.argmax(1)
+    return predicted == target if targeted else predicted != target
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -240,6 +252,11 @@ def _largest(logits: Tensor, number: int) -> Tensor:
             f"`logits` must have at least {number} classes, got shape {tuple(logits.shape)}"
         )
     return _wide(logits).topk(number, dim=1).values
+
+
+def _targeted_gap(logits: Tensor) -> Tensor:
+    first, _, third, fourth = _largest(logits, 4).unbind(1)
+    return first - (third + fourth) / 2
 
 
 def _in_units_of(gap: Tensor, loss: Tensor) -> Tensor:

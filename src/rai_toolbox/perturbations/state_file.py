@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ class StateFile:
     def __init__(self, path: Path | None, model: str, start: RobustnessReport) -> None:
         self.path, self.model = path, model
         self.report, self.batches = start, list[str]()
+        self.read = 0
         if path is not None and path.exists():
             self._load(path, start)
 
-    def knows(self, index: int, batch: str) -> bool:
-        """Whether the batch is in the report; raise if another one is there in its place."""
+    def knows(self, batch: str) -> bool:
+        """Whether the next batch is in the report; raise if another one is there in its place."""
+        index = self.read
+        self.read += 1
         if index >= len(self.batches):
             return False
         if self.batches[index] != batch:
@@ -53,20 +57,23 @@ class StateFile:
             )
         return True
 
-    def add(self, batch: str, part: RobustnessReport) -> None:
-        """Keep what was found for one more batch."""
-        self.report = RobustnessReport.merged([self.report, part])
-        self.batches.append(batch)
+    def add(self, batches: Sequence[str], parts: Sequence[RobustnessReport]) -> None:
+        """Take up what was found for some more batches."""
+        self.report = RobustnessReport.merged([self.report, *parts])
+        self.batches.extend(batches)
+
+    def save(self) -> None:
+        """Keep on disk what has been found."""
         if self.path is not None:
             plain = {"format": FORMAT, "model": self.model, "report": self.report.to_plain()}
             write_whole(self.path, json.dumps(plain | {"batches": self.batches}))
 
-    def finish(self, batches: int) -> RobustnessReport:
+    def finish(self) -> RobustnessReport:
         """The report; raise if `loader` had fewer batches than the file."""
-        if batches < len(self.batches):
+        if self.read < len(self.batches):
             raise StateFileError(
                 f"`loader` must have the {len(self.batches)} batches that {self.path} was written "
-                f"for, got {batches}"
+                f"for, got {self.read}"
             )
         return self.report
 
