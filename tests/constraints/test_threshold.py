@@ -5,6 +5,7 @@ import torch
 from constraints.cases import CASES, sets, trials
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rai_toolbox.constraints import shrinking
 from rai_toolbox.constraints.blocks import COLUMNS
 from rai_toolbox.constraints.threshold import each, precision, threshold
 
@@ -91,3 +92,126 @@ def test_long_rows_by_pieces(shape, kind):
         made(r[None], center).project(row[None]) for r, row in zip(radius, x, strict=True)
     ]
     assert torch.equal(y, torch.cat(one_by_one))
+
+
+def in_float64(x, radius):
+    """The projection by the general way, of the same numbers."""
+    return sets.L1Ball(radius).project(x.double())
+
+
+ROWS = {
+    **{name: values for name, values in NASTY.items() if name not in ("large", "huge")},
+    "normal": lambda n: torch.randn(n, generator=torch.Generator().manual_seed(0)).double(),
+    "cubes": lambda n: torch.randn(n, generator=torch.Generator().manual_seed(0)).double() ** 3,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 17, 400, 100_000])
+@pytest.mark.parametrize("values", ROWS.values(), ids=ROWS)
+def test_rows_in_float32_are_as_exact_as_in_float64(values, n, dtype):
+    radius = torch.tensor([1e-3, 0.1, 1.0, 10.0, 1e3]).double()[:, None]
+    x = values(n).expand(len(radius), n).to(dtype).contiguous()
+    x[:, ::2] *= -1
+    ball = sets.L1Ball(radius)
+    y = ball.project(x)
+    assert (ball.violation(y) == 0).all()
+    wide = in_float64(x, radius)
+    # one spacing of each entry, and what the sum may be short of, which the largest ones bear
+    info = torch.finfo(dtype)
+    allowed = info.eps * wide.abs() + 1e-6 * radius + info.smallest_normal * info.eps
+    assert ((y.double() - wide).abs() <= allowed).all()
+    alone = [sets.L1Ball(r[None]).project(row[None]) for r, row in zip(radius, x, strict=True)]
+    assert torch.equal(y, torch.cat(alone))
+
+
+SHAPES = [(3, 20)] * 50 + [(7, 5, 4), (1, 20), (0, 20), (400, 20), (5, 6), (2, 5000), (2, 70_000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("radius", [1e-3, 15.0, 1e6], ids=["all", "some", "none"])
+def test_grouped_l1_balls_are_one_by_one(radius, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    made.append(torch.randn(20, 30, generator=generator).to(dtype).t())
+    made[0][1, 2], made[1][0, 0] = torch.nan, torch.inf
+    alone = [sets.L1Ball(radius).project(x) for x in made]
+    for in_cache in (shrinking.IN_CACHE, 50):
+        monkeypatch.setattr(shrinking, "IN_CACHE", in_cache)
+        together = [x.clone() for x in made]
+        sets.L1Ball(radius).project_each_(together)
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert alone[0][1].isnan().all()
+    assert alone[1][0].isnan().all()
+
+
+@pytest.mark.parametrize("values", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_graph_of_its_own_leaves_rows_that_need_more_steps(values, dtype):
+    """Rows come out projected, or as they were and said to be so."""
+    x = torch.stack([values(300) * s for s in (1e-3, 1.0, 1e3)]).to(dtype)
+    radius = torch.tensor(0.5, dtype=torch.float64)
+    y = x.clone()
+    wrong = shrinking._fixed(y, radius)
+    done = (y != x).any(1) | (x.double().abs().sum(1) <= 0.5)
+    assert bool(wrong) == (not done.all())
+    assert (sets.L1Ball(0.5).violation(y)[done] == 0).all()
+    wide = in_float64(x, 0.5)[done]
+    eps = torch.finfo(dtype).eps
+    assert ((y[done].double() - wide).abs() <= eps * wide.abs() + 1e-6).all()
+
+
+def test_some_rows_need_more_steps_than_the_search_has():
+    x = torch.stack([NASTY["doubling"](2**16), torch.ones(2**16).double()]).float()
+    ball = sets.L1Ball(1e-3)
+    y = x.clone()
+    assert bool(shrinking._fixed(y, torch.tensor(1e-3, dtype=torch.float64)))
+    assert (ball.violation(ball.project(y)) == 0).all()
+
+
+def test_a_compiled_projection_is_one_operator_and_right():
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    ball = sets.L1Ball(1.5)
+    seen = []
+
+    def backend(module, inputs):
+        seen.append([str(node.target) for node in module.graph.nodes])
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(ball.project, backend=backend, fullgraph=True)(x)
+    torch._dynamo.reset()
+    assert sum("project_l1_rows_" in name for name in seen[0]) == 1
+    assert torch.equal(y, ball.project(x))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_large_rows_have_a_graph_of_their_own_or_one_warning(works, monkeypatch):
+    def graph(x, epsilon):
+        if not works:
+            raise RuntimeError("no compiler here")
+        return shrinking._fixed(x, epsilon)
+
+    monkeypatch.setattr(shrinking, "_graph", [graph])
+    x = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
+    y, again = x.clone(), x.clone()
+    radius = torch.tensor(10.0, dtype=torch.float64)
+    if works:
+        shrinking.project_l1_rows_(y, radius)
+    else:
+        with pytest.warns(UserWarning, match="stay eager: RuntimeError: no compiler here"):
+            shrinking.project_l1_rows_(y, radius)
+    shrinking.project_l1_rows_(again, radius)
+    assert torch.equal(y, again)
+    torch.testing.assert_close(y, sets.L1Ball(10.0).project(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first use
+def test_forward_mode_goes_through_rows_of_float32():
+    x = torch.tensor([[3.0, 1.0, -0.5]])
+    ball = sets.L1Ball(2.0)
+    value, tangent = torch.func.jvp(ball.project, (x,), (torch.ones(1, 3),))
+    torch.testing.assert_close(value, ball.project(x))
+    torch.testing.assert_close(tangent, torch.tensor([[0.0, 0.0, 0.0]]))  # to the vertex (2, 0, 0)

@@ -10,7 +10,7 @@ from ranks import on_ranks, outcomes
 from rai_toolbox import constraints as sets
 from rai_toolbox import optim
 
-SHAPES = [(6, 4), (5, 3), (4, 3, 2, 2), (5,), (1, 3)]  # uneven shards, and less rows than ranks
+SHAPES = [(6, 4), (5, 3), (4, 3, 2, 2), (5,), (2, 3)]  # uneven shards, and less rows than ranks
 
 
 def chain(params, **settings):

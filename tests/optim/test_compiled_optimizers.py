@@ -11,7 +11,7 @@ import torch._dynamo
 from every_class import CASES
 from torch.optim import LBFGS, SGD, Adafactor, Adam, lr_scheduler
 
-from rai_toolbox.constraints import L2Ball
+from rai_toolbox.constraints import L1Ball, L2Ball
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
 from rai_toolbox.optim.compiling import compiled
 
@@ -96,6 +96,26 @@ def test_a_changed_number_is_used_and_compiles_nothing_again(make, change):
         optimizer.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_l1_balls_take_few_operators_for_each_tensor():
+    """The graph must not grow by a whole search for each tensor, for minutes of compiling."""
+
+    def operators(count):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(3, 4, generator=generator).requires_grad_() for _ in range(count)]
+        seen = []
+
+        def backend(module, inputs):
+            seen.append(sum(node.op.startswith("call") for node in module.graph.nodes))
+            return module.forward
+
+        optimizer = ProjectedOptimizer(params, lr=0.1, constraint=L1Ball(1.0))
+        run(optimizer, compiled(optimizer, backend=backend), steps=2)
+        (number,) = seen
+        return number
+
+    assert operators(8) - operators(4) <= 4 * 15
 
 
 def test_a_new_graph_would_be_counted():

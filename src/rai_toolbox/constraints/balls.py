@@ -31,14 +31,18 @@ from rai_toolbox.constraints.rounding import (
     noise,
     offset_from,
     round_down,
-    round_up,
     spacing,
+)
+from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
+from rai_toolbox.constraints.shrinking import (
+    are_narrow,
+    in_float32,
+    may_be_one_operator,
+    shrunk,
 )
 from rai_toolbox.constraints.threshold import (
     Values,
     each,
-    is_narrow,
-    narrow_threshold,
     precision,
     row_sum,
     threshold,
@@ -255,6 +259,26 @@ class L1Ball(_Ball):
     tensor([[ 0.5000, -1.5000,  0.0000]])
     """
 
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self.project_each_([x])
+        return x
+
+    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
+        for x in batches:
+            self._check_batch(x)
+        numbers = self.center is None and not isinstance(self.epsilon, Tensor)
+        if not (numbers and are_narrow(batches)):
+            for x in batches:
+                super().project_(x)
+            return
+        for piece, rows, room in in_float32(batches):
+            magnitudes = shrunk(rows.abs_(), self.epsilon, piece[0].dtype, room)
+            if magnitudes is None:
+                continue
+            parts = magnitudes.split([len(x) for x in piece])
+            for x, part in zip(piece, parts, strict=True):
+                torch.copysign(part.view(x.shape), x, out=x)
+
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self._beyond(self._magnitudes(x, dtype)).squeeze(1)
 
@@ -262,8 +286,13 @@ class L1Ball(_Ball):
         return (row_sum(magnitudes) - self.epsilon).clamp(min=0)
 
     def _projected(self, units: Tensor) -> Tensor:
-        if self.center is None and is_narrow(units):
-            return self._narrow(units)
+        if self.center is None and are_narrow([units]):
+            found = shrunk(units.abs().float().contiguous(), self.epsilon, units.dtype)
+            return units.clone() if found is None else found.copysign(units)
+        if self.center is None and may_be_one_operator(units):
+            rows = units.clone(memory_format=torch.contiguous_format)
+            torch.ops.rai_toolbox.project_l1_rows_(rows, as_wide(self.epsilon, units))
+            return rows
         dtype = units.dtype
         magnitudes = self._magnitudes(units, dtype)
         excess = self._beyond(magnitudes).detach()
@@ -279,19 +308,6 @@ class L1Ball(_Ball):
                 placed = offset_from(at, torch.copysign(soft, widened(piece) - at), dtype)
             result.append(torch.where(excess <= 0, piece, placed))
         return result[0] if len(result) == 1 else torch.cat(result, 1)
-
-    def _narrow(self, units: Tensor) -> Tensor:
-        """`_projected` of rows that float32 holds, without a center."""
-        size = units.abs().float()
-        excess = self._beyond([lambda: widened(size)])
-        lost = torch.finfo(torch.float32).eps  # by two roundings to nearest below
-        total = self._inner(size.shape[1]) * (1 - 2 * precision(units.dtype) - lost)
-        near, rest = narrow_threshold(size, total)
-        # (a rest that is rounded up keeps the entries at the threshold from being above it)
-        soft = size.sub_(near).sub_(round_up(rest, torch.float32)).clamp_(min=0)
-        soft = round_down(soft, units.dtype) if units.dtype != soft.dtype else soft
-        placed = soft.copysign_(units).where(excess > 0, units)
-        return placed.masked_fill_(~excess.isfinite(), torch.nan)
 
     def _magnitudes(self, x: Tensor, dtype: torch.dtype) -> list[Values]:
         if self.center is None:
@@ -333,10 +349,14 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if in_blocks(x) and not torch.is_grad_enabled() and bool((length <= epsilon).all()):
         return x
     factor = _shrinking(length, epsilon, x, size)
-    if x.device.type != "cpu":
-        return x.mul_(factor)  # in wide arithmetic, in one pass
-    for narrow in _narrowed(factor, x):
-        x.mul_(narrow)
+    part = x
+    if is_sharded(x) and not torch.is_grad_enabled():
+        part, factor = local_of(x), beside(factor, x)
+    if part.device.type != "cpu":
+        part.mul_(factor)  # in wide arithmetic, in one pass
+        return x
+    for narrow in _narrowed(factor, part):
+        part.mul_(narrow)
     return x
 
 

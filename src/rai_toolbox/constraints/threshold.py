@@ -29,13 +29,13 @@ def each(f: Callable[..., Tensor], *tensors: Tensor) -> list[Values]:
 
 def row_sum(values: list[Values]) -> Tensor:
     """Sum of each row, shape (N, 1)."""
-    total = _sum(values[0]())
+    total = sum_rows(values[0]())
     for piece in values[1:]:
-        total = total + _sum(piece())
+        total = total + sum_rows(piece())
     return total
 
 
-def _sum(x: Tensor) -> Tensor:
+def sum_rows(x: Tensor) -> Tensor:
     """Sum of each row, with the same bits on any number of threads and beside any other rows.
 
     Torch splits the sum of a single long row between its threads, but not those of short ones.
@@ -85,7 +85,7 @@ def threshold(
         top = large.amax(1, keepdim=True)
         below = _minus(values, top)
         t = torch.maximum((row_sum(below) - total) / size, torch.zeros_like(top) - total)
-        steps, enough = _steps(size, precision(dtype)), max(precision(dtype), noise(size))
+        steps, enough = steps_needed(size, precision(dtype)), max(precision(dtype), noise(size))
         if large.shape[1] < size:
             start = _iterate(_minus([lambda: large], top), t, total, steps, enough)
             t = torch.maximum(t, start)
@@ -121,7 +121,7 @@ def _largest(v: Tensor) -> Tensor:
     return torch.cat([groups.amax(1), rest], 1)
 
 
-def _steps(size: int, precision: float) -> int:
+def steps_needed(size: int, precision: float) -> int:
     """How many steps bring an excess of ``size * total`` down to ``precision * total``."""
     steps = 1
     while (1 - size ** (-1 / steps)) ** steps > precision / size:
@@ -154,7 +154,7 @@ def _above(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the entries above t are so, in sum, and their number."""
     if in_blocks(v) and not torch.is_grad_enabled():  # the quickest operators, one by one
         over = (v - t).clamp_(min=0)
-        total = _sum(over)
+        total = sum_rows(over)
         return total, over.gt_(0).sum(1, keepdim=True)
     over = v - t  # the quickest when compiled
     one = torch.ones((), dtype=torch.float32 if v.shape[1] <= 2**24 else v.dtype, device=v.device)
