@@ -30,6 +30,7 @@ from attacks_problems import Problem
 from attacks_tables import (
     FLOOR,
     FLOOR_AGAIN,
+    FLOOR_FOUND,
     OURS,
     PYAUTOATTACK,
     SPELLED,
@@ -126,7 +127,7 @@ def timed(
     to_peer = compare(samples, fastest)
     for name, solver in solvers.items():
         rows[name]["to_fastest_peer"] = to_peer[name]["ratio"]
-        if name not in (FLOOR, FLOOR_AGAIN):
+        if name not in (FLOOR, FLOOR_AGAIN, FLOOR_FOUND):
             rows[name] |= judged(problem, solver, p, epsilon)
     return {
         "kind": kind,
@@ -148,9 +149,11 @@ def side_by_side(
     kind: str, title: str, problem: Problem, p: float, epsilon: float, size: Size, **more: Solver
 ) -> Report:
     settings = (problem, p, epsilon, size.steps, 2.5 * epsilon / size.steps)
+    found = ours.pgd(*settings)()
     solvers = {
         FLOOR: peers.floor(problem, size.steps),
         FLOOR_AGAIN: peers.floor(problem, size.steps),
+        FLOOR_FOUND: peers.floor(problem._replace(data=found), size.steps),
         "a loop by hand": peers.by_hand(*settings),
         **{name: peer(*settings) for name, peer in PEERS.items()},
         OURS: ours.pgd(*settings),

@@ -7,6 +7,7 @@ from typing import Any
 from attacks_peers import PEERS
 
 FLOOR, FLOOR_AGAIN = "floor: forward and backward", "floor, again"
+FLOOR_FOUND = "floor, at the perturbed data"
 OURS, SPELLED, STOPPING = "ours", "ours, gradient_ascent", "ours, stop_once_fooled"
 PYAUTOATTACK = "pyautoattack 0.2.0"
 

@@ -256,7 +256,7 @@ def misshapen(path):
         ({"range": "1 0"}, "--range must be LOWER < UPPER, got 1 0"),
         ({"range": "0 0.5"}, "`data` must be finite and within `data_range`, [0.0, 0.5], got"),
         ({"data": "bytes.npz"}, "`data` must be floating-point, such as images / 255"),
-        ({"data": "high.npz"}, "`target` must be in [0, 3), got 3"),
+        ({"data": "high.npz"}, "`target` must hold classes from 0 to 2, got 3"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(folder, options, said, capsys):

@@ -12,6 +12,7 @@ from torch.optim import SGD
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.box import DataSet
 from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning
 from rai_toolbox.perturbations.losses import (
     cross_entropy,
@@ -200,9 +201,33 @@ def test_more_of_anything_is_never_worse(problem):
 def test_the_first_run_starts_at_the_data(problem):
     net, x, y = problem
     found = attack(net, x, y, ball=L2Ball(0.25), optimizer=STEP, steps=0)
-    assert torch.equal(found.data, x) and found.model_calls == 2
+    assert torch.equal(found.data, x) and found.model_calls == 1
     started = attack(net, x, y, ball=L2Ball(0.25), optimizer=STEP, steps=0, random_start=True)
     assert (started.data != x).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("data_range", [(0.0, 1.0), (-3.0, 255.0)])
+def test_sums_in_linf_balls_need_no_placing(dtype, data_range):
+    low, high = data_range
+    draw = torch.Generator().manual_seed(0)
+    x = (low + (high - low) * torch.rand(64, 500, generator=draw, dtype=torch.float64)).to(dtype)
+    x[:, :9] = torch.tensor([low, high, 0.0, 1e-30, 1e-8, 0.1, 0.9999, 1.0, 0.5]).to(dtype)
+    for epsilon in (8 / 255, 0.1, 0.3, 1e-9, 0.0, 7.0):
+        around = DataSet.around(x, LinfBall(epsilon), data_range, None)
+        delta = around.of_perturbations().project(torch.randn(x.shape, generator=draw).to(dtype))
+        ends = around.of_perturbations().project(torch.sign(delta) * 1e3)
+        for summed in (x + delta, x + ends):
+            assert torch.equal(around.placed(summed), summed)
+
+
+def test_the_last_call_is_spared_where_nothing_has_moved(problem):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=5)
+    assert (run().model_calls, run(stop_once_fooled=True, ball=LinfBall(1e-9)).model_calls) == (
+        6,
+        7,
+    )
 
 
 def test_a_generator_makes_it_reproducible(problem):
@@ -395,7 +420,7 @@ BAD = {
     "class too low": (
         {"target": lambda y: y - 9},
         ValueError,
-        "`target` must hold classes >= 0, got -",
+        "`target` must hold classes from 0 to 3, got -",
     ),
     "target one-hot": (
         {"target": lambda y: nn.functional.one_hot(y, 4)},

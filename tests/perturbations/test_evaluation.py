@@ -342,7 +342,11 @@ def test_settings_are_described_as_plain_data():
         ({"loader": []}, ValueError, "`loader` must give one batch at least, got none"),
         ({"loader": [DATA]}, TypeError, r"pairs \(data, target\), got Tensor as batch 0"),
         ({"loader": [(DATA.byte(), TARGET)]}, TypeError, "must be floating-point"),
-        ({"loader": [(DATA, TARGET + 1)]}, ValueError, r"`target` must be in \[0, 2\), got 2"),
+        (
+            {"loader": [(DATA, TARGET + 1)]},
+            ValueError,
+            r"`target` must hold classes from 0 to 1, got 2",
+        ),
         ({"loader": [(DATA + 0.5, TARGET)]}, ValueError, r"within `data_range`, \[0.0, 1.0\], got"),
         ({"loader": [(DATA / 0, TARGET)], "data_range": None}, ValueError, "must be finite"),
         ({"solver": lambda *a, **k: SimpleNamespace(data=DATA[:1])}, ValueError, "`solver` must"),

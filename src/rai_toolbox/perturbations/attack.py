@@ -16,6 +16,7 @@ from rai_toolbox.perturbations.active import Success, better, check_per_datum, c
 from rai_toolbox.perturbations.additive import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.ascent import Ascent, Model, ascend, solving
 from rai_toolbox.perturbations.box import Ball, DataSet, Range
+from rai_toolbox.perturbations.classes import check_logits, check_target, extent
 from rai_toolbox.perturbations.gradient_ascent import as_data, warn_of_zero_gradient
 from rai_toolbox.perturbations.losses import (
     Criterion,
@@ -160,7 +161,7 @@ def attack(
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
         run = _Run(
-            model=_classifier(model, int(target.max()) if len(target) else 0),
+            model=_classifier(model, extent(target)),
             optimizer=_optimizer_of(optimizer, steps),
             criterion=criterion,
             mask=mask,
@@ -242,7 +243,7 @@ def _best(
     rivals: int | Rivals | None,
     start: bool,
 ) -> Attacked:
-    """The best of all runs for each datum, seen once more where it ends."""
+    """The best of all runs for each datum, seen once more where rounding has moved it."""
     data, calls = around.data.clone(), 0
     rows: Tensor | None = None
     cost = torch.full(data.shape[:1], torch.nan, device=data.device)
@@ -277,12 +278,16 @@ def _best(
         cost = torch.where(take, new_cost, cost.to(new_cost.dtype))
         fooled, flat = fooled | new_fooled, flat & new_flat
     with torch.no_grad():
-        data = around.placed(data)
-        logits = [run.model(data) for _ in range(run.samples)]
+        placed = around.placed(data)
+        # What is known may be of one rival, of chance, or rounded as beside fewer data.
+        known = rivals is None and run.samples == 1 and not run.stop
+        if known and torch.equal(placed, data):
+            return Attacked(data, cost if run.targeted else -cost, fooled, flat, calls)
+        logits = [run.model(placed) for _ in range(run.samples)]
         losses = torch.stack([run.criterion(z, target) for z in logits]).mean(0)
-        check_per_datum("criterion", losses, data, "an attack")
+        check_per_datum("criterion", losses, placed, "an attack")
         fooled = is_fooled(torch.stack(logits).mean(0), target, run.targeted)
-    return Attacked(data, losses, fooled, flat, calls + run.samples)
+    return Attacked(placed, losses, fooled, flat, calls + run.samples)
 
 
 def _of_pairs(criterion: Callable[..., Tensor], logits: Tensor, pairs: Tensor) -> Tensor:
@@ -320,19 +325,12 @@ def _classes_of(rivals: int | Rivals, model: Model, around: DataSet, target: Ten
     return classes
 
 
-def _classifier(model: Model, highest: int) -> Model:
+def _classifier(model: Model, classes: tuple[int, int]) -> Model:
     """The model, whose output is checked: logits, that have each target's class."""
 
     def logits_of(data: Tensor) -> Tensor:
         logits: Tensor = model(data)
-        if logits.ndim != 2 or len(logits) != len(data):
-            raise ValueError(
-                f"`model` must give logits of shape ({len(data)}, K), got {tuple(logits.shape)}"
-            )
-        if highest >= logits.shape[1]:
-            raise ValueError(
-                f"`target` must hold classes from 0 to {logits.shape[1] - 1}, got {highest}"
-            )
+        check_logits(logits, len(data), classes)
         return logits
 
     return logits_of
@@ -340,15 +338,7 @@ def _classifier(model: Model, highest: int) -> Model:
 
 def _checked_target(target: Any, data: Tensor) -> Tensor:
     classes: Tensor = torch.as_tensor(target, device=data.device)
-    if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
-        raise TypeError(f"`target` must hold classes, which are integers, got {classes.dtype}")
-    if classes.shape != data.shape[:1]:
-        raise ValueError(
-            f"`target` must have one class for each datum, shape {tuple(data.shape[:1])}, got "
-            f"shape {tuple(classes.shape)}"
-        )
-    if bool((classes < 0).any()):
-        raise ValueError(f"`target` must hold classes >= 0, got {int(classes.min())}")
+    check_target(classes, data)
     return classes.detach().clone().long()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.rounding import as_wide
 from rai_toolbox.perturbations.additive import check_mask
 
 __all__ = ["DataSet"]
@@ -58,7 +59,21 @@ class DataSet:
         """The set of perturbations, as far as they can be told from the data: by rounding."""
         if self.lower is None or self.upper is None:
             return self.ball
+        if isinstance(self.ball, LinfBall):  # then the sums can be in the set, all of them
+            return BoundedBall(self.ball, -self._reach(self.lower, -1), self._reach(self.upper, 1))
         return BoundedBall(self.ball, self.lower - self.data, self.upper - self.data)
+
+    def _reach(self, bound: Tensor, sign: int) -> Tensor:
+        """How far entries can go towards a bound, so that rounded sums are in ball and range."""
+        epsilon = as_wide(self.ball.epsilon, bound)
+        reach = (sign * (bound - self.data)).minimum(epsilon.to(bound.dtype))
+        end = self.data + sign * reach
+        distance = as_wide(end, bound) - as_wide(self.data, bound)
+        beyond = (sign * distance > epsilon) | (sign * end > sign * bound)
+        end = torch.where(beyond, end.nextafter(self.data), end)
+        reach = torch.where(beyond, sign * (end - self.data), reach)
+        again = sign * (self.data + sign * reach) > sign * end  # as the difference was rounded, too
+        return torch.where(again, reach.nextafter(torch.zeros_like(reach)), reach)
 
     def placed(self, perturbed: Tensor) -> Tensor:
         """Perturbed data, off by no more than rounding, exactly in the set."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from operator import length_hint
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,38 +20,26 @@ from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.extras import Bar
 from rai_toolbox.extras import progress as progress_bar
+from rai_toolbox.perturbations.ascent import Model
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.box import Ball, Range
 from rai_toolbox.perturbations.fingerprint import described, fingerprint
-from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning, solving
+from rai_toolbox.perturbations.job import Job, Perturbed, seed_of, seeded
 from rai_toolbox.perturbations.ranks import Ranks
 from rai_toolbox.perturbations.report import Examples, RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.state_file import StateFile
 from rai_toolbox.perturbations.verification import (
     NORMS,
-    Reading,
     VerificationReport,
     beyond_range,
     check_ball,
     check_batch,
-    judge,
-    read,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["evaluate_robustness"]
-
-Model = Callable[[Tensor], Tensor]
-
-
-class Perturbed(Protocol):
-    """What a solver returns; nothing but the perturbed data is believed."""
-
-    @property
-    def data(self) -> Tensor:
-        """The perturbed data, in the shape of the originals."""
 
 
 def evaluate_robustness(
@@ -163,7 +149,7 @@ def evaluate_robustness(
     ranks = Ranks.of(group)
     path = None if state_file is None else Path(state_file)
     state = _agreed(ranks, model, path, start)
-    job = _Job(model, radii, data_range, solver, seed)
+    job = Job(model, radii, data_range, solver, seed)
     device = _device(model) if device is None else torch.device(device)
     shown: list[Examples] = []
     per_batch = sum(map(len, radii.values()))
@@ -173,7 +159,7 @@ def evaluate_robustness(
         for data, target in _batches(loader, device, data_range):
             batch = fingerprint(data, target)
             if not state.read and examples:
-                with _seeded(_seed(seed, batch), data.device):
+                with seeded(seed_of(seed, batch), data.device):
                     shown.extend(job.examples(data, target, batch, examples))
             if state.knows(batch):
                 bar.update(per_batch)
@@ -189,7 +175,7 @@ def evaluate_robustness(
             for rank, (batch, data, target) in enumerate(islice(todo, ranks.size)):
                 names.append(batch)
                 if rank == ranks.rank:
-                    with _seeded(_seed(seed, batch), data.device):
+                    with seeded(seed_of(seed, batch), data.device):
                         part = job.report(start, data, target, batch, bar)
                 else:
                     bar.update(per_batch)
@@ -247,99 +233,6 @@ def _check_whole(model: Model) -> None:
                 )
 
 
-class _Job(NamedTuple):
-    """What is the same for all batches."""
-
-    model: Model
-    radii: Mapping[str, list[Ball]]
-    data_range: Range
-    solver: Callable[..., Perturbed]
-    seed: int
-
-    def report(
-        self, start: RobustnessReport, data: Tensor, target: Tensor, batch: str, bar: Bar
-    ) -> RobustnessReport:
-        """What is found of one batch."""
-        before = read(self.model, data, target)
-        withstood, checks = {}, {}
-        for name, balls in self.radii.items():
-            robust = ~before.misread
-            count = robust.long() - 1
-            found = []
-            for ball in balls:
-                verified, robust = self._withstand(data, target, before, robust, ball, batch)
-                count += robust
-                found.append(verified)
-                bar.update()
-            withstood[name], checks[name] = tuple(count.tolist()), tuple(found)
-        return RobustnessReport(start.settings, start.epsilons, withstood, checks)
-
-    def _withstand(
-        self,
-        data: Tensor,
-        target: Tensor,
-        before: Reading,
-        robust: Tensor,
-        ball: Ball,
-        batch: str,
-    ) -> tuple[VerificationReport, Tensor]:
-        """Attack those that are robust so far; which of them still are."""
-        rows = robust.nonzero().squeeze(1)
-        if ball.epsilon == 0 or not len(rows):  # that ball's one point has been read already
-            return VerificationReport(), robust
-        data, target = data[rows], target[rows]
-        perturbed = self.perturbed(data, target, ball, batch)
-        after = read(self.model, perturbed, target, gradient=False)
-        verdict = judge(data, perturbed, before.at(rows), after, ball, self.data_range)
-        robust = robust.index_fill(0, rows[verdict.fooled], False)
-        return verdict.report(), robust
-
-    def perturbed(self, data: Tensor, target: Tensor, ball: Ball, batch: str) -> Tensor:
-        """What the solver makes of the data, with random numbers that only this batch decides."""
-        if ball.epsilon == 0:
-            return data
-        seed = _seed(self.seed, batch, repr(ball))
-        with _seeded(seed, data.device), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ZeroGradientWarning)  # the report tells of all of them
-            answer = self.solver(
-                self.model,
-                data,
-                target,
-                ball=ball,
-                data_range=self.data_range,
-                generator=torch.Generator().manual_seed(seed),
-            )
-        perturbed = getattr(answer, "data", None)
-        if not isinstance(perturbed, Tensor):
-            raise TypeError(
-                f"`solver` must return an object with `data`, got {type(answer).__name__}"
-            )
-        if perturbed.shape != data.shape or perturbed.dtype != data.dtype:
-            raise ValueError(
-                f"`solver` must return data of shape {tuple(data.shape)} and {data.dtype}, got "
-                f"shape {tuple(perturbed.shape)} and {perturbed.dtype}"
-            )
-        return perturbed.detach()
-
-    def examples(
-        self, data: Tensor, target: Tensor, batch: str, number: int
-    ) -> tuple[Examples, ...]:
-        """What is done to the first data that are read right, in the largest ball of each norm."""
-        right = ~read(self.model, data, target, gradient=False).misread
-        rows = right.nonzero().squeeze(1)[:number]
-        if not len(rows):
-            return ()
-        data, target = data[rows], target[rows]
-        found = []
-        for name, balls in self.radii.items():
-            perturbed = self.perturbed(data, target, balls[-1], batch)
-            with solving(self.model), torch.no_grad():
-                reading = self.model(perturbed).argmax(1)
-            kept = (tensor.cpu() for tensor in (data, perturbed, target, reading))
-            found.append(Examples(name, float(balls[-1].epsilon), *kept))
-        return tuple(found)
-
-
 def _radii(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
     """The balls of each norm by ascending radius, once each."""
     found: dict[str, dict[float, Ball]] = {}
@@ -383,20 +276,3 @@ def _device(model: object) -> torch.device | None:
         return None
     tensors = (tensor for of in (model.parameters(), model.buffers()) for tensor in of)
     return next((tensor.device for tensor in tensors), None)
-
-
-def _seed(*values: object) -> int:
-    text = repr(values).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's own generators, which models that draw numbers use, seeded, and as before later."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

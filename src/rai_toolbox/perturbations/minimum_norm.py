@@ -16,6 +16,7 @@ from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.perturbations.active import column
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.box import DataSet, Range
+from rai_toolbox.perturbations.classes import check_logits, check_target, extent
 from rai_toolbox.perturbations.gradient_ascent import Model, as_data, solving
 from rai_toolbox.perturbations.losses import is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
@@ -158,8 +159,9 @@ def minimum_norm_attack(
         data = as_data(data)
         around = DataSet.around(data, ball(0.0), data_range, mask)
         limit = _limit(around, order, largest)
+        check_target(target, data)
         logits = model(data)
-        check_classes(target, logits)
+        check_logits(logits, len(data), extent(target))
         best, fooled = data.clone(), is_fooled(logits, target, targeted)
         lower, upper = torch.zeros_like(limit), torch.where(fooled, 0.0, inf).to(limit)
         first = _linear_radius(model, data, target, mask, order) * (1 + tolerance)
@@ -273,20 +275,3 @@ def _solved(
         **masked,
     ).data
     return found
-
-
-def check_classes(target: Tensor, logits: Tensor) -> None:
-    """Raise unless there is one of the classes for each datum."""
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise TypeError(f"`target` must hold classes, which are integers, got {target.dtype}")
-    if target.shape != logits.shape[:1]:
-        raise ValueError(
-            f"`target` must have one class for each datum, shape {tuple(logits.shape[:1])}, got "
-            f"shape {tuple(target.shape)}"
-        )
-    wrong = (target < 0) | (target >= logits.shape[1])
-    if bool(wrong.any()):
-        raise ValueError(
-            f"`target` must hold classes from 0 to {logits.shape[1] - 1}, got "
-            f"{int(target[wrong][0])}"
-        )

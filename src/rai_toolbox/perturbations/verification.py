@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.perturbations.box import Ball, Range
+from rai_toolbox.perturbations.classes import check_logits, check_target, extent
 from rai_toolbox.perturbations.gradient_ascent import solving
 
 __all__ = ["Reading", "VerificationReport", "Verdict", "read", "verify"]
@@ -158,7 +159,7 @@ def read(
     with solving(model), torch.set_grad_enabled(gradient):
         x = data.detach().clone().requires_grad_(gradient)
         logits = model(x)
-        _check_logits(logits, target)
+        check_logits(logits, len(data), extent(target))
         target = target.clone().long()  # which autograd cannot keep if made in inference mode
         losses = log_odds(logits, target)
         finite = losses.detach().isfinite()
@@ -300,24 +301,9 @@ def check_batch(data: object, target: object) -> None:
             "`data` must be floating-point, such as images / 255 for those of torch.uint8, got "
             f"{data.dtype}"
         )
-    if data.ndim < 2 or target.shape != data.shape[:1]:
-        raise ValueError(
-            "`data` must have shape (N, ...) and `target` shape (N,), got "
-            f"{tuple(data.shape)} and {tuple(target.shape)}"
-        )
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"`target` must hold indices of classes, got {target.dtype}")
-
-
-def _check_logits(logits: object, target: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(target):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"`model` must give logits of shape (N, K) for N = {len(target)} data, got {found}"
-        )
-    wrong = (target < 0) | (target >= logits.shape[1])
-    if bool(wrong.any()):
-        raise ValueError(f"`target` must be in [0, {logits.shape[1]}), got {int(target[wrong][0])}")
+    if data.ndim < 2:
+        raise ValueError(f"`data` must have the shape (N, ...), got {tuple(data.shape)}")
+    check_target(target, data)
 
 
 def _count(mask: Tensor) -> int:
