@@ -176,6 +176,7 @@ class APGD(CheckedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @not_compiled  # what it does depends on the number of the step: each would be compiled anew
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step for every parameter that has a gradient.

@@ -56,7 +56,8 @@ def compiled(
     -----
     The gradient transforms that divide by norms are a graph of their own on CPU, as torch 2.13
     cannot compile them together with the update. Compiled and eager steps agree to within
-    rounding.
+    rounding. `APGD`, whose step depends on how many there were, and sets that iterate on matrices
+    or on other sets (`SpectralBall`, `NuclearBall`, `Intersection`) stay eager.
 
     Examples
     --------
