@@ -38,6 +38,7 @@ KEPT, DOCS = ROOT / "out" / "bench" / "free.json", ROOT / "docs"
 
 BARE, AGAIN, OURS, COMPILED = "bare", "bare, again", "ours", "ours, compiled"
 FUSED, LOOP, SORTED = "fused, without a constraint", "loop", "loop by sorting"
+AROUND_FUSED = "ours, around the fused one"
 PARAMETRIZED = "parametrization"
 NOISE = 0.05  # where one bare optimizer differs by more from another, the machine was busy
 
@@ -190,8 +191,8 @@ def alternatives(case: Case) -> tuple[dict[str, Step], dict[str, float]]:
     def bare(**options: Any) -> Step:
         return case.inner(params, lr=case.moves, **options).step  # type: ignore[no-any-return]
 
-    def ours() -> Optimizer:
-        return case.ours(params, case.inner, lr=case.moves)
+    def ours(**options: Any) -> Optimizer:
+        return case.ours(params, case.inner, lr=case.moves, **options)
 
     steps: dict[str, Step] = {BARE: bare(), AGAIN: bare(), OURS: ours().step}
     compared = {name for pair in case.limits for name in pair}
@@ -205,6 +206,7 @@ def alternatives(case: Case) -> tuple[dict[str, Step], dict[str, float]]:
         seconds[COMPILED] = perf_counter() - start
     if FUSED in compared:
         steps[FUSED] = bare(fused=True)
+        steps[AROUND_FUSED] = ours(fused=True).step
     if case.loop is not None:
         steps[LOOP] = then(bare(), case.loop, params)
     if SORTED in compared:

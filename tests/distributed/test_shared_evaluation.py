@@ -109,6 +109,18 @@ def test_an_error_on_one_rank_is_one_on_all_and_any_number_goes_on(k, tmp_path):
     assert "24/24" in found[0][1]
 
 
+@pytest.mark.parametrize("size", [4, 16])
+def test_a_file_that_cannot_be_written_is_an_error_on_all(size, tmp_path):
+    (tmp_path / "state.json.tmp").mkdir()  # (what is beside the file is written first)
+    first, second = outcomes(2, kept_at, tmp_path / "state.json", size, timeout=40.0)
+    assert "IsADirectoryError" in first.error
+    assert "RuntimeError: rank 0 of 2 failed with IsADirectoryError" in second.error
+
+
+def kept_at(path, size):
+    evaluated(model(), batches(size), dist.group.WORLD, state_file=path, examples=0)
+
+
 def refused(how, said):
     rank = dist.get_rank()
     of, loader = model(), batches(7)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from host_reads import HostReads
 from torch import nn
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
@@ -290,6 +290,63 @@ def test_a_loss_of_ones_own_toward_rivals(problem):
     assert torch.equal(found.losses, share(net(found.data), y))
 
 
+def with_options(logits, target, **options):
+    return margin_loss(logits, target, **options)
+
+
+class Margin(nn.Module):
+    def forward(self, logits, target, rival=None):
+        return margin_loss(logits, target, rival)
+
+
+@pytest.mark.parametrize("criterion", [with_options, Margin(), partial(margin_loss)])
+def test_what_takes_a_rival_is_told_from_its_signature(problem, criterion):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=L2Ball(0.3), optimizer=STEP, steps=3, rivals=2)
+    assert torch.equal(run(criterion=criterion).data, run().data)
+
+
+# --- NaN ----------------------------------------------------------------------------------------
+
+
+class NaNFarAway(nn.Module):
+    def __init__(self, net, x, entry):
+        super().__init__()
+        self.net, self.x, self.entry = net, x, entry
+
+    def forward(self, x):
+        far = (x - self.x).flatten(1).norm(dim=1, keepdim=True) > 0.1
+        return self.net(x).masked_fill(far & self.entry, torch.nan)
+
+
+@pytest.mark.parametrize("optimizer", [None, STEP, ORACLE])
+@pytest.mark.parametrize("entry", [torch.ones(CLASSES).bool(), torch.arange(CLASSES) == 2])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_where_the_model_answers_nan_it_predicts_nothing(problem, optimizer, entry, targeted):
+    net, x, y = problem
+    model, target = NaNFarAway(net, x, entry), (y + 1) % CLASSES if targeted else y
+    found = attack(
+        model, x, target, ball=L2Ball(0.15), optimizer=optimizer, steps=9, targeted=targeted
+    )
+    check_inside(found.data, x, L2Ball, 0.15)  # though later iterates were NaN
+    nothing = model(found.data).isnan().any(1)
+    if targeted:  # no NaN is what it wants
+        assert not nothing.any() and not found.losses.isnan().any()
+    else:
+        assert nothing.any() and found.fooled[nothing].all()
+
+
+def test_a_nan_gradient_leaves_the_data_as_they_are(problem):
+    net, x, y = problem
+
+    def model(data):  # whose slope at the data is infinity times 0
+        return net(data) + 0 * (data - x).abs().flatten(1).sum(1, keepdim=True).sqrt()
+
+    found = attack(model, x, y, ball=L2Ball(0.3), steps=5)
+    assert torch.equal(found.data, x) and not found.fooled.any()
+    assert torch.equal(found.losses, margin_loss(net(x), y))
+
+
 # --- cost ---------------------------------------------------------------------------------------
 
 
@@ -484,6 +541,42 @@ BAD = {
         {"rivals": just(torch.arange(4).expand(N, 4))},
         ValueError,
         r"`rivals` must give classes .* that are not the targets, got shape \(24, 4\)",
+    ),
+    "rivals of a list": ({"rivals": just([[1]] * N)}, TypeError, "`rivals` must give a tensor of"),
+    "rivals, none": (
+        {"rivals": just(torch.zeros(N, 0).long())},
+        ValueError,
+        r"`rivals` must give classes .* got shape \(24, 0\)",
+    ),
+    "rivals of floats": (
+        {"rivals": just(torch.zeros(N, 1))},
+        TypeError,
+        "`rivals` must give a tensor of classes, which are integers, got torch.float32",
+    ),
+    "rivals too high": (
+        {"rivals": just(torch.full((N, 1), CLASSES))},
+        ValueError,
+        "`rivals` must hold classes from 0 to 3, got 4",
+    ),
+    "rivals too low": (
+        {"rivals": just(torch.full((N, 1), -1))},
+        ValueError,
+        "`rivals` must hold classes from 0 to 3, got -1",
+    ),
+    "rival that is no option": (
+        {"rivals": 2, "criterion": lambda logits, target, rival: logits.sum(1)},
+        TypeError,
+        "`criterion` must take `rival` where there are `rivals`, as an option",
+    ),
+    "one class": (
+        {"model": lambda data: data.flatten(1).sum(1, keepdim=True)},
+        ValueError,
+        r"`model` must give logits of two classes at least .* got shape \(24, 1\)",
+    ),
+    "a closure": (
+        {"optimizer": partial(ProjectedOptimizer, InnerOpt=LBFGS)},
+        TypeError,
+        "`optimizer` must step by gradients alone, without a `closure`, got LBFGS",
     ),
     "optimizer": ({"optimizer": SGD}, TypeError, "`optimizer` must take `constraint`"),
     "logits": (

@@ -7,7 +7,11 @@ import pytest
 import torch
 from host_reads import HostReads
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.optim import LinfProjectedOptim, ProjectedOptimizer, SignedGradientOptim
@@ -501,3 +505,32 @@ def test_an_optimizer_with_a_set():
         optimizer=LinfProjectedOptim, epsilon=0.25, lr=1.0,
     )  # fmt: skip
     assert found.tolist() == [1.25, -2.25]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (LBFGS, "`optimizer` must step by gradients alone, without a `closure`, got LBFGS"),
+        (list, "`optimizer` must be or make what has a `step`, got "),
+    ],
+)
+def test_what_cannot_step_so(optimizer, message, problem):
+    with pytest.raises(TypeError, match=message):
+        gradient_ascent(**problem, optimizer=optimizer, steps=1)
+
+
+def test_hooks_of_all_optimizers_are_run_once_for_each_step(problem):
+    run = partial(gradient_ascent, **problem, optimizer=SGD, lr=0.1, steps=3)
+    seen = []
+    unheard = run()
+    hooks = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    try:
+        heard = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen == ["before", "after"] * 3
+    assert torch.equal(heard[0], unheard[0])

@@ -144,3 +144,10 @@ def toward_class_1(logits, target):
 def test_dlr_needs_several_classes(loss, least):
     with pytest.raises(ValueError, match=rf"`logits` must have at least {least} classes, got .*"):
         loss(torch.zeros(1, least - 1), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("row", [[torch.nan] * 3, [1.0, torch.nan, 2.0], [torch.nan, 1.0, 2.0]])
+@pytest.mark.parametrize("of", range(3))
+def test_of_nan_no_class_is_predicted(row, of):
+    logits, target = torch.tensor([row]), torch.tensor([of])
+    assert is_fooled(logits, target) and not is_fooled(logits, target, targeted=True)

@@ -281,3 +281,13 @@ def test_targets_that_are_no_classes_are_refused(error, message, target):
     model, data, _ = problem()
     with pytest.raises(error, match=message):
         search(model, data, target, ball=L2Ball)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+def test_classes_are_integers_of_any_dtype(dtype):
+    model, data, target = problem()
+    one = search(model, data, target, ball=L2Ball, steps=5)
+    found = search(model, data, target.to(dtype), ball=L2Ball, steps=5)
+    assert torch.equal(found.radius, one.radius)
+    found = search(model, data, target.tolist(), ball=L2Ball, steps=5)
+    assert torch.equal(found.radius, one.radius)

@@ -101,6 +101,8 @@ def _evaluate(settings: Settings, group: dist.ProcessGroup | None) -> int:
     if first:
         _write(report, settings.out)
         state.unlink(missing_ok=True)
+    if group is not None:
+        dist.barrier(group)  # torchrun stops the first one, too, where another ends badly
     return 0 if report.feasible else 1
 
 

@@ -65,6 +65,8 @@ class Kept:
         self.last_cost = cost
         if self._best:
             take = better(cost, self.cost, success, self.success)
+            for point in points:  # no NaN is kept, whatever the model says of it
+                take = take & ~_has_nan(point.detach(), take)
         else:
             take = torch.ones_like(cost, dtype=torch.bool)
         if success is not None and self.success is not None:
@@ -86,11 +88,16 @@ class Kept:
 def better(
     cost: Tensor, than: Tensor, success: Tensor | None = None, their: Tensor | None = None
 ) -> Tensor:
-    """Where success is new, or the cost is lower with no success lost; anything beats NaN."""
-    lower = torch.fmin(cost, than) != than
+    """Where success is new, or the cost is lower with no success lost; any number beats NaN."""
+    lower = (cost < than) | (than.isnan() & ~cost.isnan())
     if success is None or their is None:
         return lower
     return (success > their) | ((success >= their) & lower)
+
+
+def _has_nan(point: Tensor, like: Tensor) -> Tensor:
+    """Of each datum, by a sum: one pass."""
+    return (point.flatten(like.ndim).sum(-1) if point.ndim > like.ndim else point).isnan()
 
 
 def column(of_data: Tensor, like: Tensor) -> Tensor:

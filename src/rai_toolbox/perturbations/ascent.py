@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.optim.inner import step_inner
@@ -63,6 +65,8 @@ def ascend(
     `success` tells of each datum whether it has succeeded, which comes before any loss where the
     best iterate is kept; with `stop`, a datum that has succeeded is done.
     """
+    if steps:
+        _check_steps(optimizer)
     observe = getattr(optimizer, "observe_", None)
     look = partial(
         _evaluate, model, perturbation, data, criterion=criterion, success=success, samples=samples
@@ -101,8 +105,9 @@ def ascend(
             seen_target = target if target.ndim == 0 else target[rows]
         if observe is not None and kept is not None:
             observe(kept.last_cost)
-        if isinstance(optimizer, Optimizer):
-            # as a part of the solver's: torch's wrapper takes as long as the step of a small model
+        heard = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        if isinstance(optimizer, Optimizer) and not heard:
+            # past torch's wrapper, which takes as long as the step of a small model
             step_inner(optimizer, None)
         else:
             optimizer.step()
@@ -177,6 +182,21 @@ def _push(
         )
     way = torch.full_like(total, 1.0 if targeted else -1.0)
     torch.autograd.backward(total, way, inputs=params)
+
+
+def _check_steps(optimizer: Any) -> None:
+    """Raise unless this can step, with gradients alone."""
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"`optimizer` must be or make what has a `step`, got {optimizer!r}")
+    inner = getattr(optimizer, "inner_opt", optimizer)  # to which a wrapper passes its closure on
+    if not isinstance(inner, Optimizer):
+        return
+    closure = inspect.signature(type(inner).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            "`optimizer` must step by gradients alone, without a `closure`, got "
+            f"{type(inner).__name__}"
+        )
 
 
 def _check_losses(found: _Evaluation, use_best: bool, success: Success | None) -> None:

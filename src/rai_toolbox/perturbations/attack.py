@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.optim.apgd import APGD
@@ -16,7 +16,7 @@ from rai_toolbox.perturbations.active import Success, better, check_per_datum, c
 from rai_toolbox.perturbations.additive import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.ascent import Ascent, Model, ascend, solving
 from rai_toolbox.perturbations.box import Ball, DataSet, Range
-from rai_toolbox.perturbations.classes import check_logits, check_target, extent
+from rai_toolbox.perturbations.classes import as_classes, check_logits, extent, is_no_index
 from rai_toolbox.perturbations.gradient_ascent import as_data, warn_of_zero_gradient
 from rai_toolbox.perturbations.losses import (
     Criterion,
@@ -156,7 +156,8 @@ def attack(
     for name, value, least in counts:
         check_count(name, value, least)
     with solving(model):
-        data, target = as_data(data), _checked_target(target, data)
+        data = as_data(data)
+        target = as_classes(target, data)
         criterion = margin_loss if criterion is None else criterion
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
@@ -255,6 +256,7 @@ def _best(
     else:
         with torch.no_grad():
             classes = _classes_of(rivals, run.model, around, target)
+        run = run._replace(model=_classifier(run.model, extent(classes), "rivals"))
         calls += 1
         plan = ((start or i > 0, c) for i in range(restarts) for c in classes.unbind(1))
     for i, (random, rival) in enumerate(plan):
@@ -305,10 +307,15 @@ def _check_rivals(rivals: int | Rivals, criterion: Criterion, targeted: bool) ->
         raise ValueError(
             f"`rivals` must be None with `targeted`, whose target is the rival, got {rivals!r}"
         )
-    if "rival" not in inspect.signature(criterion).parameters:
+    # (a module's own signature is that of any)
+    call = criterion.forward if isinstance(criterion, nn.Module) else criterion
+    arguments = inspect.signature(call).parameters
+    takes_any = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
+    optional = "rival" in arguments and arguments["rival"].default is not inspect.Parameter.empty
+    if not (optional or takes_any):
         raise TypeError(
-            "`criterion` must take `rival` where there are `rivals`, as margin_loss, dlr_loss and "
-            f"cross_entropy do, got {criterion!r}"
+            "`criterion` must take `rival` where there are `rivals`, as an option, as margin_loss, "
+            f"dlr_loss and cross_entropy do, got {criterion!r}"
         )
 
 
@@ -316,30 +323,28 @@ def _classes_of(rivals: int | Rivals, model: Model, around: DataSet, target: Ten
     """The rival classes of each datum, shape (N, m)."""
     if not callable(rivals):
         return most_likely_rivals(model(around.data), target, rivals)
-    classes = rivals(model, around, target)
-    if classes.ndim != 2 or len(classes) != len(target) or bool((classes == target[:, None]).any()):
+    classes: Any = rivals(model, around, target)
+    if not isinstance(classes, Tensor) or is_no_index(classes):
+        got = classes.dtype if isinstance(classes, Tensor) else repr(classes)
+        raise TypeError(f"`rivals` must give a tensor of classes, which are integers, got {got}")
+    fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0
+    if not fits or bool((classes.to(target) == target[:, None]).any()):
         raise ValueError(
             f"`rivals` must give classes of shape ({len(target)}, m) that are not the targets, got "
             f"shape {tuple(classes.shape)}"
         )
-    return classes
+    return classes.to(target)
 
 
-def _classifier(model: Model, classes: tuple[int, int]) -> Model:
-    """The model, whose output is checked: logits, that have each target's class."""
+def _classifier(model: Model, classes: tuple[int, int], of: str = "target") -> Model:
+    """The model, whose output is checked: logits, that have all of some classes."""
 
     def logits_of(data: Tensor) -> Tensor:
         logits: Tensor = model(data)
-        check_logits(logits, len(data), classes)
+        check_logits(logits, len(data), classes, of)
         return logits
 
     return logits_of
-
-
-def _checked_target(target: Any, data: Tensor) -> Tensor:
-    classes: Tensor = torch.as_tensor(target, device=data.device)
-    check_target(classes, data)
-    return classes.detach().clone().long()
 
 
 def _optimizer_of(given: Callable[..., Any] | None, steps: int) -> Callable[..., Any]:

@@ -171,6 +171,8 @@ def evaluate_robustness(
 
         def next_round() -> tuple[list[str], RobustnessReport]:
             """The names of the next batches, one for each rank, and what is found of our own."""
+            if ranks.rank == 0:
+                state.save()  # here, so that no rank waits where that fails
             names, part = list[str](), start
             for rank, (batch, data, target) in enumerate(islice(todo, ranks.size)):
                 names.append(batch)
@@ -189,8 +191,6 @@ def evaluate_robustness(
             if not names:
                 break
             state.add(names, [part for _, part in found[: len(names)]])
-            if ranks.rank == 0:
-                state.save()
     if not state.read:
         raise ValueError("`loader` must give one batch at least, got none")
     report = replace(state.finish(), examples=tuple(shown))

@@ -218,6 +218,9 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
 def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     """Whether the predicted class, that of the largest logit, is what an attack wants.
 
+    Where there is a NaN among the logits, nothing is predicted: neither the right class nor a
+    wanted one.
+
     Parameters
     ----------
     logits : Tensor, shape (N, K)
@@ -237,8 +240,9 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     >>> is_fooled(logits, target), is_fooled(logits, target, targeted=True)
     (tensor([False,  True]), tensor([ True, False]))
     """
-    predicted = logits.argmax(1)
-    return predicted == target if targeted else predicted != target
+    largest, predicted = logits.max(1)  # NaN where there is one
+    nothing = largest.isnan()
+    return (predicted == target) & ~nothing if targeted else (predicted != target) | nothing
 
 
 def _wide(logits: Tensor) -> Tensor:

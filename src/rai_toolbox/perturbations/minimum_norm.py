@@ -16,7 +16,7 @@ from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.perturbations.active import column
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.box import DataSet, Range
-from rai_toolbox.perturbations.classes import check_logits, check_target, extent
+from rai_toolbox.perturbations.classes import as_classes, check_logits, extent
 from rai_toolbox.perturbations.gradient_ascent import Model, as_data, solving
 from rai_toolbox.perturbations.losses import is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
@@ -159,7 +159,7 @@ def minimum_norm_attack(
         data = as_data(data)
         around = DataSet.around(data, ball(0.0), data_range, mask)
         limit = _limit(around, order, largest)
-        check_target(target, data)
+        target = as_classes(target, data)
         logits = model(data)
         check_logits(logits, len(data), extent(target))
         best, fooled = data.clone(), is_fooled(logits, target, targeted)

@@ -40,7 +40,7 @@ class StateFile:
     def __init__(self, path: Path | None, model: str, start: RobustnessReport) -> None:
         self.path, self.model = path, model
         self.report, self.batches = start, list[str]()
-        self.read = 0
+        self.read, self._kept = 0, True
         if path is not None and path.exists():
             self._load(path, start)
 
@@ -61,12 +61,14 @@ class StateFile:
         """Take up what was found for some more batches."""
         self.report = RobustnessReport.merged([self.report, *parts])
         self.batches.extend(batches)
+        self._kept = False
 
     def save(self) -> None:
-        """Keep on disk what has been found."""
-        if self.path is not None:
+        """Keep on disk what has been found, if that is more than there is."""
+        if self.path is not None and not self._kept:
             plain = {"format": FORMAT, "model": self.model, "report": self.report.to_plain()}
             write_whole(self.path, json.dumps(plain | {"batches": self.batches}))
+            self._kept = True
 
     def finish(self) -> RobustnessReport:
         """The report; raise if `loader` had fewer batches than the file."""
