@@ -1,5 +1,7 @@
 """The threshold by a fixed number of steps, and that no word of any set waits for a device."""
 
+from functools import partial
+
 import pytest
 import torch
 from constraints.cases import CASES, sets, trials
@@ -194,7 +196,7 @@ def test_large_rows_have_a_graph_of_their_own_or_one_warning(works, monkeypatch)
             raise RuntimeError("no compiler here")
         return shrinking._fixed(x, epsilon)
 
-    monkeypatch.setattr(shrinking, "_graph", [graph])
+    monkeypatch.setattr(shrinking, "_graphs", {torch.Size([400, 400]): graph})
     x = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
     y, again = x.clone(), x.clone()
     radius = torch.tensor(10.0, dtype=torch.float64)
@@ -208,6 +210,19 @@ def test_large_rows_have_a_graph_of_their_own_or_one_warning(works, monkeypatch)
     torch.testing.assert_close(y, sets.L1Ball(10.0).project(x))
 
 
+def test_rows_of_many_shapes_are_all_compiled(monkeypatch):
+    monkeypatch.setattr(shrinking, "_graphs", {})
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    for k in range(12):  # more than torch compiles one function for
+        x = torch.randn(200 + k, 200, generator=torch.Generator().manual_seed(k))
+        expected = sets.L1Ball(3.0).project(x)
+        shrinking.project_l1_rows_(x, torch.tensor(3.0, dtype=torch.float64))
+        torch.testing.assert_close(x, expected)
+    assert len(shrinking._graphs) == 12
+    assert shrinking._fixed not in shrinking._graphs.values()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first use
 def test_forward_mode_goes_through_rows_of_float32():
     x = torch.tensor([[3.0, 1.0, -0.5]])
@@ -215,3 +230,67 @@ def test_forward_mode_goes_through_rows_of_float32():
     value, tangent = torch.func.jvp(ball.project, (x,), (torch.ones(1, 3),))
     torch.testing.assert_close(value, ball.project(x))
     torch.testing.assert_close(tangent, torch.tensor([[0.0, 0.0, 0.0]]))  # to the vertex (2, 0, 0)
+
+
+def test_rows_in_float32_whatever_the_defaults_are():
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    ball = sets.L1Ball(2.0)
+    expected = ball.project(x)
+    number = torch.full((3, 1), 400.0)
+    assert torch.equal(shrinking._number(x, x.new_full((3, 1), -9.0), None), number)
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(ball.project(x), expected)
+            assert torch.equal(shrinking._number(x, x.new_full((3, 1), -9.0), None), number)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        y = ball.project(x)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("project", [lambda b, x: b.project(x), None], ids=["eager", "graph"])
+def test_a_radius_beyond_float32(project):
+    x = torch.tensor([[3e38, 1e38] * 10, [1.0, 2.0] * 10])
+    ball = sets.L1Ball(1e39)
+    if project is None:
+        y = x.clone()
+        shrinking._fixed(y, torch.tensor(1e39, dtype=torch.float64))
+        y = ball.project(y)  # what needs more steps is left to these
+    else:
+        y = project(ball, x)
+    assert (ball.violation(y) == 0).all()
+    torch.testing.assert_close(y.double(), in_float64(x, 1e39), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_rows_of_few_bits_are_inside_in_compiled_steps(dtype):
+    x = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = x.clone()
+    shrinking.project_l1_rows_(y, torch.tensor(2.0, dtype=torch.float64))
+    assert (sets.L1Ball(2.0).violation(y) == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first use
+def test_forward_mode_goes_through_a_compiled_projection():
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    ball = sets.L1Ball(1.5)
+
+    def tangent(x):
+        return torch.func.jvp(ball.project, (x,), (x,))[1]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(tangent, backend="aot_eager")(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(y, tangent(x))
+
+
+def test_what_is_exported_has_no_operator_of_ours():
+    class Projection(torch.nn.Module):
+        def forward(self, x):
+            return sets.L1Ball(1.5).project(x)
+
+    program = torch.export.export(Projection(), (torch.randn(3, 20),))
+    assert not [node for node in program.graph.nodes if "rai_toolbox" in str(node.target)]

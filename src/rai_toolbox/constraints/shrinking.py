@@ -30,19 +30,27 @@ projected steps lead to; five from the lower bound are not for 4,096.
 
 def are_narrow(batches: list[Tensor]) -> bool:
     """Whether the search may be in float32: on CPU, and nothing is to be differentiated."""
-    # forward mode, of which a tensor does not tell, has no operators that write to given memory
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return (
         may_group(batches)
-        and not transformed
+        and not _transformed()
         and all(x.dtype in _NARROW and x.numel() <= COLUMNS * len(x) for x in batches)
     )
+
+
+def _transformed() -> bool:
+    """Whether a tensor may be more than it tells: one of `torch.func`, or of forward mode.
+
+    These know neither our operator nor those that write to given memory.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_be_one_operator(x: Tensor) -> bool:
     """Whether `nearest_in_l1_balls` is to stand for the projection of these rows in a graph."""
     free = not (torch.is_grad_enabled() and x.requires_grad)
-    known = torch.compiler.is_compiling() and x.device.type == "cpu"
+    # (what is exported may go to where this library is not)
+    known = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    free = free and x.device.type == "cpu" and not _transformed()
     return known and free and x.dtype in _NARROW and 0 < x.shape[1] <= COLUMNS
 
 
@@ -51,14 +59,14 @@ def in_float32(batches: list[Tensor]) -> Iterator[tuple[list[Tensor], Tensor, Te
 
     Rows and room are the same memory for all pieces: new memory is slow to touch.
     """
-    memory = torch.empty(0)
+    memory = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the defaults are
     for some in alike_rows(batches):
         size = some[0][0].numel()
         for piece in _pieces(some, max(1, IN_CACHE // size)):
             heights = [len(x) for x in piece]
             number = sum(heights) * size
             if len(memory) < 4 * number:
-                memory = torch.empty(4 * number)
+                memory = memory.new_empty(4 * number)
             rows = memory[3 * number : 4 * number].view(-1, size)
             for x, part in zip(piece, rows.split(heights), strict=True):
                 part.view(x.shape).copy_(x)
@@ -126,7 +134,7 @@ def narrow_threshold(v: Tensor, total: float | Tensor, room: Tensor) -> tuple[Te
     """
     wide = room[: 2 * v.numel()].view(torch.float64)  # (first, for it must be aligned)
     narrow = room[2 * v.numel() :].view(v.shape)
-    goal = torch.as_tensor(total, dtype=torch.float64)
+    goal = torch.as_tensor(total, dtype=torch.float64, device=v.device)
     near, number = _search(v, goal.to(v.dtype), narrow)
     goal = goal.expand_as(near)
     near, rest, number, wrong = _exact(v, near, number, goal, (narrow, wide.view(v.shape)))
@@ -145,6 +153,7 @@ def narrow_threshold(v: Tensor, total: float | Tensor, room: Tensor) -> tuple[Te
 def _search(v: Tensor, total: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A threshold that is right but for rounding, mostly; the number of entries above it."""
     top = v.amax(1, keepdim=True)
+    total = total.clamp(max=torch.finfo(v.dtype).max)  # inf - inf would be NaN
     least = torch.maximum((sum_rows(v) - total) / v.shape[1], top - total).minimum(top)
     most = top
     for ahead in _AHEAD:
@@ -170,7 +179,9 @@ def _above(v: Tensor, t: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _number(v: Tensor, t: Tensor, room: Tensor | None) -> Tensor:
-    return sum_rows(torch.where(v > t, 1.0, 0.0) if room is None else torch.gt(v, t, out=room))
+    return sum_rows(
+        torch.gt(v, t, out=room) if room is not None else torch.where(v > t, v.new_ones(()), 0.0)
+    )
 
 
 def _exact(
@@ -190,7 +201,7 @@ def _exact(
     above = torch.maximum(v, near, out=narrow)
     wide = above.to(total.dtype) - before if room is None else room[1].copy_(above).sub_(before)
     change = (sum_rows(wide) - total) / number.clamp(min=1)
-    near = (before + change).to(near.dtype)
+    near = (before + change).clamp(min=0).to(near.dtype)  # (a step from above may go too far)
     rest = change - (near.to(total.dtype) - before)
     lower = near.nextafter(torch.full_like(near, -math.inf))
     now = _number(v, torch.where(rest < 0, lower, near), narrow)
@@ -209,7 +220,8 @@ def project_l1_rows_(x: Tensor, epsilon: Tensor) -> None:
     What a compiler makes of it does not grow with the number of tensors: all those of a shape are
     projected by one graph, which is compiled apart. Small tensors need none.
     """
-    if x.numel() >= _LARGE and not bool(_by_graph(x, epsilon)):
+    # (a compiler keeps what is rounded to fewer bits in float32, where it is not yet rounded)
+    if x.numel() >= _LARGE and x.dtype == torch.float32 and not bool(_by_graph(x, epsilon)):
         return
     magnitudes = shrunk(x.abs().float(), epsilon, x.dtype)
     if magnitudes is not None:
@@ -239,16 +251,18 @@ def _fixed(x: Tensor, epsilon: Tensor) -> Tensor:
     return (wrong & (excess > 0)).any()
 
 
-_graph: list[Callable[[Tensor, Tensor], Tensor]] = []
+_graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def _by_graph(x: Tensor, epsilon: Tensor) -> Tensor:
-    if not _graph:  # (made when it is needed, for that takes time)
-        _graph.append(torch.compile(_fixed, fullgraph=True))
+    if x.shape not in _graphs:  # one each, as torch compiles no function for many shapes
+        _graphs[x.shape] = torch.compile(
+            _fixed, fullgraph=True, dynamic=False, isolate_recompiles=True
+        )
     try:
-        return _graph[0](x, epsilon)
+        return _graphs[x.shape](x, epsilon)
     except Exception as error:  # of whatever kind: no C++ compiler, a bug of it
-        _graph[0] = _fixed
+        _graphs[x.shape] = _fixed
         warnings.warn(
             f"L1 balls cannot be compiled and stay eager: {type(error).__name__}: {error}",
             stacklevel=2,
