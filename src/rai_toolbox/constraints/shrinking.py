@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,9 +257,8 @@ _graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
 
 def _by_graph(x: Tensor, epsilon: Tensor) -> Tensor:
     if x.shape not in _graphs:  # one each, as torch compiles no function for many shapes
-        _graphs[x.shape] = torch.compile(
-            _fixed, fullgraph=True, dynamic=False, isolate_recompiles=True
-        )
+        options: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}
+        _graphs[x.shape] = torch.compile(_fixed, fullgraph=True, **options)
     try:
         return _graphs[x.shape](x, epsilon)
     except Exception as error:  # of whatever kind: no C++ compiler, a bug of it
