@@ -69,8 +69,8 @@ class Case:
 clamp = partial(ClampedParameterOptimizer, clamp_min=-1.0, clamp_max=1.0)
 
 
-def kept_in(constraint: Constraint) -> Callable[..., Optimizer]:
-    return partial(ProjectedOptimizer, constraint=constraint)
+def kept_in(constraint: Constraint, **options: Any) -> Callable[..., Optimizer]:
+    return partial(ProjectedOptimizer, constraint=constraint, **options)
 
 
 def l2_rows_(x: Tensor) -> None:
@@ -126,6 +126,15 @@ CASES = [
         partial(AdamW),
         *FEW,
         kept_in(UnitNorm()),
+        {(COMPILED, BARE): 1.0},
+        unit_rows_,
+        moves=1e-2,
+    ),
+    Case(
+        "unit norm of each row, without the gradient mapping",
+        partial(AdamW),
+        *FEW,
+        kept_in(UnitNorm(), gradient_mapping=False),
         {(COMPILED, BARE): 1.0},
         unit_rows_,
         moves=1e-2,
