@@ -120,17 +120,16 @@ class MinMaxNorm(Constraint):
         return x
 
     def _scaled_(self, x: Tensor) -> bool:
-        """Project by one pass that reads and one that writes, where each row can be so scaled."""
+        """Project by a factor for each row: one pass that reads and one that writes."""
         self._check_batch(x)
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        tensors = isinstance(self.min_norm, Tensor) or isinstance(self.max_norm, Tensor)
-        if not in_blocks(x) or differentiable or tensors or x.numel() == 0:
+        if torch.is_grad_enabled() and x.requires_grad or x.numel() == 0:
             return False
-        length, size = norm(x, 2, x.ndim - 1), x[0].numel()
-        low, high, missed = self._range(length.reshape(-1, 1).expand(-1, size), x.dtype)
-        goal = torch.minimum(torch.maximum(length, low), high)
-        off = torch.maximum(length - self.max_norm, self.min_norm - length)
-        factor = torch.where(off <= missed, 1.0, goal / length)
+        if not in_blocks(x):
+            return self._scaled_widely_(x)
+        if isinstance(self.min_norm, Tensor) or isinstance(self.max_norm, Tensor):
+            return False
+        length = norm(x, 2, x.ndim - 1)
+        factor = self._factor(length, length, x)
         dtype = torch.finfo(scale_dtype(x))
         fit = ((factor >= dtype.smallest_normal) & (factor <= dtype.max)).view(-1)
         # Too far for one factor, nothing to scale, or not finite: row by row, for the same bits
@@ -141,6 +140,24 @@ class MinMaxNorm(Constraint):
         if others is not None:
             x.index_copy_(0, at, others)
         return True
+
+    def _scaled_widely_(self, x: Tensor) -> bool:
+        """The same without a look at any value, where wide products take no wide copy of x."""
+        if x.dtype == torch.float64:
+            return False  # which has no wider type for the factors of tiny rows
+        length = norm(x, 2, x.ndim - 1)
+        still = (length == 0) & (as_wide(self.min_norm, x) > 0)  # all directions are as good
+        x.masked_fill_(still, 1.0)
+        factor = self._factor(length, torch.where(still, math.sqrt(x[0].numel()), length), x)
+        x.mul_(torch.where(length.isfinite(), factor, torch.nan))
+        return True
+
+    def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
+        """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
+        low, high, missed = self._range(x, x[0].numel(), x.dtype)
+        off = torch.maximum(length - self.max_norm, self.min_norm - length)
+        goal = torch.minimum(torch.maximum(length, low), high)
+        return torch.where(off <= missed, 1.0, goal / divisor)
 
     def violation(self, x: Tensor) -> Tensor:  # noqa: D102
         if self.dim is None:
@@ -203,12 +220,11 @@ class MinMaxNorm(Constraint):
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(x, self.p, 1)
         excess = torch.maximum(length - self.max_norm, self.min_norm - length)
-        return (excess - self._range(x, dtype)[2]).clamp(min=0).squeeze(1)
+        return (excess - self._range(x, x.shape[1], dtype)[2]).clamp(min=0).squeeze(1)
 
-    def _range(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _range(self, x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Norms that stay within the bounds after rounding; how far equal bounds may be missed."""
         low, high = as_wide(self.min_norm, x), as_wide(self.max_norm, x)
-        size = x.shape[1]
         relative = torch.finfo(dtype).eps / 2 + 8 * noise(size) + 2 * precision(dtype)
         small = spacing(dtype) / 2 * (size if self.p == 1 else math.sqrt(size))
         above, below = low * (1 + relative) + small, high * (1 - relative) - small
@@ -225,7 +241,7 @@ class MinMaxNorm(Constraint):
         )
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        low, high, _ = self._range(x, dtype)
+        low, high, _ = self._range(x, x.shape[1], dtype)
         length = norm(x, self.p, 1)
         between = (length > low) & (length < high)
         goal = torch.where(between, length, length.detach().clamp(low, high))

@@ -83,7 +83,9 @@ class _CompiledStep:
     def __init__(self, optimizer: Optimizer, backend: str | Callable[..., Any]) -> None:
         self.optimizer = optimizer
         self.graphs = 0
-        self._backend = torch._dynamo.lookup_backend(backend)
+        self._backend = (
+            _inductor if backend == "inductor" else torch._dynamo.lookup_backend(backend)
+        )
         options: dict[str, Any] = {"backend": self._capture, "isolate_recompiles": True}
         self._step: Callable[[], Any] | None = torch.compile(lambda: optimizer.step(), **options)
         self._numbers: dict[tuple[int, str, str], Tensor] = {}
@@ -171,3 +173,16 @@ class _CompiledStep:
             known = torch.empty((), dtype=torch.float64, device=device)
             self._numbers[key] = known
         return known.fill_(value)
+
+
+def _inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from torch._inductor import config  # slow to import
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
+
+    from rai_toolbox.optim.inductor_pass import InductorPass
+
+    name = "post_grad_custom_post_pass"
+    passes = [*get_custom_graph_passes(getattr(config, name)), InductorPass()]
+    made: Any = compile_fx(module, inputs, config_patches={name: passes})
+    return made  # type: ignore[no-any-return]

@@ -1,0 +1,150 @@
+"""What inductor is told about a step: in which order, and which values to keep in memory where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+_COPY = torch.ops.aten.copy_.default
+_SHARED = 8  # elements, at least, that use a value for it to be worth a place in memory
+_LARGE = 2**12  # elements; a place in memory takes a loop of its own, and threads meet after it
+
+
+class InductorPass(CustomGraphPass):
+    """The three below, in a row; for `torch.compile`, where the values are on CPU."""
+
+    def __call__(self, graph: Graph) -> None:  # noqa: D102
+        one_by_one(graph)
+        write_early(graph)
+        keep_small_values(graph)
+
+    def uuid(self) -> Any:  # noqa: D102
+        return get_hash_for_files((__file__,))
+
+
+def one_by_one(graph: Graph) -> None:
+    """Bring what is done to a parameter together, as all of them were transformed, then stepped.
+
+    Inductor joins no loops that are far from each other in the graph.
+    """
+    nodes = list(graph.nodes)
+    copies = [node for node in nodes if node.target is _COPY]
+    if any(node.is_impure() for node in nodes if node.op == "call_function" and node not in copies):
+        return  # what is written in between must stay where it is
+    end = next(iter(reversed(nodes)))
+    placed: dict[Node, None] = {}
+    for copy in copies:
+        if copy in placed:
+            continue
+        placed |= dict.fromkeys(_before(copy))
+        for other in copies:  # what else is known by now, and written over nothing still needed
+            needed = [other.args[1], *(user for user in other.args[0].users if user is not other)]
+            if other not in placed and all(node in placed for node in needed):
+                placed[other] = None
+    for node in placed:
+        if node.op != "placeholder":
+            end.prepend(node)
+
+
+def write_early(graph: Graph) -> None:
+    """Keep a parameter between its update and its projection where it is, in its own memory.
+
+    Where norms are read of an updated parameter before it is scaled, inductor keeps it in memory
+    of its own until the step ends: that of all parameters together, for most of the time new
+    memory, which is slower to touch than all else is. From the last read of the old parameter on,
+    its memory can be written to.
+    """
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    copies = [node for node in graph.nodes if node.target is _COPY]
+    results = {copy.args[1] for copy in copies}
+    for copy in copies:
+        param, result = copy.args[:2]
+        if not isinstance(param, Node) or not isinstance(result, Node):
+            continue
+        free = max((place[user] for user in param.users if user is not copy), default=-1)
+        found = [
+            node
+            for node in _before(result)
+            if place.get(node, -1) >= free and node not in results and _may_be_kept(node, param)
+        ]
+        if found:
+            _write_after(max(found, key=place.__getitem__), param)
+
+
+def keep_small_values(graph: Graph) -> None:
+    """Keep numbers of tensors and of rows in memory where loops over elements use them.
+
+    Inductor would write the arithmetic that leads to them into these loops, to be done again for
+    every vector of elements, such as Adam's two powers of a number, which take more time than all
+    the rest. They are marked as torch's own passes mark what is to have certain strides.
+    """
+    for node in graph.nodes:
+        value = _value(node)
+        if value is None or not node.all_input_nodes:  # (a constant is best where it is used)
+            continue
+        sizes = [of_user.numel() for of_user in map(_value, node.users) if of_user is not None]
+        if sizes and max(sizes) >= max(_LARGE, _SHARED * value.numel()):
+            node.meta["inductor_realize_to_strides"] = True
+
+
+def _before(last: Node) -> list[Node]:
+    """What leads to a node, each after what leads to it."""
+    found: dict[Node, None] = {}
+    todo = [(last, iter(last.all_input_nodes))]
+    while todo:
+        node, inputs = todo[-1]
+        new = next((before for before in inputs if before not in found), None)
+        if new is not None:
+            todo.append((new, iter(new.all_input_nodes)))
+            continue
+        todo.pop()
+        if node is not last:
+            found[node] = None
+    return list(found)
+
+
+def _may_be_kept(node: Node, param: Node) -> bool:
+    """Whether a node is to be held in memory, and that of a parameter is fit for it."""
+    a, b = _value(node), _value(param)
+    if a is None or b is None or node.op != "call_function" or param.op != "placeholder":
+        return False
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return alike and len(node.users) > 1 and _is_reduced(node, a.numel())
+
+
+def _is_reduced(node: Node, size: int) -> bool:
+    """Whether there is a value of fewer elements that comes from elements of this one."""
+    return any(_SHARED * value.numel() <= size for value in _values_after(node, size))
+
+
+def _values_after(node: Node, size: int) -> Iterator[Tensor]:
+    """Values that come from those of a node; none behind those that are smaller."""
+    seen: set[Node] = set()
+    todo = list(node.users)
+    while todo:
+        user = todo.pop()
+        value = _value(user)
+        if user in seen or value is None:
+            continue
+        seen.add(user)
+        yield value
+        if value.numel() >= size:
+            todo += user.users
+
+
+def _write_after(node: Node, param: Node) -> None:
+    """Write a value to the memory of a parameter once it is known, and read it there only."""
+    with node.graph.inserting_after(node):
+        written = node.graph.call_function(_COPY, (param, node))
+    written.meta = dict(param.meta)
+    node.replace_all_uses_with(written, lambda user: user is not written)
+
+
+def _value(node: Node) -> Tensor | None:
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) and value.device.type == "cpu" else None
