@@ -32,6 +32,8 @@ def with_value(value: Tensor, derived: Tensor) -> Tensor:
 
 
 class _WithValue(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: Tensor, derived: Tensor) -> Tensor:
         return value.clone()

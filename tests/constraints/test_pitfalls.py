@@ -160,3 +160,26 @@ def test_sums_of_half_precision(dtype):
     for p in (1, 2):
         y = {1: sets.L1Ball, 2: sets.L2Ball}[p](10.0).project(x).double()
         assert torch.linalg.vector_norm(y, p, dim=1).min() >= 10 * (1 - 2 * torch.finfo(dtype).eps)
+
+
+VMAPPED = [
+    sets.L1Ball(1.0),
+    sets.L1Ball(1.0, center=0.1),
+    sets.L2Ball(1.0),
+    sets.L2Ball(1.0, center=0.1),
+    sets.Simplex(),
+    sets.UnitNorm(),
+    sets.MaxNorm(1.0, p=1),
+    sets.BoundedBall(sets.L2Ball(1.0), -0.2, 0.2),
+    sets.BoundedBall(sets.L1Ball(1.0), -0.2, 0.2),
+]
+
+
+@pytest.mark.parametrize("constraint", VMAPPED, ids=repr)
+def test_vmap(constraint):
+    x = torch.randn(5, 3, 40, generator=torch.Generator().manual_seed(0))
+    together = torch.func.vmap(constraint.project)(x)
+    alone = torch.stack([constraint.project(one) for one in x])
+    torch.testing.assert_close(together, alone, rtol=2e-6, atol=2e-7)
+    slopes = torch.func.vmap(torch.func.grad(lambda one: constraint.project(one).sum()))(x)
+    assert bool(slopes.isfinite().all())

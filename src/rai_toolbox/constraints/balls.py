@@ -18,7 +18,7 @@ from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.norms import (
     alike_rows,
-    may_be_beyond,
+    are_surely_shorter,
     may_group,
     norm,
     row_norms,
@@ -301,7 +301,7 @@ class L1Ball(_Ball):
         t = torch.where(excess.isfinite(), t, torch.nan)
         result = []
         for value, (piece, at) in zip(below, self._pieces(units), strict=True):
-            soft = (value() - t).clamp_(min=0)
+            soft = (value() - t).relu_()
             if self.center is None:
                 placed = torch.copysign(round_down(soft, dtype), piece)
             else:
@@ -366,11 +366,11 @@ def project_l2_balls_(batches: list[Tensor], epsilon: float) -> None:
         x, size = some[0], some[0][0].numel()
         if x.dtype == torch.float32 and all(batch.is_contiguous() for batch in some):
             rows = [batch.view(-1, size) for batch in some]
-            near = may_be_beyond(rows, epsilon)
-            number = int(near.sum())
-            if 4 * number <= len(near):
+            inside = are_surely_shorter(rows, epsilon)
+            number = len(inside) - int(inside.sum())
+            if 4 * number <= len(inside):
                 if number:
-                    _project_some_(rows, near, epsilon)
+                    _project_some_(rows, ~inside, epsilon)
                 continue
         factor = _shrinking(row_norms(some), epsilon, x, size)
         heights = [len(batch) for batch in some]
@@ -406,20 +406,17 @@ def _narrowed(factor: Tensor, x: Tensor) -> list[Tensor]:
     """
     dtype = scale_dtype(x)
     least = torch.finfo(dtype).smallest_normal
-    first = _rounded_down(factor.clamp(min=least), dtype)
-    if in_blocks(x) and not bool((factor < least).any()):
-        return [first]
+    if in_blocks(x) and bool((factor >= least).all()):
+        return [factor.to(dtype)]
     rest = factor / least * (1 - 2 * torch.finfo(x.dtype).eps)  # which rounds once more
-    return [first, torch.where(factor < least, _rounded_down(rest, dtype), 1.0)]
+    first = factor.clamp(min=least).to(dtype)
+    return [first, torch.where(factor < least, rest.to(dtype), 1.0)]
 
 
 def _inward(epsilon: float | Tensor, x: Tensor, size: int) -> float | Tensor:
-    """Largest radius at which `size` rounded products cannot leave the ball of `epsilon`."""
-    margin = torch.finfo(x.dtype).eps / 2 + noise(size)
+    """Largest radius at which `size` products, and their factor, may be rounded to nearest."""
+    dtype = scale_dtype(x)
+    of_factor = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+    margin = torch.finfo(x.dtype).eps / 2 + of_factor + noise(size)
     radius = epsilon * (1.0 - margin) - spacing(x.dtype) * math.sqrt(size)
     return radius.clamp(min=0) if isinstance(radius, Tensor) else max(radius, 0.0)
-
-
-def _rounded_down(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = factor.to(dtype)
-    return torch.where(rounded > factor, rounded.nextafter(torch.zeros_like(rounded)), rounded)

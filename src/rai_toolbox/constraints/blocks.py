@@ -27,9 +27,13 @@ def widened(x: Tensor) -> Tensor:
 
 
 def in_blocks(x: Tensor) -> bool:
-    """Whether to go by pieces: where there is a cache to stay in, and no compiler that fuses."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether to go by pieces, and look at values: on CPU, where all is run as it is written.
+
+    A compiler fuses, and a tensor of `torch.func` does not know its values.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu":
+        return False
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:

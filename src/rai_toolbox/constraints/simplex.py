@@ -72,7 +72,7 @@ class Simplex(Constraint):
         t = torch.where(excess.isfinite(), t, torch.nan)
         result = []
         for value, (piece,) in zip(below, column_blocks(units), strict=True):
-            nearest = (value() - t).clamp_(min=0).to(units.dtype)
+            nearest = (value() - t).relu_().to(units.dtype)
             # (an equation: where x solves it, the projection moves along it only)
             kept = torch.where(excess <= 0, piece.detach(), nearest.detach())
             result.append(with_value(kept, nearest))

@@ -1,0 +1,145 @@
+"""What inductor is told of a step: numbers found once, no memory for parameters, same results."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import SGD, Adam, AdamW
+
+from rai_toolbox.constraints import L2Ball, MinMaxNorm, UnitNorm
+from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer, compiled
+from rai_toolbox.optim.inductor_pass import keep_small_values, one_by_one, write_early
+
+SHAPE = (200, 100)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def parameters(count=3, shape=SHAPE):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(count)]
+
+
+def set_gradients(params, k):
+    generator = torch.Generator().manual_seed(k)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def largest_allocation(step):
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = profile.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+MADE = {
+    "unit norms": lambda p: ProjectedOptimizer(p, AdamW, constraint=UnitNorm(), lr=0.1),
+    "shells": lambda p: ProjectedOptimizer(p, SGD, constraint=MinMaxNorm(5.0, 9.0), lr=0.1),
+    "balls": lambda p: ProjectedOptimizer(
+        p, Adam, constraint=L2Ball(9.0), gradient_mapping=False, lr=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_compiled_step_does_the_same_in_the_memory_of_the_parameters(make):
+    ours, theirs = parameters(), parameters()
+    step, eager = compiled(make(ours)), make(theirs)
+    for k in range(4):
+        set_gradients(ours, k)
+        set_gradients(theirs, k)
+        step()
+        eager.step()
+    assert step.graphs == 1
+    for a, b in zip(ours, theirs, strict=True):
+        # (torch's compiled Adam takes the power of its bias correction in float32)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        # (the gradient mapping divides differences of parameters by some hundredths)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-3)
+    assert largest_allocation(step) < 4 * ours[0].numel() / 4
+
+
+def captured(step, *tensors):
+    return make_fx(step)(*tensors).graph
+
+
+def ran(graph, *tensors):
+    inputs = copy.deepcopy(tensors)
+    torch.fx.Interpreter(torch.fx.GraphModule(torch.nn.Module(), graph)).run(*inputs)
+    return inputs
+
+
+def scaled_steps(p, q, step):
+    """Two updates, then two projections, written back at the end, as inductor gets them."""
+    power = 1 - 0.9 ** (step + 1)
+    new = [x - power * x.square() for x in (p, q)]
+    made = [x / torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in new]
+    p.copy_(made[0])
+    q.copy_(made[1])
+    return ()
+
+
+def test_the_passes_change_no_value():
+    tensors = [torch.randn(100, 50), torch.randn(100, 50), torch.tensor(3.0)]
+    graph = captured(scaled_steps, *tensors)
+    expected = ran(graph, *tensors)
+    order = [node.name for node in graph.nodes]
+    one_by_one(graph)
+    assert [node.name for node in graph.nodes] != order
+    number = len(graph.nodes)
+    write_early(graph)
+    assert len(graph.nodes) == number + 2
+    graph.lint()
+    for a, b in zip(ran(graph, *tensors), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_numbers_and_norms_are_kept_and_constants_and_elements_are_not():
+    graph = captured(scaled_steps, torch.randn(100, 50), torch.randn(100, 50), torch.tensor(3.0))
+    keep_small_values(graph)
+    kept = {n.meta["val"].numel() for n in graph.nodes if "inductor_realize_to_strides" in n.meta}
+    assert kept == {1, 100}
+
+
+def test_what_is_written_to_in_between_is_left_where_it_is():
+    def step(p, q):
+        p.add_(1.0)
+        q.copy_(p * 2)
+        return ()
+
+    graph = captured(step, torch.randn(3), torch.randn(3))
+    order = list(graph.nodes)
+    one_by_one(graph)
+    assert list(graph.nodes) == order
+
+
+def test_an_elementwise_step_takes_no_memory():
+    params = parameters()
+    step = compiled(ClampedParameterOptimizer(params, AdamW, lr=0.1, clamp_min=-1.0))
+    for k in range(3):
+        set_gradients(params, k)
+        step()
+    assert step.graphs == 1
+    assert largest_allocation(step) <= 64
+
+
+def test_other_passes_of_the_user_are_run_too():
+    from torch._inductor import config
+
+    seen = []
+    with config.patch(post_grad_custom_post_pass=seen.append):
+        params = parameters(1)
+        step = compiled(ClampedParameterOptimizer(params, SGD, lr=0.1, clamp_min=-1.0))
+        for k in range(2):
+            set_gradients(params, k)
+            step()
+    assert step.graphs == 1
+    assert len(seen) == 1
