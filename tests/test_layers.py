@@ -12,7 +12,16 @@ PACKAGE = "rai_toolbox"
 
 # From left to right; a module imports from its own layer and from those left of it.
 LAYERS = [
-    {"batch", "autograd", "checks", "extras", "foreach", "functional", "modules"},  # the foundation
+    {
+        "batch",
+        "autograd",
+        "checks",
+        "extras",
+        "foreach",
+        "functional",
+        "inductor_pass",
+        "modules",
+    },  # the foundation
     {"constraints"},
     {"optim"},
     {"perturbations"},

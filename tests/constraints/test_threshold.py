@@ -157,7 +157,7 @@ def test_the_graph_of_its_own_leaves_rows_that_need_more_steps(values, dtype):
     y = x.clone()
     wrong = shrinking._fixed(y, radius)
     done = (y != x).any(1) | (x.double().abs().sum(1) <= 0.5)
-    assert bool(wrong) == (not done.all())
+    assert torch.equal(wrong.view(-1), ~done)
     assert (sets.L1Ball(0.5).violation(y)[done] == 0).all()
     wide = in_float64(x, 0.5)[done]
     eps = torch.finfo(dtype).eps
@@ -168,8 +168,27 @@ def test_some_rows_need_more_steps_than_the_search_has():
     x = torch.stack([NASTY["doubling"](2**16), torch.ones(2**16).double()]).float()
     ball = sets.L1Ball(1e-3)
     y = x.clone()
-    assert bool(shrinking._fixed(y, torch.tensor(1e-3, dtype=torch.float64)))
+    assert shrinking._fixed(y, torch.tensor(1e-3, dtype=torch.float64)).any()
     assert (ball.violation(ball.project(y)) == 0).all()
+
+
+@pytest.mark.parametrize("radius", [1e-3, torch.tensor([[1e-3], [2e-3], [3e-3]])], ids=type)
+def test_rows_that_a_graph_leaves_are_done_too(radius, monkeypatch):
+    x = torch.randn(3, 2**16, generator=torch.Generator().manual_seed(0))
+    x[1], x[2, 3] = NASTY["doubling"](2**16).float(), torch.nan
+    radius = torch.as_tensor(radius, dtype=torch.float64)
+    left = []
+
+    def by_graph(*args):
+        left.append(shrinking._fixed(*args))
+        return left[0]
+
+    monkeypatch.setattr(shrinking, "_by_graph", by_graph)
+    y = x.clone()
+    shrinking.project_l1_rows_(y, radius)
+    assert left[0].view(-1).tolist() == [False, True, False]
+    ball = sets.L1Ball(radius if radius.numel() > 1 else float(radius))
+    torch.testing.assert_close(y, ball.project(x), rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def test_a_compiled_projection_is_one_operator_and_right():

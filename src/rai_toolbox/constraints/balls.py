@@ -269,7 +269,7 @@ class L1Ball(_Ball):
         numbers = self.center is None and not isinstance(self.epsilon, Tensor)
         if not (numbers and are_narrow(batches)):
             for x in batches:
-                super().project_(x)
+                self._project_one_(x)
             return
         for piece, rows, room in in_float32(batches):
             magnitudes = shrunk(rows.abs_(), self.epsilon, piece[0].dtype, room)
@@ -278,6 +278,15 @@ class L1Ball(_Ball):
             parts = magnitudes.split([len(x) for x in piece])
             for x, part in zip(piece, parts, strict=True):
                 torch.copysign(part.view(x.shape), x, out=x)
+
+    def _project_one_(self, x: Tensor) -> None:
+        rows = x.flatten(1) if x.is_contiguous() and x.numel() > 0 else None
+        if self.center is None and rows is not None and may_be_one_operator(rows):
+            epsilon = as_wide(self.epsilon, x)
+            epsilon = epsilon.reshape(-1, 1) if epsilon.numel() > 1 else epsilon
+            torch.ops.rai_toolbox.project_l1_rows_(rows, epsilon)
+        else:
+            super().project_(x)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self._beyond(self._magnitudes(x, dtype)).squeeze(1)

@@ -28,6 +28,8 @@ They are enough for all of 1,000 rows of 100 to 4,096 normal numbers, of their c
 projected steps lead to; five from the lower bound are not for 4,096.
 """
 
+_AHEAD_COMPILED = (*_AHEAD, 0.0)  # a step costs less there, and rows that are left cost more
+
 
 def are_narrow(batches: list[Tensor]) -> bool:
     """Whether the search may be in float32: on CPU, and nothing is to be differentiated."""
@@ -151,13 +153,13 @@ def narrow_threshold(v: Tensor, total: float | Tensor, room: Tensor) -> tuple[Te
     return near, rest
 
 
-def _search(v: Tensor, total: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _search(v: Tensor, total: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
     """A threshold that is right but for rounding, mostly; the number of entries above it."""
     top = v.amax(1, keepdim=True)
     total = total.clamp(max=torch.finfo(v.dtype).max)  # inf - inf would be NaN
     least = torch.maximum((sum_rows(v) - total) / v.shape[1], top - total).minimum(top)
     most = top
-    for ahead in _AHEAD:
+    for ahead in _AHEAD if room is not None else _AHEAD_COMPILED:
         t = torch.lerp(least, most, ahead) if ahead else least
         over, number = _above(v, t, room)
         excess = over - total
@@ -222,8 +224,19 @@ def project_l1_rows_(x: Tensor, epsilon: Tensor) -> None:
     projected by one graph, which is compiled apart. Small tensors need none.
     """
     # (a compiler keeps what is rounded to fewer bits in float32, where it is not yet rounded)
-    if x.numel() >= _LARGE and x.dtype == torch.float32 and not bool(_by_graph(x, epsilon)):
+    if x.numel() < _LARGE or x.dtype != torch.float32:
+        _project_eagerly_(x, epsilon)
         return
+    x = x.detach()  # a graph is made for each parameter, but one for all tensors of a shape
+    missed = _by_graph(x, epsilon).view(-1)
+    if bool(missed.any()):
+        at = missed.nonzero().view(-1)
+        some = x.index_select(0, at)
+        _project_eagerly_(some, epsilon[at] if epsilon.numel() > 1 else epsilon)
+        x.index_copy_(0, at, some)
+
+
+def _project_eagerly_(x: Tensor, epsilon: Tensor) -> None:
     magnitudes = shrunk(x.abs().float(), epsilon, x.dtype)
     if magnitudes is not None:
         torch.copysign(magnitudes, x, out=x)
@@ -239,17 +252,17 @@ _LARGE = 2**15  # elements
 
 
 def _fixed(x: Tensor, epsilon: Tensor) -> Tensor:
-    """The projection by a fixed number of steps, but of rows that need more; whether there are."""
+    """The projection by a fixed number of steps, but of rows that need more; which those are."""
     size = x.abs().float()
     total = torch.as_tensor(_radius(epsilon, size.shape[1], x.dtype))
-    near, number = _search(size, total.to(size.dtype))
+    near, number = _search(size, total.to(size.dtype), None)
     near, rest, _, wrong = _exact(size, near, number, total.expand_as(near))
     soft = ((size - near) - round_up(rest, size.dtype)).clamp(min=0)
     soft = soft if soft.dtype == x.dtype else round_down(soft, x.dtype)
     excess = sum_rows(size.double()) - epsilon
     y = torch.where((excess > 0) & ~wrong, soft.copysign(x), x)
     x.copy_(torch.where(excess < math.inf, y, torch.nan))
-    return (wrong & (excess > 0)).any()
+    return wrong & (excess > 0)
 
 
 _graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -257,8 +270,10 @@ _graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
 
 def _by_graph(x: Tensor, epsilon: Tensor) -> Tensor:
     if x.shape not in _graphs:  # one each, as torch compiles no function for many shapes
+        from rai_toolbox.inductor_pass import inductor  # slow to import
+
         options: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}
-        _graphs[x.shape] = torch.compile(_fixed, fullgraph=True, **options)
+        _graphs[x.shape] = torch.compile(_fixed, backend=inductor, fullgraph=True, **options)
     try:
         return _graphs[x.shape](x, epsilon)
     except Exception as error:  # of whatever kind: no C++ compiler, a bug of it

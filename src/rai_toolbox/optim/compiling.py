@@ -176,13 +176,6 @@ class _CompiledStep:
 
 
 def _inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    from torch._inductor import config  # slow to import
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import get_custom_graph_passes
+    from rai_toolbox.inductor_pass import inductor  # slow to import
 
-    from rai_toolbox.optim.inductor_pass import InductorPass
-
-    name = "post_grad_custom_post_pass"
-    passes = [*get_custom_graph_passes(getattr(config, name)), InductorPass()]
-    made: Any = compile_fx(module, inputs, config_patches={name: passes})
-    return made  # type: ignore[no-any-return]
+    return inductor(module, inputs)

@@ -8,11 +8,11 @@ import torch._dynamo
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW
 
-from rai_toolbox.constraints import L2Ball, MinMaxNorm, UnitNorm
+from rai_toolbox.constraints import L1Ball, L2Ball, MinMaxNorm, UnitNorm
+from rai_toolbox.inductor_pass import keep_small_values, one_by_one, write_early
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer, compiled
-from rai_toolbox.optim.inductor_pass import keep_small_values, one_by_one, write_early
 
-SHAPE = (200, 100)
+SHAPE = (400, 100)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,7 @@ def largest_allocation(step):
 MADE = {
     "unit norms": lambda p: ProjectedOptimizer(p, AdamW, constraint=UnitNorm(), lr=0.1),
     "shells": lambda p: ProjectedOptimizer(p, SGD, constraint=MinMaxNorm(5.0, 9.0), lr=0.1),
+    "L1 balls": lambda p: ProjectedOptimizer(p, SGD, constraint=L1Ball(9.0), lr=0.1),
     "balls": lambda p: ProjectedOptimizer(
         p, Adam, constraint=L2Ball(9.0), gradient_mapping=False, lr=0.1
     ),

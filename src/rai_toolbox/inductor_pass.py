@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    get_custom_graph_passes,
+    get_hash_for_files,
+)
 from torch.fx import Graph, Node
 
 _COPY = torch.ops.aten.copy_.default
+_OPERATOR = torch.ops.higher_order.auto_functionalized_v2
 _SHARED = 8  # elements, at least, that use a value for it to be worth a place in memory
 _LARGE = 2**12  # elements; a place in memory takes a loop of its own, and threads meet after it
+
+
+def inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """The backend of that name for `torch.compile`, with the pass below after its own."""
+    name = "post_grad_custom_post_pass"
+    passes = [*get_custom_graph_passes(getattr(config, name)), InductorPass()]
+    made: Any = compile_fx(module, inputs, config_patches={name: passes})
+    return made  # type: ignore[no-any-return]
 
 
 class InductorPass(CustomGraphPass):
@@ -113,8 +128,11 @@ def _may_be_kept(node: Node, param: Node) -> bool:
     a, b = _value(node), _value(param)
     if a is None or b is None or node.op != "call_function" or param.op != "placeholder":
         return False
-    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-    return alike and len(node.users) > 1 and _is_reduced(node, a.numel())
+    if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype:
+        return False
+    if any(user.target is _OPERATOR for user in node.users):  # which is to write to it
+        return len(node.users) == 1
+    return len(node.users) > 1 and _is_reduced(node, a.numel())
 
 
 def _is_reduced(node: Node, size: int) -> bool:
@@ -142,7 +160,9 @@ def _write_after(node: Node, param: Node) -> None:
     with node.graph.inserting_after(node):
         written = node.graph.call_function(_COPY, (param, node))
     written.meta = dict(param.meta)
-    node.replace_all_uses_with(written, lambda user: user is not written)
+    for user in [user for user in node.users if user is not written]:
+        # (an operator writes in place to parameters only)
+        user.replace_input_with(node, param if user.target is _OPERATOR else written)
 
 
 def _value(node: Node) -> Tensor | None:
