@@ -172,10 +172,10 @@ def test_some_rows_need_more_steps_than_the_search_has():
     assert (ball.violation(ball.project(y)) == 0).all()
 
 
-@pytest.mark.parametrize("radius", [1e-3, torch.tensor([[1e-3], [2e-3], [3e-3]])], ids=type)
+@pytest.mark.parametrize("radius", [1e-3, torch.tensor([[2e-3], [1e-3], [3e-3]])], ids=type)
 def test_rows_that_a_graph_leaves_are_done_too(radius, monkeypatch):
     x = torch.randn(3, 2**16, generator=torch.Generator().manual_seed(0))
-    x[1], x[2, 3] = NASTY["doubling"](2**16).float(), torch.nan
+    x[1], x[2, 3] = 1.0, torch.nan
     radius = torch.as_tensor(radius, dtype=torch.float64)
     left = []
 
