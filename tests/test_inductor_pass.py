@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW
 
 from rai_toolbox.constraints import L1Ball, L2Ball, MinMaxNorm, UnitNorm
-from rai_toolbox.inductor_pass import keep_small_values, one_by_one, write_early
+from rai_toolbox.inductor_pass import InductorPass, keep_small_values, one_by_one, write_early
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer, compiled
 
 SHAPE = (400, 100)
@@ -103,6 +103,30 @@ def test_the_passes_change_no_value():
         assert torch.equal(a, b)
 
 
+def read_late(p, q, step):
+    """What is written over is read to the end: by a view of it, and for an output."""
+    view = p.view(-1)
+    new = p - step
+    norms = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+    made = new / norms + 1, new / norms + view.view(p.shape) * norms
+    q.copy_(made[0])
+    p.copy_(made[1])
+    return (new * 2,)
+
+
+@pytest.mark.parametrize("step", [scaled_steps, read_late])
+@pytest.mark.parametrize("passes", [(one_by_one,), (write_early,), (one_by_one, write_early)])
+def test_what_is_still_to_be_read_is_not_written_over(step, passes):
+    tensors = [torch.randn(100, 50), torch.randn(100, 50), torch.tensor(3.0)]
+    graph = captured(step, *tensors)
+    expected = ran(graph, *tensors)
+    for change in passes:
+        change(graph)
+    graph.lint()
+    for a, b in zip(ran(graph, *tensors), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_numbers_and_norms_are_kept_and_constants_and_elements_are_not():
     graph = captured(scaled_steps, torch.randn(100, 50), torch.randn(100, 50), torch.tensor(3.0))
     keep_small_values(graph)
@@ -118,7 +142,7 @@ def test_what_is_written_to_in_between_is_left_where_it_is():
 
     graph = captured(step, torch.randn(3), torch.randn(3))
     order = list(graph.nodes)
-    one_by_one(graph)
+    InductorPass()(graph)
     assert list(graph.nodes) == order
 
 

@@ -34,8 +34,9 @@ class InductorPass(CustomGraphPass):
     """The three below, in a row; for `torch.compile`, where the values are on CPU."""
 
     def __call__(self, graph: Graph) -> None:  # noqa: D102
-        one_by_one(graph)
-        write_early(graph)
+        if _writes_at_the_end(graph):
+            one_by_one(graph)
+            write_early(graph)
         keep_small_values(graph)
 
     def uuid(self) -> Any:  # noqa: D102
@@ -49,21 +50,18 @@ def one_by_one(graph: Graph) -> None:
     """
     nodes = list(graph.nodes)
     copies = [node for node in nodes if node.target is _COPY]
-    if any(node.is_impure() for node in nodes if node.op == "call_function" and node not in copies):
-        return  # what is written in between must stay where it is
-    end = next(iter(reversed(nodes)))
+    # A copy may come once what it writes is known, and what it writes over is not needed any more.
+    needed = {copy: {copy.args[1], *_readers(copy.args[0])} for copy in copies}
     placed: dict[Node, None] = {}
-    for copy in copies:
-        if copy in placed:
-            continue
-        placed |= dict.fromkeys(_before(copy))
-        for other in copies:  # what else is known by now, and written over nothing still needed
-            needed = [other.args[1], *(user for user in other.args[0].users if user is not other)]
-            if other not in placed and all(node in placed for node in needed):
-                placed[other] = None
-    for node in placed:
-        if node.op != "placeholder":
-            end.prepend(node)
+    for last in (*copies, nodes[-1]):
+        placed |= dict.fromkeys(_before(last))
+        for copy in copies:
+            if copy not in placed and needed[copy] <= placed.keys():
+                placed[copy] = None
+    if needed.keys() <= placed.keys():
+        for node in placed:
+            if node.op != "placeholder":
+                nodes[-1].prepend(node)
 
 
 def write_early(graph: Graph) -> None:
@@ -81,11 +79,12 @@ def write_early(graph: Graph) -> None:
         param, result = copy.args[:2]
         if not isinstance(param, Node) or not isinstance(result, Node):
             continue
-        free = max((place[user] for user in param.users if user is not copy), default=-1)
+        free = max((place[reader] for reader in _readers(param)), default=-1)
         found = [
             node
             for node in _before(result)
             if place.get(node, -1) >= free and node not in results and _may_be_kept(node, param)
+            if all(place[reader] < place[copy] for reader in _readers(node))
         ]
         if found:
             _write_after(max(found, key=place.__getitem__), param)
@@ -107,6 +106,15 @@ def keep_small_values(graph: Graph) -> None:
             node.meta["inductor_realize_to_strides"] = True
 
 
+def _writes_at_the_end(graph: Graph) -> bool:
+    """Whether memory is written to at the end only, as torch's functionalization leaves it."""
+    nodes = list(graph.nodes)
+    copies = {node for node in nodes if node.target is _COPY}
+    calls = [node for node in nodes if node.op == "call_function" and node not in copies]
+    at_the_end = copies == set(nodes[len(nodes) - 1 - len(copies) : -1])
+    return at_the_end and not any(node.is_impure() for node in calls)
+
+
 def _before(last: Node) -> list[Node]:
     """What leads to a node, each after what leads to it."""
     found: dict[Node, None] = {}
@@ -121,6 +129,26 @@ def _before(last: Node) -> list[Node]:
         if node is not last:
             found[node] = None
     return list(found)
+
+
+def _readers(param: Any) -> set[Node]:
+    """What reads the memory of a parameter, also by views of it."""
+    readers: set[Node] = set()
+    views = [param]
+    while views:
+        for user in views.pop().users:
+            if user.target is not _COPY and user not in readers:
+                readers.add(user)
+                if _shares_memory(user, param):
+                    views.append(user)
+    return readers
+
+
+def _shares_memory(node: Node, param: Node) -> bool:
+    a, b = _value(node), _value(param)
+    if a is None or b is None:
+        return False
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _may_be_kept(node: Node, param: Node) -> bool:
