@@ -9,7 +9,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW
 
 from rai_toolbox.constraints import L1Ball, L2Ball, MinMaxNorm, UnitNorm
-from rai_toolbox.inductor_pass import InductorPass, keep_small_values, one_by_one, write_early
+from rai_toolbox.inductor_pass import (
+    InductorPass,
+    inductor,
+    keep_small_values,
+    one_by_one,
+    write_early,
+)
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer, compiled
 
 SHAPE = (400, 100)
@@ -168,3 +174,14 @@ def test_other_passes_of_the_user_are_run_too():
             step()
     assert step.graphs == 1
     assert len(seen) == 1
+
+
+def test_shapes_may_be_unknown():
+    def step(x):
+        x.mul_(2).copy_(x / torch.linalg.vector_norm(x, dim=1, keepdim=True))
+
+    compiled_step = torch.compile(step, backend=inductor, dynamic=True)
+    for height in (60, 50, 40):
+        x = torch.randn(height, 100)
+        compiled_step(x)
+        assert (torch.linalg.vector_norm(x, dim=1) - 1).abs().max() <= 1e-6

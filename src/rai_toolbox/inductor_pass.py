@@ -145,9 +145,10 @@ def _readers(param: Any) -> set[Node]:
 
 
 def _shares_memory(node: Node, param: Node) -> bool:
-    a, b = _value(node), _value(param)
-    if a is None or b is None:
-        return False
+    """Whether a node may be a view of a parameter; several values at once count as such."""
+    a, b = node.meta.get("val"), param.meta.get("val")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return True
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
@@ -194,5 +195,8 @@ def _write_after(node: Node, param: Node) -> None:
 
 
 def _value(node: Node) -> Tensor | None:
+    """What a node is, on CPU and of a shape that is known."""
     value = node.meta.get("val")
-    return value if isinstance(value, Tensor) and value.device.type == "cpu" else None
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
+        return None
+    return value if isinstance(value.numel(), int) else None
