@@ -3,7 +3,8 @@
 `python benchmarks/free.py` measures all of it and writes docs/speed.md and the plot beside it, in
 some fifteen minutes, of which half go into compiling; `--budget` tells how long each case is timed,
 in seconds. `--rows` picks cases by words in their names; `--page` writes page and plot anew from
-the figures of the last run. Let the machine do nothing else meanwhile.
+the figures of the last run. Let the machine do nothing else meanwhile. Where there is a GPU, the
+cases are timed on it too, and docs/speed/cuda.md is written; `--device cuda` does only that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -141,13 +143,13 @@ CASES = [
 ]
 
 
-def parameters(count: int, shape: tuple[int, ...]) -> list[Tensor]:
+def parameters(count: int, shape: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
     """Standard normal numbers, and gradients that point outwards."""
     generator = torch.Generator().manual_seed(0)
     params = []
     for _ in range(count):
-        param = torch.nn.Parameter(torch.randn(shape, generator=generator))
-        param.grad = torch.randn(shape, generator=generator) - param.detach()
+        param = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device))
+        param.grad = torch.randn(shape, generator=generator).to(device) - param.detach()
         params.append(param)
     return params
 
@@ -168,20 +170,20 @@ def sorted_l1_(x: Tensor) -> None:
     x.copy_(textbook_l1(x / 10.0) * 10.0)
 
 
-def parametrized(case: Case) -> Step:
+def parametrized(case: Case, device: str) -> Step:
     """A step of torch's `weight_norm`, with what its parametrization adds to a pass of a net.
 
     The norms are held where they are; each pass makes all weights anew, and the backward pass
     takes their gradients through.
     """
     count, shape = case.count, case.shape
-    layers = [torch.nn.Linear(shape[1], shape[0], bias=False) for _ in range(count)]
+    layers = [torch.nn.Linear(shape[1], shape[0], False, device) for _ in range(count)]
     for layer in layers:
         parametrizations.weight_norm(layer)
         layer.parametrizations.weight.original0.requires_grad_(False)
     free = [layer.parametrizations.weight.original1 for layer in layers]
     optimizer = case.inner(free, lr=case.moves)
-    grads = [torch.randn(shape) for _ in layers]
+    grads = [torch.randn(shape, device=device) for _ in layers]
 
     def step() -> None:
         optimizer.zero_grad()
@@ -192,9 +194,19 @@ def parametrized(case: Case) -> Step:
     return step
 
 
-def alternatives(case: Case) -> tuple[dict[str, Step], dict[str, float]]:
+def waiting(step: Step) -> Step:
+    """A step on a GPU until it is done."""
+
+    def done() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return done
+
+
+def alternatives(case: Case, device: str) -> tuple[dict[str, Step], dict[str, float]]:
     """The steps that are compared, on the same parameters; seconds that compiling took."""
-    params = parameters(case.count, case.shape)
+    params = parameters(case.count, case.shape, device)
 
     def bare(**options: Any) -> Step:
         return case.inner(params, lr=case.moves, **options).step  # type: ignore[no-any-return]
@@ -222,13 +234,15 @@ def alternatives(case: Case) -> tuple[dict[str, Step], dict[str, float]]:
     if SORTED in compared:
         steps[SORTED] = then(bare(), sorted_l1_, params)
     if isinstance(getattr(case.ours, "keywords", {}).get("constraint"), UnitNorm):
-        steps[PARAMETRIZED] = parametrized(case)
+        steps[PARAMETRIZED] = parametrized(case, device)
+    if device == "cuda":
+        steps = {name: waiting(step) for name, step in steps.items()}
     return steps, seconds
 
 
-def run(case: Case, *, budget_s: float, progress: Progress = silent) -> Report:
+def run(case: Case, *, budget_s: float, device: str = "cpu", progress: Progress = silent) -> Report:
     """Times, ratios and peak memory of all alternatives of a case, as plain data."""
-    steps, seconds = alternatives(case)
+    steps, seconds = alternatives(case, device)
     samples = measure(steps, budget_s=budget_s, progress=progress)
     rows = compare(samples, BARE)
     peaks = {name: peak_bytes(step) for name, step in steps.items() if name != AGAIN}
@@ -403,6 +417,24 @@ def draw(report: Report, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def cuda_page(*, words: list[str], budget_s: float, progress: Callable[[str], Any]) -> str:
+    """The table of all alternatives on a GPU; what has a limit has it on CPU only."""
+    cases = []
+    for case in CASES:
+        if not words or any(word in case.work for word in words):
+            with progress(f"{case.work}, GPU") as update:
+                cases.append(run(case, budget_s=budget_s, device="cuda", progress=update))
+    header = ["work", "step", "ms", "to bare", "quartiles", "compiling"]
+    return "\n\n".join(
+        [
+            "# What a constraint costs on a GPU",
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {date.today()}. A step is "
+            "timed until the GPU is done.",
+            markdown(header, time_rows({"cases": cases})) + "\n",
+        ]
+    )
+
+
 def measured(
     *, words: list[str], budget_s: float, progress: Callable[[str], Any], import_rounds: int
 ) -> Iterator[Report]:
@@ -474,18 +506,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds: a first look")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each case")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="by default both, if there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.page:
         write(json.loads(KEPT.read_text()))
         return
-    parts = measured(
-        words=args.rows,
-        budget_s=min(3.0, args.budget) if args.quick else args.budget,
-        progress=progress_bar,
-        import_rounds=3 if args.quick else 9,
-    )
-    renew({**machine.describe(), "quick": args.quick}, parts)
+    budget_s = min(3.0, args.budget) if args.quick else args.budget
+    if args.device != "cuda":
+        parts = measured(
+            words=args.rows,
+            budget_s=budget_s,
+            progress=progress_bar,
+            import_rounds=3 if args.quick else 9,
+        )
+        renew({**machine.describe(), "quick": args.quick}, parts)
+    if args.device == "cuda" or (args.device is None and torch.cuda.is_available()):
+        text = cuda_page(words=args.rows, budget_s=budget_s, progress=progress_bar)
+        (DOCS / "speed" / "cuda.md").write_text(text)
 
 
 if __name__ == "__main__":
