@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from rai_toolbox.cli import main
+from rai_toolbox.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

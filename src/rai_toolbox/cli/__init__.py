@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rai_toolbox.extras import MissingExtra
 
-__all__ = ["Refused", "main"]
+__all__ = ["Refused", "main", "run"]
 
 
 class Refused(Exception):
     """What was asked for cannot be done; the message says why."""
+
+
+def run() -> NoReturn:
+    """`main`, and the end of the process, with its exit status."""
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads that torch.distributed has left can abort a process that takes itself apart.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -280,8 +280,8 @@ class L1Ball(_Ball):
                 torch.copysign(part.view(x.shape), x, out=x)
 
     def _project_one_(self, x: Tensor) -> None:
-        rows = x.flatten(1) if x.is_contiguous() and x.numel() > 0 else None
-        if self.center is None and rows is not None and may_be_one_operator(rows):
+        plain = not is_sharded(x) and x.is_contiguous() and x.numel() > 0
+        if self.center is None and plain and may_be_one_operator(rows := x.flatten(1)):
             epsilon = as_wide(self.epsilon, x)
             epsilon = epsilon.reshape(-1, 1) if epsilon.numel() > 1 else epsilon
             torch.ops.rai_toolbox.project_l1_rows_(rows, epsilon)

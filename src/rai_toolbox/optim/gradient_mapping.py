@@ -43,7 +43,7 @@ def map_gradient_(
     down = downhill(readable(grad))
     e = step_size(x, down, constraint, reach=reach, lr=lr)
     y = x - e * (down if average is None else downhill(average))
-    pushed_back = (y - constraint.project(y)) * (1 / e)  # exactly 0 where y is in the set
+    pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
     return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
 
 
