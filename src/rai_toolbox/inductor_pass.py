@@ -160,7 +160,7 @@ def _may_be_kept(node: Node, param: Node) -> bool:
     if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype:
         return False
     if any(user.target is _OPERATOR for user in node.users):  # which is to write to it
-        return len(node.users) == 1
+        return len(node.users) == 1 and _is_written_whole(node)
     return len(node.users) > 1 and _is_reduced(node, a.numel())
 
 
@@ -200,3 +200,10 @@ def _value(node: Node) -> Tensor | None:
     if not isinstance(value, Tensor) or value.device.type != "cpu":
         return None
     return value if isinstance(value.numel(), int) else None
+
+
+def _is_written_whole(node: Node) -> bool:
+    """Whether an operator writes to a node itself, not to a view of it, as to one of two slices."""
+    views = ("_size", "_stride", "_storage_offset", "_slice_dim", "_slice_start", "_alias")
+    (user,) = node.users
+    return not any(name.endswith(views) for name in user.kwargs)
