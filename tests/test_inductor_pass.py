@@ -74,6 +74,45 @@ def test_a_compiled_step_does_the_same_in_the_memory_of_the_parameters(make):
     assert largest_allocation(step) < 4 * ours[0].numel() / 4
 
 
+def slices():
+    whole = torch.randn(120, 4, 25, generator=torch.Generator().manual_seed(0))
+    return [part.detach().requires_grad_() for part in (whole[:80], whole[80:])]
+
+
+def entries():
+    whole = torch.randn(2, 80, 100, generator=torch.Generator().manual_seed(0))
+    return [part.detach().requires_grad_() for part in whole]
+
+
+def halves_of_rows():
+    whole = torch.randn(80, 200, generator=torch.Generator().manual_seed(0))
+    return [part.detach().requires_grad_() for part in (whole[:, :100], whole[:, 100:])]
+
+
+def transposed():
+    return [part.detach().t().requires_grad_() for part in parameters(2, (100, 80))]
+
+
+VIEWS = [slices, entries, halves_of_rows, transposed]
+SETS = {"L1 ball": L1Ball(9.0), "L2 ball": L2Ball(9.0), "unit norm": UnitNorm()}
+
+
+@pytest.mark.parametrize("constraint", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("views", VIEWS)
+def test_parameters_that_are_parts_of_one_memory_are_stepped_as_if_they_were_not(views, constraint):
+    ours, theirs = views(), views()
+    step = compiled(ProjectedOptimizer(ours, SGD, constraint=constraint, lr=0.05))
+    eager = ProjectedOptimizer(theirs, SGD, constraint=constraint, lr=0.05)
+    for k in range(3):
+        set_gradients(ours, k)
+        set_gradients(theirs, k)
+        step()
+        eager.step()
+    assert step.graphs == 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def captured(step, *tensors):
     return make_fx(step)(*tensors).graph
 

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -63,7 +64,10 @@ ELEMENTWISE = {
 }
 
 
-@pytest.mark.parametrize("inner", [SGD, Adam])
+FOREACH_SGD = partial(SGD, foreach=True)
+
+
+@pytest.mark.parametrize("inner", [FOREACH_SGD, Adam], ids=["SGD", "Adam"])
 @pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
 def test_elementwise_transforms_of_many_tensors_add_few_operators(make, inner):
     def added(n):
@@ -78,8 +82,8 @@ def test_elementwise_transforms_of_many_tensors_add_few_operators(make, inner):
 def test_projecting_many_tensors_adds_few_calls():
     def added(n):
         shapes = [(3, 2)] * n
-        opt = WRAPPERS["ClampedParameter"](tensors(*shapes))
-        return python_calls(opt) - python_calls(SGD(tensors(*shapes)))
+        opt = WRAPPERS["ClampedParameter"](tensors(*shapes), InnerOpt=FOREACH_SGD)
+        return python_calls(opt) - python_calls(FOREACH_SGD(tensors(*shapes)))
 
     assert added(640) - added(128) <= 512 / 4
 
@@ -89,9 +93,49 @@ def test_rows_of_many_tensors_are_projected_together(share_outside):
     def added(n):
         shapes = [(3, 20)] * n
         opt = ProjectedOptimizer(tensors(*shapes), constraint=L2Ball(50.0 - 49.9 * share_outside))
-        return len(operators(opt)) - len(operators(SGD(tensors(*shapes))))
+        return len(operators(opt)) - len(operators(FOREACH_SGD(tensors(*shapes))))
 
     assert added(640) - added(128) <= 512 * 4  # views alone; one by one it is over 20
+
+
+def test_plain_sgd_steps_many_tensors_together():
+    def number(**settings):
+        params = tensors(*[(3, 2)] * 200)
+        return len(operators(unbounded(params, InnerOpt=SGD, **settings)))
+
+    assert number() == number(foreach=True) <= 20 < 200 <= number(foreach=False)
+
+
+@pytest.mark.parametrize(
+    ("inner", "settings"),
+    [
+        (SGD, {"weight_decay": 0.1}),
+        (SGD, {"momentum": 0.9, "nesterov": True}),
+        (SGD, {}),
+        (SGD, {"maximize": True}),
+        (Adam, {}),
+    ],
+    ids=str,
+)
+def test_no_memory_is_taken_to_step_tensors_together(inner, settings):
+    def most_held(opt):
+        opt.step()
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            opt.step()
+        return max(accumulate(allocations(profile), initial=0))
+
+    params = tensors(*[(64, 64)] * 40)
+    bare = inner(params, lr=0.1, **settings)
+    assert most_held(unbounded(params, InnerOpt=inner, lr=0.1, **settings)) <= most_held(bare)
+
+
+def test_foreach_is_left_open_after_a_step_that_fails():
+    params = tensors((3, 2), (2, 2))
+    opt = unbounded(params, InnerOpt=SGD, lr=0.1)
+    opt.param_groups[0]["lr"] = "none"
+    with pytest.raises(TypeError, match="str"):
+        opt.step()
+    assert opt.param_groups[0]["foreach"] is None
 
 
 def test_hooks_of_a_user_are_called_for_each_tensor():
@@ -157,8 +201,8 @@ FRUGAL = [name for name in WITH_INNER if name not in ("TopQ", "L1qNormed", "Chai
 
 
 def allocations(profile):
-    events = profile.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]"]
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @pytest.mark.parametrize(("make_tensor", "param_ndim"), BIG.values(), ids=BIG.keys())

@@ -110,9 +110,10 @@ PAIRS = [
 ]
 INTERRUPTIBLE = [pair for pair in PAIRS if pair.values[1] != "around_an_instance"]  # as unbounded
 MIXED_DTYPES = [
-    Case(cls, OPTIONS[cls][-1] | how, "dtypes")
+    Case(cls, options | how, "dtypes")
     for cls in OPTIONS
     if cls not in MODELS
+    for options in ([{}, OPTIONS[cls][-1]] if cls is optim.SGD else [OPTIONS[cls][-1]])
     for how in implementations(cls)
 ]
 DTYPES = [

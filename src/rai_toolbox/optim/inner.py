@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+
+from rai_toolbox import foreach
 
 Closure = Callable[[], Any]
 
@@ -79,10 +81,32 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
         changed = pre_hook(inner, args, kwargs)
         if changed is not None:
             args, kwargs = changed
-    result = step(*args, **kwargs)
+    together = _plain_sgd(inner)
+    for group in together:
+        group["foreach"] = True
+    try:
+        result = step(*args, **kwargs)
+    finally:
+        for group in together:
+            group["foreach"] = None
     for post_hook in inner._optimizer_step_post_hooks.values():
         post_hook(inner, args, kwargs)
     return result
+
+
+def _plain_sgd(inner: Optimizer) -> list[dict[str, Any]]:
+    """Groups in which a step is one operator on each parameter, or one on all by `foreach=True`.
+
+    Torch's own choice on CPU is a loop in Python. With any of these settings, and in other
+    optimizers, it would take a copy of all parameters, or round otherwise.
+    """
+    more = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
+    return [
+        group
+        for group in (inner.param_groups if type(inner) is SGD else [])
+        if group["foreach"] is None and not any(group[name] for name in more)
+        if len(group["params"]) > 1 and foreach.are_plain(group["params"])
+    ]
 
 
 def _unhooked_step(cls: Any) -> Any:
