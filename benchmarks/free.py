@@ -40,7 +40,7 @@ KEPT, DOCS = ROOT / "out" / "bench" / "free.json", ROOT / "docs"
 BARE, AGAIN, OURS, COMPILED = "bare", "bare, again", "ours", "ours, compiled"
 FUSED, LOOP, SORTED = "fused, without a constraint", "loop", "loop by sorting"
 AROUND_FUSED = "ours, around the fused one"
-TOGETHER = "ours, foreach=True"
+BARE_TOGETHER, TOGETHER = "bare, foreach=True", "ours, foreach=True"
 PARAMETRIZED = "parametrization"
 NOISE = 0.05  # where one bare optimizer differs by more from another, the machine was busy
 
@@ -228,6 +228,7 @@ def alternatives(case: Case, device: str) -> tuple[dict[str, Step], dict[str, fl
         steps[FUSED] = bare(fused=True)
         steps[AROUND_FUSED] = ours(fused=True).step
     if case.count == SMALL[0]:  # torch leaves it off on CPU
+        steps[BARE_TOGETHER] = bare(foreach=True)
         steps[TOGETHER] = ours(foreach=True).step
     if case.loop is not None:
         steps[LOOP] = then(bare(), case.loop, params)

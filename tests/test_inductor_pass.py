@@ -172,6 +172,136 @@ def test_what_is_still_to_be_read_is_not_written_over(step, passes):
         assert torch.equal(a, b)
 
 
+# --- what a step may do beside: each of these went wrong once -------------------------------------
+
+
+def sums(x):
+    return x.abs().sum(1, keepdim=True)
+
+
+def keeps_what_was(kept, p, q, g):
+    kept.copy_(q)
+    new = p - g
+    late = q + kept
+    kept.copy_(p)
+    p.copy_(new / torch.linalg.vector_norm(new, dim=1, keepdim=True))
+    q.copy_(late)
+
+
+def swaps(p, q, t, g):
+    t.copy_(p)
+    p.copy_(q)
+    q.copy_(t)
+
+
+def keeps_a_projected_point(p, kept, q, g):
+    new = p - g
+    torch.ops.rai_toolbox.project_l1_rows_(new, torch.tensor(9.0))
+    kept.add_(new)
+    p.copy_(new * 2)
+
+
+def copies_a_view_of_the_update(p, kept, q, g):
+    new = p - g
+    view = new.t()
+    total = sums(view).sum()
+    p.copy_(new.clamp(-total, total) * 2)
+    kept.t().copy_(view)
+
+
+def transposes_the_update(p, kept, q, g):
+    new = p - g
+    kept.copy_(new - sums(new))
+    p.copy_(new.t())
+
+
+def reads_late_what_was_rounded(p, kept, q, g):
+    old = p.double().float().t()
+    new = p - g
+    total = sums(new)
+    p.copy_((old * total.t()).t() + new.clamp(-total, total))
+
+
+def writes_what_it_does_not_read(p, kept, q, g):
+    new = p - g
+    total = sums(new)
+    p.copy_(new * 0.5 - total)
+    kept.copy_((total / 100).expand(p.shape).tanh())
+
+
+def updates_a_part(p, average, q, g):
+    p[:40].sub_(g[:40])
+    average.lerp_(p, 0.1)
+    p.clamp_(-1.0, 1.0)
+
+
+def updates_by_index(p, average, q, g):
+    p.index_put_((torch.arange(40),), g[:40], accumulate=True)
+    average.lerp_(p, 0.1)
+    p.clamp_(-1.0, 1.0)
+
+
+STEPS = [
+    keeps_what_was,
+    swaps,
+    keeps_a_projected_point,
+    copies_a_view_of_the_update,
+    transposes_the_update,
+    reads_late_what_was_rounded,
+    writes_what_it_does_not_read,
+    updates_a_part,
+    updates_by_index,
+]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_of_any_kind_does_the_same(step, order):
+    def ordered(*tensors):  # as the graph has them
+        step(*(tensors[i] for i in order))
+
+    def result(run):
+        tensors = [x.detach() for x in parameters(4, (90, 90))]
+        for _ in range(2):
+            run(*tensors)
+        return tensors
+
+    expected, found = result(ordered), result(torch.compile(ordered, backend=inductor))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+class HeavyBall(torch.optim.Optimizer):
+    """It keeps the point before this one, as its state."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            before = self.state[param].setdefault("before", param.clone())
+            moved = param - before
+            before.copy_(param)
+            param.add_(moved, alpha=0.5).sub_(param.grad, alpha=0.1)
+
+
+@pytest.mark.parametrize("constraint", SETS.values(), ids=SETS)
+def test_an_inner_optimizer_may_keep_what_a_parameter_was(constraint):
+    ours, theirs = parameters(2, (80, 100)), parameters(2, (80, 100))
+    options = {"constraint": constraint, "gradient_mapping": False, "lr": 0.1}
+    step = compiled(ProjectedOptimizer(ours, HeavyBall, **options))
+    eager = ProjectedOptimizer(theirs, HeavyBall, **options)
+    for k in range(4):
+        set_gradients(ours, k)
+        set_gradients(theirs, k)
+        step()
+        eager.step()
+    assert step.graphs == 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_numbers_and_norms_are_kept_and_constants_and_elements_are_not():
     graph = captured(scaled_steps, torch.randn(100, 50), torch.randn(100, 50), torch.tensor(3.0))
     keep_small_values(graph)

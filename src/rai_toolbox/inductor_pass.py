@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch._inductor.custom_graph_pass import (
     get_custom_graph_passes,
     get_hash_for_files,
 )
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-_COPY = torch.ops.aten.copy_.default
+_COPY, _CLONE = torch.ops.aten.copy_.default, torch.ops.aten.clone.default
 _OPERATOR = torch.ops.higher_order.auto_functionalized_v2
+_REINPLACED = ("index_put", "scatter", "_foreach")  # names of what torch may let write in place
 _SHARED = 8  # elements, at least, that use a value for it to be worth a place in memory
 _LARGE = 2**12  # elements; a place in memory takes a loop of its own, and threads meet after it
 
@@ -31,16 +34,37 @@ def inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., A
 
 
 class InductorPass(CustomGraphPass):
-    """The three below, in a row; for `torch.compile`, where the values are on CPU."""
+    """The four below, in a row; for `torch.compile`, where the values are on CPU."""
 
     def __call__(self, graph: Graph) -> None:  # noqa: D102
-        if _writes_at_the_end(graph):
+        if _is_plain(graph):
+            copy_before(graph)
             one_by_one(graph)
             write_early(graph)
         keep_small_values(graph)
 
     def uuid(self) -> Any:  # noqa: D102
         return get_hash_for_files((__file__,))
+
+
+def copy_before(graph: Graph) -> None:
+    """Copy what a parameter was, for another one to become that, before it is written over.
+
+    Torch 2.13 takes such a copy for one that does nothing, and writes to one from the other at
+    the end, in the order of the parameters: heavy balls and swaps go wrong.
+    """
+    copies = [node for node in graph.nodes if node.target is _COPY]
+    written = {copy.args[0] for copy in copies}
+    for copy in copies:
+        param, old = copy.args[:2]
+        source = old
+        while isinstance(source.target, OpOverload) and _may_share_memory(source):
+            source = source.all_input_nodes[0]
+        if source in written:
+            with graph.inserting_before(copies[0]):
+                copied = graph.call_function(_CLONE, (old,))
+            copied.meta = dict(old.meta)
+            copy.args = (param, copied)
 
 
 def one_by_one(graph: Graph) -> None:
@@ -74,17 +98,18 @@ def write_early(graph: Graph) -> None:
     """
     place = {node: i for i, node in enumerate(graph.nodes)}
     copies = [node for node in graph.nodes if node.target is _COPY]
-    results = {copy.args[1] for copy in copies}
     for copy in copies:
         param, result = copy.args[:2]
         if not isinstance(param, Node) or not isinstance(result, Node):
             continue
         free = max((place[reader] for reader in _readers(param)), default=-1)
+        # (what an operator wrote there is there already; a view of it may be in another order)
+        own = {copy} if result.target is operator.getitem else set()
         found = [
             node
             for node in _before(result)
-            if place.get(node, -1) >= free and node not in results and _may_be_kept(node, param)
-            if all(place[reader] < place[copy] for reader in _readers(node))
+            if node in place and place[node] >= free and _may_be_kept(node, param)
+            if all(place[reader] < place[copy] for reader in _readers(node) - own)
         ]
         if found:
             _write_after(max(found, key=place.__getitem__), param)
@@ -106,13 +131,28 @@ def keep_small_values(graph: Graph) -> None:
             node.meta["inductor_realize_to_strides"] = True
 
 
-def _writes_at_the_end(graph: Graph) -> bool:
-    """Whether memory is written to at the end only, as torch's functionalization leaves it."""
+def _is_plain(graph: Graph) -> bool:
+    """Whether memory is written to at the end only, as torch's functionalization leaves it.
+
+    Each parameter is written to once, and nothing becomes its memory that is not known to be a
+    view of it. Torch's own passes, which come later, let some operators write to a parameter, and
+    take it for granted that the copies are at the end.
+    """
     nodes = list(graph.nodes)
     copies = {node for node in nodes if node.target is _COPY}
     calls = [node for node in nodes if node.op == "call_function" and node not in copies]
     at_the_end = copies == set(nodes[len(nodes) - 1 - len(copies) : -1])
-    return at_the_end and not any(node.is_impure() for node in calls)
+    once = {copy.args[0] for copy in copies if copy.args[0].op == "placeholder"}
+    pure = all(_is_known(node.target) and not node.is_impure() for node in calls)
+    return at_the_end and len(once) == len(copies) and pure
+
+
+def _is_known(target: Any) -> bool:
+    """Whether torch's later passes let this write to nothing but what an operator of ours does."""
+    if not isinstance(target, OpOverload):
+        return target in (operator.getitem, _OPERATOR)
+    name = target._schema.name
+    return target.namespace in ("aten", "prims") and not any(word in name for word in _REINPLACED)
 
 
 def _before(last: Node) -> list[Node]:
@@ -131,25 +171,29 @@ def _before(last: Node) -> list[Node]:
     return list(found)
 
 
-def _readers(param: Any) -> set[Node]:
-    """What reads the memory of a parameter, also by views of it."""
+def _readers(value: Any) -> set[Node]:
+    """What reads the memory of a value, also by views of it; copies of it to elsewhere too."""
     readers: set[Node] = set()
-    views = [param]
+    views = [value]
     while views:
-        for user in views.pop().users:
-            if user.target is not _COPY and user not in readers:
-                readers.add(user)
-                if _shares_memory(user, param):
-                    views.append(user)
+        view = views.pop()
+        for user in view.users:
+            if user in readers or user.target is _COPY and user.args[1] is not view:
+                continue
+            readers.add(user)
+            if user.target is not _COPY and _may_share_memory(user):
+                views.append(user)
     return readers
 
 
-def _shares_memory(node: Node, param: Node) -> bool:
-    """Whether a node may be a view of a parameter; several values at once count as such."""
-    a, b = node.meta.get("val"), param.meta.get("val")
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+def _may_share_memory(node: Node) -> bool:
+    """Whether a node may be in the memory of what it is made of, such as a view.
+
+    That is told by its operator: what torch notes of its memory is not kept up to date.
+    """
+    if not isinstance(node.target, OpOverload):
         return True
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def _may_be_kept(node: Node, param: Node) -> bool:

@@ -156,6 +156,60 @@ def test_a_backend_that_fails_leaves_a_right_step_and_one_warning():
     assert torch.equal(optimizer.param_groups[0]["params"][0], eager.param_groups[0]["params"][0])
 
 
+def test_a_failure_of_the_compiler_itself_leaves_a_right_step_and_one_warning():
+    ours, theirs = parameters(), parameters()
+    optimizer = ProjectedOptimizer(ours, Adam, constraint=L2Ball(1.0), lr=0.1)
+    eager = ProjectedOptimizer(theirs, Adam, constraint=L2Ball(1.0), lr=0.1)
+    step = compiled(optimizer, backend="eager")
+
+    def stepped(params, step, k):
+        # slices of one buffer, which torch 2.13 fails to trace
+        buffer = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(k))
+        for param, grad in zip(params, buffer, strict=True):
+            param.grad = grad
+        step()
+
+    stepped(ours, step, 0)
+    with pytest.warns(UserWarning, match="stays eager: .*Error") as found:
+        stepped(ours, step, 1)
+        stepped(ours, step, 2)
+    assert len(found) == 1
+    for k in range(3):
+        stepped(theirs, eager.step, k)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+class Failing(SGD):
+    """An inner optimizer that fails from its second step on, before or after it has moved."""
+
+    def __init__(self, params, lr, late):
+        super().__init__(params, lr)
+        self.steps, self.late = 0, late
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        if self.late:
+            for param in self.param_groups[0]["params"]:
+                param.add_(1.0)
+        if self.steps >= 2:
+            raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_fails_by_itself_fails_as_it_does_eagerly(late):
+    params = parameters()
+    starts = [param.detach().clone() for param in params]
+    optimizer = ClampedParameterOptimizer(params, Failing, lr=0.1, late=late, clamp_max=1e6)
+    step = compiled(optimizer, backend="eager")
+    step()
+    with pytest.raises(RuntimeError, match="no more"):
+        step()
+    for param, start in zip(params, starts, strict=True):
+        torch.testing.assert_close(param.detach(), start + 2.0 * late)
+
+
 def test_closures_are_eager():
     x = torch.ones(2, requires_grad=True)
     optimizer = ClampedParameterOptimizer([x], LBFGS, clamp_max=3.0)

@@ -107,7 +107,14 @@ class _CompiledStep:
 
         # Dynamo runs what it cannot capture as it is, so that no part of a step is done twice.
         before = dict(counters["graph_break"])
-        result = self._with_numbers_as_tensors(step)
+        untouched = self._versions()
+        try:
+            result = self._with_numbers_as_tensors(step)
+        except Exception as error:
+            if self._versions() != untouched:
+                raise
+            result = self.optimizer.step()  # which raises what is no matter of the compiler's
+            self._failure = f"{type(error).__name__}: {error}"
         breaks = counters["graph_break"].items()
         found = [why for why, n in breaks if n > before.get(why, 0) and _MEANT not in why]
         self._failure = self._failure or "".join(found[:1]).strip() or _NOTHING * (not self.graphs)
@@ -119,6 +126,13 @@ class _CompiledStep:
                 stacklevel=3,
             )
         return result
+
+    def _versions(self) -> list[int]:
+        """How often torch has written to each tensor of a step."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        state = [value for of_param in self.optimizer.state.values() for value in of_param.values()]
+        tensors = [*params, *(param.grad for param in params), *state]
+        return [x._version for x in tensors if isinstance(x, Tensor)]
 
     def _capture(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._dynamo.exc import RestartAnalysis  # slow to import
