@@ -64,6 +64,14 @@ ELEMENTWISE = {
 }
 
 
+def most_held(opt):
+    """The most bytes that a step holds at once, beyond what is there before."""
+    opt.step()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        opt.step()
+    return max(accumulate(allocations(profile), initial=0))
+
+
 FOREACH_SGD = partial(SGD, foreach=True)
 
 
@@ -118,12 +126,6 @@ def test_plain_sgd_steps_many_tensors_together():
     ids=str,
 )
 def test_no_memory_is_taken_to_step_tensors_together(inner, settings):
-    def most_held(opt):
-        opt.step()
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            opt.step()
-        return max(accumulate(allocations(profile), initial=0))
-
     params = tensors(*[(64, 64)] * 40)
     bare = inner(params, lr=0.1, **settings)
     assert most_held(unbounded(params, InnerOpt=inner, lr=0.1, **settings)) <= most_held(bare)
@@ -217,6 +219,16 @@ def test_a_step_allocates_nothing_of_the_size_of_a_parameter(make, make_tensor, 
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         opt.step()
     assert max(allocations(profile), default=0) <= 4 * SIZE / 4
+
+
+@pytest.mark.parametrize("share_outside", [0.0, 0.5, 1.0])
+def test_rows_of_many_tensors_take_no_more_memory_than_one_of_them(share_outside):
+    torch.manual_seed(0)
+    params = [torch.randn(400, 400, requires_grad=True) for _ in range(20)]
+    for param in params:
+        param.grad = -param.detach()
+    opt = ProjectedOptimizer(params, SGD, constraint=L2Ball(23.0 - 4 * share_outside), lr=0.05)
+    assert most_held(opt) <= 4 * 400 * 400
 
 
 def test_the_measure_of_memory_sees_what_an_operator_needs_in_passing():

@@ -50,11 +50,8 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
         lengths = _of_rows(x.reshape(*batch, -1), p, long, reduce)
     elif not long and x.is_contiguous():  # the same sums, in fewer calls
         rows = x.view(-1, x.shape[len(batch) :].numel())
-        if x.numel() <= _LEAST:
-            lengths = reduce(rows, p, (-1,))
-        else:
-            parts = rows.split(max(1, _block(x) // rows.shape[1]))
-            lengths = torch.cat([reduce(part, p, (-1,)) for part in parts])
+        found = [reduce(part, p, (-1,)) for part in _parts(rows)]
+        lengths = found[0] if len(found) == 1 else torch.cat(found)
     else:
         block = _block(x)
         buffer = x.new_empty(min(block, x.numel()), dtype=_wide(x))
@@ -69,8 +66,16 @@ _Reduce = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 def _block(x: Tensor) -> int:
     if x.numel() <= 4 * _LEAST:
-        return max(x.numel() // 2, _LEAST)
+        return max(x.numel() // 3, _LEAST)
     return min(max(x.numel() // 8, _LEAST), _MOST)
+
+
+def _parts(rows: Tensor) -> list[Tensor]:
+    """The rows in blocks of the same height, as few as there may be."""
+    if rows.numel() <= _LEAST:
+        return [rows]
+    number = math.ceil(len(rows) / max(1, _block(rows) // rows.shape[1]))
+    return list(torch.split(rows, math.ceil(len(rows) / number)))
 
 
 def _lengths(
@@ -144,7 +149,7 @@ def row_norms(batches: list[Tensor]) -> Tensor:
     if not (plain and all(x.is_contiguous() for x in batches)):
         return torch.cat([norm(x, 2, x.ndim - 1).view(-1) for x in batches])
     # As `norm`, in fewer calls, and by one piece of memory: new memory is slow to touch.
-    parts = [p for x in batches for p in x.view(-1, size).split(max(1, _block(x) // size))]
+    parts = [part for x in batches for part in _parts(x.view(-1, size))]
     memory = torch.empty(max(map(Tensor.numel, parts)), dtype=_wide(parts[0]), device="cpu")
     lengths = torch.empty(sum(map(len, parts)), dtype=memory.dtype, device="cpu")
     for part, found in zip(parts, lengths.split([len(part) for part in parts]), strict=True):
