@@ -241,7 +241,43 @@ def updates_by_index(p, average, q, g):
     p.clamp_(-1.0, 1.0)
 
 
+def takes_a_row_off(p, kept, q, g):
+    p.sub_(g)
+    p.copy_(p - p[0])
+
+
+def makes_it_symmetric(p, kept, q, g):
+    p.sub_(g)
+    p.div_(torch.linalg.vector_norm(p, dim=1, keepdim=True))
+    p.copy_((p + p.flip(1)) / 2)
+
+
+def rolls_what_is_projected(p, kept, q, g):
+    p.sub_(g)
+    torch.ops.rai_toolbox.project_l1_rows_(p, torch.tensor(9.0))
+    kept.copy_(p.flip(0))
+    p.copy_(p.roll(1, 0))
+
+
+def keeps_a_point_between(p, kept, q, g):
+    p.sub_(g)
+    torch.ops.rai_toolbox.project_l1_rows_(p, torch.tensor(9.0))
+    p.div_(torch.linalg.vector_norm(p, dim=1, keepdim=True))
+    kept.copy_(p)
+
+
+def takes_pairs_of_rows(p, kept, q, g):
+    p.sub_(g)
+    p.mul_(0.1)
+    p.copy_((p[None] * p[:, None]).sum(2) + p)
+
+
 STEPS = [
+    takes_a_row_off,
+    makes_it_symmetric,
+    rolls_what_is_projected,
+    keeps_a_point_between,
+    takes_pairs_of_rows,
     keeps_what_was,
     swaps,
     keeps_a_projected_point,

@@ -21,6 +21,8 @@ from torch.fx import Graph, Node
 _COPY, _CLONE = torch.ops.aten.copy_.default, torch.ops.aten.clone.default
 _OPERATOR = torch.ops.higher_order.auto_functionalized_v2
 _REINPLACED = ("index_put", "scatter", "_foreach")  # names of what torch may let write in place
+_REDUCTIONS = {"sum", "mean", "amax", "amin", "any", "all", "linalg_vector_norm"}
+_IN_ORDER = {"view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "fma"}  # and pointwise ones
 _SHARED = 8  # elements, at least, that use a value for it to be worth a place in memory
 _LARGE = 2**12  # elements; a place in memory takes a loop of its own, and threads meet after it
 
@@ -97,19 +99,21 @@ def write_early(graph: Graph) -> None:
     its memory can be written to.
     """
     place = {node: i for i, node in enumerate(graph.nodes)}
+    late = len(place)  # that of the copies that are made here, which comes after any other
     copies = [node for node in graph.nodes if node.target is _COPY]
     for copy in copies:
         param, result = copy.args[:2]
         if not isinstance(param, Node) or not isinstance(result, Node):
             continue
-        free = max((place[reader] for reader in _readers(param)), default=-1)
+        free = max((place.get(reader, late) for reader in _readers(param)), default=-1)
         # (what an operator wrote there is there already; a view of it may be in another order)
         own = {copy} if result.target is operator.getitem else set()
         found = [
             node
             for node in _before(result)
             if node in place and place[node] >= free and _may_be_kept(node, param)
-            if all(place[reader] < place[copy] for reader in _readers(node) - own)
+            if all(place.get(reader, late) < place[copy] for reader in _readers(node) - own)
+            if _is_elementwise(node, result)
         ]
         if found:
             _write_after(max(found, key=place.__getitem__), param)
@@ -206,6 +210,32 @@ def _may_be_kept(node: Node, param: Node) -> bool:
     if any(user.target is _OPERATOR for user in node.users):  # which is to write to it
         return len(node.users) == 1 and _is_written_whole(node)
     return len(node.users) > 1 and _is_reduced(node, a.numel())
+
+
+def _is_elementwise(node: Node, result: Node) -> bool:
+    """Whether each element of a result is made of the same one of a node, and of reductions.
+
+    Another one, such as of a flipped tensor, would be read where it is written over.
+    """
+    size = node.meta["val"].numel()
+    leads = {*_before(result), result}
+    seen: set[Node] = set()
+    todo = [user for user in node.users if user in leads]
+    while todo:
+        user = todo.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if isinstance(user.target, OpOverload):
+            name = user.target._schema.name.partition("::")[2]
+            if name in _REDUCTIONS:
+                continue
+            value = _value(user)
+            in_order = torch.Tag.pointwise in user.target.tags or name in _IN_ORDER
+            if not in_order or value is None or value.numel() > size:
+                return False
+        todo += [after for after in user.users if after in leads]
+    return True
 
 
 def _is_reduced(node: Node, size: int) -> bool:

@@ -210,6 +210,63 @@ def test_a_step_that_fails_by_itself_fails_as_it_does_eagerly(late):
         torch.testing.assert_close(param.detach(), start + 2.0 * late)
 
 
+class Stop(Exception):
+    pass
+
+
+def test_an_exception_of_a_hook_is_raised_and_the_step_is_not_repeated():
+    class WithoutVersions(SGD):
+        """It writes to parameters behind autograd's back, as older optimizers do."""
+
+        def step(self, closure=None):
+            for param in self.param_groups[0]["params"]:
+                param.data.add_(1.0)
+
+    params = parameters()
+    starts = [param.detach().clone() for param in params]
+    optimizer = ClampedParameterOptimizer(params, WithoutVersions, lr=0.1, clamp_max=1e6)
+    calls = []
+
+    def stop_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Stop
+
+    optimizer.register_step_post_hook(stop_once)
+    step = compiled(optimizer, backend="eager")
+    step()
+    with pytest.raises(Stop):
+        step()
+    for param, start in zip(params, starts, strict=True):
+        torch.testing.assert_close(param.detach(), start + 2.0)
+
+
+@pytest.mark.parametrize("kept", [0, [torch.zeros(2)], torch.zeros(2), {"n": [torch.zeros(2)]}])
+def test_a_state_of_any_form_will_do(kept):
+    class WithState(SGD):
+        def step(self, closure=None):
+            super().step()
+            self.state["kept"] = kept
+
+    ours, theirs = parameters(), parameters()
+    optimizer = ClampedParameterOptimizer(ours, WithState, lr=0.1, clamp_max=0.5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*stays eager")  # which dynamo makes of some
+        run(optimizer, compiled(optimizer, backend="eager"))
+    eager = ClampedParameterOptimizer(theirs, SGD, lr=0.1, clamp_max=0.5)
+    run(eager, eager.step)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.inference_mode()
+def test_tensors_of_inference_mode_will_do():
+    params = [torch.ones(3, 4), torch.ones(2)]
+    optimizer = ClampedParameterOptimizer(params, SGD, lr=0.1, clamp_max=0.5)
+    run(optimizer, compiled(optimizer, backend="eager"), steps=3)
+    assert all(bool((param <= 0.5).all()) for param in params)
+
+
 def test_closures_are_eager():
     x = torch.ones(2, requires_grad=True)
     optimizer = ClampedParameterOptimizer([x], LBFGS, clamp_max=3.0)

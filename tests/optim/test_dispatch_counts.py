@@ -140,6 +140,32 @@ def test_foreach_is_left_open_after_a_step_that_fails():
     assert opt.param_groups[0]["foreach"] is None
 
 
+def test_gradients_that_torch_refuses_together_are_stepped_one_by_one():
+    params = tensors((3, 2), (2, 2))
+    for param in params:
+        param.grad = None
+        param.grad_dtype = torch.float16
+        param.grad = torch.ones(param.shape, dtype=torch.float16)
+    starts = [param.detach().clone() for param in params]
+    unbounded(params, InnerOpt=SGD, lr=0.5).step()
+    for param, start in zip(params, starts, strict=True):
+        assert torch.equal(param.detach(), start - 0.5)
+
+
+def test_a_closure_sees_foreach_as_it_was_given():
+    opt = unbounded(tensors((3, 2), (2, 2)), InnerOpt=SGD, lr=0.5)
+    seen = []
+
+    def closure():
+        seen.append(opt.state_dict()["param_groups"][0]["foreach"])
+        opt.param_groups[0]["foreach"] = False
+        return torch.zeros(())
+
+    opt.step(closure)
+    assert seen == [None]
+    assert opt.param_groups[0]["foreach"] is False
+
+
 def test_hooks_of_a_user_are_called_for_each_tensor():
     # the slow path, against which the counts above are to be seen
     log = []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from rai_toolbox.constraints.constraint import Constraint
 
@@ -33,7 +34,8 @@ def compiled(
     The first step is eager, for it makes the state; the second compiles, which takes seconds to
     minutes, the longer the more tensors there are. A learning rate, or any other number in a
     group, may change from step to step and nothing is compiled again. A step with a closure is
-    eager. Where the step cannot be captured, a warning says so, once, and all steps are eager.
+    eager. Where the step cannot be captured, or the compiler fails, a warning says so, once, and
+    all steps are eager.
 
     Parameters
     ----------
@@ -111,10 +113,11 @@ class _CompiledStep:
         try:
             result = self._with_numbers_as_tensors(step)
         except Exception as error:
-            if self._versions() != untouched:
+            # Only what the compiler itself could not do, before any part of the step was done.
+            if self.graphs or not _is_of_compiler(error) or self._versions() != untouched:
                 raise
-            result = self.optimizer.step()  # which raises what is no matter of the compiler's
-            self._failure = f"{type(error).__name__}: {error}"
+            result = self.optimizer.step()
+            self._failure = _first_line(error)
         breaks = counters["graph_break"].items()
         found = [why for why, n in breaks if n > before.get(why, 0) and _MEANT not in why]
         self._failure = self._failure or "".join(found[:1]).strip() or _NOTHING * (not self.graphs)
@@ -127,12 +130,13 @@ class _CompiledStep:
             )
         return result
 
-    def _versions(self) -> list[int]:
-        """How often torch has written to each tensor of a step."""
+    def _versions(self) -> list[tuple[int, int]]:
+        """Each tensor of a step, and how often torch has written to it."""
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        state = [value for of_param in self.optimizer.state.values() for value in of_param.values()]
-        tensors = [*params, *(param.grad for param in params), *state]
-        return [x._version for x in tensors if isinstance(x, Tensor)]
+        tensors = [*params, *(param.grad for param in params)]
+        tensors += tree_leaves(list(self.optimizer.state.values()))
+        counted = [x for x in tensors if isinstance(x, Tensor) and not x.is_inference()]
+        return [(id(x), x._version) for x in counted]
 
     def _capture(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._dynamo.exc import RestartAnalysis  # slow to import
@@ -144,7 +148,7 @@ class _CompiledStep:
             self.graphs -= 1
             raise
         except Exception as error:  # of whatever kind: no C++ compiler, a bug of the backend
-            self._failure = self._failure or f"{type(error).__name__}: {error}"
+            self._failure = self._failure or _first_line(error)
             return module.forward
         return made
 
@@ -187,6 +191,22 @@ class _CompiledStep:
             known = torch.empty((), dtype=torch.float64, device=device)
             self._numbers[key] = known
         return known.fill_(value)
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether an exception comes from torch's compiler, not from what it was to compile."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    inside = module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+    return inside or isinstance(error, TorchDynamoException)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
