@@ -56,9 +56,9 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
-def test_a_compiled_step_does_the_same_in_the_memory_of_the_parameters(make):
-    ours, theirs = parameters(), parameters()
+def check_that_compiled_is_eager(make, params):
+    """Step two copies of the parameters; the compiled step and both copies."""
+    ours, theirs = params(), params()
     step, eager = compiled(make(ours)), make(theirs)
     for k in range(4):
         set_gradients(ours, k)
@@ -69,6 +69,13 @@ def test_a_compiled_step_does_the_same_in_the_memory_of_the_parameters(make):
     for a, b in zip(ours, theirs, strict=True):
         # (torch's compiled Adam takes the power of its bias correction in float32)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    return step, ours, theirs
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_compiled_step_does_the_same_in_the_memory_of_the_parameters(make):
+    step, ours, theirs = check_that_compiled_is_eager(make, parameters)
+    for a, b in zip(ours, theirs, strict=True):
         # (the gradient mapping divides differences of parameters by some hundredths)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-3)
     assert largest_allocation(step) < 4 * ours[0].numel() / 4
@@ -100,17 +107,9 @@ SETS = {"L1 ball": L1Ball(9.0), "L2 ball": L2Ball(9.0), "unit norm": UnitNorm()}
 @pytest.mark.parametrize("constraint", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("views", VIEWS)
 def test_parameters_that_are_parts_of_one_memory_are_stepped_as_if_they_were_not(views, constraint):
-    ours, theirs = views(), views()
-    step = compiled(ProjectedOptimizer(ours, SGD, constraint=constraint, lr=0.05))
-    eager = ProjectedOptimizer(theirs, SGD, constraint=constraint, lr=0.05)
-    for k in range(3):
-        set_gradients(ours, k)
-        set_gradients(theirs, k)
-        step()
-        eager.step()
-    assert step.graphs == 1
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    check_that_compiled_is_eager(
+        lambda p: ProjectedOptimizer(p, SGD, constraint=constraint, lr=0.05), views
+    )
 
 
 def captured(step, *tensors):
@@ -324,18 +323,10 @@ class HeavyBall(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("constraint", SETS.values(), ids=SETS)
 def test_an_inner_optimizer_may_keep_what_a_parameter_was(constraint):
-    ours, theirs = parameters(2, (80, 100)), parameters(2, (80, 100))
     options = {"constraint": constraint, "gradient_mapping": False, "lr": 0.1}
-    step = compiled(ProjectedOptimizer(ours, HeavyBall, **options))
-    eager = ProjectedOptimizer(theirs, HeavyBall, **options)
-    for k in range(4):
-        set_gradients(ours, k)
-        set_gradients(theirs, k)
-        step()
-        eager.step()
-    assert step.graphs == 1
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    check_that_compiled_is_eager(
+        lambda p: ProjectedOptimizer(p, HeavyBall, **options), lambda: parameters(2, (80, 100))
+    )
 
 
 def test_numbers_and_norms_are_kept_and_constants_and_elements_are_not():
