@@ -114,14 +114,11 @@ def _plain_sgd(inner: Optimizer) -> list[dict[str, Any]]:
 def _may_be_together(params: list[Tensor]) -> bool:
     """Whether torch takes parameters and their gradients together, which must be plain.
 
-    It does not take gradients of float16, which parameters of any dtype may have. To ask every
-    parameter for its gradient takes a tenth of the time; where the only such one is missed, torch
-    refuses the step before it changes anything of the group, and `foreach=False` steps it.
+    It does not take gradients of float16, which parameters of any dtype may have.
     """
-    some = [param.grad for param in params[::7]]
-    grads = [grad for grad in some if grad is not None]
+    grads = [grad for grad in [param.grad for param in params] if grad is not None]
     plain = foreach.are_plain(params) and foreach.are_plain(grads)
-    return plain and all(grad.dtype != torch.float16 for grad in grads)
+    return plain and torch.float16 not in {grad.dtype for grad in grads}
 
 
 def _unhooked_step(cls: Any) -> Any:
