@@ -32,7 +32,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rai_toolbox.constraints import Box, Constraint, L1Ball, L2Ball, UnitNorm
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
-from rai_toolbox.optim.compiling import compiled
+from rai_toolbox.optim.compile import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, DOCS = ROOT / "out" / "bench" / "free.json", ROOT / "docs"

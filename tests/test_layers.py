@@ -12,6 +12,7 @@ PACKAGE = "rai_toolbox"
 
 # From left to right; a module imports from its own layer and from those left of it.
 LAYERS = [
+    {"_torch"},
     {
         "batch",
         "autograd",
@@ -19,7 +20,6 @@ LAYERS = [
         "extras",
         "foreach",
         "functional",
-        "inductor_pass",
         "modules",
     },  # the foundation
     {"constraints"},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rai_toolbox._torch import foreach_add_, foreach_mul_
 from rai_toolbox.autograd import below_autograd
 
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
@@ -39,7 +40,7 @@ def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
 def mul_(tensors: list[Tensor], factor: float) -> None:
     """Multiply every tensor by a number, in place."""
     if together(tensors):
-        torch._foreach_mul_(tensors, factor)
+        foreach_mul_(tensors, factor)
     else:
         for tensor in tensors:
             tensor.mul_(factor)
@@ -49,7 +50,7 @@ def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
     """Multiply every tensor by the factor of its own, in place."""
     if together(tensors):
         with below_autograd():
-            torch._foreach_mul_(tensors, factors)
+            foreach_mul_(tensors, factors)
     else:
         for tensor, factor in zip(tensors, factors, strict=True):
             tensor.mul_(factor)
@@ -58,7 +59,7 @@ def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
 def add_(tensors: list[Tensor], term: float) -> None:
     """Add a number to every tensor, in place."""
     if together(tensors):
-        torch._foreach_add_(tensors, term)
+        foreach_add_(tensors, term)
     else:
         for tensor in tensors:
             tensor.add_(term)

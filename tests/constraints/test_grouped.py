@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rai_toolbox.constraints import L2Ball, UnitNorm
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 
 MANY = [(3, 20)] * 50 + [(7, 5, 4), (1, 20), (0, 20), (400, 20), (5, 6), (2, 5000)]
 

@@ -8,8 +8,8 @@ from optim.memory_layouts import LAYOUTS, equal_bits
 from scipy.optimize import minimize
 
 from rai_toolbox.constraints.affine import Affine
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, NonNegative
-from rai_toolbox.constraints.constraint import Constraint
 from rai_toolbox.constraints.intersection import Intersection
 from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked

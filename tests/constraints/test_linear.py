@@ -9,7 +9,7 @@ from optim.memory_layouts import LAYOUTS, equal_bits
 from scipy.optimize import minimize
 
 from rai_toolbox.constraints.affine import Affine
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

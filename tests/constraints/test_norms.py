@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim.memory_layouts import LAYOUTS, equal_bits
 
-from rai_toolbox.constraints.norms import norm, scale_dtype
+from rai_toolbox.constraints.kernels.norms import norm, scale_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = Fraction(2) ** -52  # of float64, in which norms are accumulated and returned

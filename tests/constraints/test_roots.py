@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from rai_toolbox.constraints import roots
-from rai_toolbox.constraints.roots import _middle, _ordinal, root
+from rai_toolbox.constraints.kernels import roots
+from rai_toolbox.constraints.kernels.roots import _middle, _ordinal, root
 
 BRACKETS = [(-1e308, 1e308), (0.0, 1e300), (-5e-324, 5e-324), (1e-320, 1e20), (-7.0, -6.5)]
 

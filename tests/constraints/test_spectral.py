@@ -6,7 +6,7 @@ import pytest
 import torch
 from optim.memory_layouts import equal_bits
 
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.matrices import PSD, Stiefel
 from rai_toolbox.constraints.spectral import NuclearBall, SpectralBall
 

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rai_toolbox import inductor_pass
 from rai_toolbox.constraints import shrinking
-from rai_toolbox.constraints.blocks import COLUMNS
-from rai_toolbox.constraints.threshold import each, precision, threshold
+from rai_toolbox.constraints.kernels.blocks import COLUMNS
+from rai_toolbox.constraints.kernels.threshold import each, precision, threshold
 
 
 class NothingIsRead(TorchDispatchMode):

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adafactor, Adam, lr_scheduler
 
 from rai_toolbox.constraints import L1Ball, L2Ball
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
-from rai_toolbox.optim.compiling import compiled
+from rai_toolbox.optim.compile import compiled
 
 
 @pytest.fixture(autouse=True)

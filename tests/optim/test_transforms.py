@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optim.memory_layouts import LAYOUTS, equal_bits
 
 from rai_toolbox import to_batch
-from rai_toolbox.constraints.directions import sign_
+from rai_toolbox.constraints.kernels.directions import sign_
 from rai_toolbox.optim.transforms import largest_sign_, normalize_, top_q_
 
 TINY = torch.finfo(torch.float32).tiny

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rai_toolbox.constraints import LinfBall
-from rai_toolbox.optim.steepest import PGD
+from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations.color import ColorShift, shift_color
 from rai_toolbox.perturbations.gradient_ascent import gradient_ascent
 from rai_toolbox.perturbations.losses import margin_loss

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rai_toolbox.cli.digits import load_digits
 from rai_toolbox.constraints import BoundedBall, L2Ball, LinfBall
 from rai_toolbox.optim import ProjectedOptimizer
-from rai_toolbox.optim.steepest import PGD
+from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations.gradient_ascent import gradient_ascent
 from rai_toolbox.perturbations.losses import margin_loss
 from rai_toolbox.perturbations.restart import random_restart

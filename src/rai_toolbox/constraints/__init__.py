@@ -6,18 +6,18 @@ outside a point is, `sample_` draws a point. All act on batches `(N, ...)` of su
 
 from rai_toolbox.constraints.affine import Affine
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box import Box, NonNegative
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.box_hyperplane import BoxSection
 from rai_toolbox.constraints.intersection import Intersection
+from rai_toolbox.constraints.isotonic import Monotone
 from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked
 from rai_toolbox.constraints.matrices import PSD, Stiefel
-from rai_toolbox.constraints.order import Monotone
-from rai_toolbox.constraints.section import BoxSection
-from rai_toolbox.constraints.shells import MaxNorm, MinMaxNorm, UnitNorm
+from rai_toolbox.constraints.norm_range import MaxNorm, MinMaxNorm, UnitNorm
 from rai_toolbox.constraints.simplex import Simplex
-from rai_toolbox.constraints.sparsity import TopK
+from rai_toolbox.constraints.sparse import TopK
 from rai_toolbox.constraints.spectral import NuclearBall, SpectralBall
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.blocks import wide_dtype, widened
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
+from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 from rai_toolbox.constraints.linear import PASSES
-from rai_toolbox.constraints.rounding import as_wide, resolution
 
 _PRODUCT = 2**20  # elements of a product of a matrix and all rows, at a time
 

@@ -12,11 +12,16 @@ from torch import Generator, Tensor
 from rai_toolbox import foreach
 from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.blocks import column_blocks, in_blocks, widened
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.directions import largest_sign_, normalize_, sign_
-from rai_toolbox.constraints.norms import (
+from rai_toolbox.constraints.kernels.blocks import column_blocks, in_blocks, widened
+from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
+from rai_toolbox.constraints.kernels.l1 import (
+    are_narrow,
+    in_float32,
+    shrunk,
+)
+from rai_toolbox.constraints.kernels.norms import (
     alike_rows,
     are_surely_shorter,
     may_group,
@@ -24,8 +29,7 @@ from rai_toolbox.constraints.norms import (
     row_norms,
     scale_dtype,
 )
-from rai_toolbox.constraints.randomness import exponential, normal, uniform
-from rai_toolbox.constraints.rounding import (
+from rai_toolbox.constraints.kernels.rounding import (
     as_rounded,
     as_wide,
     noise,
@@ -33,20 +37,15 @@ from rai_toolbox.constraints.rounding import (
     round_down,
     spacing,
 )
-from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
-from rai_toolbox.constraints.shrinking import (
-    are_narrow,
-    in_float32,
-    may_be_one_operator,
-    shrunk,
-)
-from rai_toolbox.constraints.threshold import (
+from rai_toolbox.constraints.kernels.threshold import (
     Values,
     each,
     precision,
     row_sum,
     threshold,
 )
+from rai_toolbox.constraints.sampling import exponential, normal, uniform
+from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +268,7 @@ class L1Ball(_Ball):
         numbers = self.center is None and not isinstance(self.epsilon, Tensor)
         if not (numbers and are_narrow(batches)):
             for x in batches:
-                self._project_one_(x)
+                super().project_(x)
             return
         for piece, rows, room in in_float32(batches):
             magnitudes = shrunk(rows.abs_(), self.epsilon, piece[0].dtype, room)
@@ -278,15 +277,6 @@ class L1Ball(_Ball):
             parts = magnitudes.split([len(x) for x in piece])
             for x, part in zip(piece, parts, strict=True):
                 torch.copysign(part.view(x.shape), x, out=x)
-
-    def _project_one_(self, x: Tensor) -> None:
-        plain = not is_sharded(x) and x.is_contiguous() and x.numel() > 0
-        if self.center is None and plain and may_be_one_operator(rows := x.flatten(1)):
-            epsilon = as_wide(self.epsilon, x)
-            epsilon = epsilon.reshape(-1, 1) if epsilon.numel() > 1 else epsilon
-            torch.ops.rai_toolbox.project_l1_rows_(rows, epsilon)
-        else:
-            super().project_(x)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self._beyond(self._magnitudes(x, dtype)).squeeze(1)
@@ -298,10 +288,6 @@ class L1Ball(_Ball):
         if self.center is None and are_narrow([units]):
             found = shrunk(units.abs().float().contiguous(), self.epsilon, units.dtype)
             return units.clone() if found is None else found.copysign(units)
-        if self.center is None and may_be_one_operator(units):
-            rows = units.clone(memory_format=torch.contiguous_format)
-            torch.ops.rai_toolbox.project_l1_rows_(rows, as_wide(self.epsilon, units))
-            return rows
         dtype = units.dtype
         magnitudes = self._magnitudes(units, dtype)
         excess = self._beyond(magnitudes).detach()

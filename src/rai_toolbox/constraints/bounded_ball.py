@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.knapsack import beyond, bounds, wide
-from rai_toolbox.constraints.offsets import (
+from rai_toolbox.constraints.kernels.knapsack import beyond, bounds, wide
+from rai_toolbox.constraints.kernels.offsets import (
     least_in_l1,
     least_in_l2,
     least_in_linf,
@@ -21,7 +21,7 @@ from rai_toolbox.constraints.offsets import (
     nearest_in_l2,
     nearest_in_linf,
 )
-from rai_toolbox.constraints.rounding import as_rounded, as_wide, noise
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
 
 
 def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:

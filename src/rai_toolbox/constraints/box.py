@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from rai_toolbox._torch import foreach_clamp_max_, foreach_clamp_min_
 from rai_toolbox.autograd import below_autograd
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.randomness import uniform
-from rai_toolbox.constraints.rounding import as_rounded, as_wide
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide
+from rai_toolbox.constraints.sampling import uniform
 from rai_toolbox.foreach import in_chunks, together
 
 # Two passes of a foreach kernel (min, then max) are quicker than one `clamp_` per tensor up to
@@ -158,9 +159,9 @@ def _clamp_chunk_(tensors: list[Tensor], lower: float | None, upper: float | Non
             tensor.clamp_(lower, upper)
         return
     if lower is not None:
-        torch._foreach_clamp_min_(tensors, lower)
+        foreach_clamp_min_(tensors, lower)
     if upper is not None:
-        torch._foreach_clamp_max_(tensors, upper)
+        foreach_clamp_max_(tensors, upper)
 
 
 def _rounded(bound: float | None, dtype: torch.dtype) -> float | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_number
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.rounding import resolution
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import resolution
 
 _TURN = 10  # cycles between two looks at how far it got, each of which waits for the device
 _LONGEST = 1e12  # cycles that a stride may stand for

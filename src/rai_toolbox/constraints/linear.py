@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.rounding import as_wide, resolution
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 
 # Each pass solves for what rounding left of the residual by the one before it, and so gains up to
 # 16 digits: four bring 1e20 to an offset of 1e-20, where a single pass would leave 1e4.

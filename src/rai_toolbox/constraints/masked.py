@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 
 
 @dataclass(frozen=True, eq=False)

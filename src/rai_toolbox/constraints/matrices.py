@@ -10,11 +10,10 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.norms import norm
-from rai_toolbox.constraints.randomness import normal
-from rai_toolbox.constraints.rounding import resolution, spacing
-from rai_toolbox.constraints.singular_values import (
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.norms import norm
+from rai_toolbox.constraints.kernels.rounding import resolution, spacing
+from rai_toolbox.constraints.kernels.svd import (
     ALIGNED,
     Recomposed,
     aligned,
@@ -25,6 +24,7 @@ from rai_toolbox.constraints.singular_values import (
     svd,
     within_range,
 )
+from rai_toolbox.constraints.sampling import normal
 
 _LARGE = 1e150
 """Sums of squares of numbers up to this stay finite in float64."""

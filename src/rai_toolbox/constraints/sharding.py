@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from rai_toolbox.constraints.constraint import Constraint
+    from rai_toolbox.constraints.base import Constraint
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _Word = TypeVar("_Word", bound=Callable[..., Any])
@@ -184,14 +184,14 @@ def _has_rows_of_its_own(constraint: Constraint, x: Tensor) -> bool:
 
 
 def _broadcasts(constraint: Constraint) -> bool:
-    from rai_toolbox.constraints.constraint import Constraint
+    from rai_toolbox.constraints.base import Constraint
 
     return constraint.elementwise or type(constraint)._map is Constraint._map
 
 
 def _members(constraint: Constraint) -> Iterator[Constraint]:
     """The set, and the sets that it is made of."""
-    from rai_toolbox.constraints.constraint import Constraint
+    from rai_toolbox.constraints.base import Constraint
 
     yield constraint
     for field in fields(constraint):
@@ -217,7 +217,7 @@ def _seen(constraint: Constraint, whole: Any) -> Constraint:
 def _part(value: Any, whole: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
-    from rai_toolbox.constraints.constraint import Constraint
+    from rai_toolbox.constraints.base import Constraint
 
     if isinstance(value, Constraint):
         return _seen(value, whole)

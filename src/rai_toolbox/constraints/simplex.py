@@ -10,11 +10,11 @@ from torch import Generator, Tensor
 
 from rai_toolbox.autograd import with_value
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.blocks import column_blocks, widened
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.randomness import exponential
-from rai_toolbox.constraints.rounding import resolution
-from rai_toolbox.constraints.threshold import Values, each, row_sum, threshold
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import column_blocks, widened
+from rai_toolbox.constraints.kernels.rounding import resolution
+from rai_toolbox.constraints.kernels.threshold import Values, each, row_sum, threshold
+from rai_toolbox.constraints.sampling import exponential
 
 
 @dataclass(frozen=True, eq=False)

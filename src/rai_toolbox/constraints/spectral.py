@@ -11,10 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.randomness import normal, uniform
-from rai_toolbox.constraints.rounding import spacing
-from rai_toolbox.constraints.singular_values import (
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import spacing
+from rai_toolbox.constraints.kernels.svd import (
     Recomposed,
     aligned,
     cut,
@@ -24,6 +23,7 @@ from rai_toolbox.constraints.singular_values import (
     svd,
     within_range,
 )
+from rai_toolbox.constraints.sampling import normal, uniform
 
 
 @dataclass(frozen=True, eq=False)

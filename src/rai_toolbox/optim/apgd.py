@@ -7,11 +7,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
 
+from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import check_fraction
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.apgd_steps import (
     check_,
     empty_state,
@@ -21,8 +21,7 @@ from rai_toolbox.optim.apgd_steps import (
     put_,
 )
 from rai_toolbox.optim.ball_projection import ball_of
-from rai_toolbox.optim.checked import CheckedOptimizer
-from rai_toolbox.optim.inner import not_compiled
+from rai_toolbox.optim.own_step import CheckedOptimizer
 from rai_toolbox.optim.settings import (
     batch_shape_in,
     check_fits,
@@ -177,7 +176,7 @@ class APGD(CheckedOptimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @not_compiled  # what it does depends on the number of the step: each would be compiled anew
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step for every parameter that has a gradient.
 

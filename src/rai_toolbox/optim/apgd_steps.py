@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.balls import L1Ball, LinfBall
-from rai_toolbox.constraints.blocks import in_blocks, wide_dtype
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.directions import normalize_, sign_
-from rai_toolbox.constraints.rounding import as_rounded
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.directions import normalize_, sign_
+from rai_toolbox.constraints.kernels.rounding import as_rounded
 from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
 
 State = dict[str, Any]

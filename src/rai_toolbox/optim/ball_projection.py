@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall, project_l2_ball_
-from rai_toolbox.constraints.blocks import in_blocks
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.norms import norm
-from rai_toolbox.constraints.rounding import as_wide, noise
+from rai_toolbox.constraints.kernels.blocks import in_blocks
+from rai_toolbox.constraints.kernels.norms import norm
+from rai_toolbox.constraints.kernels.rounding import as_wide, noise
 
 Bound = float | Tensor | None
 

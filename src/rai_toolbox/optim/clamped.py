@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_bounds
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import refuse_complex
 from rai_toolbox.optim.wrapper import Group, Params
 

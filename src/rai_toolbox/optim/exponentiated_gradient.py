@@ -8,14 +8,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
 
+from rai_toolbox._torch import use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_finite
-from rai_toolbox.constraints.blocks import widened
+from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
-from rai_toolbox.optim.checked import CheckedOptimizer
+from rai_toolbox.optim.own_step import CheckedOptimizer
 from rai_toolbox.optim.settings import (
     batch_shape_in,
     check_fits,
@@ -103,7 +103,7 @@ class ExponentiatedGradient(CheckedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step for every parameter that has a gradient.
 

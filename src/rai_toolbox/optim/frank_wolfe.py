@@ -7,15 +7,15 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
 
+from rai_toolbox._torch import get_value, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import check_finite, check_non_negative, check_number
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.checked import CheckedOptimizer, device_of
 from rai_toolbox.optim.diagnosis import frank_wolfe_gap
 from rai_toolbox.optim.frank_wolfe_steps import go_, move_of, search_, seen
+from rai_toolbox.optim.own_step import CheckedOptimizer, device_of
 from rai_toolbox.optim.settings import (
     TINY,
     check_constraint,
@@ -185,7 +185,7 @@ class FrankWolfe(CheckedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step for every parameter that has a gradient.
 
@@ -275,7 +275,7 @@ def _scheduled(step: Tensor, group: Group) -> float | Tensor:
     lr: float | Tensor = group["lr"]
     if not group["use_default_lr_schedule"]:
         return lr
-    total, smallest = lr + _get_value(step), group["div_by_zero_eps"]
+    total, smallest = lr + get_value(step), group["div_by_zero_eps"]
     return lr / (total.clamp(min=smallest) if isinstance(total, Tensor) else max(total, smallest))
 
 

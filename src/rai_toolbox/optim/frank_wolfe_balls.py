@@ -8,10 +8,10 @@ from torch import Generator, Tensor, default_generator
 
 from rai_toolbox import foreach
 from rai_toolbox.checks import check_finite
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_lr
 from rai_toolbox.optim.l1q import L1qNormedGradientOptim
 from rai_toolbox.optim.normed import L2NormedGradientOptim
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, TINY
 from rai_toolbox.optim.signed import SignedGradientOptim
 from rai_toolbox.optim.transforms import largest_sign_

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.blocks import widened
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.settings import TINY, batch_shape_in
 from rai_toolbox.optim.wrapper import Group

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.blocks import wide_dtype
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.norms import scale_dtype
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import wide_dtype
+from rai_toolbox.constraints.kernels.norms import scale_dtype
 
 
 def map_gradient_(

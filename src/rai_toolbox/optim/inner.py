@@ -15,9 +15,6 @@ from rai_toolbox import foreach
 
 Closure = Callable[[], Any]
 
-not_compiled = torch._disable_dynamo  # type: ignore[attr-defined]
-"""Keeps the compiler out of a method, as torch does for the same ones of its optimizers."""
-
 # What torch.optim.Optimizer rebuilds for itself, or a scheduler has put on one instance only.
 _NOT_COPIED = {
     "step",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Generator, default_generator
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.optim.chained import ChainedParamTransformingOptimizer
+from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.normed import L1NormedGradientOptim
 from rai_toolbox.optim.settings import REQUIRED, TINY
 from rai_toolbox.optim.signed import SignedGradientOptim

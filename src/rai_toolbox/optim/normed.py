@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_non_negative
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import TINY
 from rai_toolbox.optim.transforms import normalize_
 from rai_toolbox.optim.wrapper import Group, Params

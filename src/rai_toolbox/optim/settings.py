@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import check_view
 
 TINY = torch.finfo(torch.float32).tiny

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.constraints.directions import sign_
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.constraints.kernels.directions import sign_
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.wrapper import Group, Params
 
 

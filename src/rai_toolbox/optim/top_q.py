@@ -11,7 +11,7 @@ from torch import Generator, Tensor, default_generator
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_fraction
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED
 from rai_toolbox.optim.transforms import top_q_
 from rai_toolbox.optim.wrapper import Group, Params

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
-from rai_toolbox.constraints import directions
+from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
-from rai_toolbox.constraints.sparsity import keep_largest_
+from rai_toolbox.constraints.sparse import keep_largest_
 
 
 def normalize_(

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
 from rai_toolbox.optim.inner import (
     make_inner,
-    not_compiled,
     optimizer_class,
     own_state,
     picklable_state,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from rai_toolbox._torch import has_global_step_hooks
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.perturbations.active import (
@@ -105,8 +105,7 @@ def ascend(
             seen_target = target if target.ndim == 0 else target[rows]
         if observe is not None and kept is not None:
             observe(kept.last_cost)
-        heard = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-        if isinstance(optimizer, Optimizer) and not heard:
+        if isinstance(optimizer, Optimizer) and not has_global_step_hooks():
             # past torch's wrapper, which takes as long as the step of a small model
             step_inner(optimizer, None)
         else:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.rounding import as_wide
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import as_wide
 from rai_toolbox.perturbations.additive import check_mask
 
 __all__ = ["DataSet"]

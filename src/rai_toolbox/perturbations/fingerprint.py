@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rai_toolbox.checks import as_plain
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import complete
 
 __all__ = ["described", "fingerprint"]

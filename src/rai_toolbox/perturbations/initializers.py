@@ -8,7 +8,7 @@ from torch import Generator, Tensor, default_generator
 from rai_toolbox.batch import batch_shape, view_or_copy
 from rai_toolbox.checks import check_finite
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 
 __all__ = ["uniform_like_l1_n_ball_", "uniform_like_l2_n_ball_", "uniform_like_linf_n_ball_"]
 

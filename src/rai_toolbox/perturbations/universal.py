@@ -16,7 +16,7 @@ from rai_toolbox.checks import check_count
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.extras import Bar
 from rai_toolbox.extras import progress as progress_bar
-from rai_toolbox.optim.steepest import PGD
+from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations.active import check_per_datum
 from rai_toolbox.perturbations.additive import AdditivePerturbation
 from rai_toolbox.perturbations.box import Range

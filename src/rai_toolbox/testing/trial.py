@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.constraints.rounding import noise, spacing
+from rai_toolbox.constraints.kernels.rounding import noise, spacing
 
 _SLACK = 4  # units of the last place that a projection may be off, of its own size and of the set's
 _SUMS = 8  # errors of a sum in float64

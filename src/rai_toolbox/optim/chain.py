@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.inner import optimizer_class
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
 from rai_toolbox.optim.wrapper import Group, Params
 
 # A member scales and shifts only if it was told to, else only the chain does.

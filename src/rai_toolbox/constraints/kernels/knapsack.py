@@ -11,9 +11,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.blocks import BLOCK, in_blocks
-from rai_toolbox.constraints.roots import Function, root
-from rai_toolbox.constraints.rounding import as_rounded, as_wide, noise
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks
+from rai_toolbox.constraints.kernels.roots import Function, root
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
 
 _WIDTH = BLOCK // 4  # columns per piece: torch sums so many in one thread, always in one order
 _SHIFTS = 3  # each gains 52 bits: enough for entries 1e40 times as large as what is left of them

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rai_toolbox.constraints.blocks import COLUMNS
-from rai_toolbox.constraints.norms import alike_rows, may_group
-from rai_toolbox.constraints.rounding import noise, round_down, round_up
-from rai_toolbox.constraints.threshold import precision, steps_needed, sum_rows
+from rai_toolbox._torch import in_function_transform
+from rai_toolbox.constraints.kernels.blocks import COLUMNS
+from rai_toolbox.constraints.kernels.norms import alike_rows, may_group
+from rai_toolbox.constraints.kernels.rounding import noise, round_down, round_up
+from rai_toolbox.constraints.kernels.threshold import precision, steps_needed, sum_rows
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,33 +26,14 @@ They are enough for all of 1,000 rows of 100 to 4,096 normal numbers, of their c
 projected steps lead to; five from the lower bound are not for 4,096.
 """
 
-_AHEAD_COMPILED = (*_AHEAD, 0.0)  # a step costs less there, and rows that are left cost more
-
 
 def are_narrow(batches: list[Tensor]) -> bool:
     """Whether the search may be in float32: on CPU, and nothing is to be differentiated."""
     return (
         may_group(batches)
-        and not _transformed()
+        and not in_function_transform()
         and all(x.dtype in _NARROW and x.numel() <= COLUMNS * len(x) for x in batches)
     )
-
-
-def _transformed() -> bool:
-    """Whether a tensor may be more than it tells: one of `torch.func`, or of forward mode.
-
-    These know neither our operator nor those that write to given memory.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def may_be_one_operator(x: Tensor) -> bool:
-    """Whether `nearest_in_l1_balls` is to stand for the projection of these rows in a graph."""
-    free = not (torch.is_grad_enabled() and x.requires_grad)
-    # (what is exported may go to where this library is not)
-    known = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    free = free and x.device.type == "cpu" and not _transformed()
-    return known and free and x.dtype in _NARROW and 0 < x.shape[1] <= COLUMNS
 
 
 def in_float32(batches: list[Tensor]) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
@@ -159,7 +138,7 @@ def _search(v: Tensor, total: Tensor, room: Tensor | None) -> tuple[Tensor, Tens
     total = total.clamp(max=torch.finfo(v.dtype).max)  # inf - inf would be NaN
     least = torch.maximum((sum_rows(v) - total) / v.shape[1], top - total).minimum(top)
     most = top
-    for ahead in _AHEAD if room is not None else _AHEAD_COMPILED:
+    for ahead in _AHEAD:
         t = torch.lerp(least, most, ahead) if ahead else least
         over, number = _above(v, t, room)
         excess = over - total
@@ -211,75 +190,3 @@ def _exact(
     # (an entry between the two thresholds counts for no more than the change)
     wrong = (now - number).abs() * change.abs() > precision(torch.float32) * total
     return near, rest, now, wrong
-
-
-# Compiled
-
-
-def project_l1_rows_(x: Tensor, epsilon: Tensor) -> None:
-    """Project contiguous rows onto L1 balls, in place: one operator for any compiler.
-
-    It is called as ``torch.ops.rai_toolbox.project_l1_rows_`` where a compiler is to see it so.
-    What a compiler makes of it does not grow with the number of tensors: all those of a shape are
-    projected by one graph, which is compiled apart. Small tensors need none.
-    """
-    # (a compiler keeps what is rounded to fewer bits in float32, where it is not yet rounded)
-    if x.numel() < _LARGE or x.dtype != torch.float32:
-        _project_eagerly_(x, epsilon)
-        return
-    x = x.detach()  # a graph is made for each parameter, but one for all tensors of a shape
-    missed = _by_graph(x, epsilon).view(-1)
-    if bool(missed.any()):
-        at = missed.nonzero().view(-1)
-        some = x.index_select(0, at)
-        _project_eagerly_(some, epsilon[at] if epsilon.numel() > 1 else epsilon)
-        x.index_copy_(0, at, some)
-
-
-def _project_eagerly_(x: Tensor, epsilon: Tensor) -> None:
-    magnitudes = shrunk(x.abs().float(), epsilon, x.dtype)
-    if magnitudes is not None:
-        torch.copysign(magnitudes, x, out=x)
-
-
-# (torch.library.custom_op does the same, and takes ten times as long when it is imported)
-_library = torch.library.Library("rai_toolbox", "FRAGMENT")
-_library.define("project_l1_rows_(Tensor(a!) x, Tensor epsilon) -> ()")
-_library.impl("project_l1_rows_", project_l1_rows_, "CPU")
-_library.impl("project_l1_rows_", lambda x, epsilon: None, "Meta")
-
-_LARGE = 2**15  # elements
-
-
-def _fixed(x: Tensor, epsilon: Tensor) -> Tensor:
-    """The projection by a fixed number of steps, but of rows that need more; which those are."""
-    size = x.abs().float()
-    total = torch.as_tensor(_radius(epsilon, size.shape[1], x.dtype))
-    near, number = _search(size, total.to(size.dtype), None)
-    near, rest, _, wrong = _exact(size, near, number, total.expand_as(near))
-    soft = ((size - near) - round_up(rest, size.dtype)).clamp(min=0)
-    soft = soft if soft.dtype == x.dtype else round_down(soft, x.dtype)
-    excess = sum_rows(size.double()) - epsilon
-    y = torch.where((excess > 0) & ~wrong, soft.copysign(x), x)
-    x.copy_(torch.where(excess < math.inf, y, torch.nan))
-    return wrong & (excess > 0)
-
-
-_graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
-
-
-def _by_graph(x: Tensor, epsilon: Tensor) -> Tensor:
-    if x.shape not in _graphs:  # one each, as torch compiles no function for many shapes
-        from rai_toolbox.inductor_pass import inductor  # slow to import
-
-        options: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}
-        _graphs[x.shape] = torch.compile(_fixed, backend=inductor, fullgraph=True, **options)
-    try:
-        return _graphs[x.shape](x, epsilon)
-    except Exception as error:  # of whatever kind: no C++ compiler, a bug of it
-        _graphs[x.shape] = _fixed
-        warnings.warn(
-            f"L1 balls cannot be compiled and stay eager: {type(error).__name__}: {error}",
-            stacklevel=2,
-        )
-        return _fixed(x, epsilon)

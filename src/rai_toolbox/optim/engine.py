@@ -9,9 +9,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import _use_grad_for_differentiable
 
 from rai_toolbox import foreach
+from rai_toolbox._torch import (
+    graph_break,
+    set_grad_dtype,
+    share_memory,
+    use_grad_for_differentiable,
+)
 from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
 from rai_toolbox.checks import check_number
 from rai_toolbox.optim.gradients import by_device_and_dtype, is_own, with_own_gradient
@@ -183,7 +188,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Transform the gradients, step `inner_opt`, transform the parameters.
 
@@ -206,7 +211,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 return None
             self._pre_step()
             if torch.compiler.is_compiling() and self._must_break_graph():
-                torch._dynamo.graph_break()
+                graph_break()
             loss: float | None = step_inner(self.inner_opt, None)
         else:
             loss = step_inner(self.inner_opt, self._transforming(closure))
@@ -313,7 +318,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         grad_view, copied = view_or_copy(grad, shape)
         view = view_or_copy(param.detach(), shape)[0]
         if grad.dtype != param.dtype:
-            view.grad_dtype = grad.dtype
+            set_grad_dtype(view, grad.dtype)
         view.grad = grad_view
         outer = self._shown  # where a chain's hook is shown a view, and here a view of that
         self._shown = param if outer is None else outer
@@ -334,7 +339,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         # A view that has got other data by `view.data = ...` would not tell the tensor.
         if copied or view is tensor or not foreach.are_plain([tensor]):
             return
-        if not torch._C._is_alias_of(view, tensor):  # type: ignore[attr-defined]
+        if not share_memory(view, tensor):
             raise ValueError(
                 f"{type(self).__name__}.{hook} must write in place, got new data for `.data`"
             )

@@ -10,10 +10,17 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.knapsack import balance, beyond, bounds, fill, nearest_in_section, wide
-from rai_toolbox.constraints.randomness import uniform
-from rai_toolbox.constraints.rounding import noise, resolution
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.knapsack import (
+    balance,
+    beyond,
+    bounds,
+    fill,
+    nearest_in_section,
+    wide,
+)
+from rai_toolbox.constraints.kernels.rounding import noise, resolution
+from rai_toolbox.constraints.sampling import uniform
 
 
 def _sums(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:

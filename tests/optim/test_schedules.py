@@ -38,8 +38,8 @@ from rai_toolbox.optim import (
     ParamTransformingOptimizer,
     TopQGradientOptimizer,
 )
-from rai_toolbox.optim.projected_optimizer import ProjectedOptimizer
-from rai_toolbox.optim.scheduling import LinearSetting, SettingScheduler
+from rai_toolbox.optim.projected import ProjectedOptimizer
+from rai_toolbox.optim.schedules import LinearSetting, SettingScheduler
 
 
 def two_clamps(params, **kwargs):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.blocks import in_blocks
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.norms import norm, scale_dtype
+from rai_toolbox.constraints.kernels.blocks import in_blocks
+from rai_toolbox.constraints.kernels.norms import norm, scale_dtype
 from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
 from rai_toolbox.foreach import mul_
 

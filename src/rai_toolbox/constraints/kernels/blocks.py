@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rai_toolbox._torch import in_function_transform
+
 BLOCK = 2**16
 """Elements per piece of rows, for each thread."""
 
@@ -33,7 +35,7 @@ def in_blocks(x: Tensor) -> bool:
     """
     if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu":
         return False
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or in_function_transform())
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox.checks import as_plain, check_setting
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import as_loaded, as_saved
 from rai_toolbox.optim.wrapper import Group
 

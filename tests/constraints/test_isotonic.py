@@ -13,8 +13,8 @@ from scipy.optimize import isotonic_regression
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.order import Monotone
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.isotonic import Monotone
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCALES = [1e-20, 1e-3, 1.0, 1e3, 1e20]

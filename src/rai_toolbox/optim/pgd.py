@@ -12,10 +12,10 @@ from torch.optim import SGD, Optimizer
 from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import L1Ball, LinfBall
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.directions import sign_
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.directions import sign_
 from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
-from rai_toolbox.optim.param_transforming import ParamTransformingOptimizer
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, check_fits
 from rai_toolbox.optim.transforms import normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, Params

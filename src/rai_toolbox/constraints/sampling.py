@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.constraints.blocks import wide_dtype
+from rai_toolbox.constraints.kernels.blocks import wide_dtype
 
 
 def uniform(like: Tensor, generator: Generator | None) -> Tensor:

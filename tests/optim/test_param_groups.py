@@ -10,8 +10,8 @@ from torch.optim import SGD, AdamW
 
 from rai_toolbox.constraints import Box, L2Ball, MaxNorm, NonNegative, Simplex, UnitNorm
 from rai_toolbox.optim import ClampedParameterOptimizer
-from rai_toolbox.optim.projected_optimizer import ProjectedOptimizer
-from rai_toolbox.optim.selecting import constrain
+from rai_toolbox.optim.param_groups import constrain
+from rai_toolbox.optim.projected import ProjectedOptimizer
 
 UNIT, POSITIVE = UnitNorm(), NonNegative()
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.blocks import wide_dtype
+from rai_toolbox.constraints.kernels.blocks import wide_dtype
 
 
 def as_rounded(bound: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:

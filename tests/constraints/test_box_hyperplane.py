@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linprog, minimize
 
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.constraints.section import BoxSection
+from rai_toolbox.constraints.box_hyperplane import BoxSection
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SUMS_TO_1 = BoxSection(1.0, 1.0, 0.0, None)

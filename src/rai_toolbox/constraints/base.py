@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain
-from rai_toolbox.constraints.blocks import row_blocks, widened
+from rai_toolbox.constraints.kernels.blocks import row_blocks, widened
 from rai_toolbox.constraints.sharding import WORDS, by_shards
 
 _SETS: dict[str, dict[str, type[Constraint]]] = {}  # by name, and by where they are from

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch.optim import Optimizer
 
+from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
-from rai_toolbox.optim.inner import not_compiled
 from rai_toolbox.optim.settings import as_loaded, as_saved
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 

@@ -7,16 +7,16 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase  # of all batch and instance norms
 
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox._torch import BATCH_NORMS
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import check_constraint
 from rai_toolbox.optim.wrapper import Group
 
 Pattern: TypeAlias = str | type[nn.Module]
 Given: TypeAlias = Constraint | Mapping[str, Any] | None
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _SHOWN = 20  # names in an error
 
 

@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox._torch import (
+    compile_apart,
+    graph_breaks,
+    is_of_compiler,
+    is_restart,
+    lookup_backend,
+    tree_leaves,
+)
+from rai_toolbox.constraints.base import Constraint
 
 __all__ = ["compiled"]
 
@@ -85,11 +92,10 @@ class _CompiledStep:
     def __init__(self, optimizer: Optimizer, backend: str | Callable[..., Any]) -> None:
         self.optimizer = optimizer
         self.graphs = 0
-        self._backend = (
-            _inductor if backend == "inductor" else torch._dynamo.lookup_backend(backend)
+        self._backend = lookup_backend(backend)
+        self._step: Callable[[], Any] | None = compile_apart(
+            lambda: optimizer.step(), backend=self._capture
         )
-        options: dict[str, Any] = {"backend": self._capture, "isolate_recompiles": True}
-        self._step: Callable[[], Any] | None = torch.compile(lambda: optimizer.step(), **options)
         self._numbers: dict[tuple[int, str, str], Tensor] = {}
         self._made_state = False
         self._failure = ""
@@ -105,20 +111,18 @@ class _CompiledStep:
         return self._first(self._step)
 
     def _first(self, step: Callable[[], Any]) -> Any:
-        from torch._dynamo.utils import counters  # slow to import
-
         # Dynamo runs what it cannot capture as it is, so that no part of a step is done twice.
-        before = dict(counters["graph_break"])
+        before = graph_breaks()
         untouched = self._versions()
         try:
             result = self._with_numbers_as_tensors(step)
         except Exception as error:
             # Only what the compiler itself could not do, before any part of the step was done.
-            if self.graphs or not _is_of_compiler(error) or self._versions() != untouched:
+            if self.graphs or not is_of_compiler(error) or self._versions() != untouched:
                 raise
             result = self.optimizer.step()
             self._failure = _first_line(error)
-        breaks = counters["graph_break"].items()
+        breaks = graph_breaks().items()
         found = [why for why, n in breaks if n > before.get(why, 0) and _MEANT not in why]
         self._failure = self._failure or "".join(found[:1]).strip() or _NOTHING * (not self.graphs)
         if self._failure:
@@ -139,15 +143,13 @@ class _CompiledStep:
         return [(id(x), x._version) for x in counted]
 
     def _capture(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        from torch._dynamo.exc import RestartAnalysis  # slow to import
-
         self.graphs += 1
         try:
             made: Callable[..., Any] = self._backend(module, inputs)
-        except RestartAnalysis:  # dynamo's own: it will try again
-            self.graphs -= 1
-            raise
         except Exception as error:  # of whatever kind: no C++ compiler, a bug of the backend
+            if is_restart(error):  # dynamo's own: it will try again
+                self.graphs -= 1
+                raise
             self._failure = self._failure or _first_line(error)
             return module.forward
         return made
@@ -193,23 +195,5 @@ class _CompiledStep:
         return known.fill_(value)
 
 
-def _is_of_compiler(error: Exception) -> bool:
-    """Whether an exception comes from torch's compiler, not from what it was to compile."""
-    from torch._dynamo.exc import TorchDynamoException  # slow to import
-
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    inside = module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
-    return inside or isinstance(error, TorchDynamoException)
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _inductor(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    from rai_toolbox.inductor_pass import inductor  # slow to import
-
-    return inductor(module, inputs)

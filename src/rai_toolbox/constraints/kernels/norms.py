@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.blocks import in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
 
 # Elements per block, of which one at a time is copied to float64: an eighth of the tensor, but not
 # less, where the calls would cost more than the sums, nor more than what caches hold.

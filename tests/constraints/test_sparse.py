@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from optim.memory_layouts import LAYOUTS, equal_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.sparsity import TopK, are_largest, keep_largest_
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.sparse import TopK, are_largest, keep_largest_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCALES = [1e-20, 1e-3, 1.0, 1e3, 1e20]

@@ -12,13 +12,13 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import project_l2_ball_
-from rai_toolbox.constraints.blocks import in_blocks
-from rai_toolbox.constraints.constraint import Constraint
-from rai_toolbox.constraints.directions import largest_sign_, normalize_
-from rai_toolbox.constraints.norms import norm, row_scale, scale_dtype
-from rai_toolbox.constraints.randomness import exponential, normal, uniform
-from rai_toolbox.constraints.rounding import as_wide, noise, round_down, round_up, spacing
-from rai_toolbox.constraints.threshold import precision, threshold
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import in_blocks
+from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_
+from rai_toolbox.constraints.kernels.norms import norm, row_scale, scale_dtype
+from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
+from rai_toolbox.constraints.kernels.threshold import precision, threshold
+from rai_toolbox.constraints.sampling import exponential, normal, uniform
 
 
 @dataclass(frozen=True, eq=False)

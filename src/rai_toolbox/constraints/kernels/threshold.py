@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.constraints.blocks import column_blocks, in_blocks
-from rai_toolbox.constraints.rounding import noise
+from rai_toolbox.constraints.kernels.blocks import column_blocks, in_blocks
+from rai_toolbox.constraints.kernels.rounding import noise
 
 Values = Callable[[], Tensor]
 """Gives a piece of some columns of the values, in float64; called once per pass."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 
 _PARTS = 8  # a search asks this many places at once: fewer rounds, which cost a dispatch each
 

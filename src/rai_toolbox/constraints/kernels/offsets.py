@@ -11,10 +11,10 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.knapsack import fill, nearest_in_section, pieces
-from rai_toolbox.constraints.norms import row_scale
-from rai_toolbox.constraints.roots import root
-from rai_toolbox.constraints.rounding import noise
+from rai_toolbox.constraints.kernels.knapsack import fill, nearest_in_section, pieces
+from rai_toolbox.constraints.kernels.norms import row_scale
+from rai_toolbox.constraints.kernels.roots import root
+from rai_toolbox.constraints.kernels.rounding import noise
 
 _FAR = 1e290  # a square that float64 holds, and sums of very many of them, too
 

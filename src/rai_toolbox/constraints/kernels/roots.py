@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.blocks import in_blocks
+from rai_toolbox.constraints.kernels.blocks import in_blocks
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points of shape (N, 1) to values and slopes of that shape."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_non_negative
-from rai_toolbox.constraints.constraint import Constraint
+from rai_toolbox.constraints.base import Constraint
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an entry, in bytes
 
