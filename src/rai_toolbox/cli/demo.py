@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     """How much work a run does."""
 
     epochs: int = 12
-    digits_attacked: int = 500
+    digits_attacked: int = 300
     attack_steps: int = 20
     rivals: int = 2
     sparse_steps: int = 200
