@@ -34,7 +34,6 @@ __all__ = ["COMMAND", "Settings", "demo"]
 
 BOUND = 3 / 32  # exact in float32
 LINF, L2 = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16), (0.5, 1.0, 1.5, 2.0, 3.0)
-NETS = ("bounded", "unbounded")
 
 
 @contextmanager
@@ -78,9 +77,8 @@ def demo(settings: Settings, out: Path) -> int:
     train_digits, test_digits = load_digits()
     clock.stop("loading")
 
-    *pair, violation = train(train_digits, BOUND, settings.epochs, settings.seed)
-    runs: dict[str, Run] = dict(zip(NETS, pair, strict=True))
-    bounded, unbounded = runs.values()
+    bounded, unbounded, violation = train(train_digits, BOUND, settings.epochs, settings.seed)
+    runs = {"bounded": bounded, "unbounded": unbounded}
     clock.stop("training")
 
     attacked = test_digits.first(settings.digits_attacked)
@@ -128,8 +126,7 @@ def demo(settings: Settings, out: Path) -> int:
         },
     }
 
-    weights = {name: run.weights() for name, run in runs.items()}
-    draw(out / "demo.png", report, robustness, weights)
+    draw(out / "demo.png", report, robustness, runs)
     draw_sparse(out / "sparse.png", report["sparse"], fits)
     robustness["bounded"].plot().savefig(out / "robustness.png")
     clock.stop("drawing")

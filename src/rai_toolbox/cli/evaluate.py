@@ -26,10 +26,13 @@ from rai_toolbox.cli import command
 from rai_toolbox.cli.command import Command, Refused, option
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.evaluation import evaluate_robustness
-from rai_toolbox.perturbations.report import RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.state_file import write_whole
+from rai_toolbox.perturbations import (
+    RobustnessReport,
+    RobustnessWarning,
+    attack,
+    evaluate_robustness,
+)
+from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
 __all__ = ["COMMAND", "evaluate"]
 
@@ -94,8 +97,6 @@ def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
     if group is None or dist.get_rank(group) == 0:
         _write(report, arguments.out)
         state.unlink(missing_ok=True)
-    if group is not None:
-        dist.barrier(group)  # torchrun would also stop the first rank if another one failed
     return 0 if report.feasible else 1
 
 
@@ -216,6 +217,7 @@ def _ranks() -> Iterator[dist.ProcessGroup | None]:
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         yield dist.group.WORLD
+        dist.barrier()  # a rank that ends with an error makes torchrun stop the others
     finally:
         dist.destroy_process_group()
 
@@ -226,7 +228,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, *_ = str(error).strip().splitlines()
         raise Refused(f"--device must be one that is there, got {name!r}: {reason}") from error
     return torch.device(name)
 
@@ -253,9 +255,7 @@ COMMAND = Command(
             required=True,
             metavar="MODULE:NAME",
         ),
-        "--weights": option(
-            "a state_dict of the model, saved by torch.save", type=Path, metavar="FILE"
-        ),
+        "--weights": option("a state_dict for it, saved by torch.save", type=Path, metavar="FILE"),
         "--data": option(
             "arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
             "that returns one of these",

@@ -9,18 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from rai_toolbox.cli.sparse import Fit
+from rai_toolbox.cli.training import Run
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations import RobustnessReport
-from rai_toolbox.perturbations.picture import COLORS, WRONG, draw_accuracy, tidy
+from rai_toolbox.perturbations.evaluation.plot import WRONG, Curve, plot_accuracy, tidy
 
 __all__ = ["draw", "draw_sparse"]
+
+# Colors that remain distinct for color-blind readers and in grey.
+COLORS, MARKERS = ("#0b5fa5", "#e07b00"), ("o", "s")
 
 
 def draw(
     path: Path,
     report: Mapping[str, Any],
     robustness: Mapping[str, RobustnessReport],
-    weights: Mapping[str, Tensor],
+    runs: Mapping[str, Run],
 ) -> None:
     """Write to `path` the weights of the nets, and their accuracy under attack."""
     bound, nets = report["bound"], report["nets"]
@@ -33,7 +37,7 @@ def draw(
         f"{nets['unbounded']['test_accuracy']:.1%}.",
     )
     grid = figure.add_gridspec(1, 3, left=0.05, right=0.98, top=0.71, bottom=0.12, wspace=0.22)
-    _weights(figure.add_subplot(grid[0]), bound, weights)
+    _weights(figure.add_subplot(grid[0]), bound, runs)
     for place, norm in zip((grid[1], grid[2]), ("Linf", "L2"), strict=True):
         _accuracy(figure.add_subplot(place), robustness, norm)
     figure.savefig(path)
@@ -67,14 +71,15 @@ def _page(title: str, subtitle: str) -> Any:
     return figure
 
 
-def _weights(axes: Any, bound: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
+def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> None:
     limit = 3 * bound["clamp_max"]
     edges = [limit * (i - 0.5) / 24 for i in range(-24, 26)]  # a bin is centered on each bound
-    for name, color, kind in zip(weights, COLORS, ("stepfilled", "step"), strict=False):
+    for (name, run), color, kind in zip(runs.items(), COLORS, ("stepfilled", "step"), strict=True):
+        weights = run.weights().clamp(-limit, limit)
         axes.hist(
-            weights[name].clamp(-limit, limit).numpy(),
+            weights.numpy(),
             bins=edges,
-            weights=[100 / weights[name].numel()] * weights[name].numel(),
+            weights=[100 / len(weights)] * len(weights),
             color=color,
             histtype=kind,
             linewidth=2,
@@ -95,19 +100,23 @@ def _weights(axes: Any, bound: Mapping[str, float], weights: Mapping[str, Tensor
 
 
 def _accuracy(axes: Any, robustness: Mapping[str, RobustnessReport], norm: str) -> None:
-    draw_accuracy(axes, robustness, norm)
-    rows = {
-        name: [row for row in found.rows() if row.norm == norm][2]
-        for name, found in robustness.items()
-    }
-    shares = ", ".join(f"{name} {row.robust_accuracy:.0%}" for name, row in rows.items())
-    where = f"{norm.replace('inf', '∞')} balls, at ε = {rows['bounded'].epsilon:g}"
-    _title(axes, f"Accuracy in {where}:\n{shares}")
+    curves = []
+    for (name, report), color, marker in zip(robustness.items(), COLORS, MARKERS, strict=True):
+        rows = [row for row in report.rows() if row.norm == norm]
+        shares = [report.clean_accuracy, *(row.robust_accuracy for row in rows)]
+        counts = [round(share * len(report)) for share in shares]
+        epsilons = [0.0, *(row.epsilon for row in rows)]
+        label = f"{name} (band: 95% interval)"
+        curves.append(Curve(epsilons, counts, len(report), label, color, marker))
+    plot_accuracy(axes, curves)
+    _title(axes, f"Accuracy under attack\nin {norm.replace('inf', '∞')} balls of radius ε")
+    axes.set_xlabel("ε (0: original digits)")
+    axes.set_ylabel("classified correctly (%)")
 
 
 def _residuals(axes: Any, runs: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:
     labels = ("default: gradient mapping, step, project", "plain: step, project")
-    for fit, color, line, label in zip(fits.values(), COLORS, ("-", "--"), labels, strict=False):
+    for fit, color, line, label in zip(fits.values(), COLORS, ("-", "--"), labels, strict=True):
         axes.plot(fit.residuals, color=color, linestyle=line, linewidth=2, label=label)
     _title(
         axes,

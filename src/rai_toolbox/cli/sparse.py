@@ -43,8 +43,7 @@ class Fit:
 
     def weights(self) -> Tensor:
         """One row of weights per class."""
-        weights: Tensor = self.net.get_parameter("1.weight").detach()
-        return weights
+        return self.net.get_parameter("1.weight").detach()
 
 
 def fit_each(digits: Digits, steps: int, radius: float = RADIUS) -> dict[str, Fit]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,11 +12,9 @@ from rai_toolbox.perturbations.report import Examples, RobustnessReport, wilson_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "WRONG", "draw_accuracy", "draw_report", "tidy"]
+__all__ = ["draw_report"]
 
-# Colors that remain distinct for color-blind readers and in grey.
-COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
-MARKERS = "os^D"
+COLOR = "#0b5fa5"
 WRONG = "#c0152f"
 SIGN = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 PANEL, CELL = 4.2, 1.0  # inches
@@ -35,7 +32,7 @@ def draw_report(report: RobustnessReport) -> Figure:
     )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, name in zip(parts[0].subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
-        draw_accuracy(axes, {"": report}, name)
+        _accuracy(axes, report, name)
     if examples:  # one for each norm, below its panel
         below = parts[1].subfigures(1, len(examples), squeeze=False)[0]
         for part, shown in zip(below, examples, strict=True):
@@ -43,35 +40,31 @@ def draw_report(report: RobustnessReport) -> Figure:
     return figure
 
 
-def draw_accuracy(axes: Any, reports: Mapping[str, RobustnessReport], norm: str) -> None:
-    """Accuracy against epsilon in balls of one norm, with a 95 % interval, one curve per report."""
-    for (name, report), color, marker in zip(reports.items(), COLORS, MARKERS, strict=False):
-        low, high = wilson_interval(round(report.clean_accuracy * len(report)), len(report))
-        points = [(0.0, report.clean_accuracy, low, high)]
-        points += [
-            (row.epsilon, row.robust_accuracy, row.low, row.high)
-            for row in report.rows()
-            if row.norm == norm
-        ]
-        epsilons, *shares = zip(*points, strict=True)
-        middle, lows, highs = ([100 * share for share in column] for column in shares)
-        axes.fill_between(epsilons, lows, highs, color=color, alpha=0.15, linewidth=0)
-        label = f"{name} (band: 95% interval)".strip()
-        axes.plot(epsilons, middle, color=color, marker=marker, linewidth=2, label=label)
-    axes.set_title(f"{SIGN[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
-    axes.set_xlabel("ε (at 0: the original data)")
-    axes.set_ylabel("classified correctly (%)")
+def _accuracy(axes: Any, report: RobustnessReport, name: str) -> None:
+    rows = [row for row in report.rows() if row.norm == name]
+    low, high = wilson_interval(round(report.clean_accuracy * len(report)), len(report))
+    points = [(0.0, report.clean_accuracy, low, high)]
+    points += [(row.epsilon, row.robust_accuracy, row.low, row.high) for row in rows]
+    epsilons, shares, lows, highs = zip(*points, strict=True)
+    axes.fill_between(
+        epsilons,
+        [100 * share for share in lows],
+        [100 * share for share in highs],
+        color=COLOR,
+        alpha=0.15,
+        linewidth=0,
+        label="95% interval",
+    )
+    axes.plot(epsilons, [100 * share for share in shares], color=COLOR, marker="o", linewidth=2)
+    axes.set_title(f"{SIGN[name]} balls around {len(report):,} data", loc="left", weight="bold")
+    axes.set_xlabel("ε (at 0: the data as they are)")
+    axes.set_ylabel("read right (%)")
     axes.set_ylim(0, 100)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False)
-    tidy(axes)
-
-
-def tidy(axes: Any) -> None:
-    """Remove what a panel does not need, and put the grid behind the curves."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
+    axes.legend(frameon=False)
 
 
 def _examples(figure: Any, shown: Examples) -> None:
@@ -119,5 +112,5 @@ def _show(axes: Any, datum: Tensor, limits: tuple[float, float], signed: bool) -
         scaled = (datum - low) / max(high - low, 1e-30)  # a change of 0 is mid-grey
         axes.imshow(scaled.clamp(0, 1).permute(1, 2, 0).tolist())
     else:
-        axes.plot(datum.flatten().tolist(), color=COLORS[0], linewidth=0.8)
+        axes.plot(datum.flatten().tolist(), color=COLOR, linewidth=0.8)
         axes.set_ylim(low, high if high > low else low + 1)
