@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 from torch import nn
 
 from rai_toolbox.cli import main
 from rai_toolbox.constraints import L2Ball, LinfBall
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 
 NETS = '''
 import json
