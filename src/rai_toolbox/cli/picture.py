@@ -12,12 +12,9 @@ from rai_toolbox.cli.sparse import Fit
 from rai_toolbox.cli.training import Run
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations import RobustnessReport
-from rai_toolbox.perturbations.evaluation.plot import WRONG, Curve, plot_accuracy, tidy
+from rai_toolbox.perturbations.evaluation.plot import COLORS, WRONG, draw_accuracy, tidy
 
 __all__ = ["draw", "draw_sparse"]
-
-# Colors that remain distinct for color-blind readers and in grey.
-COLORS, MARKERS = ("#0b5fa5", "#e07b00"), ("o", "s")
 
 
 def draw(
@@ -74,7 +71,7 @@ def _page(title: str, subtitle: str) -> Any:
 def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> None:
     limit = 3 * bound["clamp_max"]
     edges = [limit * (i - 0.5) / 24 for i in range(-24, 26)]  # a bin is centered on each bound
-    for (name, run), color, kind in zip(runs.items(), COLORS, ("stepfilled", "step"), strict=True):
+    for (name, run), color, kind in zip(runs.items(), COLORS, ("stepfilled", "step"), strict=False):
         weights = run.weights().clamp(-limit, limit)
         axes.hist(
             weights.numpy(),
@@ -100,23 +97,19 @@ def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> 
 
 
 def _accuracy(axes: Any, robustness: Mapping[str, RobustnessReport], norm: str) -> None:
-    curves = []
-    for (name, report), color, marker in zip(robustness.items(), COLORS, MARKERS, strict=True):
-        rows = [row for row in report.rows() if row.norm == norm]
-        shares = [report.clean_accuracy, *(row.robust_accuracy for row in rows)]
-        counts = [round(share * len(report)) for share in shares]
-        epsilons = [0.0, *(row.epsilon for row in rows)]
-        label = f"{name} (band: 95% interval)"
-        curves.append(Curve(epsilons, counts, len(report), label, color, marker))
-    plot_accuracy(axes, curves)
-    _title(axes, f"Accuracy under attack\nin {norm.replace('inf', '∞')} balls of radius ε")
-    axes.set_xlabel("ε (0: original digits)")
-    axes.set_ylabel("classified correctly (%)")
+    draw_accuracy(axes, robustness, norm)
+    rows = {
+        name: [row for row in found.rows() if row.norm == norm][2]
+        for name, found in robustness.items()
+    }
+    shares = ", ".join(f"{name} {row.robust_accuracy:.0%}" for name, row in rows.items())
+    balls = f"{norm.replace('inf', '∞')} balls, at ε = {rows['bounded'].epsilon:g}"
+    _title(axes, f"Accuracy in {balls}:\n{shares}")
 
 
 def _residuals(axes: Any, runs: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:
     labels = ("default: gradient mapping, step, project", "plain: step, project")
-    for fit, color, line, label in zip(fits.values(), COLORS, ("-", "--"), labels, strict=True):
+    for fit, color, line, label in zip(fits.values(), COLORS, ("-", "--"), labels, strict=False):
         axes.plot(fit.residuals, color=color, linestyle=line, linewidth=2, label=label)
     _title(
         axes,
