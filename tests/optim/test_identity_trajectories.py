@@ -102,12 +102,19 @@ CASES = [case for cls in OPTIONS for case in cases_of(cls)] + [
     for how in implementations(cls)
     if "fused" not in how  # which takes dense gradients only
 ]
-PAIRS = [
-    pytest.param(case, name, id=f"{case}-{name}")
-    for case in CASES
-    for name in WRAPPERS
-    if case.model != "sparse" or name in WRAPPERS_FOR_SPARSE
-]
+
+
+def pairs(cases):
+    """Each case with one wrapper that projects, and those of two classes with all wrappers."""
+    return [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for case in cases
+        for name in (WRAPPERS if case.cls in (optim.SGD, optim.Adam) else ["unbounded"])
+        if case.model != "sparse" or name in WRAPPERS_FOR_SPARSE
+    ]
+
+
+PAIRS = pairs(CASES)
 INTERRUPTIBLE = [pair for pair in PAIRS if pair.values[1] != "around_an_instance"]  # as unbounded
 MIXED_DTYPES = [
     Case(cls, options | how, "dtypes")
@@ -116,9 +123,7 @@ MIXED_DTYPES = [
     for options in ([{}, OPTIONS[cls][-1]] if cls is optim.SGD else [OPTIONS[cls][-1]])
     for how in implementations(cls)
 ]
-DTYPES = [
-    pytest.param(case, name, id=f"{case}-{name}") for case in MIXED_DTYPES for name in WRAPPERS
-]
+DTYPES = pairs(MIXED_DTYPES)
 
 
 def parameters(model):
