@@ -86,7 +86,7 @@ def resumed(name, options, path):
     return [whole(p) for p in module.parameters()]
 
 
-@pytest.mark.parametrize("ranks", slow_but([(1, 2), (4,)]))
+@pytest.mark.parametrize("ranks", slow_but([(1, 2), (4,)], single=True))
 @pytest.mark.parametrize("form", slow_but(FORMS, "plain"))
 @pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "drawing"))
 def test_saved_on_2_ranks_and_gone_on_with_on_any_number(name, form, ranks, tmp_path):

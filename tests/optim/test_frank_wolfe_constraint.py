@@ -389,7 +389,7 @@ def test_a_search_goes_on_where_rounding_hides_the_change_of_the_loss(dtype, los
 
 
 @pytest.mark.parametrize("rule", slow_but(["short", "search"], "search"))
-@each_set
+@pytest.mark.parametrize("name", slow_but(SETS, "L2Ball", "Simplex", "SpectralBall"))
 def test_a_warm_start_is_respected(name, rule):
     """From the solution, no step leads to a higher loss than it has."""
     problem = Quadratic(name)

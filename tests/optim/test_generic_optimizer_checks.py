@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from bitwise import bare, copied, differences, same_bits, snapshot, unbounded
+from tiers import slow_but
 from torch import nn
 from torch.optim import Adafactor, Adam, AdamW, Muon, lr_scheduler
 from torch.optim.optimizer import (
@@ -56,9 +57,10 @@ def over(wanted=lambda kwargs: True, wrappers=WRAPPERS, of=lambda info: True):
         info: [each for each in inputs(info) if wanted(each[1])] for info in filter(of, optim_db)
     }
     infos = [info for info in cases if cases[info]]
+    fast = wrappers.get("unbounded", plain)
 
     def test_of(law):
-        @pytest.mark.parametrize("wrapper", wrappers.values(), ids=wrappers.keys())
+        @pytest.mark.parametrize("wrapper", slow_but(wrappers.values(), fast), ids=wrappers.keys())
         @pytest.mark.parametrize("info", infos, ids=lambda info: info.name)
         def test(info, wrapper):
             for desc, kwargs in cases[info]:
