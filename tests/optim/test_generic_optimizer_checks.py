@@ -16,7 +16,7 @@ import torch
 from bitwise import bare, copied, differences, same_bits, snapshot, unbounded
 from tiers import slow_but
 from torch import nn
-from torch.optim import Adafactor, Adam, AdamW, Muon, lr_scheduler
+from torch.optim import Adafactor, Adam, AdamW, lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -28,6 +28,7 @@ from torch.testing._internal.common_optimizers import (
     optim_db,
 )
 
+from rai_toolbox._torch import Muon
 from rai_toolbox.optim import ParamTransformingOptimizer
 
 # None: a parameter of any shape is one sub-tensor, tensors of 0 dims too.
