@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+COLLECTED = pytest.StashKey()
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -16,6 +18,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.name == "test_demo.py" and "out" in item.fixturenames:
             item.add_marker(pytest.mark.slow)  # they share one run of the whole demo
+    config.stash[COLLECTED] = {
+        item.nodeid: item.get_closest_marker("slow") is not None for item in items
+    }
     result = yield  # here -m and -k leave cases out
     if config.getoption("--sample") is not None:
         keep_a_sample(config, items, config.getoption("--sample"))
@@ -34,6 +39,12 @@ def keep_a_sample(config, items, most):
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture
+def collected(pytestconfig):
+    """Of each test that was collected, slow ones included: its id, and whether it is slow."""
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture
