@@ -167,6 +167,7 @@ def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
     assert "30 of 30 data (100.0%) are outside the data range, by up to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 2])
 def test_a_run_that_is_killed_goes_on_to_the_same_table(folder, batches):
     command = [sys.executable, "-m", "rai_toolbox.cli", *run()]
@@ -195,6 +196,7 @@ def by_ranks(number, command, **environment):
     )
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_go_on_where_one_was_killed(folder):
     command = run("--batch-size", "7")  # five batches
     killed = by_ranks(2, command, KILLED_AFTER="2 4", KILLED_RANK="1")

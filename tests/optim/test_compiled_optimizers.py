@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from every_class import CASES
+from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adafactor, Adam, lr_scheduler
 
 from rai_toolbox.constraints import L1Ball, L2Ball
@@ -44,8 +45,14 @@ def run(optimizer, step, steps=5, change=lambda group, k: None):
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    [(name, SGD) for name in CASES]
-    + [(name, Adam) for name in ("ClampedParameter", "L2Projected", "Projected", "ProjectedBox")],
+    slow_but(
+        [(name, SGD) for name in CASES]
+        + [(name, Adam) for name in ("ClampedParameter", "L2Projected", "Projected")]
+        + [("ProjectedBox", Adam)],
+        ("Chained", SGD),
+        ("L1FrankWolfe", SGD),
+        ("ProjectedBox", Adam),
+    ),
 )
 def test_every_class_is_compiled_once_and_does_the_same(name, inner):
     case = CASES[name]
