@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.base import Constraint, check_device
 from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
 from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 from rai_toolbox.constraints.linear import PASSES
@@ -51,6 +51,7 @@ class Affine(Constraint):
     """
 
     flat: ClassVar[bool] = True
+    _fixed: ClassVar[tuple[str, ...]] = ("matrix",)
     _is_equation: ClassVar[bool] = True
 
     matrix: Tensor
@@ -74,14 +75,6 @@ class Affine(Constraint):
         factors = _factors(self.matrix)
         for name, factor in zip(("_wide", "_q", "_solver"), factors, strict=True):
             object.__setattr__(self, name, factor)
-
-    def _check_batch(self, x: Tensor) -> None:
-        super()._check_batch(x)
-        if self.matrix.device != x.device:
-            raise ValueError(
-                f"`matrix` must be on the device of the batch, {x.device}, "
-                f"got {self.matrix.device}; see `to`"
-            )
 
     def _check_shape(self, shape: torch.Size) -> None:
         if shape[1:].numel() != self.matrix.shape[1]:
@@ -115,28 +108,24 @@ class Affine(Constraint):
             offset = offset.to(*args, **kwargs)
         return Affine(self.matrix.to(*args, **kwargs), offset)
 
-    def _map(self, change: Callable[..., Tensor]) -> Affine:
-        if not isinstance(self.offset, Tensor):
-            return self
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, offset=change("offset", self.offset))
-        return other
+    def _check_batch(self, x: Tensor) -> None:
+        check_device("matrix", self.matrix, x)
+        super()._check_batch(x)
 
-    def _reshaped(self, setting: Tensor, x: Tensor) -> Tensor:
-        return widened(setting).reshape(-1, setting.shape[-1] if setting.ndim else 1)
-
-    def _checked(self, name: str, setting: Tensor, x: Tensor) -> Tensor:
+    def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
         if setting.ndim == 2 and len(setting) not in (1, len(x)):
             raise ValueError(
                 f"`{name}` must have a row per sub-tensor of the batch of shape "
                 f"{tuple(x.shape)}, got shape {tuple(setting.shape)}"
             )
-        if setting.device != x.device:
-            raise ValueError(
-                f"`{name}` must be on the device of the batch, {x.device}, got {setting.device}; "
-                "see `to`"
-            )
-        return setting
+
+    def _aligned(self, setting: Tensor, x: Tensor, rows: slice) -> Tensor:
+        setting = widened(setting).reshape(-1, setting.shape[-1] if setting.ndim else 1)
+        return setting[rows] if len(setting) > 1 else setting
+
+    def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
+        one_for_all = not isinstance(self.offset, Tensor) or self.offset.ndim < 2
+        return super()._whole_dims(shape) if one_for_all else range(len(shape))
 
 
 def _factors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

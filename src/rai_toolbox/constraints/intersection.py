@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import resolution
@@ -107,20 +107,14 @@ class Intersection(Constraint):
         for member in self.sets:
             member._check_batch(x)
 
-    def to(self, *args: Any, **kwargs: Any) -> Intersection:  # noqa: D102
-        return Intersection(
-            *(member.to(*args, **kwargs) for member in self.sets),
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-        )
+    def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
+        return {dim for member in self.sets for dim in member._whole_dims(shape)}
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, Intersection]]:
+    def _blocks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Intersection]]:
         # All at once: nothing may be written unless all converge, and members have blocks of
         # their own. They see the shape of the batch, which rows do not have.
         if x.numel():
-            seen = copy(self)
-            object.__setattr__(seen, "_shape", x.shape[1:])
-            yield x, seen
+            yield x, readable(x).reshape(len(x), -1), self._replaced({"_shape": x.shape[1:]})
 
     def _batch(self, rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), *self.__dict__["_shape"])

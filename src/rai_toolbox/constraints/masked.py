@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.base import Constraint, check_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +96,14 @@ class Masked(Constraint):
         return index.expand(len(x), -1)
 
     def _check_batch(self, x: Tensor) -> None:
-        super()._check_batch(x)
-        if self.elementwise:
+        self._check_kind(x)
+        self._check_fit("mask", self.mask, x)
+        check_device("mask", self.mask, x)
+        self._check_shape(x.shape)
+        index = None if self.elementwise else self._index(x)
+        if index is None:
             self.constraint._check_batch(x)
-            return
-        index = self._index(x)
-        if index.numel():
+        elif index.numel():
             self.constraint._check_batch(x.new_empty(index.shape))
 
     def _check_shape(self, shape: torch.Size) -> None:
@@ -126,9 +128,10 @@ class Masked(Constraint):
         mask = self.mask.to(*args, **kwargs).to(torch.bool)  # a dtype is for numbers only
         return Masked(self.constraint.to(*args, **kwargs), mask)
 
-    def _map(self, change: Callable[..., Tensor]) -> Masked:
-        change("mask", self.mask)  # the settings of the set meet a batch of their own
-        return self
+    def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
+        one_for_all = self.mask.ndim < len(shape) and not self.constraint._tensors
+        coupled = self.elementwise or one_for_all
+        return super()._whole_dims(shape) if coupled else range(len(shape))
 
 
 def _selected(mask: Tensor) -> Tensor | None:
