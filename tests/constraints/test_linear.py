@@ -8,9 +8,8 @@ import torch
 from optim.memory_layouts import LAYOUTS, equal_bits
 from scipy.optimize import minimize
 
-from rai_toolbox.constraints.affine import Affine
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
+from rai_toolbox.constraints.linear import Affine, HalfSpace, Hyperplane
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCALES = [1e-20, 1e-5, 1.0, 1e5, 1e20]

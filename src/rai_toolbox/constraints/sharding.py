@@ -136,7 +136,8 @@ def _violation(method: Any, constraint: Any, x: Tensor) -> Tensor:
         if p.is_replicate():
             placements.append(Replicate())
         elif p.dim in kept:
-            placements.append(Shard(kept.index(p.dim)))
+            moved = kept.index(p.dim)
+            placements.append(p if moved == p.dim else Shard(moved))
         else:  # each rank has some entries of all sub-tensors: the largest value counts
             placements.append(Shard(len(kept)))
             parts *= size

@@ -19,10 +19,8 @@ LAWS: dict[str, Law] = {
         points_laws.samples,
         batch_laws.batched,
         batch_laws.strides,
-        batch_laws.out_of_place,
         batch_laws.non_finite,
         batch_laws.empty,
-        batch_laws.plain,
         batch_laws.gradient,
         batch_laws.compiled,
     )

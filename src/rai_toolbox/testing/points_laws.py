@@ -159,9 +159,15 @@ def _must_refuse(trial: Trial, word: str) -> None:
 
 def _has_one_setting(trial: Trial) -> bool:
     """Whether each row has the same set, so that answers can be exchanged."""
-    found: list[Tensor] = []
-    trial.constraint._map(lambda _, setting: found.append(setting) or setting)  # type: ignore[func-returns-value]
-    return all(s.ndim < len(trial.shape) or len(s) == 1 for s in found)
+    several: list[str] = []
+
+    def note(name: str, setting: Tensor) -> Tensor:
+        if setting.ndim == len(trial.shape) and len(setting) > 1:
+            several.append(name)
+        return setting
+
+    trial.constraint._map(note)
+    return not several
 
 
 def _members(trial: Trial, salt: int) -> Iterator[Tensor]:

@@ -126,6 +126,10 @@ class Trial:
         slack: Tensor = relative * size + _SLACK * spacing(self.dtype) * entries**0.5
         return slack
 
+    def coarse(self, x: Tensor) -> Tensor:
+        """How far float64 arithmetic on rows as large as those of x may be off."""
+        return _SUMS * noise(math.prod(self.shape[1:])) * self.length(x)
+
     def require(self, right: Tensor, found: Tensor, rule: str, x: Tensor | None = None) -> None:
         """Raise unless each row is right; name the worst one, the largest `found` of the others."""
         if bool(right.all()):
