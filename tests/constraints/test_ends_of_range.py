@@ -36,7 +36,6 @@ def test_a_row_in_float64_does_not_see_its_neighbors(constraint, n):
 
 
 @pytest.mark.parametrize("constraint", THRESHOLDED[:2], ids=lambda c: type(c).__name__)
-@pytest.mark.slow
 def test_long_rows_have_the_same_bits_on_any_number_of_threads(constraint):
     generator = torch.Generator().manual_seed(0)
     threads, found = torch.get_num_threads(), []

@@ -19,7 +19,6 @@ class NothingIsRead(TorchDispatchMode):
 
 # This one reads a number every few cycles, and says so.
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind != "Intersection"], ids=str)
-@pytest.mark.slow
 def test_no_value_is_read(case, as_on_a_device):
     trial = trials(case, torch.float32)[-1]
     x, c = trial.normal(1, 2.0), trial.constraint
@@ -51,7 +50,6 @@ NASTY = {
 
 @pytest.mark.parametrize("n", [2, 17, 1000, 100_000])
 @pytest.mark.parametrize("values", NASTY.values(), ids=NASTY)
-@pytest.mark.slow
 def test_the_fixed_number_of_steps_is_enough(values, n, as_on_a_device):
     check_sums(values, n)
 
@@ -230,7 +228,6 @@ def test_large_rows_have_a_graph_of_their_own_or_one_warning(works, monkeypatch)
     torch.testing.assert_close(y, sets.L1Ball(10.0).project(x))
 
 
-@pytest.mark.slow
 def test_rows_of_many_shapes_are_all_compiled(monkeypatch):
     monkeypatch.setattr(shrinking, "_graphs", {})
     monkeypatch.setattr(inductor_pass, "inductor", lambda module, inputs: module.forward)
@@ -294,7 +291,6 @@ def test_large_rows_of_few_bits_are_inside_in_compiled_steps(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first use
-@pytest.mark.slow
 def test_forward_mode_goes_through_a_compiled_projection():
     x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     ball = sets.L1Ball(1.5)
