@@ -282,7 +282,11 @@ def broken_laws(constraint):
     "constraint", [ToyBall(1.0), ToyBox(), ToyBall(torch.rand(32, 1))], ids=["ball", "box", "balls"]
 )
 def test_right_sets_keep_all_laws(constraint):
-    check_constraint(constraint, scales=[1.0], laws=LAWS)
+    check_constraint(constraint, scales=[1.0])
+
+
+def test_a_right_set_compiles():
+    check_constraint(ToyBox(), dtypes=[torch.float32], laws=["compiled"])
 
 
 @pytest.mark.parametrize(("laws", "kind"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))

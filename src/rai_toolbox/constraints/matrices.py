@@ -33,9 +33,10 @@ class PSD(Constraint):
 
     ``{X : X = X^T, v^T X v >= 0 for all v}``, matrices in the last two dims of a batch
     (N, ..., n, n); ``P(X) = Q diag(max(s, 0)) Q^T`` for ``(X + X^T) / 2 = Q diag(s) Q^T`` (Higham
-    1988), at the cost of an eigendecomposition in float64, O(n^3), which synchronizes with a GPU. The
-    result is symmetric to the bit, and its eigenvalues are raised by what rounding takes off. An
-    eigenvalue is negative where it is so beyond the rounding of float64, relative to the largest.
+    1988), at the cost of an eigendecomposition in float64, O(n^3), which synchronizes with a GPU.
+    The result is exactly symmetric, and its eigenvalues are raised by what rounding takes off. An
+    eigenvalue counts as negative if it is so beyond the rounding of float64, relative to the
+    largest.
     The derivative is exact, also where eigenvalues are equal.
 
     Examples
@@ -87,9 +88,9 @@ class Stiefel(Constraint):
     ``{X : X^T X = I}``, matrices of at least as many rows as columns in the last two dims of a
     batch (N, ..., m, k); ``P(X) = U V^T`` for ``X = U diag(s) V^T``, the polar factor (Fan &
     Hoffman 1955; Schonemann 1966), at the cost of a singular value decomposition in float64,
-    O(m k^2), which synchronizes with a GPU. A matrix of lower rank has many nearest points, of which it
-    gives one; there the derivative is NaN or infinite. Samples are uniform (Haar): polar factors
-    of normal matrices (Chikuse 2003).
+    O(m k^2), which synchronizes with a GPU. A matrix of lower rank has many nearest points, of
+    which one is returned; there the derivative is NaN or infinite. Samples are uniform (Haar):
+    polar factors of normal matrices (Chikuse 2003).
 
     Examples
     --------

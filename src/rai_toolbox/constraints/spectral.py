@@ -119,9 +119,9 @@ class SpectralBall(_SingularValueBall):
 
     ``{X : s_1(X) <= epsilon}``, matrices in the last two dims of a batch (N, ..., m, k);
     ``P(X) = U diag(min(s, epsilon)) V^T`` for ``X = U diag(s) V^T`` (von Neumann 1937; Lewis
-    1995), at the cost of a singular value decomposition in float64, O(m k min(m, k)), which waits
-    for a GPU. The derivative is exact, also where singular values are equal or 0. Samples are
-    normal matrices, each scaled to the norm ``epsilon t^(1/(m k))``, t uniform.
+    1995), at the cost of a singular value decomposition in float64, O(m k min(m, k)), which
+    synchronizes with a GPU. The derivative is exact, also where singular values are equal or 0.
+    Samples are normal matrices, each scaled to the norm ``epsilon t^(1/(m k))``, t uniform.
 
     Parameters
     ----------
@@ -160,9 +160,9 @@ class NuclearBall(_SingularValueBall):
     last two dims of a batch (N, ..., m, k); ``P(X) = U diag(max(s - theta, 0)) V^T`` for
     ``X = U diag(s) V^T``, with the theta that makes the sum epsilon (Cai, Candes & Shen 2010;
     Duchi et al. 2008), at the cost of a singular value decomposition in float64,
-    O(m k min(m, k)), which waits for a GPU. The derivative is exact, also where singular values
-    are equal or 0. Samples are normal matrices, each scaled to the norm ``epsilon t^(1/(m k))``,
-    t uniform.
+    O(m k min(m, k)), which synchronizes with a GPU. The derivative is exact, also where singular
+    values are equal or 0. Samples are normal matrices, each scaled to the norm
+    ``epsilon t^(1/(m k))``, t uniform.
 
     Parameters
     ----------
