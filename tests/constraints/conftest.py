@@ -1,18 +1,26 @@
-"""Which tests of sets are slow: those in other dtypes than float32."""
+"""Which tests of sets are slow: those that repeat quicker ones in other dtypes and scales."""
 
 import pytest
 import torch
+from constraints.cases import CASES
+
+FIRST = {str(case) for case in {case.kind: case for case in reversed(CASES)}.values()}
+QUICK = {"dtype": torch.float32, "scale": 1.0}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark repetitions in other dtypes, where a test also runs in float32.
-
-    `test_laws.py` says for each case itself which dtypes are quick.
-    """
+    """Mark as slow what a quicker item repeats; `test_laws.py` marks its own items."""
     here = [i for i in items if i.path.parent.name == "constraints" and hasattr(i, "callspec")]
-    dtypes = {id(item): item.callspec.params.get("dtype") for item in here}
-    in_float32 = {item.function for item in here if dtypes[id(item)] == torch.float32}
+    quick = {(i.function, name) for i in here for name in QUICK if is_quick(i, name)}
     for item in here:
-        other = dtypes[id(item)] not in (None, torch.float32)
-        if other and item.function in in_float32 and item.originalname != "test_laws":
+        repeats = any((item.function, name) in quick and not is_quick(item, name) for name in QUICK)
+        on_device = "as_on_a_device" in item.fixturenames
+        if item.originalname == "test_laws":
+            continue
+        if repeats or (on_device and str(item.callspec.params.get("case")) not in FIRST):
             item.add_marker(pytest.mark.slow)
+
+
+def is_quick(item, name):
+    """Whether the item runs with the quick value of a parameter."""
+    return item.callspec.params.get(name) == QUICK[name]
