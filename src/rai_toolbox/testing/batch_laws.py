@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,33 +20,26 @@ from rai_toolbox.testing.trial import Trial
 @law
 def batched(trial: Trial) -> None:
     """A row has the same answers in any batch, to within rounding."""
-    for x, y in trial.pairs:
-        found = trial.constraint.violation(x)
-        s = trial.constraint.lmo(x) if _has_lmo(trial.constraint) else None
+    for x, _ in trial.pairs:
+        whole = _answers(trial.constraint, x.clone())
         for rows in _some_rows(len(x)):
-            constraint, here = _of_rows(trial.constraint, x, rows), x[rows]
-            _check_alike(trial, here, constraint.project_(here.clone()), y[rows], "alone")
-            _check_violation(trial, here, constraint.violation(here), found[rows], "alone")
-            if s is not None:
-                _check_minimizer(trial, here, constraint.lmo(here), s[rows], "alone")
+            alone = _answers(_of_rows(trial.constraint, x, rows), x[rows].clone())
+            _check_alike(trial, x[rows], alone, {k: y[rows] for k, y in whole.items()}, "alone")
 
 
 @law
 def strides(trial: Trial) -> None:
-    """Any strides, and `project` out of place, give the same, to within rounding."""
-    constraint = trial.constraint
+    """Any strides, in place or not, give the same to within rounding; only `project_` writes."""
     for x, y in trial.pairs:
-        given = x.clone()
-        for name, other in {"out of place": given, **{k: f(x) for k, f in LAYOUTS.items()}}.items():
-            _check_violation(trial, x, constraint.violation(other), constraint.violation(x), name)
-            if _has_lmo(constraint):
-                _check_minimizer(trial, x, constraint.lmo(other), constraint.lmo(x), name)
+        expected = {**_answers(trial.constraint, x.clone()), "project": y}
+        for name, laid_out in LAYOUTS.items():
+            other = laid_out(x)
+            _check_alike(trial, x, _answers(trial.constraint, other), expected, name)
+            trial.require(same_bits(other, x), trial.length(x), "x must be left alone", x)
             where = other.data_ptr()
-            result = constraint.project(other) if other is given else constraint.project_(other)
-            if (result.data_ptr() == where) == (other is given):
-                raise AssertionError("`project_` must write to its argument, `project` must not")
-            _check_alike(trial, x, result, y, name)
-        trial.require(same_bits(given, x), trial.length(given - x), "x must be left alone", x)
+            if trial.constraint.project_(other) is not other or other.data_ptr() != where:
+                raise AssertionError("`project_` must return the tensor that it was given")
+            _check_alike(trial, x, {"project": other}, expected, name)
 
 
 @law
@@ -96,8 +89,8 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
 def empty(trial: Trial) -> None:
     """No rows, and rows without elements, are fine; unless the set has no such point."""
     none = torch.empty((0, *trial.shape[1:]), dtype=trial.dtype)
-    _check_empty(_of_rows(trial.constraint, trial.batches[0], slice(0, 0)), none)
     flat = torch.empty((trial.shape[0], *(0,) * (len(trial.shape) - 1)), dtype=trial.dtype)
+    _check_empty(_of_rows(trial.constraint, trial.batches[0], slice(0, 0)), none)
     try:
         trial.constraint.project_(flat)
     except ValueError:
@@ -161,35 +154,34 @@ def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
     return Constraint.from_plain(cut(constraint.to_plain()))
 
 
-def _check_alike(trial: Trial, x: Tensor, found: Tensor, y: Tensor, how: str) -> None:
-    """Two projections of x must be the same to within rounding, or equally near."""
-    error = trial.length(found.double() - y.double())
-    if not trial.constraint.convex:
-        near = [trial.length(x.double() - point.double()) for point in (found, y)]
-        error = (near[0] - near[1]).abs()
-    allowed = 2 * trial.slack(found, y) + trial.coarse(x)
-    trial.require(error <= allowed, error, f"`project` must be as before, {how}", x)
+def _answers(constraint: Constraint, x: Tensor) -> dict[str, Tensor]:
+    """What the methods return that do not write to x."""
+    names = ["project", "violation"] + ["lmo"] * _has_lmo(constraint)
+    return {name: getattr(constraint, name)(x) for name in names}
 
 
-def _check_violation(trial: Trial, x: Tensor, found: Tensor, before: Tensor, how: str) -> None:
-    error = (found - before).abs()
-    allowed = 2 * trial.slack(x) + trial.coarse(x)
-    trial.require(error <= allowed, error, f"`violation` must be as before, {how}", x)
-
-
-def _check_minimizer(trial: Trial, gradient: Tensor, s: Tensor, other: Tensor, how: str) -> None:
-    wide = trial.wide(gradient)
-    error = (wide * (trial.wide(s) - trial.wide(other))).sum(1).abs()
-    allowed = 2 * trial.slack(s, other) * trial.length(gradient)
-    trial.require(error <= allowed, error, f"`lmo` must be as before, {how}", gradient)
+def _check_alike(
+    trial: Trial, x: Tensor, found: dict[str, Tensor], expected: dict[str, Tensor], how: str
+) -> None:
+    """Answers must be the same to within rounding; points that are equally good may differ."""
+    wide = trial.wide(x)
+    for name, answer in found.items():
+        other = expected[name]
+        error, allowed = (answer - other).abs(), 2 * trial.slack(x) + trial.coarse(x)
+        if name == "lmo":
+            error = (wide * (trial.wide(answer) - trial.wide(other))).sum(1).abs()
+            allowed = 2 * trial.slack(answer, other) * trial.length(x)
+        elif name == "project" and trial.constraint.convex:
+            error = trial.length(answer.double() - other.double())
+            allowed = 2 * trial.slack(answer, other) + trial.coarse(x)
+        elif name == "project":
+            near, nearer = (trial.length(x.double() - y.double()) for y in (answer, other))
+            error = (near - nearer).abs()
+        trial.require(error <= allowed, error, f"`{name}` must be as before, {how}", x)
 
 
 def _check_empty(constraint: Constraint, x: Tensor) -> None:
-    methods: list[Callable[[Tensor], Tensor]] = [constraint.project_, constraint.project]
-    methods += [constraint.lmo] if _has_lmo(constraint) else []
-    methods += [constraint.sample_] if constraint.bounded else []
-    for method in methods:
-        result = method(x)
+    for result in (constraint.project(x), *([constraint.sample_(x)] if constraint.bounded else [])):
         if (result.shape, result.dtype) != (x.shape, x.dtype):
             raise AssertionError(f"must be of shape {tuple(x.shape)}, got {tuple(result.shape)}")
     if (found := constraint.violation(x)).shape != x.shape[:1] or bool((found != 0).any()):
