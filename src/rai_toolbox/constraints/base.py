@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -323,9 +324,9 @@ class Constraint:
             points = readable(block)
             if not self._of_matrices:
                 points = points.reshape(len(points), -1)
-            yield block, points, self._map(lambda _, s, rows=rows: self._aligned(s, x, rows))
+            yield block, points, self._map(partial(self._aligned, x, rows))
 
-    def _aligned(self, setting: Tensor, x: Tensor, rows: slice) -> Tensor:
+    def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
         """A setting in float64, to broadcast against the points of some rows of x."""
         setting = setting.reshape((1,) * (x.ndim - setting.ndim) + setting.shape)
         setting = widened(setting[rows] if len(setting) > 1 else setting)

@@ -99,7 +99,7 @@ def accepts_shards(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def of_any(constraint: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not is_sharded(x):
+        if type(x) in _PLAIN or not is_sharded(x):
             return method(constraint, x, *args, **kwargs)
         # (a batch of that shape without its memory)
         constraint._check_batch(torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape))
