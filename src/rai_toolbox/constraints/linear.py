@@ -154,7 +154,7 @@ class Affine(Constraint):
     ------
     ValueError
         If a setting is not finite or of the wrong shape, or the rows of the matrix are linearly
-        dependent, as far as its dtype tells.
+        dependent, to the precision of its dtype.
 
     Examples
     --------
