@@ -1,13 +1,14 @@
-"""The engine: an optimizer that transforms gradients, steps an inner one, projects parameters."""
+"""The optimizer that transforms gradients, steps an inner one, and projects parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
@@ -19,10 +20,14 @@ from rai_toolbox._torch import (
 )
 from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
 from rai_toolbox.checks import check_number
-from rai_toolbox.optim.gradients import by_device_and_dtype, is_own, with_own_gradient
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import is_zero_on_host, labels
+from rai_toolbox.optim.transforms import Scale, Shift, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
+
+_GRADIENT_HOOK, _PARAMETER_HOOK = "_pre_step_transform_", "_post_step_transform_"
+_SCALE_AND_SHIFT = (Scale("grad_scale"), Shift("grad_bias"))
+_NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
 
 
 class ParamTransformingOptimizer(OptimizerWrapper):
@@ -81,8 +86,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     tensor([ 1.5000, -9.0000], requires_grad=True)
     """
 
-    _divides_by_norms: bool = False
-    """Whether the built-in transform divides gradients by norms of theirs."""
+    _before: tuple[Transform, ...] = ()
+    """What a subclass does to gradients, before the inner step."""
+
+    _after: tuple[Transform, ...] = ()
+    """What a subclass does to parameters, after the inner step."""
 
     def __init__(
         self,
@@ -118,7 +126,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             The parameter group, with all its settings. It is passed by keyword.
         """
         if param.grad is not None:
-            self._transform_gradients_([param], [param.grad], self._group_of_view(optim_group))
+            group = self._group_of_view(optim_group)
+            for transform in self._before:
+                if transform.is_active(group):
+                    transform.apply_([param.grad], [param], group, self)
 
     def _post_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Transform `param` in place, after the inner step. For subclasses to override.
@@ -130,37 +141,48 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         optim_group : dict
             The parameter group, with all its settings. It is passed by keyword.
         """
-        self._project_parameters_([param], self._group_of_view(optim_group))
+        group = self._group_of_view(optim_group)
+        for transform in self._after:
+            if transform.is_active(group):
+                transform.apply_([param], [param], group, self)
 
     def _group_of_view(self, group: Group) -> Group:
-        """The settings that make of a view `(N, d0, ...)` the sub-tensors that it shows."""
-        return {**group, "param_ndim": -1}
-
-    def _transform_gradients_(
-        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
-    ) -> None:
-        """Built-in classes override this: a group's gradients of one device and dtype at once."""
-
-    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
-        """Built-in classes override this: all parameters of a group."""
-
-    def _after_inner_step_(self, group: Group) -> None:
-        """Built-in classes override this: what is to be done once per step and group."""
-
-    def _init_state_(self, group: Group) -> None:
-        """Built-in classes with a state of their own override this: make it, empty."""
+        """The settings by which a view `(N, d0, ...)` has the sub-tensors that it shows."""
+        names = [name for name in self._settings if _base(name) == "param_ndim"]
+        return {**group, **dict.fromkeys(names, -1)}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_number("grad_scale", group["grad_scale"])
-        check_number("grad_bias", group["grad_bias"])
-        check_param_ndim(group["param_ndim"])
-        shown = self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_")
-        if self._sees_elements(group) and not shown:
-            return
+        hooked = self._overrides(_GRADIENT_HOOK) or self._overrides(_PARAMETER_HOOK)
+        for name in self._settings:  # those of a chain's members, too
+            if _base(name) in _NEUTRAL:
+                check_number(name, group[name])
+            elif _base(name) == "param_ndim":
+                check_param_ndim(group[name])
+                if hooked and group[name] != group["param_ndim"]:
+                    raise ValueError(
+                        f"`{name}` must equal `param_ndim`, because the hooks of "
+                        f"{type(self).__name__} get a view of it, got {name}={group[name]} and "
+                        f"param_ndim={group['param_ndim']}"
+                    )
+        transforms = [*without_hooks(self._before), *without_hooks(self._after)]
+        for transform in transforms:
+            transform.check(group)
+        of_sub_tensors = {
+            transform.param_ndim
+            for transform in (*self._before, *self._after)
+            if not transform.is_elementwise(group)
+        }
+        if hooked or not transforms:
+            of_sub_tensors.add("param_ndim")
+        for name in sorted(of_sub_tensors):
+            self._check_shapes(group, group[name])
+
+    def _check_shapes(self, group: Group, param_ndim: int | None) -> None:
+        """Raise if a parameter has no sub-tensors of `param_ndim` dims."""
         for param, label in zip(group["params"], labels(group), strict=True):
             try:
-                sub_ndim(param.ndim, group["param_ndim"])
+                sub_ndim(param.ndim, param_ndim)
             except ValueError as error:
                 raise ValueError(f"{error} ({label})") from None
             if getattr(param, "_fsdp_flattened", False):
@@ -169,18 +191,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                     "flattened by FullyShardedDataParallel; shard it by fully_shard instead"
                 )
 
-    def _sees_elements(self, group: Group) -> bool:
-        """Whether the built-in transforms act on each element, whatever `param_ndim` is."""
-        return False
-
-    def _has_gradient_transform(self, group: Group) -> bool:
-        """Whether the built-in transform changes gradients."""
-        unchanged = ParamTransformingOptimizer._transform_gradients_
-        return type(self)._transform_gradients_ is not unchanged
-
-    def _keeps_zero(self, optim_group: Group) -> bool:
-        """Whether the gradient's transform is elementwise with 0 -> 0: fit for sparse gradients."""
-        return not self._has_gradient_transform(optim_group)
+    def _generators(self) -> dict[str, Generator]:
+        found = {
+            f"{transform.prefix}generator_state": getattr(transform, "generator", None)
+            for transform in without_hooks(self._before)
+        }
+        return {name: generator for name, generator in found.items() if generator is not None}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -207,7 +223,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if not torch.compiler.is_compiling() and self._initializes_state():
                 step_inner(self.inner_opt, None)
                 for group in self.param_groups:
-                    self._init_state_(group)
+                    for transform in without_hooks(self._before):
+                        transform.init_state(group, self)
                 return None
             self._pre_step()
             if torch.compiler.is_compiling() and self._must_break_graph():
@@ -221,7 +238,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _must_break_graph(self) -> bool:
         # Inductor of torch 2.13 fails on CPU ("KeyError: 'buf4'", pytorch #188228 and #196570) if
         # one graph holds norms of rows, a division by them, and an update by the quotients.
-        return self._divides_by_norms and any(
+        return any(each.divides_by_norms for each in without_hooks(self._before)) and any(
             param.device.type == "cpu" for group in self.param_groups for param in group["params"]
         )
 
@@ -236,49 +253,55 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return evaluate
 
     def _pre_step(self) -> None:
+        transforms: tuple[Transform, ...] = (*self._before, *_SCALE_AND_SHIFT)
+        if self._overrides(_GRADIENT_HOOK):
+            transforms = (GradientHook(self), *_SCALE_AND_SHIFT)
         todo = []
         seen: set[int] = set()
         for group in self.param_groups:
-            if self._transforms_gradients(group):
+            active = [transform for transform in transforms if transform.is_active(group)]
+            if active:
                 params = [param for param in group["params"] if param.grad is not None]
                 if not torch.compiler.is_compiling():
-                    params = with_own_gradient(params, seen)
+                    params = _with_own_gradient(params, seen)
                 if params:
-                    todo.append((group, params, self._gradients(params, group)))
-        for group, params, grads in todo:  # now that all gradients are found fit
-            self._transform_group_gradients_(params, grads, group)
+                    todo.append((active, self._gradients(params, group, active), params, group))
+        for active, grads, params, group in todo:  # now that all gradients are found fit
+            for transform in active:
+                transform.apply_(grads, params, group, self)
 
     def _post_step(self) -> None:
+        for param, new_state in self._new_state.items():
+            self.state[param].update(new_state)
+        self._new_state.clear()
+        transforms = self._after
+        if self._overrides(_PARAMETER_HOOK):
+            transforms = (ParameterHook(self),)
         for group in self.param_groups:
-            self._after_inner_step_(group)
-            self._transform_group_parameters_(group["params"], group)
+            for transform in self._after:
+                transform.count_step(group)
+            for transform in transforms:
+                if transform.is_active(group):
+                    transform.apply_(group["params"], group["params"], group, self)
 
-    def _transforms_gradients(self, group: Group) -> bool:
-        return (
-            self._overrides("_pre_step_transform_")
-            or self._has_gradient_transform(group)
-            or group["grad_scale"] != 1.0
-            or group["grad_bias"] != 0.0
-        )
-
-    def _gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
+    def _gradients(
+        self, params: list[Tensor], group: Group, transforms: list[Transform]
+    ) -> list[Tensor]:
         """What there is to transform of each parameter's gradient, fit to be written to."""
         grads: list[Any] = [param.grad for param in params]
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad.layout is not torch.strided:
-                grads[i] = self._sparse_values(param, grad, group)
-            elif torch.is_grad_enabled() or not is_own(grad):
+                grads[i] = self._sparse_values(param, grad, group, transforms)
+            elif torch.is_grad_enabled() or not _is_writable(grad):
                 # (differentiable steps leave the graph's own tensor as it is)
                 grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
         return grads
 
-    def _sparse_values(self, param: Tensor, grad: Tensor, group: Group) -> Tensor:
-        if not (
-            grad.layout is torch.sparse_coo
-            and self._keeps_zero(group)
-            and group["grad_bias"] == 0.0
-            and not self._overrides("_pre_step_transform_")
-        ):
+    def _sparse_values(
+        self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]
+    ) -> Tensor:
+        keep_zero = all(transform.keeps_zero(group) for transform in transforms)
+        if grad.layout is not torch.sparse_coo or not keep_zero:
             label = labels(group)[next(i for i, p in enumerate(group["params"]) if p is param)]
             raise ValueError(
                 f"{type(self).__name__} needs dense gradients (only elementwise transforms "
@@ -287,32 +310,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         param.grad = grad.coalesce()
         return param.grad._values()
 
-    def _transform_group_gradients_(
-        self, params: list[Tensor], grads: list[Tensor], group: Group
-    ) -> None:
-        if self._overrides("_pre_step_transform_"):
-            for param, grad in zip(params, grads, strict=True):
-                self._show_gradient_(param, grad, group)
-        else:
-            for some_params, some_grads in by_device_and_dtype(params, grads):
-                self._transform_gradients_(some_params, some_grads, group)
-        if group["grad_scale"] != 1.0:
-            foreach.mul_(grads, group["grad_scale"])
-        if group["grad_bias"] != 0.0:
-            foreach.add_(grads, group["grad_bias"])
-
-    def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
-        if not self._overrides("_post_step_transform_"):
-            self._project_parameters_(params, group)
-            return
-        for param in params:
-            view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
-            self._post_step_transform_(view, optim_group=group)
-            self._check_in_place("_post_step_transform_", view, param, copied)
-            if copied:
-                param.copy_(view.view(param.shape))
-
-    def _show_gradient_(self, param: Tensor, grad: Tensor, group: Group) -> None:
+    def _call_gradient_hook_(self, param: Tensor, grad: Tensor, group: Group) -> None:
         """Call the documented hook on one parameter and gradient, in their batch view."""
         shape = batch_shape(param.shape, group["param_ndim"])
         grad_view, copied = view_or_copy(grad, shape)
@@ -320,23 +318,30 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if grad.dtype != param.dtype:
             set_grad_dtype(view, grad.dtype)
         view.grad = grad_view
-        outer = self._shown  # where a chain's hook is shown a view, and here a view of that
-        self._shown = param if outer is None else outer
+        outer = self._viewed  # where the hook of a chain sees a view, and here a view of that
+        self._viewed = param if outer is None else outer
         try:
             self._pre_step_transform_(view, optim_group=group)
         finally:
-            self._shown = outer
+            self._viewed = outer
         if view.grad is not grad_view:
             raise ValueError(
                 f"{type(self).__name__}._pre_step_transform_ must write into `param.grad` in "
                 "place, got another tensor assigned to it"
             )
-        self._check_in_place("_pre_step_transform_", grad_view, grad, copied)
+        self._check_in_place(_GRADIENT_HOOK, grad_view, grad, copied)
         if copied:
             grad.copy_(grad_view.view(grad.shape))
 
+    def _call_parameter_hook_(self, param: Tensor, group: Group) -> None:
+        view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
+        self._post_step_transform_(view, optim_group=group)
+        self._check_in_place(_PARAMETER_HOOK, view, param, copied)
+        if copied:
+            param.copy_(view.view(param.shape))
+
     def _check_in_place(self, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
-        # A view that has got other data by `view.data = ...` would not tell the tensor.
+        # New data given to a view by `view.data = ...` does not reach the tensor.
         if copied or view is tensor or not foreach.are_plain([tensor]):
             return
         if not share_memory(view, tensor):
@@ -361,3 +366,112 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
+
+    def _as_member(
+        self, names: Mapping[str, str], prefix: str
+    ) -> tuple[list[Transform], list[Transform]]:
+        """What this optimizer does before and after an inner step, as a member of a chain.
+
+        `names` has the chain's names of the settings that are this member's own.
+        """
+        before: list[Transform] = [each.renamed(names, prefix) for each in self._before]
+        after: list[Transform] = [each.renamed(names, prefix) for each in self._after]
+        hook = {"param_ndim": names.get("param_ndim", "param_ndim"), "prefix": prefix}
+        if self._overrides(_GRADIENT_HOOK):
+            before = [GradientHook(self, tuple(before), dict(names), **hook)]
+        if self._overrides(_PARAMETER_HOOK):
+            after = [ParameterHook(self, tuple(after), dict(names), **hook)]
+        before += [t.renamed(names, prefix) for t in _SCALE_AND_SHIFT if t.setting in names]
+        return before, after
+
+
+@dataclass(frozen=True)
+class _Hook(Transform):
+    """A user's override of a documented hook, which is called with a view of each tensor."""
+
+    owner: ParamTransformingOptimizer
+    replaced: tuple[Transform, ...] = ()
+    """The transforms of its class, whose settings, state and counts stay."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The chain's names of the settings of a member."""
+
+    def renamed(self, names: Mapping[str, str], prefix: str) -> _Hook:
+        renamed = super().renamed(names, prefix)
+        return replace(
+            renamed,
+            replaced=tuple(each.renamed(names, prefix) for each in self.replaced),
+            names={own: names.get(key, key) for own, key in self.names.items()},
+        )
+
+    def apply_(
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        if self.owner is optimizer:
+            self._call(tensors, params, group)
+            return
+        own = {own: group[key] for own, key in self.names.items()}
+        own = {**group, **_NEUTRAL, **own, "param_ndim": group[self.param_ndim]}
+        before = dict(own)
+        self.owner._viewed, self.owner._new_state = optimizer._viewed, optimizer._new_state
+        self.owner._prefix = optimizer._prefix + self.prefix
+        self.owner.inner_opt = optimizer.inner_opt
+        try:
+            self._call(tensors, params, own)
+        finally:
+            del self.owner.inner_opt
+        for name, value in own.items():  # what the hook has written to its group
+            if name not in before or value is not before[name]:
+                group[self.names.get(name, name)] = value
+
+    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
+        raise NotImplementedError
+
+    def count_step(self, group: Group) -> None:
+        for transform in self.replaced:
+            transform.count_step(group)
+
+
+class GradientHook(_Hook):
+    """An override of `_pre_step_transform_`."""
+
+    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
+        for grad, param in zip(tensors, params, strict=True):
+            self.owner._call_gradient_hook_(param, grad, group)
+
+
+class ParameterHook(_Hook):
+    """An override of `_post_step_transform_`."""
+
+    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
+        for param in params:
+            self.owner._call_parameter_hook_(param, group)
+
+
+def without_hooks(transforms: tuple[Transform, ...]) -> Iterator[Transform]:
+    """Transforms, with those that hooks replace in the place of the hooks."""
+    for transform in transforms:
+        if isinstance(transform, _Hook):
+            yield from without_hooks(transform.replaced)
+        else:
+            yield transform
+
+
+def _base(name: str) -> str:
+    """A setting's name without the numbers of a chain's members."""
+    return name.rpartition(".")[2]
+
+
+def _is_writable(grad: Tensor) -> bool:
+    """Whether each element can be written to: not of a conjugate view, nor of an expanded one."""
+    return 0 not in grad.stride() and not (grad.is_complex() and grad.is_conj())
+
+
+def _with_own_gradient(params: list[Tensor], seen: set[int]) -> list[Tensor]:
+    """The parameters whose gradients have not been seen: some may share one tensor."""
+    own = []
+    for param in params:
+        if id(param.grad) not in seen:
+            seen.add(id(param.grad))
+            own.append(param)
+    return own
