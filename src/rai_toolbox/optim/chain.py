@@ -75,7 +75,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     ) -> None:
         if not transforming_optimizers:
             raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
-        members = [_member(each, optimizer_class(InnerOpt)) for each in transforming_optimizers]
+        members = [_member(each, InnerOpt) for each in transforming_optimizers]
         owned = [
             _own_settings(member, given)
             for member, given in zip(members, transforming_optimizers, strict=True)
@@ -84,8 +84,8 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         claims = Counter(_base(name) for settings in owned for name in settings) + Counter(
             _OF_CHAIN.keys()
         )
+        # The name in groups of each setting of a member, by each of its spellings.
         self._keys: dict[str, str] = {}
-        """The name in groups of each setting of a member, by each of its spellings."""
         self._ambiguous = {name for name, n in claims.items() if n > 1} - _OF_CHAIN.keys()
         settings, before, after = {}, [], []
         for i, (member, own) in enumerate(zip(members, owned, strict=True)):
@@ -144,7 +144,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         return super()._repr_name() if is_named else self._composition
 
 
-def _member(given: object, inner: type[Optimizer]) -> ParamTransformingOptimizer:
+def _member(given: object, InnerOpt: object) -> ParamTransformingOptimizer:
     if not (
         isinstance(given, (type, partial))
         and issubclass(optimizer_class(given), ParamTransformingOptimizer)
@@ -159,7 +159,7 @@ def _member(given: object, inner: type[Optimizer]) -> ParamTransformingOptimizer
             raise TypeError(
                 f"`{name}` must be given to the chain, not to a member, got {bound[name]!r}"
             )
-    member: ParamTransformingOptimizer = given(params=MEMBER, InnerOpt=inner)
+    member: ParamTransformingOptimizer = given(params=MEMBER, InnerOpt=InnerOpt)
     return member
 
 

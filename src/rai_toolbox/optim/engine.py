@@ -26,7 +26,7 @@ from rai_toolbox.optim.transforms import Scale, Shift, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 _GRADIENT_HOOK, _PARAMETER_HOOK = "_pre_step_transform_", "_post_step_transform_"
-_SCALE_AND_SHIFT = (Scale("grad_scale"), Shift("grad_bias"))
+_SCALE, _SHIFT = Scale("grad_scale"), Shift("grad_bias")
 _NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
 
 
@@ -143,8 +143,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """
         group = self._group_of_view(optim_group)
         for transform in self._after:
-            if transform.is_active(group):
-                transform.apply_([param], [param], group, self)
+            transform.apply_([param], [param], group, self)
 
     def _group_of_view(self, group: Group) -> Group:
         """The settings by which a view `(N, d0, ...)` has the sub-tensors that it shows."""
@@ -253,13 +252,16 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return evaluate
 
     def _pre_step(self) -> None:
-        transforms: tuple[Transform, ...] = (*self._before, *_SCALE_AND_SHIFT)
-        if self._overrides(_GRADIENT_HOOK):
-            transforms = (GradientHook(self), *_SCALE_AND_SHIFT)
+        hooked = self._overrides(_GRADIENT_HOOK)
+        transforms = (Hook(self, _GRADIENT_HOOK),) if hooked else self._before
         todo = []
         seen: set[int] = set()
         for group in self.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
+            if group["grad_scale"] != 1.0:
+                active.append(_SCALE)
+            if group["grad_bias"] != 0.0:
+                active.append(_SHIFT)
             if active:
                 params = [param for param in group["params"] if param.grad is not None]
                 if not torch.compiler.is_compiling():
@@ -274,15 +276,13 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for param, new_state in self._new_state.items():
             self.state[param].update(new_state)
         self._new_state.clear()
-        transforms = self._after
-        if self._overrides(_PARAMETER_HOOK):
-            transforms = (ParameterHook(self),)
+        hooked = self._overrides(_PARAMETER_HOOK)
+        transforms = (Hook(self, _PARAMETER_HOOK),) if hooked else self._after
         for group in self.param_groups:
             for transform in self._after:
                 transform.count_step(group)
             for transform in transforms:
-                if transform.is_active(group):
-                    transform.apply_(group["params"], group["params"], group, self)
+                transform.apply_(group["params"], group["params"], group, self)
 
     def _gradients(
         self, params: list[Tensor], group: Group, transforms: list[Transform]
@@ -374,37 +374,39 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
         `names` has the chain's names of the settings that are this member's own.
         """
-        before: list[Transform] = [each.renamed(names, prefix) for each in self._before]
-        after: list[Transform] = [each.renamed(names, prefix) for each in self._after]
-        hook = {"param_ndim": names.get("param_ndim", "param_ndim"), "prefix": prefix}
-        if self._overrides(_GRADIENT_HOOK):
-            before = [GradientHook(self, tuple(before), dict(names), **hook)]
-        if self._overrides(_PARAMETER_HOOK):
-            after = [ParameterHook(self, tuple(after), dict(names), **hook)]
-        before += [t.renamed(names, prefix) for t in _SCALE_AND_SHIFT if t.setting in names]
+        parts: list[list[Transform]] = []
+        for hook, declared in ((_GRADIENT_HOOK, self._before), (_PARAMETER_HOOK, self._after)):
+            transforms: list[Transform] = list(declared)
+            if self._overrides(hook):
+                own = {name: name for name in names}
+                transforms = [Hook(self, hook, replaced=declared, names=own)]
+            if hook == _GRADIENT_HOOK:
+                transforms += [each for each in (_SCALE, _SHIFT) if each.setting in names]
+            parts.append([transform.renamed(names, prefix) for transform in transforms])
+        before, after = parts
         return before, after
 
 
 @dataclass(frozen=True)
-class _Hook(Transform):
-    """A user's override of a documented hook, which is called with a view of each tensor."""
+class Hook(Transform):
+    """A user's override of a documented hook, which gets a view of each tensor."""
 
     owner: ParamTransformingOptimizer
+    hook: str
     replaced: tuple[Transform, ...] = ()
     """The transforms of its class, whose settings, state and counts stay."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     """The chain's names of the settings of a member."""
 
-    def renamed(self, names: Mapping[str, str], prefix: str) -> _Hook:
-        renamed = super().renamed(names, prefix)
+    def renamed(self, names: Mapping[str, str], prefix: str) -> Hook:  # noqa: D102
         return replace(
-            renamed,
+            super().renamed(names, prefix),
             replaced=tuple(each.renamed(names, prefix) for each in self.replaced),
             names={own: names.get(key, key) for own, key in self.names.items()},
         )
 
-    def apply_(
+    def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
         if self.owner is optimizer:
@@ -425,33 +427,21 @@ class _Hook(Transform):
                 group[self.names.get(name, name)] = value
 
     def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
-        raise NotImplementedError
+        for tensor, param in zip(tensors, params, strict=True):
+            if self.hook == _GRADIENT_HOOK:
+                self.owner._call_gradient_hook_(param, tensor, group)
+            else:
+                self.owner._call_parameter_hook_(param, group)
 
-    def count_step(self, group: Group) -> None:
+    def count_step(self, group: Group) -> None:  # noqa: D102
         for transform in self.replaced:
             transform.count_step(group)
-
-
-class GradientHook(_Hook):
-    """An override of `_pre_step_transform_`."""
-
-    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
-        for grad, param in zip(tensors, params, strict=True):
-            self.owner._call_gradient_hook_(param, grad, group)
-
-
-class ParameterHook(_Hook):
-    """An override of `_post_step_transform_`."""
-
-    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
-        for param in params:
-            self.owner._call_parameter_hook_(param, group)
 
 
 def without_hooks(transforms: tuple[Transform, ...]) -> Iterator[Transform]:
     """Transforms, with those that hooks replace in the place of the hooks."""
     for transform in transforms:
-        if isinstance(transform, _Hook):
+        if isinstance(transform, Hook):
             yield from without_hooks(transform.replaced)
         else:
             yield transform

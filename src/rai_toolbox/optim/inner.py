@@ -15,18 +15,6 @@ from rai_toolbox import foreach
 
 Closure = Callable[[], Any]
 
-# What torch.optim.Optimizer rebuilds for itself, or a scheduler has put on one instance only.
-_NOT_COPIED = {
-    "step",
-    "_opt_called",
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-}
-
 
 def optimizer_class(InnerOpt: object) -> type[Optimizer]:
     """Class of the optimizer that `InnerOpt` is or makes."""
@@ -140,5 +128,9 @@ def picklable_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def own_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The instance's attributes without those that torch rebuilds and schedulers add."""
-    return {k: v for k, v in optimizer.__dict__.items() if k not in _NOT_COPIED}
+    """The instance's attributes without the hooks, which torch adds, and what schedulers add."""
+    return {
+        name: value
+        for name, value in optimizer.__dict__.items()
+        if name not in ("step", "_opt_called") and not name.startswith("_optimizer_")
+    }

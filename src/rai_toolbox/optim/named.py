@@ -28,7 +28,24 @@ from rai_toolbox.optim.transforms import (
 from rai_toolbox.optim.wrapper import Group, Params
 
 
-class ClampedParameterOptimizer(ParamTransformingOptimizer):
+class _ClampingOptimizer(ParamTransformingOptimizer):
+    def __init__(
+        self,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
+        *,
+        clamp_min: float | None = None,
+        clamp_max: float | None = None,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        param_ndim: int | None = None,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        super().__init__(**constructor_arguments(locals()))
+
+
+class ClampedParameterOptimizer(_ClampingOptimizer):
     """Clamp each element of each parameter to [clamp_min, clamp_max] after the inner step.
 
     ``p <- min(max(p, clamp_min), clamp_max)``, elementwise: the Euclidean projection onto the
@@ -62,23 +79,8 @@ class ClampedParameterOptimizer(ParamTransformingOptimizer):
 
     _after = (Clamp(),)
 
-    def __init__(
-        self,
-        params: Params = None,
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
-        *,
-        clamp_min: float | None = None,
-        clamp_max: float | None = None,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        defaults: Mapping[str, Any] | None = None,
-        param_ndim: int | None = None,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
 
-
-class ClampedGradientOptimizer(ParamTransformingOptimizer):
+class ClampedGradientOptimizer(_ClampingOptimizer):
     """Clamp each element of each gradient to [clamp_min, clamp_max] before the inner step.
 
     ``g <- min(max(g, clamp_min), clamp_max)``, elementwise. NaN stays NaN. A sparse gradient is
@@ -109,21 +111,6 @@ class ClampedGradientOptimizer(ParamTransformingOptimizer):
     """
 
     _before = (Clamp(),)
-
-    def __init__(
-        self,
-        params: Params = None,
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
-        *,
-        clamp_min: float | None = None,
-        clamp_max: float | None = None,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        defaults: Mapping[str, Any] | None = None,
-        param_ndim: int | None = None,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
 
 
 class SignedGradientOptim(ParamTransformingOptimizer):
@@ -165,7 +152,25 @@ class SignedGradientOptim(ParamTransformingOptimizer):
         super().__init__(**constructor_arguments(locals()))
 
 
-class L1NormedGradientOptim(ParamTransformingOptimizer):
+class _NormedGradientOptim(ParamTransformingOptimizer):
+    p: ClassVar[float]
+
+    def __init__(
+        self,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
+        *,
+        param_ndim: int | None = -1,
+        defaults: Mapping[str, Any] | None = None,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        div_by_zero_eps: float = TINY,
+        **inner_opt_kwargs: Any,
+    ) -> None:
+        super().__init__(**constructor_arguments(locals()))
+
+
+class L1NormedGradientOptim(_NormedGradientOptim):
     """Divide each sub-tensor of each gradient by its L1 norm before the inner step.
 
     ``g <- g / max(|g|_1, div_by_zero_eps)``; a sub-tensor of zeros stays zero.
@@ -198,22 +203,8 @@ class L1NormedGradientOptim(ParamTransformingOptimizer):
 
     _before: tuple[Transform, ...] = (Normalize(p),)
 
-    def __init__(
-        self,
-        params: Params = None,
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
-        *,
-        param_ndim: int | None = -1,
-        defaults: Mapping[str, Any] | None = None,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        div_by_zero_eps: float = TINY,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
 
-
-class L2NormedGradientOptim(ParamTransformingOptimizer):
+class L2NormedGradientOptim(_NormedGradientOptim):
     """Divide each sub-tensor of each gradient by its L2 norm before the inner step.
 
     ``g <- g / max(|g|_2, div_by_zero_eps)``: the steepest direction in the L2 norm; a sub-tensor
@@ -246,20 +237,6 @@ class L2NormedGradientOptim(ParamTransformingOptimizer):
     p: ClassVar[float] = 2
 
     _before: tuple[Transform, ...] = (Normalize(p),)
-
-    def __init__(
-        self,
-        params: Params = None,
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
-        *,
-        param_ndim: int | None = -1,
-        defaults: Mapping[str, Any] | None = None,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        div_by_zero_eps: float = TINY,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
 
 
 class L2ProjectedOptim(L2NormedGradientOptim):
@@ -492,8 +469,17 @@ class _FrankWolfeOnBall(ParamTransformingOptimizer):
     That is `epsilon` times the direction that the other transforms make of the gradient.
     """
 
-    def __init__(self, params: Params, **arguments: Any) -> None:
-        super().__init__(params, FrankWolfe, **arguments)
+    def __init__(
+        self,
+        params: Params,
+        *,
+        epsilon: float | type[REQUIRED] = REQUIRED,
+        lr: float | Tensor = 2.0,
+        use_default_lr_schedule: bool = True,
+        param_ndim: int | None = -1,
+        div_by_zero_eps: float = TINY,
+    ) -> None:
+        super().__init__(InnerOpt=FrankWolfe, **constructor_arguments(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -544,18 +530,6 @@ class L1FrankWolfe(_FrankWolfeOnBall):
 
     _before = (LargestSign(), Scale("epsilon"))
 
-    def __init__(
-        self,
-        params: Params,
-        *,
-        epsilon: float | type[REQUIRED] = REQUIRED,
-        lr: float | Tensor = 2.0,
-        use_default_lr_schedule: bool = True,
-        param_ndim: int | None = -1,
-        div_by_zero_eps: float = TINY,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
-
 
 class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
     """Frank-Wolfe on the L2 ball of radius `epsilon`.
@@ -594,18 +568,6 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
 
     _before = (Normalize(2), Scale("epsilon"))
 
-    def __init__(
-        self,
-        params: Params,
-        *,
-        epsilon: float | type[REQUIRED] = REQUIRED,
-        lr: float | Tensor = 2.0,
-        use_default_lr_schedule: bool = True,
-        param_ndim: int | None = -1,
-        div_by_zero_eps: float = TINY,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
-
 
 class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
     """Frank-Wolfe on the Linf ball of radius `epsilon`.
@@ -643,18 +605,6 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
     """
 
     _before = (Sign(), Scale("epsilon"))
-
-    def __init__(
-        self,
-        params: Params,
-        *,
-        epsilon: float | type[REQUIRED] = REQUIRED,
-        lr: float | Tensor = 2.0,
-        use_default_lr_schedule: bool = True,
-        param_ndim: int | None = -1,
-        div_by_zero_eps: float = TINY,
-    ) -> None:
-        super().__init__(**constructor_arguments(locals()))
 
 
 class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
@@ -710,4 +660,5 @@ class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
         div_by_zero_eps: float = TINY,
         generator: Generator = default_generator,
     ) -> None:
-        super().__init__(generator=generator, **constructor_arguments(locals()))
+        arguments = constructor_arguments(locals())
+        L1qNormedGradientOptim.__init__(self, InnerOpt=FrankWolfe, generator=generator, **arguments)

@@ -70,8 +70,8 @@ class SteepestStep(Transform):
 class BallProjection(Projection):
     """The projection onto ball and bounds."""
 
-    def project_(self, params: list[Tensor], group: Group) -> None:  # noqa: D102
-        for param in params:
+    def change_(self, tensors: list[Tensor], group: Group) -> None:  # noqa: D102
+        for param in tensors:
             view, copied = view_or_copy(param, batch_shape_in(param, group, self.param_ndim))
             nearest_(view, group[self.constraint])
             if copied:

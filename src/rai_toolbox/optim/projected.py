@@ -22,7 +22,7 @@ from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection
-from rai_toolbox.optim.wrapper import Group, Params
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 _UNCONSTRAINED = Box(-inf, inf)  # what None stands for
 
@@ -41,12 +41,14 @@ class PeriodicProjection(Projection):
             if type(group[name]) is not int or group[name] < least:
                 raise ValueError(f"`{name}` must be an int >= {least}, got {group[name]!r}")
 
-    def is_active(self, group: Group) -> bool:  # noqa: D102
-        every, warmup = group[self.every], group[self.warmup]
-        if every == 1 and warmup == 0:
-            return True
-        projecting_steps = group[self.steps_taken] - warmup
-        return bool(projecting_steps > 0 and projecting_steps % every == 0)
+    def apply_(  # noqa: D102
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        if group[self.every] != 1 or group[self.warmup] != 0:
+            after_warmup = group[self.steps_taken] - group[self.warmup]
+            if after_warmup <= 0 or after_warmup % group[self.every] != 0:
+                return
+        self.change_(tensors, group)
 
     def count_step(self, group: Group) -> None:  # noqa: D102
         if group[self.every] != 1 or group[self.warmup] != 0:
@@ -155,7 +157,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     def make_feasible_(self) -> None:
         """Project all parameters onto their sets, now."""
         for group in self.param_groups:
-            _PROJECTION.project_(group["params"], group)
+            _PROJECTION.change_(group["params"], group)
 
     def violation(self) -> list[Tensor]:
         """How far each group is outside its set: the largest over its sub-tensors.

@@ -108,7 +108,10 @@ def batch_shape_in(
 
     `param_ndim` is the group's name of that setting.
     """
-    return (1, 1) if param.ndim == 0 else batch_shape(param.shape, group[param_ndim])
+    if param.ndim == 0:
+        return (1, 1)
+    ndim = group[param_ndim]
+    return param.shape if ndim == -1 and param.ndim > 1 else batch_shape(param.shape, ndim)
 
 
 def check_fits(

@@ -69,7 +69,7 @@ class Transform:
         return False
 
     def is_active(self, group: Group) -> bool:
-        """Whether it does anything at this step."""
+        """Whether gradients need it."""
         return True
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
@@ -147,10 +147,6 @@ class Scale(_Elementwise):
     def keeps_zero(self, group: Group) -> bool:
         return True
 
-    def is_active(self, group: Group) -> bool:
-        factor = group[self.setting]
-        return isinstance(factor, Tensor) or factor != 1.0  # a tensor in compiled steps
-
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.mul_(tensors, group[self.setting])
 
@@ -161,8 +157,8 @@ class Shift(_Elementwise):
 
     setting: Key
 
-    def is_active(self, group: Group) -> bool:
-        return bool(group[self.setting] != 0.0)
+    def keeps_zero(self, group: Group) -> bool:
+        return bool(group[self.setting] == 0.0)
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.add_(tensors, group[self.setting])
@@ -215,17 +211,13 @@ class Projection(Transform):
         return constraint is None or constraint.elementwise
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        self.project_(tensors, group)
-
-    def project_(self, params: list[Tensor], group: Group) -> None:
-        """Project, whether or not it is active."""
         if group[self.constraint] is None:
             return
-        views = [view_or_copy(p, batch_shape_in(p, group, self.param_ndim)) for p in params]
+        views = [view_or_copy(x, batch_shape_in(x, group, self.param_ndim)) for x in tensors]
         group[self.constraint].project_each_([view for view, _ in views])
-        for param, (view, copied) in zip(params, views, strict=True):
+        for x, (view, copied) in zip(tensors, views, strict=True):
             if copied:
-                param.copy_(view.view(param.shape))
+                x.copy_(view.view(x.shape))
 
 
 @dataclass(frozen=True)
