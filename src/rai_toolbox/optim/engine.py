@@ -164,18 +164,14 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                         f"{type(self).__name__} get a view of it, got {name}={group[name]} and "
                         f"param_ndim={group['param_ndim']}"
                     )
-        transforms = [*without_hooks(self._before), *without_hooks(self._after)]
-        for transform in transforms:
-            transform.check(group)
-        of_sub_tensors = {
-            transform.param_ndim
-            for transform in (*self._before, *self._after)
-            if not transform.is_elementwise(group)
-        }
+        transforms = (*self._before, *self._after)
+        with_shapes = {each.param_ndim for each in transforms if not each.is_elementwise(group)}
         if hooked or not transforms:
-            of_sub_tensors.add("param_ndim")
-        for name in sorted(of_sub_tensors):
+            with_shapes.add("param_ndim")
+        for name in sorted(with_shapes):
             self._check_shapes(group, group[name])
+        for transform in without_hooks(transforms):
+            transform.check(group)
 
     def _check_shapes(self, group: Group, param_ndim: int | None) -> None:
         """Raise if a parameter has no sub-tensors of `param_ndim` dims."""

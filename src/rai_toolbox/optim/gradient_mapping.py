@@ -48,8 +48,7 @@ class GradientMapping(Transform):
             raise ValueError(f"`{averaging}` must be >= 0 and < 1, got {group[averaging]!r}")
 
     def is_elementwise(self, group: Group) -> bool:  # noqa: D102
-        constraint = group[self.constraint]
-        return constraint is None or constraint.elementwise
+        return bool(getattr(group[self.constraint], "elementwise", True))  # None is, too
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
         if self.is_elementwise(group):

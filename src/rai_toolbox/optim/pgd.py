@@ -36,7 +36,7 @@ class SteepestStep(Transform):
         check_fraction(self.q, group[self.q])
 
     def is_elementwise(self, group: Group) -> bool:  # noqa: D102
-        return bool(group[self.constraint].elementwise)
+        return bool(getattr(group[self.constraint], "elementwise", True))
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper

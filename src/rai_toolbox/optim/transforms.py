@@ -207,8 +207,10 @@ class Projection(Transform):
             check_fits(group[self.constraint], group, self.param_ndim)
 
     def is_elementwise(self, group: Group) -> bool:
-        constraint = group[self.constraint]
-        return constraint is None or constraint.elementwise
+        constraint = group[
+            self.constraint
+        ]  # None, or what `check` is to refuse, constrains nothing
+        return bool(getattr(constraint, "elementwise", True))
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         if group[self.constraint] is None:
