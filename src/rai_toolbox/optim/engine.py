@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, overload
 
@@ -152,26 +152,26 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        hooked = self._overrides(_GRADIENT_HOOK) or self._overrides(_PARAMETER_HOOK)
         for name in self._settings:  # those of a chain's members, too
             if _base(name) in _NEUTRAL:
                 check_number(name, group[name])
             elif _base(name) == "param_ndim":
                 check_param_ndim(group[name])
-                if hooked and group[name] != group["param_ndim"]:
-                    raise ValueError(
-                        f"`{name}` must equal `param_ndim`, because the hooks of "
-                        f"{type(self).__name__} get a view of it, got {name}={group[name]} and "
-                        f"param_ndim={group['param_ndim']}"
-                    )
-        transforms = (*self._before, *self._after)
+        transforms = (*self._transforms(_GRADIENT_HOOK), *self._transforms(_PARAMETER_HOOK))
         with_shapes = {each.param_ndim for each in transforms if not each.is_elementwise(group)}
-        if hooked or not transforms:
-            with_shapes.add("param_ndim")
-        for name in sorted(with_shapes):
+        for name in sorted(with_shapes if transforms else {"param_ndim"}):
             self._check_shapes(group, group[name])
-        for transform in without_hooks(transforms):
+        for transform in transforms:
             transform.check(group)
+
+    def _transforms(self, hook: str) -> tuple[Transform, ...]:
+        """What comes before or after the inner step: what is declared, or a hook in its place."""
+        declared = self._before if hook == _GRADIENT_HOOK else self._after
+        default = getattr(ParamTransformingOptimizer, hook)
+        is_default = getattr(type(self), hook) is default and hook not in self.__dict__
+        if is_default:
+            return declared
+        return (Hook(self, hook, declared, names={name: name for name in self._settings}),)
 
     def _check_shapes(self, group: Group, param_ndim: int | None) -> None:
         """Raise if a parameter has no sub-tensors of `param_ndim` dims."""
@@ -248,8 +248,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return evaluate
 
     def _pre_step(self) -> None:
-        hooked = self._overrides(_GRADIENT_HOOK)
-        transforms = (Hook(self, _GRADIENT_HOOK),) if hooked else self._before
+        transforms = self._transforms(_GRADIENT_HOOK)
         todo = []
         seen: set[int] = set()
         for group in self.param_groups:
@@ -272,12 +271,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for param, new_state in self._new_state.items():
             self.state[param].update(new_state)
         self._new_state.clear()
-        hooked = self._overrides(_PARAMETER_HOOK)
-        transforms = (Hook(self, _PARAMETER_HOOK),) if hooked else self._after
+        transforms = self._transforms(_PARAMETER_HOOK)
         for group in self.param_groups:
-            for transform in self._after:
-                transform.count_step(group)
             for transform in transforms:
+                transform.count_step(group)
                 transform.apply_(group["params"], group["params"], group, self)
 
     def _gradients(
@@ -345,11 +342,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 f"{type(self).__name__}.{hook} must write in place, got new data for `.data`"
             )
 
-    def _overrides(self, hook: str) -> bool:
-        """Whether a user's subclass, or the user on this instance, has overridden a hook."""
-        mine = getattr(ParamTransformingOptimizer, hook)
-        return getattr(type(self), hook) is not mine or hook in self.__dict__
-
     def _initializes_state(self) -> bool:
         """Whether this step is the one by which a distributed checkpoint makes empty state.
 
@@ -370,16 +362,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
         `names` has the chain's names of the settings that are this member's own.
         """
-        parts: list[list[Transform]] = []
-        for hook, declared in ((_GRADIENT_HOOK, self._before), (_PARAMETER_HOOK, self._after)):
-            transforms: list[Transform] = list(declared)
-            if self._overrides(hook):
-                own = {name: name for name in names}
-                transforms = [Hook(self, hook, replaced=declared, names=own)]
-            if hook == _GRADIENT_HOOK:
-                transforms += [each for each in (_SCALE, _SHIFT) if each.setting in names]
-            parts.append([transform.renamed(names, prefix) for transform in transforms])
-        before, after = parts
+        before = [each.renamed(names, prefix) for each in self._transforms(_GRADIENT_HOOK)]
+        after = [each.renamed(names, prefix) for each in self._transforms(_PARAMETER_HOOK)]
+        before += [each.renamed(names, "") for each in (_SCALE, _SHIFT) if each.setting in names]
         return before, after
 
 
@@ -389,18 +374,34 @@ class Hook(Transform):
 
     owner: ParamTransformingOptimizer
     hook: str
-    replaced: tuple[Transform, ...] = ()
+    replaced: tuple[Transform, ...]
     """The transforms of its class, whose settings, state and counts stay."""
 
-    names: Mapping[str, str] = field(default_factory=dict)
-    """The chain's names of the settings of a member."""
+    names: Mapping[str, str]
+    """Under which names the group holds the settings of the owner."""
 
     def renamed(self, names: Mapping[str, str], prefix: str) -> Hook:  # noqa: D102
         return replace(
             super().renamed(names, prefix),
             replaced=tuple(each.renamed(names, prefix) for each in self.replaced),
-            names={own: names.get(key, key) for own, key in self.names.items()},
+            names={
+                own: names.get(key, key)
+                for own, key in self.names.items()
+                if own not in _NEUTRAL or key in names
+            },
         )
+
+    def check(self, group: Group) -> None:  # noqa: D102
+        for transform in without_hooks(self.replaced):
+            name = transform.param_ndim
+            if group[name] != group[self.param_ndim]:
+                raise ValueError(
+                    f"`{name}` must equal `{self.param_ndim}`, because the hooks of "
+                    f"{type(self.owner).__name__} get a view of it, got {name}={group[name]} and "
+                    f"{self.param_ndim}={group[self.param_ndim]}"
+                )
+        for transform in self.replaced:
+            transform.check(group)
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
@@ -409,15 +410,21 @@ class Hook(Transform):
             self._call(tensors, params, group)
             return
         own = {own: group[key] for own, key in self.names.items()}
-        own = {**group, **_NEUTRAL, **own, "param_ndim": group[self.param_ndim]}
+        own = {**group, **_NEUTRAL, **own}
         before = dict(own)
-        self.owner._viewed, self.owner._new_state = optimizer._viewed, optimizer._new_state
-        self.owner._prefix = optimizer._prefix + self.prefix
-        self.owner.inner_opt = optimizer.inner_opt
+        lent = {
+            "inner_opt": optimizer.inner_opt,
+            "_new_state": optimizer._new_state,
+            "_viewed": optimizer._viewed,
+            "_prefix": optimizer._prefix + self.prefix,
+        }
+        for name, value in lent.items():
+            setattr(self.owner, name, value)
         try:
             self._call(tensors, params, own)
         finally:
-            del self.owner.inner_opt
+            for name in lent:
+                delattr(self.owner, name)
         for name, value in own.items():  # what the hook has written to its group
             if name not in before or value is not before[name]:
                 group[self.names.get(name, name)] = value
