@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -13,8 +14,8 @@ from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params
 
-# What the chain has settings of its own for: without a number they are the chain's. A member
-# scales and shifts only if it was told to.
+# Settings that the chain has itself: without a number they are the chain's. A member scales and
+# shifts only if it was given a scale or a bias.
 _OF_CHAIN: dict[str, Any] = {"param_ndim": None, "grad_scale": 1.0, "grad_bias": 0.0}
 
 
@@ -33,8 +34,9 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
 
     Notes
     -----
-    Parameter groups hold the members' settings. A setting that one member has goes by its name
-    (`q`); one that several have goes by the member's number too (`0.clamp_max`, `1.clamp_max`).
+    Parameter groups hold the members' settings. A setting that only one member has is named as
+    there (`q`); if several have it, the member's number comes first (`0.clamp_max`,
+    `1.clamp_max`).
 
     Raises
     ------
@@ -153,6 +155,9 @@ def _member(given: object, InnerOpt: object) -> ParamTransformingOptimizer:
             "`transforming_optimizers` must be ParamTransformingOptimizer classes or partials of "
             f"them, got {given!r}"
         )
+    accepted = inspect.signature(given).parameters
+    if "InnerOpt" not in accepted and all(p.kind is not p.VAR_KEYWORD for p in accepted.values()):
+        raise TypeError(f"`transforming_optimizers` must take an `InnerOpt`, got {given!r}")
     bound = given.keywords if isinstance(given, partial) else {}
     for name in ("params", "InnerOpt"):
         if name in bound:

@@ -44,8 +44,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     Parameters
     ----------
     params : iterable, optional
-        Tensors, named tensors `(name, tensor)`, or dicts that define parameter groups. Left out
-        if, and only if, `InnerOpt` is an instance.
+        Tensors, named tensors `(name, tensor)`, or dicts that define parameter groups. Required,
+        unless `InnerOpt` is an instance.
     InnerOpt : Optimizer class, functools.partial of one, or instance
         The optimizer that updates the parameters. The groups of an instance are used.
     param_ndim : int or None
@@ -55,7 +55,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     grad_bias : float
         Added to each gradient, after its scaling.
     defaults : dict, optional
-        More defaults for all parameter groups; they win over the arguments.
+        More defaults for all parameter groups; they override the arguments.
     **inner_opt_kwargs
         Keyword arguments of `InnerOpt`.
 
@@ -263,7 +263,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                     params = _with_own_gradient(params, seen)
                 if params:
                     todo.append((active, self._gradients(params, group, active), params, group))
-        for active, grads, params, group in todo:  # now that all gradients are found fit
+        for active, grads, params, group in todo:  # all gradients have been checked
             for transform in active:
                 transform.apply_(grads, params, group, self)
 
@@ -280,7 +280,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _gradients(
         self, params: list[Tensor], group: Group, transforms: list[Transform]
     ) -> list[Tensor]:
-        """What there is to transform of each parameter's gradient, fit to be written to."""
+        """The tensors to transform: writable gradients, and the values of sparse ones."""
         grads: list[Any] = [param.grad for param in params]
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad.layout is not torch.strided:
@@ -334,7 +334,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             param.copy_(view.view(param.shape))
 
     def _check_in_place(self, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
-        # New data given to a view by `view.data = ...` does not reach the tensor.
+        # The tensor does not get the data that `view.data = ...` gives to a view of it.
         if copied or view is tensor or not foreach.are_plain([tensor]):
             return
         if not share_memory(view, tensor):
@@ -461,7 +461,10 @@ def _is_writable(grad: Tensor) -> bool:
 
 
 def _with_own_gradient(params: list[Tensor], seen: set[int]) -> list[Tensor]:
-    """The parameters whose gradients have not been seen: some may share one tensor."""
+    """The parameters whose gradients are not in `seen`, which they are added to.
+
+    Parameters may share a gradient, which is transformed once.
+    """
     own = []
     for param in params:
         if id(param.grad) not in seen:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, SGD, Adafactor, Optimizer
+from torch.optim import ASGD, LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.autograd import readable
@@ -21,8 +21,8 @@ from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
 _STEP_ALONG_GRADIENTS = (SGD, ASGD)
-# Their weight decay is no part of the gradient; nor is it where a group says so.
-_DECOUPLED = (Adafactor, *filter(None, [Muon]))
+# Their weight decay is no part of the gradient; so it is in groups with `decoupled_weight_decay`.
+_DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _AVERAGING = 0.9
 
 
@@ -88,7 +88,7 @@ class GradientMapping(Transform):
     def _averages(
         self, grads: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> list[Tensor | None]:
-        """Averages of gradients, these included; None where the average is the gradient itself."""
+        """Averages of gradients, the present ones included; None where it is the gradient."""
         past, name = self._past(group), self._name(optimizer)
         if past == 0.0:
             return [None] * len(params)

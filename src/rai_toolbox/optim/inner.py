@@ -58,7 +58,7 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     if own is not None:
         scheduled = getattr(own, "_wrapped_by_lr_sched", False)
         if not (scheduled and own.__wrapped__ is type(inner).step):
-            return own(*args)  # somebody's replacement, to be called as it is
+            return own(*args)  # a user has replaced it
         inner._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper does
     step = _unhooked_step(type(inner))
     args = (inner, *args)
@@ -67,7 +67,7 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
         changed = pre_hook(inner, args, kwargs)
         if changed is not None:
             args, kwargs = changed
-    # (a closure would see it in the groups)
+    # (not with a closure, which would see the changed groups)
     together = _plain_sgd(inner) if closure is None else []
     for group in together:
         group["foreach"] = True
@@ -132,5 +132,6 @@ def own_state(optimizer: Optimizer) -> dict[str, Any]:
     return {
         name: value
         for name, value in optimizer.__dict__.items()
-        if name not in ("step", "_opt_called") and not name.startswith("_optimizer_")
+        if name not in ("step", "_opt_called")
+        and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
     }

@@ -248,7 +248,7 @@ class L2ProjectedOptim(L2NormedGradientOptim):
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. To be given here or in every parameter group.
+        Radius of the ball, >= 0. Required, here or in every parameter group.
     div_by_zero_eps : float
         See `L2NormedGradientOptim`.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
@@ -299,7 +299,7 @@ class LinfProjectedOptim(SignedGradientOptim):
     Parameters
     ----------
     epsilon : float
-        Radius of the Linf ball, >= 0. To be given here or in every parameter group.
+        Radius of the Linf ball, >= 0. Required, here or in every parameter group.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 
@@ -348,9 +348,9 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
     Parameters
     ----------
     q : float
-        Fraction of entries set to 0, in [0, 1]. To be given here or in every parameter group.
+        Fraction of entries set to 0, in [0, 1]. Required, here or in every parameter group.
     dq : float
-        If > 0, `q` is drawn anew for each parameter at each step, uniformly from
+        If > 0, `q` is drawn for each parameter at each step, uniformly from
         [max(0, q - dq), min(1, q + dq)]. In [0, 1].
     generator : torch.Generator
         Where these draws come from. The state of a generator other than torch's default one is
@@ -501,7 +501,7 @@ class L1FrankWolfe(_FrankWolfeOnBall):
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. To be given here or in every parameter group.
+        Radius of the ball, >= 0. Required, here or in every parameter group.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
@@ -539,7 +539,7 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. To be given here or in every parameter group.
+        Radius of the ball, >= 0. Required, here or in every parameter group.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
@@ -577,7 +577,7 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. To be given here or in every parameter group.
+        Radius of the ball, >= 0. Required, here or in every parameter group.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
@@ -616,7 +616,7 @@ class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. To be given here or in every parameter group.
+        Radius of the ball, >= 0. Required, here or in every parameter group.
     q, dq, generator
         See `TopQGradientOptimizer`.
     lr, use_default_lr_schedule

@@ -65,20 +65,21 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         g \leftarrow g + (y - P(y)) / e, \; y = p - e m, \quad
         p \leftarrow \text{inner step}(p, g), \quad p \leftarrow P(p)
 
-    The first of these is the gradient mapping, which leads to the right point with inner
-    optimizers that scale each element for itself, such as Adam: without it they stop where
-    nothing is optimal, unless the set bounds each element for itself. It takes from g what pushes
-    against the constraint, as told by an average m of recent gradients, and leaves g as it is
-    where the constraint is not active. See the user guide for proof and figures.
+    The first of these is the gradient mapping. Inner optimizers that scale gradients elementwise,
+    such as Adam, need it to converge to a stationary point, unless the set is elementwise, too. It
+    removes from g what pushes against the constraint, as measured by an average m of recent
+    gradients, and leaves g unchanged where the constraint is not active. See the user guide for
+    proof and figures.
 
     Parameters
     ----------
     constraint : Constraint or None
-        The set that each sub-tensor is to be kept in; None leaves parameters free. To be given
+        The set that each sub-tensor is kept in; None leaves parameters unconstrained. Required,
         here or in every parameter group.
     gradient_mapping : bool, optional
-        Whether g is replaced by its gradient mapping. By default it is where it makes a difference
-        to where the optimizer ends: not with SGD and ASGD, nor with sets that bound each element.
+        Whether g is replaced by its gradient mapping. By default it is where that changes the
+        point of convergence: not with SGD and ASGD. On an elementwise
+        set it never is.
     reach : float
         How far the gradient mapping looks ahead, as a share of the length of a sub-tensor:
         ``e = reach * |p| / |g|``. A larger one is quicker without noise, a smaller one is less
@@ -86,12 +87,12 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     averaging : float, optional
         The share of the past in m, ``m <- averaging * m + (1 - averaging) * g``: a larger one is
         less sensitive to noise, and a smaller one quicker where there is none. With 0, m is g, and
-        no m is kept in `state`. By default 0.9; 0 with LBFGS, which lives by differences of exact
-        gradients, and in affine subspaces, through which noise averages out as it is.
+        no m is kept in `state`. By default 0.9; 0 with LBFGS, which needs differences of exact
+        gradients, and in affine subspaces, where the projection is linear and noise averages out.
     every : int
         Project in each `every`-th step only.
     warmup : int
-        Number of first steps that are those of the inner optimizer alone.
+        Number of first steps without gradient mapping and projection.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 

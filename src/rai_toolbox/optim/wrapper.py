@@ -247,15 +247,15 @@ class OptimizerWrapper(Optimizer):
             self.inner_opt = inner_class.__new__(inner_class)
             self.inner_opt.__setstate__(inner_state)
         names = {"state", "param_groups", "defaults"} & state.keys()
-        theirs: dict[str, Any] = {name: state.pop(name) for name in names}
-        if theirs:
-            self.inner_opt.__setstate__(theirs)
+        of_inner: dict[str, Any] = {name: state.pop(name) for name in names}
+        if of_inner:
+            self.inner_opt.__setstate__(of_inner)
         self.__dict__.update(state)
         if "inner_opt" in self.__dict__:
             Optimizer.__setstate__(self, {})
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
-        """A copy of a group in which every setting has a value that keeps its rule."""
+        """A copy of a group, with a value for every setting, checked."""
         given = {name: v for name, v in self._settings.items() if v is not REQUIRED}
         group = given | checked_group(param_group)
         for name in self._settings:
@@ -265,13 +265,13 @@ class OptimizerWrapper(Optimizer):
                     f"group, got a group without it"
                 )
             group[name] = as_plain(group[name])
-        apart = with_names_apart(group)
-        if all(isinstance(param, Tensor) for param in apart["params"]):  # else the inner refuses
-            self._check_group(apart)
+        named = with_names_apart(group)
+        if all(isinstance(param, Tensor) for param in named["params"]):  # else the inner refuses
+            self._check_group(named)
         return group
 
     def _complete_live_groups(self, groups: Sequence[Group]) -> None:
-        """Add the settings that groups lack, in place, once all of them are found right."""
+        """Add the settings that groups lack, in place, after all of them have been checked."""
         completed = [self._completed(group) for group in groups]
         for group, full in zip(groups, completed, strict=True):
             group.update({name: full[name] for name in self._settings})
@@ -285,7 +285,7 @@ class OptimizerWrapper(Optimizer):
 
 
 def as_groups(params: Any) -> list[Any]:
-    """Groups, or what is to be refused as one, of what an optimizer is given as `params`."""
+    """The groups in what an optimizer is given as `params`, which are not checked yet."""
     if params is None:
         raise TypeError("`params` must be given, unless InnerOpt is an instance; got None")
     if isinstance(params, Tensor):
