@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, overload
 
@@ -11,23 +10,16 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox import foreach
-from rai_toolbox._torch import (
-    graph_break,
-    set_grad_dtype,
-    share_memory,
-    use_grad_for_differentiable,
-)
-from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
+from rai_toolbox._torch import graph_break, use_grad_for_differentiable
+from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
-_GRADIENT_HOOK, _PARAMETER_HOOK = "_pre_step_transform_", "_post_step_transform_"
 _SCALE, _SHIFT = Scale("grad_scale"), Shift("grad_bias")
-_NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
 
 
 class ParamTransformingOptimizer(OptimizerWrapper):
@@ -153,11 +145,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         for name in self._settings:  # those of a chain's members, too
-            if _base(name) in _NEUTRAL:
+            if _base(name) in NEUTRAL:
                 check_number(name, group[name])
             elif _base(name) == "param_ndim":
                 check_param_ndim(group[name])
-        transforms = (*self._transforms(_GRADIENT_HOOK), *self._transforms(_PARAMETER_HOOK))
+        transforms = (*self._transforms(GRADIENT_HOOK), *self._transforms(PARAMETER_HOOK))
         with_shapes = {each.param_ndim for each in transforms if not each.is_elementwise(group)}
         for name in sorted(with_shapes if transforms else {"param_ndim"}):
             self._check_shapes(group, group[name])
@@ -166,7 +158,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _transforms(self, hook: str) -> tuple[Transform, ...]:
         """What comes before or after the inner step: what is declared, or a hook in its place."""
-        declared = self._before if hook == _GRADIENT_HOOK else self._after
+        declared = self._before if hook == GRADIENT_HOOK else self._after
         default = getattr(ParamTransformingOptimizer, hook)
         is_default = getattr(type(self), hook) is default and hook not in self.__dict__
         if is_default:
@@ -248,7 +240,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return evaluate
 
     def _pre_step(self) -> None:
-        transforms = self._transforms(_GRADIENT_HOOK)
+        transforms = self._transforms(GRADIENT_HOOK)
         todo = []
         seen: set[int] = set()
         for group in self.param_groups:
@@ -271,7 +263,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for param, new_state in self._new_state.items():
             self.state[param].update(new_state)
         self._new_state.clear()
-        transforms = self._transforms(_PARAMETER_HOOK)
+        transforms = self._transforms(PARAMETER_HOOK)
         for group in self.param_groups:
             for transform in transforms:
                 transform.count_step(group)
@@ -303,45 +295,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         param.grad = grad.coalesce()
         return param.grad._values()
 
-    def _call_gradient_hook_(self, param: Tensor, grad: Tensor, group: Group) -> None:
-        """Call the documented hook on one parameter and gradient, in their batch view."""
-        shape = batch_shape(param.shape, group["param_ndim"])
-        grad_view, copied = view_or_copy(grad, shape)
-        view = view_or_copy(param.detach(), shape)[0]
-        if grad.dtype != param.dtype:
-            set_grad_dtype(view, grad.dtype)
-        view.grad = grad_view
-        outer = self._viewed  # where the hook of a chain sees a view, and here a view of that
-        self._viewed = param if outer is None else outer
-        try:
-            self._pre_step_transform_(view, optim_group=group)
-        finally:
-            self._viewed = outer
-        if view.grad is not grad_view:
-            raise ValueError(
-                f"{type(self).__name__}._pre_step_transform_ must write into `param.grad` in "
-                "place, got another tensor assigned to it"
-            )
-        self._check_in_place(_GRADIENT_HOOK, grad_view, grad, copied)
-        if copied:
-            grad.copy_(grad_view.view(grad.shape))
-
-    def _call_parameter_hook_(self, param: Tensor, group: Group) -> None:
-        view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
-        self._post_step_transform_(view, optim_group=group)
-        self._check_in_place(_PARAMETER_HOOK, view, param, copied)
-        if copied:
-            param.copy_(view.view(param.shape))
-
-    def _check_in_place(self, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
-        # The tensor does not get the data that `view.data = ...` gives to a view of it.
-        if copied or view is tensor or not foreach.are_plain([tensor]):
-            return
-        if not share_memory(view, tensor):
-            raise ValueError(
-                f"{type(self).__name__}.{hook} must write in place, got new data for `.data`"
-            )
-
     def _initializes_state(self) -> bool:
         """Whether this step is the one by which a distributed checkpoint makes empty state.
 
@@ -362,92 +315,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
         `names` has the chain's names of the settings that are this member's own.
         """
-        before = [each.renamed(names, prefix) for each in self._transforms(_GRADIENT_HOOK)]
-        after = [each.renamed(names, prefix) for each in self._transforms(_PARAMETER_HOOK)]
+        before = [each.renamed(names, prefix) for each in self._transforms(GRADIENT_HOOK)]
+        after = [each.renamed(names, prefix) for each in self._transforms(PARAMETER_HOOK)]
         before += [each.renamed(names, "") for each in (_SCALE, _SHIFT) if each.setting in names]
         return before, after
-
-
-@dataclass(frozen=True)
-class Hook(Transform):
-    """A user's override of a documented hook, which gets a view of each tensor."""
-
-    owner: ParamTransformingOptimizer
-    hook: str
-    replaced: tuple[Transform, ...]
-    """The transforms of its class, whose settings, state and counts stay."""
-
-    names: Mapping[str, str]
-    """Under which names the group holds the settings of the owner."""
-
-    def renamed(self, names: Mapping[str, str], prefix: str) -> Hook:  # noqa: D102
-        return replace(
-            super().renamed(names, prefix),
-            replaced=tuple(each.renamed(names, prefix) for each in self.replaced),
-            names={
-                own: names.get(key, key)
-                for own, key in self.names.items()
-                if own not in _NEUTRAL or key in names
-            },
-        )
-
-    def check(self, group: Group) -> None:  # noqa: D102
-        for transform in without_hooks(self.replaced):
-            name = transform.param_ndim
-            if group[name] != group[self.param_ndim]:
-                raise ValueError(
-                    f"`{name}` must equal `{self.param_ndim}`, because the hooks of "
-                    f"{type(self.owner).__name__} get a view of it, got {name}={group[name]} and "
-                    f"{self.param_ndim}={group[self.param_ndim]}"
-                )
-        for transform in self.replaced:
-            transform.check(group)
-
-    def apply_(  # noqa: D102
-        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
-    ) -> None:
-        if self.owner is optimizer:
-            self._call(tensors, params, group)
-            return
-        own = {own: group[key] for own, key in self.names.items()}
-        own = {**group, **_NEUTRAL, **own}
-        before = dict(own)
-        lent = {
-            "inner_opt": optimizer.inner_opt,
-            "_new_state": optimizer._new_state,
-            "_viewed": optimizer._viewed,
-            "_prefix": optimizer._prefix + self.prefix,
-        }
-        for name, value in lent.items():
-            setattr(self.owner, name, value)
-        try:
-            self._call(tensors, params, own)
-        finally:
-            for name in lent:
-                delattr(self.owner, name)
-        for name, value in own.items():  # what the hook has written to its group
-            if name not in before or value is not before[name]:
-                group[self.names.get(name, name)] = value
-
-    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
-        for tensor, param in zip(tensors, params, strict=True):
-            if self.hook == _GRADIENT_HOOK:
-                self.owner._call_gradient_hook_(param, tensor, group)
-            else:
-                self.owner._call_parameter_hook_(param, group)
-
-    def count_step(self, group: Group) -> None:  # noqa: D102
-        for transform in self.replaced:
-            transform.count_step(group)
-
-
-def without_hooks(transforms: tuple[Transform, ...]) -> Iterator[Transform]:
-    """Transforms, with those that hooks replace in the place of the hooks."""
-    for transform in transforms:
-        if isinstance(transform, Hook):
-            yield from without_hooks(transform.replaced)
-        else:
-            yield transform
 
 
 def _base(name: str) -> str:
