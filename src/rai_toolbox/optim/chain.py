@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.inner import optimizer_class
+from rai_toolbox.optim.settings import base_name
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params
 
 # Settings that the chain has itself: without a number they are the chain's. A member scales and
@@ -78,28 +79,21 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         if not transforming_optimizers:
             raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
         members = [_member(each, InnerOpt) for each in transforming_optimizers]
-        owned = [
-            _own_settings(member, given)
-            for member, given in zip(members, transforming_optimizers, strict=True)
-        ]
         # The names in a nested chain that have a number already get another one: 0.1.clamp_max.
-        claims = Counter(_base(name) for settings in owned for name in settings) + Counter(
-            _OF_CHAIN.keys()
-        )
-        # The name in groups of each setting of a member, by each of its spellings.
-        self._keys: dict[str, str] = {}
+        claims = Counter([*_OF_CHAIN, *(base_name(name) for _, own in members for name in own)])
         self._ambiguous = {name for name, n in claims.items() if n > 1} - _OF_CHAIN.keys()
+        self._keys: dict[str, str] = {}  # names in groups of members' settings, by each spelling
         settings, before, after = {}, [], []
-        for i, (member, own) in enumerate(zip(members, owned, strict=True)):
-            names = {name: name if claims[_base(name)] == 1 else f"{i}.{name}" for name in own}
-            settings.update({names[name]: value for name, value in own.items()})
+        for i, (member, own) in enumerate(members):
+            names = {name: name if claims[base_name(name)] == 1 else f"{i}.{name}" for name in own}
             for name, key in names.items():
+                settings[key] = own[name]
                 self._keys.update({f"{i}.{name}": key, key: key})
-            of_member = member._as_member(names, f"{i}.")
-            before += of_member[0]
-            after += of_member[1]
+            member_before, member_after = member._as_member(names, f"{i}.")
+            before += member_before
+            after += member_after
         self._before, self._after = (*before, *self._before), (*after, *self._after)
-        self._composition = " ○ ".join(member._repr_name() for member in reversed(members))
+        self._composition = " ○ ".join(member._repr_name() for member, _ in reversed(members))
         super().__init__(
             params,
             InnerOpt,
@@ -114,7 +108,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         inner = self.__dict__.get("inner_opt")
         of_inner = set() if inner is None else inner.defaults.keys() - self._settings.keys()
         for name in sorted(self._ambiguous & group.keys() - of_inner):
-            spelled = [key for key in dict.fromkeys(self._keys.values()) if _base(key) == name]
+            spelled = [key for key in dict.fromkeys(self._keys.values()) if base_name(key) == name]
             raise ValueError(
                 f"`{name}` must be spelled as one of {', '.join(spelled)}, because several "
                 f"members have it; got {name}={group[name]!r}"
@@ -146,7 +140,8 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         return super()._repr_name() if is_named else self._composition
 
 
-def _member(given: object, InnerOpt: object) -> ParamTransformingOptimizer:
+def _member(given: Any, InnerOpt: object) -> tuple[ParamTransformingOptimizer, dict[str, Any]]:
+    """A member, and the settings that count for it alone: those that the chain does not have."""
     if not (
         isinstance(given, (type, partial))
         and issubclass(optimizer_class(given), ParamTransformingOptimizer)
@@ -165,20 +160,9 @@ def _member(given: object, InnerOpt: object) -> ParamTransformingOptimizer:
                 f"`{name}` must be given to the chain, not to a member, got {bound[name]!r}"
             )
     member: ParamTransformingOptimizer = given(params=MEMBER, InnerOpt=InnerOpt)
-    return member
-
-
-def _own_settings(member: ParamTransformingOptimizer, given: Any) -> dict[str, Any]:
-    """The settings that count for one member only: what the chain does not say for all."""
-    bound = given.keywords if isinstance(given, partial) else {}
-    return {
+    return member, {
         name: value
         for name, value in member._settings.items()
         if name not in _OF_CHAIN
         or (name in bound if name == "param_ndim" else value != _OF_CHAIN[name])
     }
-
-
-def _base(name: str) -> str:
-    """A setting's name without the numbers of members."""
-    return name.rpartition(".")[2]

@@ -15,7 +15,7 @@ from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner
-from rai_toolbox.optim.settings import is_zero_on_host, labels
+from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -139,15 +139,15 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _group_of_view(self, group: Group) -> Group:
         """The settings by which a view `(N, d0, ...)` has the sub-tensors that it shows."""
-        names = [name for name in self._settings if _base(name) == "param_ndim"]
+        names = [name for name in self._settings if base_name(name) == "param_ndim"]
         return {**group, **dict.fromkeys(names, -1)}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         for name in self._settings:  # those of a chain's members, too
-            if _base(name) in NEUTRAL:
+            if base_name(name) in NEUTRAL:
                 check_number(name, group[name])
-            elif _base(name) == "param_ndim":
+            elif base_name(name) == "param_ndim":
                 check_param_ndim(group[name])
         transforms = (*self._transforms(GRADIENT_HOOK), *self._transforms(PARAMETER_HOOK))
         with_shapes = {each.param_ndim for each in transforms if not each.is_elementwise(group)}
@@ -319,11 +319,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         after = [each.renamed(names, prefix) for each in self._transforms(PARAMETER_HOOK)]
         before += [each.renamed(names, "") for each in (_SCALE, _SHIFT) if each.setting in names]
         return before, after
-
-
-def _base(name: str) -> str:
-    """A setting's name without the numbers of a chain's members."""
-    return name.rpartition(".")[2]
 
 
 def _is_writable(grad: Tensor) -> bool:

@@ -29,6 +29,8 @@ from rai_toolbox.optim.wrapper import Group, Params
 
 
 class _ClampingOptimizer(ParamTransformingOptimizer):
+    """The constructor of the two classes that clamp."""
+
     def __init__(
         self,
         params: Params = None,
@@ -153,6 +155,8 @@ class SignedGradientOptim(ParamTransformingOptimizer):
 
 
 class _NormedGradientOptim(ParamTransformingOptimizer):
+    """The constructor of the classes that normalize; their order is `p`."""
+
     p: ClassVar[float]
 
     def __init__(

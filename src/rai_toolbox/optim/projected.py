@@ -181,7 +181,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_gradients(diagnosis.kkt_residual, torch.linalg.vector_norm)
+        return self._of_groups(diagnosis.kkt_residual, torch.linalg.vector_norm, gradients=True)
 
     def active_fraction(self) -> list[Tensor]:
         """Share of a group's sub-tensors that a small step along -g takes out of their set.
@@ -192,8 +192,10 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_gradients(
-            lambda x, g, c: diagnosis.active_mask(x, g, c).double().flatten(), torch.mean
+        return self._of_groups(
+            lambda x, g, c: diagnosis.active_mask(x, g, c).double().flatten(),
+            torch.mean,
+            gradients=True,
         )
 
     def frank_wolfe_gap(self) -> list[Tensor]:
@@ -206,17 +208,13 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_gradients(
+        return self._of_groups(
             lambda x, g, c: (
                 x.new_tensor(inf) if c is _UNCONSTRAINED else diagnosis.frank_wolfe_gap(x, g, c)
             ),
             torch.sum,
+            gradients=True,
         )
-
-    def _of_gradients(
-        self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
-        return self._of_groups(of, total, gradients=True)
 
     @torch.no_grad()
     def _of_groups(

@@ -42,6 +42,11 @@ def constructor_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def base_name(name: str) -> str:
+    """A setting's name without the numbers of a chain's members: `q` for `0.1.q`."""
+    return name.rpartition(".")[2]
+
+
 def labels(group: Mapping[str, Any]) -> list[str]:
     """What errors call the parameters of a group: their names, where they have any."""
     return [

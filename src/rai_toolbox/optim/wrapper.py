@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
 from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
-from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, with_names_apart
+from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name, with_names_apart
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
@@ -220,7 +220,7 @@ class OptimizerWrapper(Optimizer):
                     f"`state_dict` must have {len(live['params'])} parameters in group {i}, got "
                     f"{len(new['params'])}"
                 )
-            group = {k: None if _is_generator_state(k) else v for k, v in new.items()}
+            group = {k: None if base_name(k) == "generator_state" else v for k, v in new.items()}
             device = live["params"][0].device if live["params"] else None
             ours = {name: group.get(name, live[name]) for name in self._settings}
             ours = {k: as_plain(v) for k, v in as_loaded(ours, device).items()}
@@ -318,10 +318,6 @@ def _in_order(params: Any) -> list[Any]:
     if not isinstance(params, Iterable):
         raise TypeError(f"`params` must be an iterable, got {params!r}")
     return list(params)
-
-
-def _is_generator_state(name: str) -> bool:
-    return name.rpartition(".")[2] == "generator_state"
 
 
 def _checked_state(name: str, state: Any, generator: Generator) -> Tensor:
