@@ -50,6 +50,20 @@ def check_non_negative(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be >= 0, got {value!r}")
 
 
+def check_positive(name: str, value: object) -> float:
+    """Return `value` if it is a finite number > 0."""
+    number = check_finite(name, value)
+    if number == 0:
+        raise ValueError(f"`{name}` must be > 0, got {value!r}")
+    return number
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
+
+
 def check_fraction(name: str, value: object) -> None:
     """Raise unless `value` is a number in [0, 1]."""
     if not 0 <= check_number(name, value) <= 1:
