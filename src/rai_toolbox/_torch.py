@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 )
 
 __all__ = [
-    "BATCH_NORMS",
+    "NORMALIZATIONS",
     "Muon",
     "compile_apart",
     "foreach_add_",
@@ -50,8 +50,12 @@ get_value: Callable[[Tensor], Any] = _get_value
 
 Muon: type | None = getattr(torch.optim, "Muon", None)  # from torch 2.9 on
 
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
-"""Base class of all batch and instance normalizations."""
+NORMALIZATIONS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # the base class of batch and instance normalizations
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
 
 
 def has_global_step_hooks() -> bool:
