@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.optim.optimizer import (
-    _get_value,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-    _use_grad_for_differentiable,
-)
+from torch.optim import optimizer as torch_optimizer
 
 __all__ = [
     "NORMALIZATIONS",
@@ -42,11 +37,16 @@ __all__ = [
 
 # Optimizers
 
-use_grad_for_differentiable = _use_grad_for_differentiable
+use_grad_for_differentiable: Callable[..., Any] = getattr(
+    torch_optimizer, "_use_grad_for_differentiable", torch.no_grad()
+)
 """Decorator of `step`: grad mode is on in it only if the optimizer is differentiable."""
 
-get_value: Callable[[Tensor], Any] = _get_value
-"""A number of a tensor; the tensor itself while torch.compile traces."""
+
+def get_value(tensor: Tensor) -> Any:
+    """The number in a tensor; the tensor itself while torch.compile traces."""
+    return tensor if torch.compiler.is_compiling() else tensor.item()
+
 
 Muon: type | None = getattr(torch.optim, "Muon", None)  # from torch 2.9 on
 
@@ -59,8 +59,9 @@ NORMALIZATIONS: tuple[type[nn.Module], ...] = (
 
 
 def has_global_step_hooks() -> bool:
-    """Whether somebody hooks the steps of all optimizers."""
-    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    """Whether hooks are registered for the steps of all optimizers."""
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    return any(getattr(torch_optimizer, name, None) for name in names)
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,8 +76,8 @@ def without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
 
     The decorator breaks the graphs of torch.compile.
     """
-    decorated = step.__code__ is use_grad_for_differentiable(graph_break).__code__
-    return step.__wrapped__ if decorated else step  # type: ignore[attr-defined, no-any-return]
+    decorated = getattr(step, "__code__", None) is use_grad_for_differentiable(graph_break).__code__
+    return step.__wrapped__ if decorated else step  # type: ignore[attr-defined]
 
 
 def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:
@@ -90,7 +91,7 @@ def mark_stepped(optimizer: Any) -> None:
 
 
 def set_grad_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
-    """Let a tensor have gradients of another dtype; torch 2.6 and older check no dtype."""
+    """Allow a tensor gradients of another dtype; torch 2.6 allows any."""
     if hasattr(tensor, "grad_dtype"):
         tensor.grad_dtype = dtype
 

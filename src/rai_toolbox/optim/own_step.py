@@ -75,7 +75,8 @@ class OwnStepOptimizer(Optimizer):
         float or None
             What the closure returned.
         """
-        return self._step(closure)
+        loss: float | None = self._step(closure)
+        return loss
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = evaluated(closure)

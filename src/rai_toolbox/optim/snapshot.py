@@ -23,8 +23,9 @@ class Snapshot:
         self._tensors = dict(_named_values(optimizer))
         self._values = copies(optimizer)
         self._random = torch.get_rng_state()
-        wrapper = isinstance(optimizer, OptimizerWrapper)
-        self._generators = optimizer._extra_state() if wrapper else {}
+        self._generators: dict[str, Tensor] = {}
+        if isinstance(optimizer, OptimizerWrapper):
+            self._generators = optimizer._extra_state()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -39,8 +40,8 @@ class Snapshot:
             if tensor.layout is not torch.strided or 0 not in tensor.stride():
                 tensor.copy_(self._values[name])
         torch.set_rng_state(self._random)
-        if self._generators:
-            self._optimizer._load_extra_state(self._generators)  # type: ignore[attr-defined]
+        if isinstance(self._optimizer, OptimizerWrapper):
+            self._optimizer._load_extra_state(self._generators)
 
     @torch.no_grad()
     def difference(self, others: Mapping[str, Tensor]) -> str:
