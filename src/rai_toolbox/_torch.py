@@ -11,30 +11,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.optim import optimizer as torch_optimizer
 
-__all__ = [
-    "NORMALIZATIONS",
-    "Muon",
-    "compile_apart",
-    "foreach_add_",
-    "foreach_clamp_max_",
-    "foreach_clamp_min_",
-    "foreach_mul_",
-    "get_value",
-    "graph_break",
-    "graph_breaks",
-    "has_global_step_hooks",
-    "in_function_transform",
-    "is_wrapped_by_scheduler",
-    "lookup_backend",
-    "mark_stepped",
-    "not_compiled",
-    "set_grad_dtype",
-    "share_memory",
-    "unhooked",
-    "use_grad_for_differentiable",
-    "without_grad_mode",
-]
-
 # Optimizers
 
 use_grad_for_differentiable: Callable[..., Any] = getattr(

@@ -14,12 +14,7 @@ from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
-from rai_toolbox.optim.settings import (
-    batch_shape_in,
-    check_fits,
-    is_zero_on_host,
-    with_names_apart,
-)
+from rai_toolbox.optim.settings import batch_shape_in, check_fits, is_zero_on_host, with_names_apart
 from rai_toolbox.optim.wrapper import Group, Params
 
 

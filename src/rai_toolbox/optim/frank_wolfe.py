@@ -19,19 +19,9 @@ from rai_toolbox.checks import (
 )
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import complete
+from rai_toolbox.optim import frank_wolfe_steps as oracle_steps
 from rai_toolbox.optim.diagnosis import frank_wolfe_gap
-from rai_toolbox.optim.frank_wolfe_steps import (
-    as_batches,
-    interpolate_,
-    line_search_,
-    segment_of,
-)
-from rai_toolbox.optim.own_step import (
-    OwnStepOptimizer,
-    check_lr_value,
-    device_of,
-    evaluated,
-)
+from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value, device_of, evaluated
 from rai_toolbox.optim.settings import (
     TINY,
     check_constraint,
@@ -40,16 +30,6 @@ from rai_toolbox.optim.settings import (
     with_names_apart,
 )
 from rai_toolbox.optim.wrapper import Group, Params
-
-# Settings that a group without a constraint lacks, unless they are given: an optimizer around this
-# one may have its own settings of these names.
-_WITH_CONSTRAINT: Group = {
-    "constraint": None,
-    "param_ndim": -1,
-    "smoothness": None,
-    "line_search": False,
-    "initial_step": 0,
-}
 
 
 class FrankWolfe(OwnStepOptimizer):
@@ -163,28 +143,27 @@ class FrankWolfe(OwnStepOptimizer):
             "line_search": line_search,
             "initial_step": initial_step,
         }
-        if constraint is None:
-            for name, value in _WITH_CONSTRAINT.items():
-                if defaults[name] is value:
-                    del defaults[name]
+        if constraint is None and param_ndim == -1:
+            del defaults["param_ndim"]  # an optimizer around this one may have its own
         super().__init__(params, defaults)
 
     def _completed(self, group: Mapping[str, Any]) -> Group:
-        constrained = group.get("constraint") is not None
-        return super()._completed({**(_WITH_CONSTRAINT if constrained else {}), **group})
+        if group.get("constraint") is not None:
+            group = {"param_ndim": -1, **group}
+        return super()._completed(group)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_lr(group)
         _check_step_size(group)
-        constraint = group.get("constraint")
+        constraint = group["constraint"]
         if constraint is not None:
             _check_oracle(constraint)
             check_fits(constraint, with_names_apart(group))
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         super()._check_groups(groups)
-        found = [group.get("line_search", False) for group in groups]
+        found = [group["line_search"] for group in groups]
         if len(set(found)) > 1:
             raise ValueError(f"`line_search` must be the same in all groups, got {found}")
 
@@ -206,14 +185,14 @@ class FrankWolfe(OwnStepOptimizer):
             If a group has no constraint.
         """
         for i, group in enumerate(self.param_groups):
-            if group.get("constraint") is None:
+            if group["constraint"] is None:
                 raise ValueError(f"`gap` needs a constraint in every group, got none in group {i}")
         return [_gap(group) for group in self.param_groups]
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         for group in self.param_groups:
             check_lr(group)
-        if any(group.get("line_search") for group in self.param_groups):
+        if any(group["line_search"] for group in self.param_groups):
             return self._search(closure)
         return super()._step(closure)
 
@@ -230,7 +209,7 @@ class FrankWolfe(OwnStepOptimizer):
             if param.grad is not None:
                 state = self.state[param]
                 if not state:
-                    done = group.get("initial_step", 0)
+                    done = group["initial_step"]
                     state["step"] = torch.full((), done, dtype=torch.float32)
                 params.append(param)
                 steps.append(state["step"])
@@ -247,8 +226,8 @@ class FrankWolfe(OwnStepOptimizer):
             params: list[Tensor] = []
             self._init_group(group, params, [])
             if not is_zero_on_host(group["lr"]):
-                segments += [segment_of(param, group) for param in params]
-        if line_search_(segments, loss, closure):
+                segments += [oracle_steps.segment_of(param, group) for param in params]
+        if oracle_steps.line_search_(segments, loss, closure):
             for segment in segments:
                 self.state[segment.param]["step"] += 1
         return loss
@@ -258,19 +237,21 @@ def _gap(group: Group) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device_of(group))
     for param in group["params"]:
         if param.grad is not None:
-            constraint, x, gradient = as_batches(param, group)
+            constraint, x, gradient = oracle_steps.as_batches(param, group)
             total += complete(frank_wolfe_gap(x, gradient, constraint)).to(total)
     return total
 
 
 def _move_(param: Tensor, step: Tensor, group: Group) -> None:
-    if group.get("constraint") is None:
+    if group["constraint"] is None:
         _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
-    elif group.get("smoothness") is None:
-        constraint, x, gradient = as_batches(param, group)
-        interpolate_(param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group))
+    elif group["smoothness"] is None:
+        constraint, x, gradient = oracle_steps.as_batches(param, group)
+        oracle_steps.interpolate_(
+            param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group)
+        )
     elif not is_zero_on_host(group["lr"]):
-        segment = segment_of(param, group)
+        segment = oracle_steps.segment_of(param, group)
         segment.go_(segment.short_step(group["smoothness"]))
     if torch.compiler.is_compiling() or not is_zero_on_host(group["lr"]):
         step += 1  # a step of size 0 does not count: the schedule starts with the first move
@@ -311,19 +292,19 @@ def _check_step_size(group: Group) -> None:
         f"{name}={group[name]!r}" for name in ("line_search", "smoothness") if group.get(name)
     ]
     scheduled = group["use_default_lr_schedule"]
-    if adaptive and group.get("constraint") is None:
+    if adaptive and group["constraint"] is None:
         raise ValueError(f"`constraint` must be given with {adaptive[0]}, got None")
     if adaptive and not scheduled:
         raise ValueError(
             f"`use_default_lr_schedule` must be True (no constant step) with {adaptive[0]}, got "
             f"{scheduled!r}"
         )
-    done = group.get("initial_step", 0)
+    done = group["initial_step"]
     if done and (adaptive or not scheduled):
         other = adaptive[0] if adaptive else "use_default_lr_schedule=False"
         raise ValueError(f"`initial_step` must be 0 without the schedule ({other}), got {done!r}")
     scaling = group["lmo_scaling_factor"]
-    if group.get("constraint") is not None and scaling != 1:
+    if group["constraint"] is not None and scaling != 1:
         raise ValueError(
             "`lmo_scaling_factor` must be 1 with a constraint (or steps would lead outside), got "
             f"{scaling!r}"

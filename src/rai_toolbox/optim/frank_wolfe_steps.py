@@ -58,7 +58,7 @@ def segment_of(param: Tensor, group: Group) -> Segment:
     end = constraint.lmo(gradient).to(x.dtype)
     offset = widened(x) - widened(end)
     # (a line search writes to the parameter at each trial)
-    start = x.clone() if group.get("line_search") else x
+    start = x.clone() if group["line_search"] else x
     gap, square = (_inner(other, offset, constraint) for other in (gradient, offset))
     return Segment(param, group, start, end, gap, square)
 
@@ -96,7 +96,7 @@ def line_search_(segments: list[Segment], loss: Any, closure: Callable[[], Any])
         return False
     square = sum(float(complete(segment.square.sum())) for segment in segments)
     full_step = gap / max(square, TINY)  # the smoothness with which the step is the whole segment
-    last = [segment.group.get("smoothness") for segment in segments]
+    last = [segment.group["smoothness"] for segment in segments]
     smoothness = [
         full_step if known is None else max(_DECREASE * known, full_step / 1024) for known in last
     ]
