@@ -72,6 +72,7 @@ def compiled(
     -----
     On CPU, gradient transforms that divide by norms are a graph of their own, because torch 2.13
     cannot compile them together with the update. Compiled and eager steps agree within rounding.
+    Before torch 2.13 at most 8 steps per process are compiled; others stay eager.
     `APGD` and `TopQGradientOptimizer` with ``dq > 0`` stay eager, and so do sets whose projection
     iterates: `SpectralBall`, `NuclearBall`, `Intersection`, `BoxSection`, and `BoundedBall` of a
     ball other than `LinfBall`.
