@@ -520,6 +520,18 @@ def test_a_learning_rate_of_0_with_rows_that_have_no_gradient_yet(inner):
     same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), change=rest)
 
 
+def test_differentiable_steps_are_eager():
+    optimizer = SGD([torch.ones(2, requires_grad=True).clone()], lr=0.1, differentiable=True)
+    step = compiled(optimizer, backend="eager")
+    (param,) = optimizer.param_groups[0]["params"]
+    param.retain_grad()
+    for _ in range(3):
+        param.grad = torch.ones(2)
+        step()
+    assert step.graphs == 0
+    assert param.tolist() == pytest.approx([0.7, 0.7])
+
+
 def test_every_and_warmup_leave_no_trace_in_the_group():
     def make():
         return ProjectedOptimizer(

@@ -49,7 +49,7 @@ def compiled(
     or if the compiler fails, one warning says so and all later steps are eager. This needs memory
     for two more copies of parameters, gradients and state, during that step only.
 
-    Steps with a closure, and with a learning rate of 0, are eager.
+    Steps with a closure, with a learning rate of 0, and differentiable ones are eager.
 
     Parameters
     ----------
@@ -111,7 +111,6 @@ class _CompiledStep:
         self._hooked_step = Optimizer.profile_hook_step(self._step)
         self._eager_step = unhooked(type(optimizer).step)
         traced_step = without_grad_mode(self._eager_step)
-        self._sets_grad_mode = traced_step is not self._eager_step
         self._graph_step = compile_apart(lambda: traced_step(optimizer), backend=self._compile)
 
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -128,10 +127,13 @@ class _CompiledStep:
         if own is not None and not is_wrapped_by_scheduler(own):
             return False  # somebody has replaced the step of this instance
         # Torch's formulas for tensor learning rates, such as Adam's, divide by them.
-        return not any(is_zero_on_host(group.get("lr")) for group in self.optimizer.param_groups)
+        return not any(
+            is_zero_on_host(group.get("lr")) or group.get("differentiable")
+            for group in self.optimizer.param_groups
+        )
 
     def _step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """The step between its hooks, which may have given it a closure."""
+        """The step without its hooks; a hook may have given it a closure."""
         if args or kwargs:
             return self._eager_step(optimizer, *args, **kwargs)
         if self._captures:
@@ -168,7 +170,7 @@ class _CompiledStep:
         return result
 
     def _try_step(self) -> str:
-        """Compile and run a step; what went wrong, if anything did."""
+        """Compile and run a step; return the reason if that failed, else an empty string."""
         for group in self.optimizer.param_groups:
             constraint = group.get("constraint")
             if _is_slow_to_trace(constraint):
@@ -213,9 +215,8 @@ class _CompiledStep:
             kept = {"capturable", *tensors} & group.keys()  # (torch sets that while it traces)
             originals.append((group, {name: group[name] for name in kept}))
             group.update(tensors)
-        grad_mode = self._sets_grad_mode and self.optimizer.defaults["differentiable"]
         try:
-            with torch.set_grad_enabled(grad_mode):
+            with torch.no_grad():
                 return self._graph_step()
         finally:
             for group, original in originals:

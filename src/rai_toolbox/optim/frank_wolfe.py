@@ -38,23 +38,21 @@ class FrankWolfe(OwnStepOptimizer):
     .. math::
         p \leftarrow (1 - a) p + a s, \quad s \in \arg\min_{s \in C} \langle g, s \rangle
 
-    With a `constraint` C, which must be bounded and convex and have an oracle, all iterates are in
-    C, from the first step on if that has a = 1, else from a start in C; `gap` bounds what is left
-    to gain (Frank & Wolfe, 1956; Jaggi, 2013). There is no projection: out of other sets than
-    boxes the rounding of sums leads by about 1e-6 of their size in 1,000 steps in float32, and by
-    percents in bfloat16 and float16. The step size a is one of
+    The `constraint` C must be bounded and convex and have an oracle. All iterates are in C if the
+    start is, and otherwise after a first step with a = 1; `gap` is an upper bound of f - min f
+    (Frank & Wolfe, 1956; Jaggi, 2013). There is no projection: in sets other than boxes, rounding
+    errors add up to a violation of about 1e-6 of the size of C in 1,000 steps in float32, and of
+    some percent in bfloat16 and float16. The step size a is one of
 
     - the schedule ``lr / (lr + k)``, where k = 0, 1, ... counts the steps of each parameter: with
-      lr = 2 ``f - min f`` falls like 1/k for any smooth convex f. The first step, where a = 1,
-      forgets the start, unless `initial_step` says that so many steps count as done;
-    - `lr`, where `use_default_lr_schedule` is False;
-    - the short step ``min(1, <g, p - s> / (L |p - s|^2))``, where `smoothness` is L: f never rises.
-      Each sub-tensor has its own a (each element, in a set that bounds elements alone), which is
-      right for any f: the bound ``f + <g, move> + L/2 |move|^2`` is a sum of one part for each, and
-      a common a could not bring it lower;
-    - that of a `line_search`, which is the short step with an L that it finds (Pedregosa, Negiar,
-      Askari & Jaggi, 2020): from .9 times the last one on it is doubled until f falls as much as
-      the bound says.
+      lr = 2, ``f - min f`` falls like 1/k for any smooth convex f. The first step has a = 1 and
+      does not depend on the start, unless `initial_step` is given;
+    - `lr`, if `use_default_lr_schedule` is False;
+    - the short step ``min(1, <g, p - s> / (L |p - s|^2))``, with L = `smoothness`: f never rises.
+      Each sub-tensor has its own a (each element, in an elementwise set), because the upper bound
+      ``f + <g, move> + L/2 |move|^2`` is a sum with one term for each;
+    - the short step with an L found by `line_search` (Pedregosa, Negiar, Askari & Jaggi, 2020):
+      starting with .9 times the last one, L is doubled until f falls as much as the bound says.
 
     Without a constraint the gradient is read as the *negative* of the oracle's answer,
     ``s = -lmo_scaling_factor * g``, as the optimizers below provide it.
@@ -65,7 +63,7 @@ class FrankWolfe(OwnStepOptimizer):
         Tensors, named tensors, or dicts that define parameter groups.
     lr : float
         With the schedule: >= 0, and 2 is the classical choice. Without: the constant a, in [0, 1].
-        Where 0, nothing moves.
+        With 0 nothing moves.
     lmo_scaling_factor : float
         Multiplies the oracle's answer; 1 with a constraint.
     use_default_lr_schedule : bool
@@ -78,21 +76,21 @@ class FrankWolfe(OwnStepOptimizer):
         Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`. Only for
         `constraint`.
     smoothness : float, optional
-        L > 0, a Lipschitz constant of the gradient: take the short step, by no schedule. With
-        `line_search`, the first L to try; the L found last then takes its place in the group.
+        L > 0, a Lipschitz constant of the gradient, for the short step. With `line_search` it is
+        the first L to try, and each search writes the L that it found to the group.
     line_search : bool
-        Search for the step, in all groups as one. `step` needs a closure, which computes the same
-        loss for the same parameters, and gradients; it is called again at each trial, mostly once.
-        Losses are compared on the host. Where rounding hides the change of the loss, gradients
-        tell it; where no trial lowers the loss, parameters stay as they are.
+        Search for the smoothness, in all groups together. `step` then needs a closure, which must
+        be deterministic and compute gradients; it is called once more for each trial, of which
+        there is mostly one. Losses are compared on the host, or by gradients if their difference is
+        within rounding. If no trial lowers the loss, parameters do not change.
     initial_step : int
-        Number of steps that the schedule counts as done, >= 0: a warm start is respected.
+        Number of steps, >= 0, that the schedule counts as done, for warm starts.
 
     Raises
     ------
     TypeError, ValueError
         If a setting breaks its rule, the constraint does not fit a parameter, or settings
-        contradict each other. If `lr` is out of its range, also where it is so only at a step.
+        contradict each other. At each step, if `lr` is out of its range.
 
     Examples
     --------
@@ -144,7 +142,7 @@ class FrankWolfe(OwnStepOptimizer):
             "initial_step": initial_step,
         }
         if constraint is None and param_ndim == -1:
-            del defaults["param_ndim"]  # an optimizer around this one may have its own
+            del defaults["param_ndim"]  # it has no effect, and a wrapper has a setting of that name
         super().__init__(params, defaults)
 
     def _completed(self, group: Mapping[str, Any]) -> Group:
