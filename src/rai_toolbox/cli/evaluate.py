@@ -25,8 +25,8 @@ from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation import evaluate_robustness
-from rai_toolbox.perturbations.report import RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.state_file import write_whole
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
 __all__ = ["Settings", "evaluate"]
 
@@ -252,4 +252,4 @@ def _is_of(error: BaseException, folder: str) -> bool:
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     place = Path(at.tb_frame.f_code.co_filename) if at is not None else Path()
-    return place.parent == Path(__file__).parents[1] / folder
+    return Path(__file__).parents[1] / folder in place.parents

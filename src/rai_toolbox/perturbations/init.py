@@ -1,6 +1,8 @@
-"""Random starts: uniform in a ball of each sub-tensor."""
+"""Random starts: uniform in a norm ball of each sub-tensor."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, default_generator
@@ -8,7 +10,6 @@ from torch import Generator, Tensor, default_generator
 from rai_toolbox.batch import batch_shape, view_or_copy
 from rai_toolbox.checks import check_finite
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.constraints.base import Constraint
 
 __all__ = ["uniform_like_l1_n_ball_", "uniform_like_l2_n_ball_", "uniform_like_linf_n_ball_"]
 
@@ -21,8 +22,8 @@ def uniform_like_l1_n_ball_(
 ) -> Tensor:
     """Fill x in place with points drawn uniformly from the L1 ball of each sub-tensor.
 
-    Exponential variables, divided by the sum of them and one more, are uniform in the simplex
-    (Devroye, 1986); each sign is drawn by itself.
+    Exponential variables divided by their sum plus one more are uniform in the simplex (Devroye,
+    1986); signs are independent.
 
     Parameters
     ----------
@@ -31,9 +32,9 @@ def uniform_like_l1_n_ball_(
     epsilon : float
         Radius, > 0.
     param_ndim : int or None
-        Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`.
+        Number of trailing dims of a sub-tensor, see `rai_toolbox.to_batch`.
     generator : torch.Generator
-        Of any device.
+        On any device.
 
     Returns
     -------
@@ -53,7 +54,7 @@ def uniform_like_l1_n_ball_(
     >>> bool((x.abs().sum(1) <= 2.0).all())
     True
     """
-    return _fill_(x, L1Ball(_radius(epsilon)), param_ndim, generator)
+    return _fill_(x, L1Ball, epsilon, param_ndim, generator)
 
 
 def uniform_like_l2_n_ball_(
@@ -64,8 +65,8 @@ def uniform_like_l2_n_ball_(
 ) -> Tensor:
     """Fill x in place with points drawn uniformly from the L2 ball of each sub-tensor.
 
-    A direction of normal variables, and a radius ``epsilon u^(1/n)`` with u uniform (Muller, 1959).
-    See `uniform_like_l1_n_ball_` for the arguments.
+    The direction of normal variables, at the radius ``epsilon u^(1/n)`` with u uniform (Muller,
+    1959). See `uniform_like_l1_n_ball_` for the arguments.
 
     Examples
     --------
@@ -75,7 +76,7 @@ def uniform_like_l2_n_ball_(
     >>> bool((x.norm(dim=1) <= 2.0).all())
     True
     """
-    return _fill_(x, L2Ball(_radius(epsilon)), param_ndim, generator)
+    return _fill_(x, L2Ball, epsilon, param_ndim, generator)
 
 
 def uniform_like_linf_n_ball_(
@@ -86,7 +87,7 @@ def uniform_like_linf_n_ball_(
 ) -> Tensor:
     """Fill x in place with numbers drawn uniformly from [-epsilon, epsilon].
 
-    See `uniform_like_l1_n_ball_` for the arguments; `param_ndim` makes no difference here.
+    See `uniform_like_l1_n_ball_` for the arguments; `param_ndim` has no effect here.
 
     Examples
     --------
@@ -96,19 +97,17 @@ def uniform_like_linf_n_ball_(
     >>> bool((x.abs() <= 2.0).all())
     True
     """
-    return _fill_(x, LinfBall(_radius(epsilon)), param_ndim, generator)
-
-
-def _radius(epsilon: float) -> float:
-    if check_finite("epsilon", epsilon) == 0:
-        raise ValueError(f"`epsilon` must be > 0, got {epsilon!r}")
-    return epsilon
+    return _fill_(x, LinfBall, epsilon, param_ndim, generator)
 
 
 @torch.no_grad()
-def _fill_(x: Tensor, ball: Constraint, param_ndim: int | None, generator: Generator) -> Tensor:
-    seen, copied = view_or_copy(x.detach(), batch_shape(x.shape, param_ndim))
-    ball.sample_(seen, generator)
+def _fill_(
+    x: Tensor, ball: Any, epsilon: float, param_ndim: int | None, generator: Generator
+) -> Tensor:
+    if check_finite("epsilon", epsilon) == 0:
+        raise ValueError(f"`epsilon` must be > 0, got {epsilon!r}")
+    batch, copied = view_or_copy(x.detach(), batch_shape(x.shape, param_ndim))
+    ball(epsilon).sample_(batch, generator)
     if copied:
-        x.copy_(seen.view(x.shape))
+        x.copy_(batch.view(x.shape))
     return x

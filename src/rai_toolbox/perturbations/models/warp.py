@@ -1,4 +1,4 @@
-"""Images turned, moved, zoomed and sheared: each by its own affine map."""
+"""Affine warps of images: rotation, translation, scale and shear, one map per image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.perturbations.amounts import Amounts
+from rai_toolbox.perturbations.models.image import ImagePerturbation
 
 __all__ = ["AffineWarp", "affine_maps", "warp"]
 
@@ -26,17 +26,17 @@ def affine_maps(
     *,
     size: Sequence[int],
 ) -> Tensor:
-    """Where each pixel of a warped image is taken from, as `affine_grid` reads it: (N, 2, 3).
+    """The maps from output to input pixels for `affine_grid`, shape (N, 2, 3).
 
-    What the image shows is sheared, zoomed and turned about its center in units of pixels, and
-    then moved by shares of width and height.
+    The content of the image is sheared, zoomed and turned about its center, in pixels, and then
+    moved by fractions of width and height.
     """
     height, width = size[-2:]
     angle = torch.deg2rad(degrees)
     sine, cosine, aspect = angle.sin() / zoom, angle.cos() / zoom, height / width
     xx, xy = cosine - shear * sine, (-sine - shear * cosine) * aspect
     yx, yy = sine / aspect, cosine
-    right, down = 2 * right, 2 * down  # of the [-1, 1] that `affine_grid` takes an image for
+    right, down = 2 * right, 2 * down  # in `affine_grid`, width and height are 2
     rows = [xx, xy, -(xx * right + xy * down), yx, yy, -(yx * right + yy * down)]
     return torch.stack(rows, dim=1).view(-1, 2, 3)
 
@@ -44,56 +44,56 @@ def affine_maps(
 def warp(data: Tensor, maps: Tensor, padding_mode: str = "zeros") -> Tensor:
     """Warp images (N, C, H, W) by `affine_maps`, with bilinear interpolation.
 
-    An identity map gives its image back, bit for bit, and no pixel leaves the range of its image,
-    which padding with zeros adds 0 to.
+    An identity map returns its image, bit for bit. All pixels stay in the range of their image, to
+    which padding with zeros adds 0.
     """
     wide = data.to(maps.dtype)
     grid = affine_grid(maps, list(data.shape), align_corners=False)
     warped = grid_sample(wide, grid, padding_mode=padding_mode, align_corners=False)
     with torch.no_grad():
-        # The weights of a pixel sum up to 1 only up to rounding.
+        # The interpolation weights of a pixel sum up to 1 up to rounding: clamp to the range.
         low, high = (extreme((1, 2, 3), keepdim=True) for extreme in (data.amin, data.amax))
         if padding_mode == "zeros":
             low, high = low.clamp(max=0), high.clamp(min=0)
-        still = (maps == maps.new_tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])).flatten(1).all(1)
+        identity = (maps == maps.new_tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])).flatten(1).all(1)
         value = warped.to(data.dtype).clamp(low, high)
-        value = torch.where(still[:, None, None, None], data, value)
+        value = torch.where(identity[:, None, None, None], data, value)
     return with_value(value, warped.to(data.dtype))
 
 
-class AffineWarp(Amounts):
+class AffineWarp(ImagePerturbation):
     r"""Turn, move, zoom and shear each image: a perturbation that is not additive.
 
-    What an image shows at the place p (pixels from the center, y down) is shown at
+    The content at p (pixels from the center, y down) moves to
 
     .. math::
         \rho^{a_3} R(a_0 \phi) \begin{pmatrix} 1 & a_4 k \\ 0 & 1 \end{pmatrix} p
         + \tau \begin{pmatrix} a_1 W \\ a_2 H \end{pmatrix}
 
-    with its row a of the parameter `amounts`, shape (N, 5), whose set is ``LinfBall(1.0)``, the
-    limits :math:`\phi, \tau, k` and :math:`\rho` = 1 + `scale`. Pixels are interpolated
-    bilinearly. Amounts of 0 give the data back, bit for bit; the slope there is one-sided, as that
-    of any interpolation between two pixels is at a pixel, so start from random amounts. All
+    where a is the image's row of the parameter `amounts`, shape (N, 5), whose set is
+    ``LinfBall(1.0)``, with the limits :math:`\phi, \tau, k` and :math:`\rho` = 1 + `scale`.
+    Interpolation is bilinear. Amounts of 0 return the data, bit for bit. The derivative there is
+    one-sided, as for any linear interpolation at a grid point, so start from random amounts. All
     pixels stay in the range of their image.
 
     Parameters
     ----------
     data_or_shape : Tensor or sequence of int
-        Images, shape (N, C, H, W), or that shape. A tensor gives dtype and device, too.
+        Images, shape (N, C, H, W), or that shape. A tensor also sets dtype and device.
     init_fn : callable, optional
-        ``init_fn(amounts, **init_fn_kwargs)`` fills the amounts in place. By default they are 0.
+        Called as ``init_fn(amounts, **init_fn_kwargs)`` to fill the amounts in place. By default 0.
     rotation : float
         The largest rotation, in degrees; positive amounts turn counter-clockwise.
     translation : float
-        The largest shift, as a share of width and height; positive amounts go right and down.
+        The largest shift, as a fraction of width and height; positive amounts move right and down.
     scale : float
-        The largest zoom: amounts in [-1, 1] zoom by 1 / (1 + scale) to 1 + scale.
+        The largest zoom: amounts in [-1, 1] give factors from 1 / (1 + scale) to 1 + scale.
     shear : float
         The largest shift of a row, per row below the center.
     padding_mode : {"zeros", "border", "reflection"}
-        What is beyond the image, as in `torch.nn.functional.grid_sample`.
+        Values outside the image, see `torch.nn.functional.grid_sample`.
     device, dtype : optional
-        Of the amounts, in place of the data's.
+        Of the amounts. By default those of the data, or torch's defaults.
 
     Raises
     ------
@@ -137,13 +137,8 @@ class AffineWarp(Amounts):
     ) -> None:
         if padding_mode not in _PADDINGS:
             raise ValueError(f"`padding_mode` must be one of {_PADDINGS}, got {padding_mode!r}")
-        limits = {
-            "rotation": rotation,
-            "right": translation,
-            "down": translation,
-            "scale": scale,
-            "shear": shear,
-        }
+        limits = {"rotation": rotation, "right": translation, "down": translation}
+        limits |= {"scale": scale, "shear": shear}
         super().__init__(data_or_shape, limits, init_fn, device, dtype, init_fn_kwargs)
         self.padding_mode = padding_mode
 

@@ -1,4 +1,4 @@
-"""Fingerprints: whether settings, a model or data are those of an earlier run, in a few bytes."""
+"""Fingerprints: a few bytes that identify settings, a model or data across processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["described", "fingerprint"]
 
 
 def fingerprint(*values: object) -> str:
-    """A short text that differs, for all that matters, when any of `values` does.
+    """A short text that differs if any of `values` differs.
 
-    Tensors count with their bits, dtype and shape, modules with the tensors of their `state_dict`,
-    functions and classes with their names only.
+    Tensors are compared by bits, dtype and shape, modules by class and `state_dict`, functions and
+    classes by name.
     """
     found = hashlib.blake2b(digest_size=16)
     for value in values:
@@ -34,10 +34,10 @@ def fingerprint(*values: object) -> str:
 
 
 def described(value: object) -> Any:
-    """`value` as plain data that JSON can hold, equal for equal settings in another process."""
+    """`value` as plain data for JSON, equal for equal settings in another process."""
     value = as_plain(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)  # which strict JSON cannot spell
+        return repr(value)  # strict JSON has no such number
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (torch.dtype, torch.device)):
@@ -71,7 +71,7 @@ def _pieces(value: object) -> Iterator[bytes | ctypes.Array[ctypes.c_char]]:
     elif isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         whole = complete(value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
-        if whole.nbytes:  # read where it lies: numpy may not be there
+        if whole.nbytes:  # from the memory of the tensor, as numpy may be missing
             yield (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
     else:
         yield repr(described(value)).encode()

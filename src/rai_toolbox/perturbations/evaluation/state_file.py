@@ -1,4 +1,4 @@
-"""The file that keeps what has been evaluated, so that a run that was stopped can go on."""
+"""The state file of an evaluation, from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rai_toolbox.perturbations.report import RobustnessReport
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 
 __all__ = ["StateFile", "StateFileError", "write_whole"]
 
@@ -16,16 +16,16 @@ FORMAT = "rai_toolbox evaluation 1"
 
 
 class StateFileError(ValueError):
-    """A state file that is not one, or that of another run; nothing has been changed."""
+    """A state file of another format or another run. It has not been changed."""
 
 
 class StateFile:
-    """What a run has found so far: plain JSON, replaced as a whole after each batch.
+    """The results of a run so far: plain JSON, replaced as a whole after each round of batches.
 
     Parameters
     ----------
     path : Path, optional
-        None: nothing is kept on disk.
+        None keeps nothing on disk.
     model : str
         The fingerprint of the model.
     start : RobustnessReport
@@ -34,20 +34,20 @@ class StateFile:
     Raises
     ------
     StateFileError
-        If there is a file that is not of this model and these settings.
+        If the file is not of this model and these settings.
     """
 
     def __init__(self, path: Path | None, model: str, start: RobustnessReport) -> None:
         self.path, self.model = path, model
         self.report, self.batches = start, list[str]()
-        self.read, self._kept = 0, True
+        self.position, self._saved = 0, True
         if path is not None and path.exists():
             self._load(path, start)
 
-    def knows(self, batch: str) -> bool:
-        """Whether the next batch is in the report; raise if another one is there in its place."""
-        index = self.read
-        self.read += 1
+    def has_next(self, batch: str) -> bool:
+        """Whether the report holds the next batch of the loader; raise if it holds another one."""
+        index = self.position
+        self.position += 1
         if index >= len(self.batches):
             return False
         if self.batches[index] != batch:
@@ -58,24 +58,24 @@ class StateFile:
         return True
 
     def add(self, batches: Sequence[str], parts: Sequence[RobustnessReport]) -> None:
-        """Take up what was found for some more batches."""
+        """Add the reports of more batches."""
         self.report = RobustnessReport.merged([self.report, *parts])
         self.batches.extend(batches)
-        self._kept = False
+        self._saved = False
 
     def save(self) -> None:
-        """Keep on disk what has been found, if that is more than there is."""
-        if self.path is not None and not self._kept:
+        """Write the file, if there is anything new."""
+        if self.path is not None and not self._saved:
             plain = {"format": FORMAT, "model": self.model, "report": self.report.to_plain()}
             write_whole(self.path, json.dumps(plain | {"batches": self.batches}))
-            self._kept = True
+            self._saved = True
 
     def finish(self) -> RobustnessReport:
         """The report; raise if `loader` had fewer batches than the file."""
-        if self.read < len(self.batches):
+        if self.position < len(self.batches):
             raise StateFileError(
                 f"`loader` must have the {len(self.batches)} batches that {self.path} was written "
-                f"for, got {self.read}"
+                f"for, got {self.position}"
             )
         return self.report
 
@@ -90,10 +90,8 @@ class StateFile:
             raise StateFileError(
                 f"`state_file` must be of this format ({FORMAT!r}) or not exist yet, got {path}"
             ) from error
-        other = _differences(
-            {**report.settings, "epsilons": dict(report.epsilons)},
-            {**start.settings, "epsilons": dict(start.epsilons)},
-        )
+        found, asked = ({**r.settings, "epsilons": dict(r.epsilons)} for r in (report, start))
+        other = _differences(found, asked)
         if model != self.model:
             other.append("another model or other weights")
         if other:
@@ -103,22 +101,22 @@ class StateFile:
         self.report, self.batches = report, batches
 
 
-def _differences(kept: Any, asked: Any, of: str = "") -> list[str]:
-    """Where two settings differ, in words."""
-    if kept == asked:
+def _differences(found: Any, asked: Any, of: str = "") -> list[str]:
+    """Descriptions of where two settings differ."""
+    if found == asked:
         return []
-    if isinstance(kept, dict) and isinstance(asked, dict):
-        names = sorted({*kept, *asked})
-        pairs = ((kept.get(n), asked.get(n), f"{of}.{n}" if of else n) for n in names)
+    if isinstance(found, dict) and isinstance(asked, dict):
+        names = sorted({*found, *asked})
+        pairs = ((found.get(n), asked.get(n), f"{of}.{n}" if of else n) for n in names)
         return [line for one, two, name in pairs for line in _differences(one, two, name)]
-    return [f"{of} = {kept!r} instead of {asked!r}"]
+    return [f"{of} = {found!r} instead of {asked!r}"]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file such that at any moment, whatever happens, it is the old or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    """Replace a file as a whole: at any moment it is the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""What a solver asks of a model of perturbations."""
+"""The interface that a solver requires of a perturbation model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["PerturbationModel"]
 
 @runtime_checkable
 class PerturbationModel(Protocol):
-    """A parametric change of data: called with data, it gives the perturbed data.
+    """A parametric change of data: called with data, it returns the perturbed data.
 
-    Its parameters are what a solver optimizes. If it has an attribute `per_datum` that is True,
-    each parameter has a leading dim that runs over the data, and row i of the result depends on
-    row i of the data and the parameters alone, without chance: then a solver keeps rows apart,
-    and writes the best of each datum back.
+    A solver optimizes its parameters. An attribute `per_datum` that is True promises that each
+    parameter has a leading dim that runs over the examples, and that row i of the result depends
+    deterministically on row i of the data and of the parameters alone. Then a solver treats the
+    rows separately, and writes the best parameters of each example back.
 
     Examples
     --------
@@ -31,5 +31,5 @@ class PerturbationModel(Protocol):
         ...
 
     def parameters(self) -> Iterable[Tensor]:
-        """What is optimized."""
+        """The parameters to optimize."""
         ...

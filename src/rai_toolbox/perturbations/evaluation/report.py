@@ -1,4 +1,4 @@
-"""The table of robust accuracies that an evaluation ends with."""
+"""The report of an evaluation: robust accuracies per norm and epsilon, as tables and files."""
 
 from __future__ import annotations
 
@@ -9,40 +9,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
-from rai_toolbox.perturbations.box import Ball
-from rai_toolbox.perturbations.verification import (
-    NORMS,
-    VerificationReport,
-    check_ball,
-)
+from rai_toolbox.perturbations.evaluation.interval import fraction, wilson_interval
+from rai_toolbox.perturbations.evaluation.plot import Curve, Examples, draw
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport
+from rai_toolbox.perturbations.inputs import Ball, check_ball
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Examples", "RobustnessReport", "RobustnessWarning", "Row"]
+__all__ = ["RobustnessReport", "RobustnessWarning", "Row"]
 
 FORMAT = "rai_toolbox robustness 1"
 
 
 class RobustnessWarning(UserWarning):
-    """A reason not to take a robust accuracy at its word."""
-
-
-class Examples(NamedTuple):
-    """Some data, what a solver made of them in one ball, and what the model reads."""
-
-    norm: str
-    epsilon: float
-    data: Tensor
-    perturbed: Tensor
-    target: Tensor
-    reading: Tensor
+    """A reason to doubt a robust accuracy."""
 
 
 class Row(NamedTuple):
-    """One line of the table: a norm, an epsilon, and of how many data what is so."""
+    """One line of the table: accuracies, with the 95 % interval of the robust one, and checks."""
 
     norm: str
     epsilon: float
@@ -58,22 +43,22 @@ class Row(NamedTuple):
 class RobustnessReport:
     """Clean and robust accuracy per norm and epsilon, with the verification of each attack.
 
-    A datum is robust at an epsilon if it is read right as it is, and neither this epsilon nor a
-    smaller one of the same norm has fooled the model; so accuracy never rises with epsilon.
+    An example is robust at an epsilon if the original is predicted right, and no perturbation at
+    this or a smaller epsilon of the norm fooled the model. So accuracy never rises with epsilon.
 
     Parameters
     ----------
     settings : Mapping
-        What was evaluated, as plain data.
+        The settings of the evaluation, as plain data.
     epsilons : Mapping[str, Sequence[float]]
         The radii of each norm, ascending.
     withstood : Mapping[str, Sequence[int]]
-        For each norm and datum, how many of the radii do not fool the model; -1 for a datum that is
-        misread as it is.
+        For each norm and example, the number of radii at which it is robust; -1 if the original is
+        predicted wrong.
     checks : Mapping[str, Sequence[VerificationReport]]
-        For each norm and radius, what was found of the data that were attacked there.
+        For each norm and radius, the verification of the examples that were attacked there.
     examples : Sequence[Examples]
-        For pictures; not part of `to_json`.
+        For figures; not part of `to_json`.
 
     Raises
     ------
@@ -82,7 +67,7 @@ class RobustnessReport:
 
     Examples
     --------
-    >>> from rai_toolbox.perturbations.report import RobustnessReport, VerificationReport
+    >>> from rai_toolbox.perturbations import RobustnessReport, VerificationReport
     >>> report = RobustnessReport(
     ...     settings={},
     ...     epsilons={"Linf": (0.1, 0.2)},
@@ -120,18 +105,18 @@ class RobustnessReport:
                     f"`withstood` must be in [-1, {len(epsilons)}] for {name}, got {wrong[0]}"
                 )
         if len({len(found) for found in self.withstood.values()}) != 1:
-            raise ValueError("`withstood` must tell of the same data for each norm")
+            raise ValueError("`withstood` must be of the same data for each norm")
 
     def __len__(self) -> int:
         return len(next(iter(self.withstood.values())))
 
     @property
     def clean_accuracy(self) -> float:
-        """The share of data that are read right as they are; NaN of no data."""
-        return _share(sum(k >= 0 for k in next(iter(self.withstood.values()))), len(self))
+        """The fraction of originals that are predicted right; NaN if there are none."""
+        return fraction(self._number_right(next(iter(self.epsilons)), 0), len(self))
 
     def robust_accuracy(self, ball: Ball) -> float:
-        """The share of data that are read right all over `ball`, as far as was found.
+        """The fraction of examples for which nothing was found in `ball` that fools the model.
 
         Raises
         ------
@@ -139,9 +124,8 @@ class RobustnessReport:
             If this ball was not evaluated.
         """
         check_ball(ball)
-        name = NORMS[type(ball)][0]
         for row in self.rows():
-            if (row.norm, row.epsilon) == (name, ball.epsilon):
+            if (row.norm, row.epsilon) == (ball.norm_name, ball.epsilon):
                 return row.robust_accuracy
         raise ValueError(
             f"`ball` must be one that was evaluated, {dict(self.epsilons)}, got {ball!r}"
@@ -150,53 +134,48 @@ class RobustnessReport:
     def rows(self) -> list[Row]:
         """The table."""
         rows = []
-        for name, epsilons in self.epsilons.items():
+        for norm, epsilons in self.epsilons.items():
             for i, epsilon in enumerate(epsilons):
-                robust = sum(k > i for k in self.withstood[name])
-                shares = self.clean_accuracy, _share(robust, len(self))
+                robust = self._number_right(norm, i + 1)
+                accuracies = self.clean_accuracy, fraction(robust, len(self))
                 interval = wilson_interval(robust, len(self))
-                checks = self.checks[name][i]
-                rows.append(Row(name, epsilon, len(self), *shares, *interval, checks))
+                checks = self.checks[norm][i]
+                rows.append(Row(norm, epsilon, len(self), *accuracies, *interval, checks))
         return rows
 
     @property
     def feasible(self) -> bool:
-        """Whether all that the solver returned was finite, in its ball and in the data range."""
+        """Whether all perturbed data were finite, in their balls and in the data range."""
         return all(row.checks.feasible for row in self.rows())
 
     def warnings(self) -> list[str]:
-        """Reasons not to take the table at its word, in words."""
-        said = [
-            line
-            for row in self.rows()
-            for line in row.checks.warnings(f"{row.norm} {row.epsilon:g}")
-        ]
+        """Reasons to doubt the table, as sentences."""
+        found = []
         if self.clean_accuracy == 0:
-            said.insert(0, "no datum is read right as it is: are data, range and targets right?")
-        return said
+            found.append("no original is predicted right: are data, range and targets right?")
+        for row in self.rows():
+            found += row.checks.warnings(f"{row.norm} {row.epsilon:g}")
+        return found
+
+    def _number_right(self, norm: str, number: int) -> int:
+        """The number of examples that are robust at the first `number` radii of a norm."""
+        return sum(k >= number for k in self.withstood[norm])
 
     def __str__(self) -> str:
-        lines = [("norm", "epsilon", "data", "clean", "robust", "95% interval")] + [
-            (
-                row.norm,
-                f"{row.epsilon:g}",
-                f"{row.data}",
-                f"{row.clean_accuracy:.1%}",
-                f"{row.robust_accuracy:.1%}",
-                f"{row.low:.1%} - {row.high:.1%}",
-            )
-            for row in self.rows()
-        ]
         return "\n".join(
-            f"{norm:<5} {epsilon:>7} {data:>6} {clean:>7} {robust:>7}  {interval:>13}"
-            for norm, epsilon, data, clean, robust, interval in lines
+            ["norm  epsilon   data   clean  robust   95% interval"]
+            + [
+                f"{row.norm:<5} {f'{row.epsilon:g}':>7} {row.data:>6} {row.clean_accuracy:>7.1%} "
+                f"{row.robust_accuracy:>7.1%}  {f'{row.low:.1%} - {row.high:.1%}':>13}"
+                for row in self.rows()
+            ]
         )
 
     # Parts
 
     @classmethod
     def merged(cls, parts: Sequence[RobustnessReport]) -> RobustnessReport:
-        """The report of all data of `parts`, such as the shards of several processes, in order.
+        """The report of all examples of `parts`, in order, such as parts of several processes.
 
         Raises
         ------
@@ -244,7 +223,7 @@ class RobustnessReport:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RobustnessReport:
-        """The report that `to_plain` gave as plain data.
+        """The report of the plain data of `to_plain`.
 
         Raises
         ------
@@ -265,16 +244,16 @@ class RobustnessReport:
         )
 
     def to_json(self) -> str:
-        """The report as JSON; beside what `from_json` reads it has the table, for other readers."""
+        """The report as JSON, which also has the table: `from_json` ignores it."""
         table = [
-            {name: None if value != value else value for name, value in line.items()}
-            for line in map(_flat, self.rows())
+            {name: None if value != value else value for name, value in _flat(row).items()}
+            for row in self.rows()
         ]
         return json.dumps(self.to_plain() | {"table": table}, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RobustnessReport:
-        """The report that `to_json` gave; without examples.
+        """The report of the text of `to_json`; without examples.
 
         Raises
         ------
@@ -292,37 +271,25 @@ class RobustnessReport:
         table.writerows(lines)
         return text.getvalue()
 
-    # Pictures
-
     def plot(self) -> Figure:
-        """Accuracy against epsilon, a panel per norm, and the examples below where there are any.
+        """Accuracy against epsilon, a panel per norm, and the examples below.
 
-        Needs matplotlib: ``pip install "rai-toolbox[plots]"``. The figure is in no window; write it
-        by its ``savefig``.
+        Requires matplotlib: ``pip install "rai-toolbox[plots]"``. The figure opens no window; write
+        it with its method ``savefig``.
         """
-        from rai_toolbox.perturbations.picture import draw_report  # which imports this file
-
-        return draw_report(self)
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """Where the share that `count` of `total` cases estimate is with 95 % (Wilson, 1927)."""
-    if total == 0:
-        return 0.0, 1.0
-    z, share = 1.959963984540054, count / total
-    center = share + z**2 / (2 * total)
-    half = z * (share * (1 - share) / total + (z / (2 * total)) ** 2) ** 0.5
-    low, high = ((center + side * half) / (1 + z**2 / total) for side in (-1, 1))
-    return (0.0 if count == 0 else low), (1.0 if count == total else high)
+        curves = {
+            norm: Curve(
+                (0.0, *epsilons),
+                [self._number_right(norm, i) for i in range(len(epsilons) + 1)],
+                len(self),
+            )
+            for norm, epsilons in self.epsilons.items()
+        }
+        return draw(curves, self.examples)
 
 
 def _flat(row: Row) -> dict[str, Any]:
     """A row with its checks, as columns of one table."""
-    plain = row._asdict()
-    checks = row.checks.to_plain()
+    plain, checks = row._asdict(), row.checks.to_plain()
     del plain["checks"]
     return plain | {"attacked": checks.pop("data")} | checks
-
-
-def _share(count: int, total: int) -> float:
-    return count / total if total else float("nan")

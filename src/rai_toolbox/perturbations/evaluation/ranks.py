@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Ranks(NamedTuple):
-    """Processes that do the same, but for the part of each; one alone if there is no group."""
+    """The ranks of a process group; without a group, this process alone."""
 
     group: ProcessGroup | None = None
     rank: int = 0
@@ -24,12 +24,12 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of(cls, group: ProcessGroup | None) -> Ranks:
-        """All ranks of a group.
+        """The ranks of a group.
 
         Raises
         ------
         ValueError
-            If this process is none of them.
+            If this process is not one of them.
         """
         if group is None:
             return cls()
@@ -38,10 +38,10 @@ class Ranks(NamedTuple):
             raise ValueError(f"`group` must be one of this process, rank {dist.get_rank()}")
         return cls(group, rank, dist.get_world_size(group))
 
-    def gathered(self, act: Callable[[], T]) -> list[T]:
-        """What `act` returns on each rank; where it raises on one of them, all ranks raise.
+    def gather(self, act: Callable[[], T]) -> list[T]:
+        """What `act` returns on each rank. If it raises on one, all ranks raise.
 
-        So that no rank waits for another one that will not come.
+        So no rank waits for another one that has failed.
         """
         if self.size == 1:
             return [act()]
@@ -51,12 +51,12 @@ class Ranks(NamedTuple):
             value = act()
         except Exception as raised:
             error = raised
-        said = None if error is None else f"{type(error).__name__}: {error}"
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (value, said), group=self.group)
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (value, text), group=self.group)
         if error is not None:
             raise error
-        for rank, (_, text) in enumerate(told):
+        for rank, (_, text) in enumerate(found):
             if text is not None:
                 raise RuntimeError(f"rank {rank} of {self.size} failed with {text}")
-        return [found for found, _ in told]
+        return [value for value, _ in found]

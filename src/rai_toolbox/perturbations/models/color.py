@@ -1,4 +1,4 @@
-"""Images in another light: brighter or darker, with more or less contrast, saturation, gamma."""
+"""Color changes of images: brightness, contrast, saturation and gamma."""
 
 from __future__ import annotations
 
@@ -9,42 +9,35 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.perturbations.amounts import Amounts
+from rai_toolbox.perturbations.models.image import ImagePerturbation
 
 __all__ = ["ColorShift", "shift_color"]
 
 
 def shift_color(
-    data: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-    gamma: Tensor,
-    *,
-    data_range: tuple[float, float] = (0.0, 1.0),
+    data: Tensor, *settings: Tensor, data_range: tuple[float, float] = (0.0, 1.0)
 ) -> Tensor:
-    """Change images (N, C, H, W) by one value each, shape (N,), of the four; then clamp them.
+    """Change images (N, C, H, W) by brightness, contrast, saturation and gamma, and clamp them.
 
-    Each change is added to the image, so that none leaves it as it is, bit for bit.
+    The settings have one value per image, shape (N,). Each change is added to the image, so that a
+    change of 0 leaves it as it is, bit for bit.
     """
     low, high = data_range
     width = high - low
-    brightness, contrast, saturation, gamma = (
-        value[:, None, None, None] for value in (brightness, contrast, saturation, gamma)
-    )
+    brightness, contrast, saturation, gamma = (value[:, None, None, None] for value in settings)
     wide = data.to(torch.promote_types(data.dtype, brightness.dtype))
     share = ((wide - low) / width).clamp(min=torch.finfo(wide.dtype).tiny, max=1.0)
-    # share ** gamma - share, without what rounding would leave of it at gamma = 1
+    # share ** gamma - share, exactly 0 at gamma = 1
     wide = wide + width * share * torch.expm1((gamma - 1) * share.log())
     wide = wide + (contrast - 1) * (wide - wide.mean((1, 2, 3), keepdim=True))
     wide = wide + (saturation - 1) * (wide - wide.mean(1, keepdim=True))
     return (wide + brightness * width).clamp(low, high).to(data.dtype)
 
 
-class ColorShift(Amounts):
+class ColorShift(ImagePerturbation):
     r"""Change brightness, contrast, saturation and gamma of each image.
 
-    With the share :math:`x \in [0, 1]` of the data range that a pixel has, one after the other
+    A pixel that is at the fraction :math:`x \in [0, 1]` of the data range changes in four steps
 
     .. math::
         x \leftarrow x^{(1 + g)^{a_3}}, \quad
@@ -52,25 +45,25 @@ class ColorShift(Amounts):
         x \leftarrow \bar x + (1 + s)^{a_2} (x - \bar x), \quad
         x \leftarrow \min(\max(x + b a_0, 0), 1)
 
-    where m is the mean of the image and :math:`\bar x` that of the channels of the pixel, a is a
-    row of the parameter `amounts`, shape (N, 4), whose set is ``LinfBall(1.0)``, and b, c, s and g
-    are the limits. Amounts of 0 give the data back, bit for bit; all else is in the data range,
-    where the data have to be. Of a gray image (C = 1) the saturation does nothing.
+    where m is the mean of the image and :math:`\bar x` that of the channels of the pixel, a is the
+    image's row of the parameter `amounts`, shape (N, 4), whose set is ``LinfBall(1.0)``, and b, c, s
+    and g are the limits. Amounts of 0 return the data, bit for bit. Data must be, and results are,
+    in the data range. For a gray image (C = 1) saturation has no effect.
 
     Parameters
     ----------
     data_or_shape : Tensor or sequence of int
-        Images, shape (N, C, H, W), or that shape. A tensor gives dtype and device, too.
+        Images, shape (N, C, H, W), or that shape. A tensor also sets dtype and device.
     init_fn : callable, optional
-        ``init_fn(amounts, **init_fn_kwargs)`` fills the amounts in place. By default they are 0.
+        Called as ``init_fn(amounts, **init_fn_kwargs)`` to fill the amounts in place. By default 0.
     brightness : float
-        The most that is added to all pixels, as a share of the data range.
+        The largest number added to all pixels, as a fraction of the data range.
     contrast, saturation, gamma : float
-        Amounts in [-1, 1] give factors, or exponents, of 1 / (1 + limit) to 1 + limit.
+        Amounts in [-1, 1] give factors, or exponents, from 1 / (1 + limit) to 1 + limit.
     data_range : tuple of float
         The least and the largest value of a pixel.
     device, dtype : optional
-        Of the amounts, in place of the data's.
+        Of the amounts. By default those of the data, or torch's defaults.
 
     Raises
     ------
@@ -84,7 +77,7 @@ class ColorShift(Amounts):
     References
     ----------
     Hendrycks, Dietterich (2019), "Benchmarking neural network robustness to common corruptions and
-    perturbations", whose brightness and contrast these resemble.
+    perturbations", for brightness and contrast.
 
     Examples
     --------
@@ -115,12 +108,8 @@ class ColorShift(Amounts):
         _check_range(data_range)
         if isinstance(data_or_shape, Tensor):
             _check_inside(data_or_shape, data_range)
-        limits = {
-            "brightness": brightness,
-            "contrast": contrast,
-            "saturation": saturation,
-            "gamma": gamma,
-        }
+        limits = {"brightness": brightness, "contrast": contrast}
+        limits |= {"saturation": saturation, "gamma": gamma}
         super().__init__(data_or_shape, limits, init_fn, device, dtype, init_fn_kwargs)
         self.data_range = data_range
 
@@ -141,7 +130,6 @@ def _check_inside(data: Tensor, data_range: tuple[float, float]) -> None:
     if data.numel() == 0:
         return
     low, high = (bound.item() for bound in torch.aminmax(data))
-    # As rounded to the dtype of the data, which cannot be closer to a bound than that.
-    least, most = torch.tensor(data_range, dtype=data.dtype).tolist()
+    least, most = torch.tensor(data_range, dtype=data.dtype).tolist()  # as rounded to that dtype
     if not (least <= low and high <= most):
         raise ValueError(f"`data` must be in `data_range`, {data_range}, got {low} to {high}")

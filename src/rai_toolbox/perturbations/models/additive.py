@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AdditivePerturbation", "MaskedPerturbation"]
+from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
+
+__all__ = ["AdditivePerturbation", "MaskedPerturbation", "check_mask"]
 
 
-class AdditivePerturbation(nn.Module):
-    """Add a perturbation, the parameter `delta`, to data: ``forward(data) = data + delta``.
+class AdditivePerturbation(InitializedModel):
+    """Add the parameter `delta` to data: ``forward(data) = data + delta``.
 
     Parameters
     ----------
     data_or_shape : Tensor or sequence of int
-        The shape of the data; a tensor gives its dtype and device, too. Its values are not used.
+        The shape of the data. A tensor also sets dtype and device of delta; its values are not used.
     init_fn : callable, optional
-        Called as ``init_fn(delta, **init_fn_kwargs)`` to fill delta in place; by default it is 0.
+        Called as ``init_fn(delta, **init_fn_kwargs)`` to fill delta in place. By default it is 0.
     device, dtype : optional
-        Those of delta, instead of the data's, or of torch's defaults.
+        Of delta. By default those of the data, or torch's defaults.
     delta_ndim : int, optional
-        Number of trailing dims of the data that delta has; negative: so many fewer. -1 for data of
-        shape (N, C, H, W) makes one perturbation of shape (C, H, W) for all of them. By default
+        Number of trailing dims of the data that delta has; a negative number is added to the number
+        of dims. With -1, data of shape (N, C, H, W) share one delta of shape (C, H, W). By default
         delta has the shape of the data.
     **init_fn_kwargs
         Keyword arguments of `init_fn`.
@@ -47,6 +49,8 @@ class AdditivePerturbation(nn.Module):
 
     delta: nn.Parameter
 
+    _parameter = "delta"
+
     def __init__(
         self,
         data_or_shape: Tensor | Sequence[int],
@@ -57,36 +61,10 @@ class AdditivePerturbation(nn.Module):
         delta_ndim: int | None = None,
         **init_fn_kwargs: Any,
     ) -> None:
-        super().__init__()
-        if init_fn is None and init_fn_kwargs:
-            raise TypeError(
-                "`init_fn` must be given with keyword arguments for it, got None and "
-                f"{', '.join(init_fn_kwargs)}"
-            )
-        if isinstance(data_or_shape, Tensor):
-            shape: Sequence[int] = data_or_shape.shape
-            device = data_or_shape.device if device is None else device
-            dtype = data_or_shape.dtype if dtype is None else dtype
-        else:
-            shape = tuple(data_or_shape)
-        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
-            raise TypeError(
-                "`dtype` of a perturbation must be a floating-point one (images of bytes: "
-                f"`data.float() / 255`), got {dtype}"
-            )
+        shape, options = shape_and_options(data_or_shape, device, dtype)
+        own_shape = shape[len(shape) - _delta_ndim(delta_ndim, len(shape)) :]
+        super().__init__(own_shape, options, init_fn, init_fn_kwargs)
         self.per_datum = delta_ndim is None and len(shape) > 0
-        self._init_fn, self._init_fn_kwargs = init_fn, init_fn_kwargs
-        shape = shape[len(shape) - _delta_ndim(delta_ndim, len(shape)) :]
-        self.delta = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start anew: zeros, which `init_fn` then fills, by chance maybe."""
-        values = self.delta.detach()
-        values.zero_()
-        if self._init_fn is not None:
-            self._init_fn(values, **self._init_fn_kwargs)
 
     def forward(self, data: Tensor) -> Tensor:
         """Perturb the data.
@@ -94,7 +72,7 @@ class AdditivePerturbation(nn.Module):
         Parameters
         ----------
         data : Tensor
-            Of a shape that broadcasts with that of delta.
+            Its shape broadcasts with that of delta.
 
         Returns
         -------
@@ -103,21 +81,21 @@ class AdditivePerturbation(nn.Module):
         return data + self.delta
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """The shape of delta, for `repr`."""
         return f"delta: {tuple(self.delta.shape)}"
 
 
 class MaskedPerturbation(AdditivePerturbation):
-    """Add a perturbation to some of the entries only: ``forward(data) = data + delta * mask``.
+    """Add a perturbation to selected entries only: ``forward(data) = data + delta * mask``.
 
-    The others have the gradient 0, so that no optimizer spends anything on them.
+    All other entries of delta have gradient 0, so that no optimizer spends a step on them.
 
     Parameters
     ----------
     data_or_shape : Tensor or sequence of int
         See `AdditivePerturbation`.
     mask : Tensor of bool
-        True where data may change; of a shape that broadcasts with delta's.
+        True where data may change; its shape broadcasts with that of delta.
 
     Raises
     ------

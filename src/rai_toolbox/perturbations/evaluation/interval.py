@@ -1,0 +1,21 @@
+"""Confidence intervals of fractions."""
+
+from __future__ import annotations
+
+__all__ = ["fraction", "wilson_interval"]
+
+
+def fraction(count: int, total: int) -> float:
+    """``count / total``; NaN if both are 0."""
+    return count / total if total else float("nan")
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95 % confidence interval of the fraction that `count` of `total` estimates (Wilson, 1927)."""
+    if total == 0:
+        return 0.0, 1.0
+    z, share = 1.959963984540054, count / total
+    center = share + z**2 / (2 * total)
+    half = z * (share * (1 - share) / total + (z / (2 * total)) ** 2) ** 0.5
+    low, high = ((center + side * half) / (1 + z**2 / total) for side in (-1, 1))
+    return (0.0 if count == 0 else low), (1.0 if count == total else high)

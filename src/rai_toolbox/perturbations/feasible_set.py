@@ -1,0 +1,141 @@
+"""The feasible set of an attack: a ball around each example, within the range of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.checks import check_order
+from rai_toolbox.constraints import BoundedBall, LinfBall
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import as_wide
+from rai_toolbox.perturbations.inputs import Ball, Range, check_ball
+from rai_toolbox.perturbations.models.additive import (
+    AdditivePerturbation,
+    MaskedPerturbation,
+    check_mask,
+)
+
+__all__ = ["FeasibleSet"]
+
+
+@dataclass(frozen=True)
+class FeasibleSet:
+    """A ball around each example, within bounds.
+
+    What is optimized is the perturbation: numbers near 0 are finer than those of the data. Rounding
+    its sum with the data may leave the set, so that `project` has the last word on the sum.
+    """
+
+    data: Tensor
+    ball: Ball
+    lower: Tensor | None
+    upper: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def around(
+        cls, data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None
+    ) -> FeasibleSet:
+        """Check the settings, and expand them to the shape of the data, (N, ...)."""
+        check_ball(ball)
+        if not ball.bounded:
+            raise ValueError(f"`epsilon` of `ball` must be finite, got {ball!r}")
+        if data.ndim < 2:
+            raise ValueError(f"`data` must have the shape (N, ...), got {tuple(data.shape)}")
+        if not bool(data.isfinite().all()):
+            raise ValueError("`data` must be finite, got NaN or infinity among them")
+        lower, upper = _range(data, data_range)
+        if mask is not None:
+            check_mask(mask)
+            mask = _expanded("mask", mask, data)
+            lower = torch.where(mask, -inf if lower is None else lower, data)
+            upper = torch.where(mask, inf if upper is None else upper, data)
+        return cls(data, _per_example(ball, data), lower, upper, mask)
+
+    def rows(self, rows: Tensor) -> FeasibleSet:
+        """The set of some of the examples."""
+        epsilon = self.ball.epsilon
+        if isinstance(epsilon, Tensor) and epsilon.ndim > 0:
+            epsilon = epsilon[rows]
+        others = (None if t is None else t[rows] for t in (self.lower, self.upper, self.mask))
+        return FeasibleSet(self.data[rows], replace(self.ball, epsilon=epsilon), *others)
+
+    def zero_perturbation(self) -> AdditivePerturbation:
+        """A perturbation of 0 for each example."""
+        if self.mask is None:
+            return AdditivePerturbation(self.data)
+        return MaskedPerturbation(self.data, self.mask)
+
+    def of_perturbations(self) -> Constraint:
+        """The set of perturbations whose sums with the data are in the set, up to rounding."""
+        if self.lower is None or self.upper is None:
+            return self.ball
+        if isinstance(self.ball, LinfBall):  # elementwise: here the rounded sums are all inside
+            return BoundedBall(self.ball, -self._reach(self.lower, -1), self._reach(self.upper, 1))
+        return BoundedBall(self.ball, self.lower - self.data, self.upper - self.data)
+
+    @torch.no_grad()
+    def project(self, perturbed: Tensor) -> Tensor:
+        """The nearest perturbed data that are exactly in the set."""
+        ball = replace(self.ball, center=self.data)
+        allowed = ball if self.lower is None else BoundedBall(ball, self.lower, self.upper)
+        return allowed.project(perturbed)
+
+    def _reach(self, bound: Tensor, sign: int) -> Tensor:
+        """The largest change toward a bound whose rounded sum is in ball and bounds."""
+        epsilon = as_wide(self.ball.epsilon, bound)
+        reach = (sign * (bound - self.data)).minimum(epsilon.to(bound.dtype))
+        end = self.data + sign * reach
+        distance = as_wide(end, bound) - as_wide(self.data, bound)
+        beyond = (sign * distance > epsilon) | (sign * end > sign * bound)
+        end = torch.where(beyond, end.nextafter(self.data), end)
+        reach = torch.where(beyond, sign * (end - self.data), reach)
+        beyond = sign * (self.data + sign * reach) > sign * end  # as the difference was rounded
+        return torch.where(beyond, reach.nextafter(torch.zeros_like(reach)), reach)
+
+
+def _per_example(ball: Ball, data: Tensor) -> Ball:
+    """The ball with radii in the shape (N, 1, ...) that sets require."""
+    epsilon = ball.epsilon
+    if not isinstance(epsilon, Tensor) or epsilon.ndim == 0:
+        return ball
+    if epsilon.numel() != len(data) or len(epsilon) != len(data):
+        raise ValueError(
+            f"`epsilon` must be a number or have one value for each example, shape ({len(data)},), "
+            f"got shape {tuple(epsilon.shape)}"
+        )
+    shape = (-1, *(1,) * (data.ndim - 1))
+    return replace(ball, epsilon=epsilon.to(data.device).reshape(shape))
+
+
+def _range(data: Tensor, given: Range) -> tuple[Tensor | None, Tensor | None]:
+    if given is None:
+        return None, None
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(f"`data_range` must be a pair (lower, upper) or None, got {given!r}")
+    check_order("lower", given[0], "upper", given[1])
+    lower, upper = (
+        _expanded("data_range", torch.as_tensor(bound, dtype=data.dtype), data) for bound in given
+    )
+    outside = (data < lower) | (data > upper)
+    if bool(outside.any()):
+        at = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"`data` must be within `data_range`, [{lower[at].item():g}, {upper[at].item():g}], "
+            f"got {data[at].item():g} at {at}"
+        )
+    return lower, upper
+
+
+def _expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
+    try:
+        return setting.to(data.device).expand(data.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"`{name}` must broadcast against the data of shape {tuple(data.shape)}, got shape "
+            f"{tuple(setting.shape)}"
+        ) from None

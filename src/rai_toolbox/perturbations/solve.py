@@ -1,0 +1,240 @@
+"""The loop of all solvers: evaluate, keep the best, step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rai_toolbox.modules import evaluating, frozen
+from rai_toolbox.perturbations.best_of import BestOf
+from rai_toolbox.perturbations.inputs import Model, check_per_example
+from rai_toolbox.perturbations.losses import Criterion
+from rai_toolbox.perturbations.models.additive import AdditivePerturbation
+from rai_toolbox.perturbations.models.protocol import PerturbationModel
+
+__all__ = ["Attacked", "Objective", "Success", "solve", "solving"]
+
+Success = Callable[[Tensor, Tensor], Tensor]
+"""From the output of a model and the target to a bool for each example."""
+
+_FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
+"""Evaluations after which examples that have succeeded are dropped, which synchronizes."""
+
+
+class Attacked(NamedTuple):
+    """What an attack found for each example; all values are those of the rounded data.
+
+    Attributes
+    ----------
+    data : Tensor, shape (N, ...)
+        The perturbed data, exactly in the ball and the range.
+    losses : Tensor, shape (N,)
+        The criterion there.
+    fooled : Tensor of bool, shape (N,)
+        Whether the attack succeeds there.
+    zero_gradient : Tensor of bool, shape (N,)
+        Whether every run started at a zero gradient, so that the example was not attacked.
+    model_calls : int
+        Number of calls of the model, on all examples or some.
+    """
+
+    data: Tensor
+    losses: Tensor
+    fooled: Tensor
+    zero_gradient: Tensor
+    model_calls: int
+
+
+class _Evaluation(NamedTuple):
+    perturbed: Tensor
+    loss: Tensor
+    success: Tensor | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a solver maximizes, or minimizes if `targeted`: a loss of each example.
+
+    Losses are means over `samples` evaluations. `success` decides whether an example has succeeded,
+    which comes before any loss.
+    """
+
+    model: Model
+    criterion: Criterion
+    targeted: bool = False
+    reduction_fn: Callable[[Tensor], Tensor] = torch.sum
+    samples: int = 1
+    success: Success | None = None
+
+    def evaluate(
+        self,
+        perturbation: Callable[[Tensor], Tensor],
+        data: Tensor,
+        target: Tensor,
+        rows: Tensor | None = None,
+        params: list[Tensor] | None = None,
+    ) -> _Evaluation:
+        """Losses of the data, or of some rows, to which the target belongs; gradients of `params`."""
+        losses, outputs = [], []
+        with torch.set_grad_enabled(params is not None):
+            for _ in range(self.samples):
+                perturbed = perturbation(data)
+                output = self.model(perturbed if rows is None else perturbed.index_select(0, rows))
+                loss = self.criterion(output, target)
+                if params is not None:
+                    self._backward(loss if self.samples == 1 else loss / self.samples, params)
+                losses.append(loss.detach())
+                if self.success is not None:
+                    outputs.append(output.detach())
+        with torch.no_grad():
+            loss = losses[0] if self.samples == 1 else torch.stack(losses).mean(0)
+            success = None
+            if self.success is not None:
+                output = outputs[0] if self.samples == 1 else torch.stack(outputs).mean(0)
+                success = self.success(output, target)
+        return _Evaluation(perturbed.detach(), loss, success)
+
+    def _backward(self, loss: Tensor, params: list[Tensor]) -> None:
+        """Add the gradients of what is minimized to `params`, and to no other tensors."""
+        if self.reduction_fn is not torch.sum:  # the sum is differentiated without computing it
+            loss = self.reduction_fn(loss)
+            if loss.ndim != 0:
+                raise ValueError(
+                    f"`reduction_fn` must give one number, got shape {tuple(loss.shape)}"
+                )
+        if not loss.requires_grad:
+            raise ValueError(
+                "`model` and `criterion` must be differentiable, got a loss that does not depend "
+                "on the perturbation (is something detached, or computed under no_grad?)"
+            )
+        sign = torch.full_like(loss, 1.0 if self.targeted else -1.0)
+        torch.autograd.backward(loss, sign, inputs=params)
+
+
+def solve(
+    objective: Objective,
+    data: Tensor,
+    target: Tensor,
+    perturbation: PerturbationModel,
+    optimizer: Any,
+    *,
+    steps: int,
+    use_best: bool = True,
+    stop: bool = False,
+) -> Attacked:
+    """Optimize the parameters of a perturbation, inside `solving`.
+
+    With `use_best` each example keeps its best iterate, else the last one. With `stop` it keeps the
+    first one that succeeds, and is evaluated no more.
+    """
+    params = [param for param in perturbation.parameters() if param.requires_grad]
+    if steps:
+        _check_optimizer(optimizer)
+    observe = getattr(optimizer, "observe_", None)
+    best: BestOf | None = None
+    rows: Tensor | None = None
+    target_of_rows = target
+    for step in range(steps + 1):
+        last = step == steps
+        for param in params:
+            param.grad = None
+        found = objective.evaluate(
+            perturbation, data, target_of_rows, rows, None if last else params
+        )
+        if step == 0:
+            separate = parameters_per_example(perturbation, params, found.perturbed)
+            zero_gradient = _zero_gradient(params, found.perturbed, separate is not None)
+        cost = found.loss if objective.targeted else -found.loss
+        kept = [found.perturbed] if separate is None else separate
+        if best is not None:
+            best.update_(cost, kept, found.success, rows)
+        elif use_best or stop or observe is not None:
+            check_per_example("criterion", found.loss, found.perturbed)
+            if found.success is not None:
+                check_per_example("stop_once", found.success, found.perturbed)
+            if use_best or stop:
+                best = BestOf(cost, kept, found.success, best=use_best, stop=stop)
+        if last:
+            break
+        if stop and best is not None and _is_check(step + 1):
+            rows = best.rows_without_success()
+            if len(rows) == 0:
+                break
+            target_of_rows = target if target.ndim == 0 else target[rows]
+        if observe is not None:
+            observe(cost if best is None else best.last_cost)
+        optimizer.step()
+    for param in params:
+        param.grad = None
+    calls = objective.samples * (step + 1)
+    if best is None:
+        none = torch.zeros_like(zero_gradient)
+        return Attacked(found.perturbed, found.loss, none, zero_gradient, calls)
+    result = best.tensors[0]
+    if separate is not None:
+        with torch.no_grad():
+            for param, value in zip(separate, best.tensors, strict=True):
+                param.copy_(value)
+            result = perturbation(data).detach()
+    losses = best.cost if objective.targeted else -best.cost
+    return Attacked(result, losses, best.success, zero_gradient, calls)
+
+
+def parameters_per_example(
+    model: PerturbationModel, params: list[Tensor], data: Tensor
+) -> list[Tensor] | None:
+    """The parameters, if each has one independent row per example."""
+    if not getattr(model, "per_datum", False) or data.ndim == 0:
+        return None
+    if isinstance(model, AdditivePerturbation) and model.delta.shape != data.shape:
+        return None
+    separate = all(param.ndim > 0 and len(param) == len(data) for param in params)
+    return params if separate else None
+
+
+def _zero_gradient(params: Sequence[Tensor], data: Tensor, separate: bool) -> Tensor:
+    """Whether there are gradients, and all are 0, shape (N,): of the example, or of shared ones."""
+    grads = [param.grad for param in params if param.grad is not None and param.grad.numel()]
+    zero = torch.full(data.shape[:1], bool(grads), device=data.device)
+    for grad in grads:
+        size = grad.flatten(1).abs().amax(1) if separate and grad.ndim > 1 else grad.abs()
+        zero = zero & (size == 0 if separate else size.amax() == 0)
+    return zero
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Raise unless this can step, with gradients alone."""
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"`optimizer` must be or make what has a `step`, got {optimizer!r}")
+    inner = getattr(optimizer, "inner_opt", optimizer)  # to which a wrapper passes its closure on
+    if not isinstance(inner, Optimizer):
+        return
+    closure = inspect.signature(type(inner).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            "`optimizer` must step by gradients alone, without a `closure`, got "
+            f"{type(inner).__name__}"
+        )
+
+
+def _is_check(evaluations: int) -> bool:
+    return evaluations in _FIRST_CHECKS or evaluations % _CHECK_EVERY == 0
+
+
+@contextmanager
+def solving(model: object) -> Iterator[None]:
+    """Context: gradients enabled, and a module in eval mode with frozen weights; undone on exit."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if isinstance(model, nn.Module):
+            stack.enter_context(frozen(model))
+            stack.enter_context(evaluating(model))
+        yield
