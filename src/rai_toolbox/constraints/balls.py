@@ -53,6 +53,12 @@ class _Ball(Constraint):
     """Sub-tensors within a distance of a center."""
 
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
+    p: ClassVar[float]
+    """Order of the norm: 1, 2 or inf."""
+
+    norm_name: ClassVar[str]
+    """The norm as it is written: "L1", "L2" or "Linf"."""
+
     _corners: ClassVar[bool] = True  # where the oracle's answers are, of no sum with rounding
 
     epsilon: float | Tensor
@@ -129,6 +135,8 @@ class LinfBall(_Ball):
     tensor([[1.5000, 0.5000, 1.2500]])
     """
 
+    p: ClassVar[float] = math.inf
+    norm_name: ClassVar[str] = "Linf"
     elementwise: ClassVar[bool] = True
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -195,6 +203,8 @@ class L2Ball(_Ball):
             [0.3000, 0.4000]])
     """
 
+    p: ClassVar[float] = 2
+    norm_name: ClassVar[str] = "L2"
     _corners: ClassVar[bool] = False
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -257,6 +267,9 @@ class L1Ball(_Ball):
     >>> L1Ball(2.0).project_(torch.tensor([[1.0, -2.0, 0.5]]))
     tensor([[ 0.5000, -1.5000,  0.0000]])
     """
+
+    p: ClassVar[float] = 1
+    norm_name: ClassVar[str] = "L1"
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self.project_each_([x])
@@ -324,6 +337,19 @@ class L1Ball(_Ball):
         rest = exponential(like[:, :1], generator)
         signs = torch.where(uniform(like, generator) < 0.5, -1.0, 1.0)
         return signs * size / (size.sum(1, keepdim=True) + rest)
+
+
+Ball = LinfBall | L2Ball | L1Ball
+
+BALLS: dict[float, type[Ball]] = {ball.p: ball for ball in (LinfBall, L2Ball, L1Ball)}
+"""The class of norm balls of each order p."""
+
+
+def check_ball(name: str, value: object) -> Ball:
+    """Return `value` if it is a norm ball."""
+    if not isinstance(value, Ball):
+        raise TypeError(f"`{name}` must be a LinfBall, L2Ball or L1Ball, got {value!r}")
+    return value
 
 
 def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
