@@ -13,7 +13,7 @@ from torch import nn
 
 from rai_toolbox.cli import main
 from rai_toolbox.constraints import L2Ball, LinfBall
-from rai_toolbox.perturbations.report import RobustnessReport
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 
 NETS = '''
 import json

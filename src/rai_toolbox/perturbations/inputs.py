@@ -1,4 +1,4 @@
-"""Checks of what attacks and evaluations are given: data, classes, balls, and the model's logits."""
+"""Checks of the inputs of attacks and evaluations: data, classes, balls, and the model's logits."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"`model` must give logits of shape ({len(data)}, K), one row per example, got {got}"
+                f"`model` must give logits of shape ({len(data)}, K), a row per example, got {got}"
             )
         if logits.shape[1] < 2:
             raise ValueError(

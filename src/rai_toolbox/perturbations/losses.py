@@ -59,7 +59,7 @@ def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> 
     """The margin of the best other class over the target; above 0 the example is fooled.
 
     ``max_{j != y} z_j - z_y`` (Carlini & Wagner, 2017). It does not saturate at any scale of the
-    logits. Toward a rival t it is ``z_t - z_y``. On a linear model that is linear, so that an attack
+    logits. Toward a rival t it is ``z_t - z_y``. On a linear model that is linear, so an attack
     finds its exact maximum over a convex set, and the largest of all rivals is the worst margin.
 
     Parameters
@@ -93,10 +93,10 @@ def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Ten
     """The margin loss in units of the gap from the first to the third logit.
 
     ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` with the logits in descending order ``z_(1) >=
-    z_(2) >= ...`` (Croce & Hein, 2020). It is invariant under scaling and shifting the logits, and 0
-    where the three are equal. Where the target has the third logit, it is constant: to raise the
-    target, use `targeted_dlr_loss`, or the form toward a rival t, ``(z_t - z_y) / (z_(1) - (z_(3) +
-    z_(4)) / 2)``.
+    z_(2) >= ...`` (Croce & Hein, 2020). Scaling and shifting the logits does not change it, and it
+    is 0 where the three are equal. Where the target has the third logit, it is constant: to raise
+    the target, use `targeted_dlr_loss`, or the form toward a rival t, ``(z_t - z_y) / (z_(1) -
+    (z_(3) + z_(4)) / 2)``.
 
     Parameters
     ----------

@@ -36,8 +36,8 @@ class MinimumNorm(NamedTuple):
     data : Tensor, shape (N, ...)
         The perturbed data; the example itself where nothing fools, or where it fools as it is.
     radius : Tensor, shape (N,)
-        Their distance from the data, in float64: 0 where the example itself fools; inf where nothing
-        was found.
+        Their distance from the data, in float64: 0 where the example itself fools; inf where
+        nothing was found.
     fooled : Tensor, shape (N,)
         Whether the model, called with `data`, is fooled.
     """
@@ -220,7 +220,7 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
 def _nearest_fooling(
     model: Model, data: Tensor, found: Tensor, target: Tensor, targeted: bool
 ) -> Tensor:
-    """The point on the line from each example that is nearest to it and still fools, by bisection."""
+    """The nearest point that fools on the line from each example to what was found, by bisection."""
     near, far = (torch.full((len(data),), t, device=data.device).double() for t in (0.0, 1.0))
     best = found
     for _ in range(_HALVINGS):

@@ -81,7 +81,7 @@ class Objective:
         rows: Tensor | None = None,
         params: list[Tensor] | None = None,
     ) -> _Evaluation:
-        """Losses of the data, or of some rows, to which the target belongs; gradients of `params`."""
+        """Losses of the data, or of some rows, and gradients of `params`. The target is of the rows."""
         losses, outputs = [], []
         with torch.set_grad_enabled(params is not None):
             for _ in range(self.samples):

@@ -59,10 +59,11 @@ def gradient_ascent(
     .. math::
         \max_\theta \; \sum_i L\big(f(p_\theta(x)_i), y_i\big)
 
-    where p is the perturbation model and theta are its parameters. Any optimizer does the steps, and
-    keeps the parameters in their set. Gradients are computed for these parameters only. A model that
-    is a module is in eval mode with frozen weights meanwhile, and is restored, also after an error.
-    It works inside `no_grad`, `inference_mode` and `autocast`; no step synchronizes with the host.
+    where p is the perturbation model and theta are its parameters. Any optimizer does the steps,
+    and keeps the parameters in their set. Gradients are computed for these parameters only. A model
+    that is a module is in eval mode with frozen weights meanwhile, and is restored, also after an
+    error. Works inside `no_grad`, `inference_mode` and `autocast`; no step synchronizes with the
+    host.
 
     Parameters
     ----------
@@ -286,7 +287,7 @@ def _arguments(solver: Solver, args: Any, kwargs: dict[str, Any]) -> dict[str, A
 
 
 def _restorer(model: Any, optimizer: Any) -> Callable[[], None]:
-    """Make a function that returns instances to their present state, or the model to a new start."""
+    """Make a function that restores the state of both, or resets a model that can be reset."""
     values = [] if model is None else [p.detach().clone() for p in model.parameters()]
     state = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
 

@@ -11,7 +11,7 @@ def fraction(count: int, total: int) -> float:
 
 
 def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95 % confidence interval of the fraction that `count` of `total` estimates (Wilson, 1927)."""
+    """The 95 % confidence interval of the fraction `count` of `total` (Wilson, 1927)."""
     if total == 0:
         return 0.0, 1.0
     z, share = 1.959963984540054, count / total

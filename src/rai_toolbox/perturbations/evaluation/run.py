@@ -53,9 +53,9 @@ def evaluate_robustness(
 ) -> RobustnessReport:
     """Clean and robust accuracy over norms and radii, verified independently of the solver.
 
-    Robust accuracy at an epsilon is the fraction of examples that are predicted right, and for which
-    no perturbation that fools the model was found at this or a smaller epsilon of the norm. It is an
-    upper bound of the accuracy in the worst case: a better solver may find more.
+    Robust accuracy at an epsilon is the fraction of examples that are predicted right, and for
+    which no perturbation that fools the model was found at this or a smaller epsilon of the norm.
+    It is an upper bound of the accuracy in the worst case: a better solver may find more.
 
     Examples that are predicted wrong, or fooled at a smaller epsilon, are not attacked again. A
     perturbation counts only if a new call of the model predicts another class, and norm and bounds
@@ -77,7 +77,7 @@ def evaluate_robustness(
         Lower and upper bound of all data, also of perturbed ones; None for no bounds.
     solver : Callable
         Called as ``solver(model, data, target, ball=..., data_range=..., generator=...)``; returns
-        an object whose ``data`` are the perturbed data. ``partial(attack, restarts=5)`` sets options.
+        an object whose ``data`` are the perturbed data. To set options, pass a partial of `attack`.
     steps : int, optional
         If given, passed to `solver`.
     seed : int
@@ -94,7 +94,7 @@ def evaluate_robustness(
         the largest ball of each norm.
     group : ProcessGroup, optional
         Ranks that share the work, such as ``torch.distributed.group.WORLD``. Each one calls this
-        with the same arguments (except `device`), reads all batches, attacks every k-th of them, and
+        with the same arguments (except `device`), reads all batches, attacks every k-th one, and
         returns the whole report. The first one has the bar, the state file and the warnings. An
         error on one rank raises on all. None: this process works alone.
 

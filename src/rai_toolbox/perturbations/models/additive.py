@@ -19,7 +19,7 @@ class AdditivePerturbation(InitializedModel):
     Parameters
     ----------
     data_or_shape : Tensor or sequence of int
-        The shape of the data. A tensor also sets dtype and device of delta; its values are not used.
+        The shape of the data. A tensor also sets dtype and device of delta.
     init_fn : callable, optional
         Called as ``init_fn(delta, **init_fn_kwargs)`` to fill delta in place. By default it is 0.
     device, dtype : optional

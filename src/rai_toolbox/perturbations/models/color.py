@@ -46,9 +46,9 @@ class ColorShift(ImagePerturbation):
         x \leftarrow \min(\max(x + b a_0, 0), 1)
 
     where m is the mean of the image and :math:`\bar x` that of the channels of the pixel, a is the
-    image's row of the parameter `amounts`, shape (N, 4), whose set is ``LinfBall(1.0)``, and b, c, s
-    and g are the limits. Amounts of 0 return the data, bit for bit. Data must be, and results are,
-    in the data range. For a gray image (C = 1) saturation has no effect.
+    image's row of the parameter `amounts`, shape (N, 4), whose set is ``LinfBall(1.0)``, and b, c,
+    s and g are the limits. Amounts of 0 return the data, bit for bit. Data must be, and results
+    are, in the data range. For a gray image (C = 1) saturation has no effect.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ __all__ = ["InitializedModel", "shape_and_options"]
 
 
 class InitializedModel(nn.Module):
-    """A module with a parameter that starts at 0, or where ``init_fn(parameter, **kwargs)`` puts it.
+    """A module with a parameter that starts at 0, or at what an `init_fn` fills in.
 
     The subclass names the parameter.
     """

@@ -14,9 +14,9 @@ from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation import evaluate_robustness
-from rai_toolbox.perturbations.fingerprint import described, fingerprint
-from rai_toolbox.perturbations.report import RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.state_file import StateFileError
+from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.state_file import StateFileError
 
 BALLS = [LinfBall(0.1), LinfBall(0.2), LinfBall(0.3)]
 
@@ -131,15 +131,15 @@ def test_flat_models_are_warned_of():
         evaluated(model=flat, solver=solver, balls=[LinfBall(0.1)])
     right = int((TARGET == 0).sum())
     assert [str(w.message) for w in caught] == [
-        f"Linf 0.1: the gradient is exactly 0 at {right} of {right} data (100.0%): "
+        f"Linf 0.1: the gradient is exactly 0 at {right} of {right} examples (100.0%): "
         "the model is flat there",
-        f"Linf 0.1: the loss did not rise for {right} of {right} data (100.0%)",
+        f"Linf 0.1: the loss did not rise for {right} of {right} examples (100.0%)",
     ]
 
 
 def test_a_model_that_reads_nothing_is_warned_of():
     nothing = [(DATA, 1 - MODEL(DATA).argmax(1))]
-    with pytest.warns(RobustnessWarning, match="no datum is read right as it is: "):
+    with pytest.warns(RobustnessWarning, match="no original is predicted right: "):
         assert evaluated(nothing).clean_accuracy == 0
 
 
@@ -341,7 +341,7 @@ def test_settings_are_described_as_plain_data():
         ({"seed": 0.5}, TypeError, "`seed` must be an int, got 0.5"),
         ({"loader": []}, ValueError, "`loader` must give one batch at least, got none"),
         ({"loader": [DATA]}, TypeError, r"pairs \(data, target\), got Tensor as batch 0"),
-        ({"loader": [(DATA.byte(), TARGET)]}, TypeError, "must be floating-point"),
+        ({"loader": [(DATA.byte(), TARGET)]}, TypeError, "must be of a floating-point dtype"),
         (
             {"loader": [(DATA, TARGET + 1)]},
             ValueError,

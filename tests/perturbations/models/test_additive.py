@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from rai_toolbox.perturbations.additive import AdditivePerturbation, MaskedPerturbation
-from rai_toolbox.perturbations.initializers import uniform_like_l2_n_ball_
-from rai_toolbox.perturbations.protocol import PerturbationModel
+from rai_toolbox.perturbations.init import uniform_like_l2_n_ball_
+from rai_toolbox.perturbations.models import (
+    AdditivePerturbation,
+    MaskedPerturbation,
+    PerturbationModel,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from rai_toolbox.perturbations.additive import AdditivePerturbation
-from rai_toolbox.perturbations.gradient_ascent import gradient_ascent
-from rai_toolbox.perturbations.initializers import uniform_like_linf_n_ball_
-from rai_toolbox.perturbations.restart import random_restart
+from rai_toolbox.perturbations.init import uniform_like_linf_n_ball_
+from rai_toolbox.perturbations.models import AdditivePerturbation
+from rai_toolbox.perturbations.solvers import gradient_ascent, random_restart
 
 WAVY = {
     "model": lambda x: x,

@@ -9,9 +9,9 @@ from torch import nn
 
 from rai_toolbox.constraints import LinfBall
 from rai_toolbox.optim.pgd import PGD
-from rai_toolbox.perturbations.color import ColorShift, shift_color
-from rai_toolbox.perturbations.gradient_ascent import gradient_ascent
 from rai_toolbox.perturbations.losses import margin_loss
+from rai_toolbox.perturbations.models.color import ColorShift, shift_color
+from rai_toolbox.perturbations.solvers import gradient_ascent
 
 NONE = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "gamma": 0.0}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from rai_toolbox.perturbations.initializers import (
+from rai_toolbox.perturbations.init import (
     uniform_like_l1_n_ball_,
     uniform_like_l2_n_ball_,
     uniform_like_linf_n_ball_,

@@ -15,9 +15,9 @@ from torch.optim.optimizer import (
 
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.optim import LinfProjectedOptim, ProjectedOptimizer, SignedGradientOptim
-from rai_toolbox.perturbations.additive import AdditivePerturbation
-from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning, gradient_ascent
 from rai_toolbox.perturbations.losses import is_fooled
+from rai_toolbox.perturbations.models import AdditivePerturbation
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent
 
 
 def distance(output, target):
@@ -468,7 +468,7 @@ def test_a_model_that_detaches():
 
 
 def test_a_zero_gradient_is_told():
-    with pytest.warns(ZeroGradientWarning, match="the gradient of 1 of 2 data is 0 at the start"):
+    with pytest.warns(ZeroGradientWarning, match="gradient of 1 of 2 examples is 0 at the start"):
         gradient_ascent(data=[-1.0, 2.0], target=0.0, **{**LINE, "model": torch.relu})
 
 

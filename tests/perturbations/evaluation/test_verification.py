@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.perturbations import verification
-from rai_toolbox.perturbations.verification import VerificationReport, log_odds, read, verify
+from rai_toolbox.perturbations.evaluation.verification import (
+    VerificationReport,
+    log_odds,
+    predict,
+    verify,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -76,7 +80,7 @@ def test_what_is_not_finite_fools_nobody(bad):
 def test_a_model_that_answers_nan_does_not_read():
     data, target = torch.full((1, 2), 0.5), torch.tensor([0])
     # argmax would name the first NaN, which is the right class
-    assert read(lambda x: x * NAN, data, target).misread.tolist() == [True]
+    assert predict(lambda x: x * NAN, data, target).wrong.tolist() == [True]
     report = verified([0.75, 0.25], [0.5, 0.25], LinfBall(0.25), model=lambda x: x.log() * NAN)
     assert report.not_finite == 1
 
@@ -141,11 +145,11 @@ def test_each_kind_of_trouble_has_its_words():
     assert VerificationReport(data=5, fooled=2).warnings() == []
     report = VerificationReport(8, 1, 2, 0.5, 3, 0.25, 4, 5, 6)
     assert report.warnings("L2 1") == [
-        "L2 1: 2 of 8 data (25.0%) are outside the ball, by up to 0.5",
-        "L2 1: 3 of 8 data (37.5%) are outside the data range, by up to 0.25",
-        "L2 1: 4 of 8 data (50.0%) have an infinity or NaN in data, loss or gradient",
-        "L2 1: the gradient is exactly 0 at 5 of 8 data (62.5%): the model is flat there",
-        "L2 1: the loss did not rise for 6 of 8 data (75.0%)",
+        "L2 1: 2 of 8 examples (25.0%) are outside the ball, by up to 0.5",
+        "L2 1: 3 of 8 examples (37.5%) are outside the data range, by up to 0.25",
+        "L2 1: 4 of 8 examples (50.0%) have an infinity or NaN in data, loss or gradient",
+        "L2 1: the gradient is exactly 0 at 5 of 8 examples (62.5%): the model is flat there",
+        "L2 1: the loss did not rise for 6 of 8 examples (75.0%)",
     ]
 
 
@@ -163,7 +167,11 @@ DATA, TARGET = torch.zeros(2, 3), torch.tensor([0, 1])
     [
         ({"ball": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
         ({"ball": LinfBall(0.1, center=1.0)}, ValueError, "`center` of `ball` must be None"),
-        ({"data": DATA.byte()}, TypeError, "`data` must be floating-point, .* got torch.uint8"),
+        (
+            {"data": DATA.byte()},
+            TypeError,
+            "of a floating-point dtype, got torch.uint8",
+        ),
         ({"data": [0.0]}, TypeError, "`data` and `target` must be tensors, got list"),
         ({"target": TARGET[:1]}, ValueError, r"shape \(2,\), got shape \(1,\)"),
         ({"target": TARGET.float()}, TypeError, "hold classes, .* got torch.float32"),
@@ -182,7 +190,3 @@ def test_bad_input_is_refused(changed, error, said):
     bad = good | changed
     with pytest.raises(error, match=said):
         verify(bad["model"], bad["data"], bad["target"], bad["perturbed"], ball=bad["ball"])
-
-
-def test_the_table_of_norms_has_every_ball():
-    assert set(verification.NORMS) == {LinfBall, L2Ball, L1Ball}

@@ -14,10 +14,9 @@ from rai_toolbox.cli.digits import load_digits
 from rai_toolbox.constraints import BoundedBall, L2Ball, LinfBall
 from rai_toolbox.optim import ProjectedOptimizer
 from rai_toolbox.optim.pgd import PGD
-from rai_toolbox.perturbations.gradient_ascent import gradient_ascent
 from rai_toolbox.perturbations.losses import margin_loss
-from rai_toolbox.perturbations.restart import random_restart
-from rai_toolbox.perturbations.warp import AffineWarp, affine_maps, warp
+from rai_toolbox.perturbations.models.warp import AffineWarp, affine_maps, warp
+from rai_toolbox.perturbations.solvers import gradient_ascent, random_restart
 
 NONE = {"rotation": 0.0, "translation": 0.0, "scale": 0.0, "shear": 0.0}
 AMOUNTS = ["rotation", "right", "down", "scale", "shear"]

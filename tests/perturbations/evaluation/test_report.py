@@ -9,8 +9,9 @@ import torch
 from scipy.stats import binomtest
 
 from rai_toolbox.constraints import L2Ball, LinfBall
-from rai_toolbox.perturbations.report import Examples, RobustnessReport, wilson_interval
-from rai_toolbox.perturbations.verification import VerificationReport
+from rai_toolbox.perturbations import Examples, RobustnessReport
+from rai_toolbox.perturbations.evaluation.interval import wilson_interval
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 
 CHECK = VerificationReport
 
@@ -47,7 +48,7 @@ def test_it_prints_as_a_table():
 
 
 def test_warnings_name_norm_and_epsilon():
-    assert report().warnings() == ["Linf 0.1: the loss did not rise for 1 of 4 data (25.0%)"]
+    assert report().warnings() == ["Linf 0.1: the loss did not rise for 1 of 4 examples (25.0%)"]
     assert report().feasible
     checks = report().checks | {"L2": (CHECK(4, 0, outside_ball=1),)}
     assert not report(checks=checks).feasible
