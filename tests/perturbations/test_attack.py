@@ -496,7 +496,7 @@ BAD = {
         r"`criterion` must give one value for each example",
     ),
     "no ball": ({"ball": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
-    "center": ({"ball": L2Ball(1.0, center=1.0)}, ValueError, "`center` of `ball` must be None"),
+    "center": ({"ball": L2Ball(1.0, center=1.0)}, ValueError, "`ball` must have no center"),
     "infinite": ({"ball": L2Ball(float("inf"))}, ValueError, "`epsilon` of `ball` must be finite"),
     "epsilons": (
         {"ball": L2Ball(torch.ones(3))},
@@ -542,7 +542,7 @@ BAD = {
         ValueError,
         r"`rivals` must give classes .* that are not the targets, got shape \(24, 4\)",
     ),
-    "rivals of a list": ({"rivals": just([[1]] * N)}, TypeError, "`rivals` must give a tensor of"),
+    "rivals of a list": ({"rivals": just([[1]] * N)}, TypeError, "`rivals` must hold classes, "),
     "rivals, none": (
         {"rivals": just(torch.zeros(N, 0).long())},
         ValueError,
@@ -551,7 +551,7 @@ BAD = {
     "rivals of floats": (
         {"rivals": just(torch.zeros(N, 1))},
         TypeError,
-        "`rivals` must give a tensor of classes, which are integers, got torch.float32",
+        "`rivals` must hold classes, which are integers, .* got torch.float32",
     ),
     "rivals too high": (
         {"rivals": just(torch.full((N, 1), CLASSES))},

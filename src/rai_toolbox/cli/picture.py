@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.evaluation.interval import wilson_interval
+from rai_toolbox.perturbations.evaluation.rows import wilson_interval
 
 __all__ = ["Example", "draw", "tidy", "write_title"]
 

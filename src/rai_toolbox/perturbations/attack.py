@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import nan
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.optim.apgd import APGD
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import (
-    Ball,
     Model,
     Range,
     as_classes,
     as_data,
+    check_classes,
     check_per_example,
     classifier,
-    holds_integers,
+    takes,
+    wrong,
 )
-from rai_toolbox.perturbations.losses import (
-    Criterion,
-    is_fooled,
-    margin_loss,
-    most_likely_rivals,
-)
+from rai_toolbox.perturbations.losses import Criterion, is_fooled, margin_loss, most_likely_rivals
 from rai_toolbox.perturbations.rivals import ChooseClasses
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving
 from rai_toolbox.perturbations.solvers import warn_of_zero_gradient
@@ -136,8 +133,8 @@ def attack(
     >>> bool(((found.data - x).norm(dim=1) <= 0.5).all())
     True
     """
-    for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1)):
-        check_count(name, value, least)
+    check_count("steps", steps, 0)
+    check_count("restarts", restarts, 1)
     check_count("samples", samples, 1)
     criterion = margin_loss if criterion is None else criterion
     make_optimizer = _optimizer_maker(optimizer or APGD, steps)
@@ -147,14 +144,15 @@ def attack(
         target = as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = classifier(model, target)
-        objective = Objective(model, criterion, targeted, samples=samples, success=success)
-        of_runs, toward, calls = objective, [None], 0
+        objective = of_run = Objective(model, criterion, targeted, samples=samples, success=success)
+        toward: Sequence[Tensor | None] = [None]
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
             classes = _rival_classes(rivals, model, allowed, target)
-            of_runs, toward, calls = _toward_rivals(objective, classes), classes.unbind(1), 1
-        best = BestOf(torch.full(data.shape[:1], torch.nan, device=data.device), [data])
-        zero_gradient = torch.ones_like(best.success)
+            toward, of_run = classes.unbind(1), _toward_rivals(objective, classes)
+        calls = int(rivals is not None)
+        zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
+        best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
 
         for run in range(restarts * len(toward)):
             restart, rival = run // len(toward), toward[run % len(toward)]
@@ -162,16 +160,17 @@ def attack(
             if rows is not None and not len(rows):
                 break
             part = allowed if rows is None else allowed.rows(rows)
-            of_part = target if rival is None else torch.stack([target, rival], 1)
+            classes = target if rival is None else torch.stack([target, rival], 1)
             perturbation, constraint = part.zero_perturbation(), part.of_perturbations()
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
+            optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
             found = solve(
-                of_runs,
+                of_run,
                 part.data,
-                of_part if rows is None else of_part[rows],
+                classes if rows is None else classes[rows],
                 perturbation,
-                make_optimizer([perturbation.delta], constraint=constraint) if steps else None,
+                optim,
                 steps=steps,
                 stop=stop_once_fooled,
             )
@@ -179,20 +178,18 @@ def attack(
             if rows is not None:
                 perturbed = data.index_copy(0, rows, perturbed)
                 zero = zero_gradient.index_copy(0, rows, zero)
-            cost = found.losses if targeted else -found.losses
-            best.update_(cost, [perturbed], found.fooled, rows)
+            best.update_(objective.sign * found.losses, found.fooled, [perturbed], rows)
             zero_gradient, calls = zero_gradient & zero, calls + found.model_calls
 
-        perturbed = allowed.project(best.tensors[0])
-        losses, fooled = best.cost if targeted else -best.cost, best.success
+        perturbed, cost, fooled = allowed.project(best.tensors[0]), best.cost, best.success
         # Losses toward a rival, of a random model, or in a smaller batch are not those returned.
         known = rivals is None and samples == 1 and not stop_once_fooled
         if not (known and torch.equal(perturbed, best.tensors[0])):
-            _, losses, fooled = objective.evaluate(lambda x: x, perturbed, target)
-            check_per_example("criterion", losses, perturbed)
+            _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
+            check_per_example("criterion", cost, perturbed)
             calls += samples
     warn_of_zero_gradient(zero_gradient & ~fooled)
-    return Attacked(perturbed, losses, fooled, zero_gradient, calls)
+    return Attacked(perturbed, objective.sign * cost, fooled, zero_gradient, calls)
 
 
 def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
@@ -212,17 +209,11 @@ def _check_rivals(rivals: int | ChooseClasses, criterion: Criterion, targeted: b
     if not callable(rivals):
         check_count("rivals", rivals, 1)
     if targeted:
-        raise ValueError(
-            f"`rivals` must be None with `targeted`, whose target is the rival, got {rivals!r}"
-        )
+        raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
     call = criterion.forward if isinstance(criterion, nn.Module) else criterion
-    parameters = inspect.signature(call).parameters
-    optional = "rival" in parameters and parameters["rival"].default is not inspect.Parameter.empty
-    if not (optional or _takes_any_keyword(parameters)):
-        raise TypeError(
-            "`criterion` must take `rival` where there are `rivals`, as an option, as margin_loss, "
-            f"dlr_loss and cross_entropy do, got {criterion!r}"
-        )
+    if takes(call, "rival") != (True, False):
+        rule = "take `rival` where there are `rivals`, as an option, as margin_loss does"
+        raise wrong("criterion", rule, criterion, TypeError)
 
 
 @torch.no_grad()
@@ -232,32 +223,21 @@ def _rival_classes(
     """The rival classes of each example, shape (N, m)."""
     if not callable(rivals):
         return most_likely_rivals(model(allowed.data), target, rivals)
-    classes: Any = rivals(model, allowed, target)
-    if not isinstance(classes, Tensor) or not holds_integers(classes):
-        got = classes.dtype if isinstance(classes, Tensor) else repr(classes)
-        raise TypeError(f"`rivals` must give a tensor of classes, which are integers, got {got}")
+    classes = rivals(model, allowed, target)
+    check_classes("rivals", classes)
     fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0
     if not fits or bool((classes.to(target) == target[:, None]).any()):
-        raise ValueError(
-            f"`rivals` must give classes of shape ({len(target)}, m) that are not the targets, got "
-            f"shape {tuple(classes.shape)}"
-        )
+        rule = f"give classes of shape ({len(target)}, m) that are not the targets"
+        raise wrong("rivals", rule, f"shape {tuple(classes.shape)}")
     return classes.to(target)
 
 
 def _optimizer_maker(given: Callable[..., Any], steps: int) -> Callable[..., Any]:
     """The optimizer class, which gets `steps` if it requires that."""
     if not callable(given):
-        raise TypeError(f"`optimizer` must make an optimizer, got {given!r}")
-    parameters = inspect.signature(given).parameters
-    if "constraint" not in parameters and not _takes_any_keyword(parameters):
-        raise TypeError(
-            "`optimizer` must take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer "
-            f"do, got {given!r}"
-        )
-    required = "steps" in parameters and parameters["steps"].default is inspect.Parameter.empty
+        raise wrong("optimizer", "make an optimizer", given, TypeError)
+    if not takes(given, "constraint")[0]:
+        rule = "take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer do"
+        raise wrong("optimizer", rule, given, TypeError)
+    _, required = takes(given, "steps")
     return partial(given, steps=steps) if required else given
-
-
-def _takes_any_keyword(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ __all__ = ["BestOf"]
 
 
 class BestOf:
-    """For each example, tensors of the trial that succeeded at the least cost, or had the least.
+    """For each example, what to keep of several trials: one that succeeded, then the least cost.
 
     Selection is by masks, without synchronizing with the host. A number is better than NaN.
 
@@ -19,56 +17,47 @@ class BestOf:
     ----------
     cost : Tensor, shape (N,)
         Of the first trial; what is minimized.
+    success : Tensor of bool, shape (N,)
+        Where the first trial succeeded.
     tensors : list of Tensor, shape (N, ...)
-        What to keep of a trial; copied.
-    success : Tensor of bool, shape (N,), optional
-        Where the first trial succeeded, which comes before any cost.
+        What to keep of the first trial; copied.
     best : bool
-        Keep the best trial; else the last one, or the first one that succeeded.
+        Keep the best trial, else the last one.
     stop : bool
-        Keep the first trial that succeeded, whatever comes later.
+        Keep the first trial that succeeded, if there is one.
     """
 
     def __init__(
         self,
         cost: Tensor,
-        tensors: Sequence[Tensor],
-        success: Tensor | None = None,
-        *,
+        success: Tensor,
+        tensors: list[Tensor],
         best: bool = True,
         stop: bool = False,
     ) -> None:
         self.cost = self.last_cost = cost
-        self.success = torch.zeros_like(cost, dtype=torch.bool) if success is None else success
+        self.success = success
         self.tensors = [tensor.detach().clone() for tensor in tensors]
         self._best, self._stop = best, stop
 
     def update_(
-        self,
-        cost: Tensor,
-        tensors: Sequence[Tensor],
-        success: Tensor | None = None,
-        rows: Tensor | None = None,
+        self, cost: Tensor, success: Tensor, tensors: list[Tensor], rows: Tensor | None = None
     ) -> None:
         """Take over what is better in another trial.
 
         With `rows`, cost and success are those of some examples only; the others keep their last
         ones. `last_cost` is the last cost of each example.
         """
-        success = torch.zeros_like(cost, dtype=torch.bool) if success is None else success
         if rows is not None:
             cost = self.last_cost.index_copy(0, rows, cost)
             success = self.success.index_copy(0, rows, success)
         self.last_cost = cost
         take = torch.ones_like(success)
         if self._best:
-            valid = take
-            for tensor in tensors:  # no NaN is kept, whatever the model predicts for it
-                entries = tensor.detach()
-                rows_sum = (
-                    entries.flatten(take.ndim).sum(-1) if entries.ndim > take.ndim else entries
-                )
-                valid = valid & ~rows_sum.isnan()
+            valid = take  # no NaN is kept, whatever the model predicts for it
+            for tensor in tensors:
+                entries = tensor.detach().unsqueeze(-1).flatten(take.ndim)
+                valid = valid & ~entries.sum(-1).isnan()
             success = success & valid
             lower = (cost < self.cost) | (self.cost.isnan() & ~cost.isnan())
             take = valid & ((success > self.success) | ((success >= self.success) & lower))

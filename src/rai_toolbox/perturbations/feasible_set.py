@@ -8,16 +8,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_order
 from rai_toolbox.constraints import BoundedBall, LinfBall
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import as_wide
-from rai_toolbox.perturbations.inputs import Ball, Range, check_ball
-from rai_toolbox.perturbations.models.additive import (
-    AdditivePerturbation,
-    MaskedPerturbation,
-    check_mask,
-)
+from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
+from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
+from rai_toolbox.perturbations.models.additive import check_mask
 
 __all__ = ["FeasibleSet"]
 
@@ -43,15 +40,13 @@ class FeasibleSet:
         """Check the settings, and expand them to the shape of the data, (N, ...)."""
         check_ball(ball)
         if not ball.bounded:
-            raise ValueError(f"`epsilon` of `ball` must be finite, got {ball!r}")
+            raise wrong("epsilon` of `ball", "be finite", ball)
         if data.ndim < 2:
-            raise ValueError(f"`data` must have the shape (N, ...), got {tuple(data.shape)}")
-        if not bool(data.isfinite().all()):
-            raise ValueError("`data` must be finite, got NaN or infinity among them")
-        lower, upper = _range(data, data_range)
+            raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
+        lower, upper = bounds_of(data, data_range)
         if mask is not None:
             check_mask(mask)
-            mask = _expanded("mask", mask, data)
+            mask = expanded("mask", mask, data)
             lower = torch.where(mask, -inf if lower is None else lower, data)
             upper = torch.where(mask, inf if upper is None else upper, data)
         return cls(data, _per_example(ball, data), lower, upper, mask)
@@ -104,38 +99,7 @@ def _per_example(ball: Ball, data: Tensor) -> Ball:
     if not isinstance(epsilon, Tensor) or epsilon.ndim == 0:
         return ball
     if epsilon.numel() != len(data) or len(epsilon) != len(data):
-        raise ValueError(
-            f"`epsilon` must be a number or have one value for each example, shape ({len(data)},), "
-            f"got shape {tuple(epsilon.shape)}"
-        )
+        rule = f"be a number or have one value for each example, shape ({len(data)},)"
+        raise wrong("epsilon", rule, f"shape {tuple(epsilon.shape)}")
     shape = (-1, *(1,) * (data.ndim - 1))
     return replace(ball, epsilon=epsilon.to(data.device).reshape(shape))
-
-
-def _range(data: Tensor, given: Range) -> tuple[Tensor | None, Tensor | None]:
-    if given is None:
-        return None, None
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(f"`data_range` must be a pair (lower, upper) or None, got {given!r}")
-    check_order("lower", given[0], "upper", given[1])
-    lower, upper = (
-        _expanded("data_range", torch.as_tensor(bound, dtype=data.dtype), data) for bound in given
-    )
-    outside = (data < lower) | (data > upper)
-    if bool(outside.any()):
-        at = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(
-            f"`data` must be within `data_range`, [{lower[at].item():g}, {upper[at].item():g}], "
-            f"got {data[at].item():g} at {at}"
-        )
-    return lower, upper
-
-
-def _expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
-    try:
-        return setting.to(data.device).expand(data.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"`{name}` must broadcast against the data of shape {tuple(data.shape)}, got shape "
-            f"{tuple(setting.shape)}"
-        ) from None

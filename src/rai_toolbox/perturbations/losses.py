@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from rai_toolbox.perturbations.inputs import wrong
 
 __all__ = [
     "Criterion",
@@ -122,10 +125,7 @@ def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Ten
     >>> dlr_loss(torch.tensor([[5.0, 2.0, 3.0]]), torch.tensor([0]))
     tensor([-0.6667])
     """
-    if rival is not None:
-        return _in_units_of(_targeted_gap(logits), margin_loss(logits, target, rival))
-    first, _, third = _largest(logits, 3).unbind(1)
-    return _in_units_of(first - third, margin_loss(logits, target))
+    return _in_gaps(margin_loss(logits, target, rival), logits, 3 if rival is None else 4)
 
 
 def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> targeted_dlr_loss(torch.tensor([[5.0, 2.0, 3.0, 0.0]]), torch.tensor([2]))
     tensor([0.5000])
     """
-    return _in_units_of(_targeted_gap(logits), margin_loss(logits, target))
+    return _in_gaps(margin_loss(logits, target), logits, 4)
 
 
 def rival_margin(rival: Tensor) -> Criterion:
@@ -179,10 +179,7 @@ def rival_margin(rival: Tensor) -> Criterion:
     tensor([-3.])
     """
 
-    def of_rival(logits: Tensor, target: Tensor) -> Tensor:
-        return margin_loss(logits, target, rival)
-
-    return of_rival
+    return partial(margin_loss, rival=rival)
 
 
 def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
@@ -212,9 +209,7 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
     tensor([[2, 1]])
     """
     if not 1 <= m < logits.shape[1]:
-        raise ValueError(
-            f"`m` must be from 1 to {logits.shape[1] - 1}, the number of other classes, got {m!r}"
-        )
+        raise wrong("m", f"be from 1 to {logits.shape[1] - 1}, the number of other classes", m)
     others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
     return _wide(others).topk(m, dim=1).indices
 
@@ -253,18 +248,10 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in _NARROW else logits
 
 
-def _largest(logits: Tensor, number: int) -> Tensor:
+def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:
+    """A loss in units of the gap from the largest logit to the mean of the third to `number`-th."""
     if logits.shape[1] < number:
-        raise ValueError(
-            f"`logits` must have at least {number} classes, got shape {tuple(logits.shape)}"
-        )
-    return _wide(logits).topk(number, dim=1).values
-
-
-def _targeted_gap(logits: Tensor) -> Tensor:
-    first, _, third, fourth = _largest(logits, 4).unbind(1)
-    return first - (third + fourth) / 2
-
-
-def _in_units_of(gap: Tensor, loss: Tensor) -> Tensor:
+        raise wrong("logits", f"have at least {number} classes", f"shape {tuple(logits.shape)}")
+    largest = _wide(logits).topk(number, dim=1).values
+    gap = largest[:, 0] - largest[:, 2:].mean(1)
     return loss / torch.where(gap == 0, 1.0, gap)

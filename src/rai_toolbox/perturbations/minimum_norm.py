@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_count, check_number
-from rai_toolbox.constraints.balls import BALLS
+from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Ball, Model, Range, as_classes, as_data, classifier
+from rai_toolbox.perturbations.inputs import Model, Range, as_classes, as_data, classifier, wrong
 from rai_toolbox.perturbations.losses import is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import solving
@@ -137,13 +137,13 @@ def minimum_norm_attack(
     tensor([5.], dtype=torch.float64)
     """
     if ball not in BALLS.values():
-        raise TypeError(f"`ball` must be the class LinfBall, L2Ball or L1Ball, got {ball!r}")
+        raise wrong("ball", "be the class LinfBall, L2Ball or L1Ball", ball, TypeError)
     check_count("steps", steps, 1)
     check_count("search_steps", search_steps, 1)
     if not 0 < check_number("tolerance", tolerance) < 1:
-        raise ValueError(f"`tolerance` must be > 0 and < 1, got {tolerance!r}")
+        raise wrong("tolerance", "be > 0 and < 1", tolerance)
     if largest is not None and check_number("largest", largest) < 0:
-        raise ValueError(f"`largest` must be >= 0, got {largest!r}")
+        raise wrong("largest", "be >= 0", largest)
     default = (
         attack if targeted else partial(attack, rivals=partial(nearest_rivals, number=_RIVALS))
     )
@@ -192,7 +192,7 @@ def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
         reach = torch.maximum(allowed.data - allowed.lower, allowed.upper - allowed.data)
     limit = _norm(reach, p)
     if largest is None and not bool(limit.isfinite().all()):
-        raise ValueError("`largest` must be given if `data_range` leaves a side open, got None")
+        raise wrong("largest", "be given if `data_range` leaves a side open", largest)
     limit = limit * (1 + 1e-9)  # the rounding of a sum
     return limit if largest is None else limit.clamp(max=largest)
 
@@ -220,7 +220,7 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
 def _nearest_fooling(
     model: Model, data: Tensor, found: Tensor, target: Tensor, targeted: bool
 ) -> Tensor:
-    """The nearest point that fools on the line from each example to what was found, by bisection."""
+    """The nearest point on the line to each example that still fools, by bisection."""
     near, far = (torch.full((len(data),), t, device=data.device).double() for t in (0.0, 1.0))
     best = found
     for _ in range(_HALVINGS):

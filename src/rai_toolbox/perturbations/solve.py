@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,12 +13,12 @@ from torch.optim import Optimizer
 
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.perturbations.best_of import BestOf
-from rai_toolbox.perturbations.inputs import Model, check_per_example
+from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
 from rai_toolbox.perturbations.losses import Criterion
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.protocol import PerturbationModel
 
-__all__ = ["Attacked", "Objective", "Success", "solve", "solving"]
+__all__ = ["Attacked", "Objective", "Success", "copy_into", "solve", "solving"]
 
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
@@ -52,12 +51,6 @@ class Attacked(NamedTuple):
     model_calls: int
 
 
-class _Evaluation(NamedTuple):
-    perturbed: Tensor
-    loss: Tensor
-    success: Tensor | None
-
-
 @dataclass(frozen=True)
 class Objective:
     """What a solver maximizes, or minimizes if `targeted`: a loss of each example.
@@ -73,6 +66,11 @@ class Objective:
     samples: int = 1
     success: Success | None = None
 
+    @property
+    def sign(self) -> float:
+        """What to multiply losses by to get costs, which are minimized, and vice versa."""
+        return 1.0 if self.targeted else -1.0
+
     def evaluate(
         self,
         perturbation: Callable[[Tensor], Tensor],
@@ -80,8 +78,11 @@ class Objective:
         target: Tensor,
         rows: Tensor | None = None,
         params: list[Tensor] | None = None,
-    ) -> _Evaluation:
-        """Losses of the data, or of some rows, and gradients of `params`. The target is of the rows."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The perturbed data, costs and success; adds the gradients of `params`.
+
+        With `rows`, costs and success are those of some examples, whose target is given.
+        """
         losses, outputs = [], []
         with torch.set_grad_enabled(params is not None):
             for _ in range(self.samples):
@@ -94,28 +95,24 @@ class Objective:
                 if self.success is not None:
                     outputs.append(output.detach())
         with torch.no_grad():
-            loss = losses[0] if self.samples == 1 else torch.stack(losses).mean(0)
-            success = None
-            if self.success is not None:
+            cost = self.sign * (losses[0] if self.samples == 1 else torch.stack(losses).mean(0))
+            if self.success is None:
+                success = torch.zeros_like(cost, dtype=torch.bool)
+            else:
                 output = outputs[0] if self.samples == 1 else torch.stack(outputs).mean(0)
                 success = self.success(output, target)
-        return _Evaluation(perturbed.detach(), loss, success)
+        return perturbed.detach(), cost, success
 
     def _backward(self, loss: Tensor, params: list[Tensor]) -> None:
         """Add the gradients of what is minimized to `params`, and to no other tensors."""
         if self.reduction_fn is not torch.sum:  # the sum is differentiated without computing it
             loss = self.reduction_fn(loss)
             if loss.ndim != 0:
-                raise ValueError(
-                    f"`reduction_fn` must give one number, got shape {tuple(loss.shape)}"
-                )
+                raise wrong("reduction_fn", "give one number", f"shape {tuple(loss.shape)}")
         if not loss.requires_grad:
-            raise ValueError(
-                "`model` and `criterion` must be differentiable, got a loss that does not depend "
-                "on the perturbation (is something detached, or computed under no_grad?)"
-            )
-        sign = torch.full_like(loss, 1.0 if self.targeted else -1.0)
-        torch.autograd.backward(loss, sign, inputs=params)
+            got = "a loss that does not depend on the perturbation (is something detached?)"
+            raise wrong("model` and `criterion", "be differentiable", got)
+        torch.autograd.backward(loss, torch.full_like(loss, self.sign), inputs=params)
 
 
 def solve(
@@ -139,28 +136,24 @@ def solve(
         _check_optimizer(optimizer)
     observe = getattr(optimizer, "observe_", None)
     best: BestOf | None = None
-    rows: Tensor | None = None
-    target_of_rows = target
+    rows, target_of_rows = None, target
     for step in range(steps + 1):
-        last = step == steps
         for param in params:
             param.grad = None
-        found = objective.evaluate(
+        last = step == steps
+        perturbed, cost, success = objective.evaluate(
             perturbation, data, target_of_rows, rows, None if last else params
         )
         if step == 0:
-            separate = parameters_per_example(perturbation, params, found.perturbed)
-            zero_gradient = _zero_gradient(params, found.perturbed, separate is not None)
-        cost = found.loss if objective.targeted else -found.loss
-        kept = [found.perturbed] if separate is None else separate
-        if best is not None:
-            best.update_(cost, kept, found.success, rows)
-        elif use_best or stop or observe is not None:
-            check_per_example("criterion", found.loss, found.perturbed)
-            if found.success is not None:
-                check_per_example("stop_once", found.success, found.perturbed)
+            separate = parameters_per_example(perturbation, params, perturbed)
+            zero_gradient = _zero_gradient(params, perturbed, separate is not None)
+            if use_best or stop or observe is not None:
+                check_per_example("criterion", cost, perturbed)
+                check_per_example("stop_once", success, perturbed)
             if use_best or stop:
-                best = BestOf(cost, kept, found.success, best=use_best, stop=stop)
+                best = BestOf(cost, success, separate or [perturbed], use_best, stop)
+        elif best is not None:
+            best.update_(cost, success, separate or [perturbed], rows)
         if last:
             break
         if stop and best is not None and _is_check(step + 1):
@@ -173,18 +166,20 @@ def solve(
         optimizer.step()
     for param in params:
         param.grad = None
+    if best is not None:
+        perturbed, cost, success = best.tensors[0], best.cost, best.success
+        if separate is not None:
+            copy_into(params, best.tensors)
+            perturbed = perturbation(data).detach()
     calls = objective.samples * (step + 1)
-    if best is None:
-        none = torch.zeros_like(zero_gradient)
-        return Attacked(found.perturbed, found.loss, none, zero_gradient, calls)
-    result = best.tensors[0]
-    if separate is not None:
-        with torch.no_grad():
-            for param, value in zip(separate, best.tensors, strict=True):
-                param.copy_(value)
-            result = perturbation(data).detach()
-    losses = best.cost if objective.targeted else -best.cost
-    return Attacked(result, losses, best.success, zero_gradient, calls)
+    return Attacked(perturbed, objective.sign * cost, success, zero_gradient, calls)
+
+
+@torch.no_grad()
+def copy_into(params: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Set parameters to values."""
+    for param, value in zip(params, values, strict=True):
+        param.copy_(value)
 
 
 def parameters_per_example(
@@ -199,7 +194,7 @@ def parameters_per_example(
     return params if separate else None
 
 
-def _zero_gradient(params: Sequence[Tensor], data: Tensor, separate: bool) -> Tensor:
+def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor:
     """Whether there are gradients, and all are 0, shape (N,): of the example, or of shared ones."""
     grads = [param.grad for param in params if param.grad is not None and param.grad.numel()]
     zero = torch.full(data.shape[:1], bool(grads), device=data.device)
@@ -212,16 +207,11 @@ def _zero_gradient(params: Sequence[Tensor], data: Tensor, separate: bool) -> Te
 def _check_optimizer(optimizer: Any) -> None:
     """Raise unless this can step, with gradients alone."""
     if not callable(getattr(optimizer, "step", None)):
-        raise TypeError(f"`optimizer` must be or make what has a `step`, got {optimizer!r}")
+        raise wrong("optimizer", "be or make what has a `step`", optimizer, TypeError)
     inner = getattr(optimizer, "inner_opt", optimizer)  # to which a wrapper passes its closure on
-    if not isinstance(inner, Optimizer):
-        return
-    closure = inspect.signature(type(inner).step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise TypeError(
-            "`optimizer` must step by gradients alone, without a `closure`, got "
-            f"{type(inner).__name__}"
-        )
+    if isinstance(inner, Optimizer) and takes(type(inner).step, "closure")[1]:
+        rule = "step by gradients alone, without a `closure`"
+        raise wrong("optimizer", rule, type(inner).__name__, TypeError)
 
 
 def _is_check(evaluations: int) -> bool:

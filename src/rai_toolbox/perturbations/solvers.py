@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.perturbations.best_of import BestOf
-from rai_toolbox.perturbations.inputs import Model, as_data, check_per_example
+from rai_toolbox.perturbations.inputs import Model, as_data, check_per_example, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.protocol import PerturbationModel
 from rai_toolbox.perturbations.solve import (
     Objective,
     Success,
+    copy_into,
     parameters_per_example,
     solve,
     solving,
@@ -134,10 +135,8 @@ def gradient_ascent(
         data = as_data(data)
         perturbation = _perturbation(perturbation_model, data)
         if not any(param.requires_grad for param in perturbation.parameters()):
-            raise ValueError(
-                "`perturbation_model` must have parameters that require gradients, got none of "
-                f"{perturbation!r}"
-            )
+            rule = "have parameters that require gradients"
+            raise wrong("perturbation_model", rule, perturbation)
         found = solve(
             objective,
             data,
@@ -195,33 +194,30 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
     """
     check_count("repeats", repeats, 1)
     if not callable(solver):
-        raise TypeError(f"`solver` must be callable, got {solver!r}")
+        raise wrong("solver", "be callable", solver, TypeError)
 
     @functools.wraps(solver, updated=())
+    @torch.inference_mode(False)
     def restarted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         given = _arguments(solver, args, kwargs)
-        model = given.get("perturbation_model")
+        model: Any = given.get("perturbation_model")
         model = model if _is_model(model) else None
-        sign = 1 if given.get("targeted") else -1
+        params = [p for p in model.parameters() if p.requires_grad] if model is not None else []
         restore = _restorer(model, given.get("optimizer"))
+        sign = 1 if given.get("targeted") else -1
         data, losses = solver(*args, **kwargs)
         if repeats == 1:
             return data, losses
         check_per_example("criterion", losses, data)
-        params = [] if model is None else [p for p in model.parameters() if p.requires_grad]
         params = parameters_per_example(model, params, data) or []
-        with torch.inference_mode(False), torch.no_grad():
-            best = BestOf(sign * losses, [data, losses, *params])
+        failure = torch.zeros_like(losses, dtype=torch.bool)
+        best = BestOf(sign * losses, failure, [data, losses, *params])
         for _ in range(repeats - 1):
             restore()
             data, losses = solver(*args, **kwargs)
-            with torch.inference_mode(False), torch.no_grad():
-                best.update_(sign * losses, [data, losses, *params])
-        data, losses, *values = best.tensors
-        with torch.inference_mode(False), torch.no_grad():
-            for param, value in zip(params, values, strict=True):
-                param.copy_(value)
-        return data, losses
+            best.update_(sign * losses, failure, [data, losses, *params])
+        copy_into(params, best.tensors[2:])
+        return best.tensors[0], best.tensors[1]
 
     return restarted
 
@@ -251,12 +247,11 @@ def _is_model(given: object) -> bool:
 
 def _perturbation(given: Any, data: Tensor) -> PerturbationModel:
     if not (_is_model(given) or callable(given)):
-        raise TypeError(
-            f"`perturbation_model` must be a PerturbationModel, or make one, got {given!r}"
-        )
+        rule = "be a PerturbationModel, or make one"
+        raise wrong("perturbation_model", rule, given, TypeError)
     made = given if _is_model(given) else given(data)
     if not isinstance(made, PerturbationModel):
-        raise TypeError(f"`perturbation_model` must make a PerturbationModel, got {made!r}")
+        raise wrong("perturbation_model", "make a PerturbationModel", made, TypeError)
     return made
 
 
@@ -265,17 +260,14 @@ def _optimizer(
 ) -> Any:
     if not isinstance(given, Optimizer):
         if not callable(given):
-            raise TypeError(f"`optimizer` must be an Optimizer, or make one, got {given!r}")
+            raise wrong("optimizer", "be an Optimizer, or make one", given, TypeError)
         return given(model.parameters(), **kwargs)
     if not _is_model(of_user):
-        raise TypeError(
-            "`perturbation_model` must be an instance, whose parameters the optimizer has, with "
-            f"an optimizer instance, got {of_user!r}"
-        )
+        rule = "be an instance, whose parameters the optimizer has, with an optimizer instance"
+        raise wrong("perturbation_model", rule, of_user, TypeError)
     if kwargs:
-        raise TypeError(
-            f"`optim_kwargs` must not be given with an optimizer instance, got {', '.join(kwargs)}"
-        )
+        rule = "not be given with an optimizer instance"
+        raise wrong("optim_kwargs", rule, ", ".join(kwargs), TypeError)
     return given
 
 
@@ -291,13 +283,11 @@ def _restorer(model: Any, optimizer: Any) -> Callable[[], None]:
     values = [] if model is None else [p.detach().clone() for p in model.parameters()]
     state = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
 
-    @torch.no_grad()
     def restore() -> None:
         if hasattr(model, "reset_parameters"):
             model.reset_parameters()
         elif model is not None:
-            for param, value in zip(model.parameters(), values, strict=True):
-                param.copy_(value)
+            copy_into(model.parameters(), values)
         if state is not None:
             optimizer.load_state_dict(copy.deepcopy(state))
 

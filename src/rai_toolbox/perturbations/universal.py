@@ -13,16 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
 from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations.inputs import (
-    Ball,
     Model,
     Range,
     batches,
     check_per_example,
     device_of,
     radius_of,
+    wrong,
 )
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy, is_fooled
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
@@ -127,7 +128,7 @@ def universal_perturbation(
     """
     check_count("epochs", epochs, 1)
     if isinstance(loader, Iterator):
-        raise TypeError(f"`loader` must be iterable more than once, got {loader!r}")
+        raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = radius_of(ball)
     criterion = cross_entropy if criterion is None else criterion
     work = (epochs + 2) * length_hint(loader)
@@ -149,7 +150,7 @@ def universal_perturbation(
         for data, target in epoch():
             before.append(_fooled(model, data, target, targeted))
         if not before:
-            raise ValueError("`loader` must have data, got none")
+            raise wrong("loader", "have data", "none")
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
         maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
         made = maker([perturbation.delta], constraint=ball, param_ndim=None)

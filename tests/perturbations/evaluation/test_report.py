@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations import Examples, RobustnessReport
-from rai_toolbox.perturbations.evaluation.interval import wilson_interval
+from rai_toolbox.perturbations.evaluation.rows import wilson_interval
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 
 CHECK = VerificationReport
@@ -76,7 +76,7 @@ def test_a_report_of_no_data_is_strict_json():
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"format": "other"}', "not json"])
 def test_other_json_is_refused(text):
-    with pytest.raises(ValueError, match="`format` of a report must be|Expecting value"):
+    with pytest.raises(ValueError, match="`format` must be|Expecting value"):
         RobustnessReport.from_json(text)
 
 

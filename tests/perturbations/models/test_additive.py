@@ -78,7 +78,7 @@ def test_init_kwargs_without_init_fn():
 
 
 def test_integer_data_are_refused():
-    with pytest.raises(TypeError, match="`dtype` of a perturbation must be .*got torch.uint8"):
+    with pytest.raises(TypeError, match="`dtype` must be .*got torch.uint8"):
         AdditivePerturbation(torch.ones(2, dtype=torch.uint8))
 
 

@@ -112,7 +112,7 @@ def test_settings_are_in_the_units_of_the_limits():
         (ValueError, r"`gamma` must be finite, got inf", {"gamma": math.inf}),
         (ValueError, r"`data_range` must have a lower end below", {"data_range": (1.0, 0.0)}),
         (ValueError, r"`data_range` must be finite, got inf", {"data_range": (0.0, math.inf)}),
-        (ValueError, r"`data` must be in `data_range`, \(0.0, 0.5\)", {"data_range": (0.0, 0.5)}),
+        (ValueError, r"`data` must be within `data_range`, \[0, 0.5\]", {"data_range": (0.0, 0.5)}),
         (TypeError, r"`init_fn` must be given with its arguments", {"a": 1.0}),
     ],
 )

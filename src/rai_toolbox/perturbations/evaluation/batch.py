@@ -6,25 +6,21 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import Bar
-from rai_toolbox.perturbations.evaluation.plot import Examples
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
-from rai_toolbox.perturbations.evaluation.verification import (
-    Prediction,
-    VerificationReport,
-    compare,
-    predict,
-)
-from rai_toolbox.perturbations.inputs import Ball, Model, Range
+from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport, compare, predict
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 
-__all__ = ["BatchEvaluation", "Perturbed"]
+__all__ = ["Batch", "Perturbed"]
 
 
 class Perturbed(Protocol):
@@ -35,93 +31,74 @@ class Perturbed(Protocol):
         """The perturbed data, in the shape of the originals."""
 
 
-class BatchEvaluation(NamedTuple):
-    """The settings that are the same for all batches."""
+@dataclass(frozen=True)
+class Batch:
+    """The settings of an evaluation, and the data of one batch, whose name is its fingerprint."""
 
     model: Model
     balls: Mapping[str, list[Ball]]
     data_range: Range
     solver: Callable[..., Perturbed]
     seed: int
+    data: Tensor
+    target: Tensor
+    name: str
 
-    def report(
-        self, start: RobustnessReport, data: Tensor, target: Tensor, batch: str, bar: Bar
-    ) -> RobustnessReport:
-        """The report of one batch; `start` has the settings."""
+    def report(self, start: RobustnessReport, bar: Bar) -> RobustnessReport:
+        """The report of the batch; `start` has the settings."""
         withstood, checks = {}, {}
-        with _seeded(_seed(self.seed, batch), data.device):
-            before = predict(self.model, data, target)
+        with _seeded(_seed(self.seed, self.name), self.data.device):
+            before = predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
                 robust, found = ~before.wrong, []
                 count = robust.long() - 1
                 for ball in balls:
-                    check, robust = self._attack(data, target, before, robust, ball, batch)
+                    rows, check = robust.nonzero().squeeze(1), VerificationReport()
+                    if ball.epsilon > 0 and len(rows):  # at 0, the only point is the original
+                        data, target = self.data[rows], self.target[rows]
+                        perturbed = self._perturb(data, target, ball)
+                        after = predict(self.model, perturbed, target, gradient=False)
+                        check, fooled = compare(
+                            data, perturbed, before.rows(rows), after, ball, self.data_range
+                        )
+                        robust = robust.index_fill(0, rows[fooled], False)
                     count += robust
                     found.append(check)
                     bar.update()
                 withstood[norm], checks[norm] = tuple(count.tolist()), tuple(found)
         return replace(start, withstood=withstood, checks=checks)
 
-    def examples(
-        self, data: Tensor, target: Tensor, batch: str, number: int
-    ) -> tuple[Examples, ...]:
+    def examples(self, number: int) -> list[Examples]:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
         found = []
-        with _seeded(_seed(self.seed, batch), data.device):
-            right = ~predict(self.model, data, target, gradient=False).wrong
+        with _seeded(_seed(self.seed, self.name), self.data.device):
+            right = ~predict(self.model, self.data, self.target, gradient=False).wrong
             rows = right.nonzero().squeeze(1)[:number]
-            data, target = data[rows], target[rows]
-            for norm, balls in self.balls.items() if len(rows) else ():
-                perturbed = self._perturb(data, target, balls[-1], batch)
+            data, target = self.data[rows], self.target[rows]
+            for norm, (*_, ball) in self.balls.items() if len(rows) else ():
+                perturbed = self._perturb(data, target, ball)
                 classes = predict(self.model, perturbed, target, gradient=False).classes
                 kept = (tensor.cpu() for tensor in (data, perturbed, target, classes))
-                found.append(Examples(norm, float(balls[-1].epsilon), *kept))
-        return tuple(found)
+                found.append(Examples(norm, float(ball.epsilon), *kept))
+        return found
 
-    def _attack(
-        self,
-        data: Tensor,
-        target: Tensor,
-        before: Prediction,
-        robust: Tensor,
-        ball: Ball,
-        batch: str,
-    ) -> tuple[VerificationReport, Tensor]:
-        """Attack the examples that are robust so far, and verify; which of them are robust now."""
-        rows = robust.nonzero().squeeze(1)
-        if ball.epsilon == 0 or not len(rows):  # the only point of that ball is the original
-            return VerificationReport(), robust
-        data, target = data[rows], target[rows]
-        perturbed = self._perturb(data, target, ball, batch)
-        after = predict(self.model, perturbed, target, gradient=False)
-        report, fooled = compare(data, perturbed, before.rows(rows), after, ball, self.data_range)
-        return report, robust.index_fill(0, rows[fooled], False)
-
-    def _perturb(self, data: Tensor, target: Tensor, ball: Ball, batch: str) -> Tensor:
+    def _perturb(self, data: Tensor, target: Tensor, ball: Ball) -> Tensor:
         """The solver's perturbed data, with random numbers that only batch and ball determine."""
         if ball.epsilon == 0:
             return data
-        seed = _seed(self.seed, batch, repr(ball))
+        seed = _seed(self.seed, self.name, repr(ball))
+        generator = torch.Generator().manual_seed(seed)
         with _seeded(seed, data.device), warnings.catch_warnings():
             warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
-            found = self.solver(
-                self.model,
-                data,
-                target,
-                ball=ball,
-                data_range=self.data_range,
-                generator=torch.Generator().manual_seed(seed),
-            )
+            settings = {"ball": ball, "data_range": self.data_range, "generator": generator}
+            found = self.solver(self.model, data, target, **settings)
         perturbed = getattr(found, "data", None)
         if not isinstance(perturbed, Tensor):
-            raise TypeError(
-                f"`solver` must return an object with `data`, got {type(found).__name__}"
-            )
-        if perturbed.shape != data.shape or perturbed.dtype != data.dtype:
-            raise ValueError(
-                f"`solver` must return data of shape {tuple(data.shape)} and {data.dtype}, got "
-                f"shape {tuple(perturbed.shape)} and {perturbed.dtype}"
-            )
+            got = type(found).__name__
+            raise wrong("solver", "return an object with `data`, a tensor", got, TypeError)
+        kind, got = (f"shape {tuple(t.shape)} and {t.dtype}" for t in (data, perturbed))
+        if got != kind:
+            raise wrong("solver", f"return data of {kind}", got)
         return perturbed.detach()
 
 
@@ -134,10 +111,10 @@ def _seed(*values: object) -> int:
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Context: torch's own generators, which random models use, are seeded; restored on exit."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
+        for index in cuda:
+            with torch.cuda.device(index):
                 torch.cuda.manual_seed(seed)
         yield

@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.evaluation.interval import fraction, wilson_interval
+from rai_toolbox.perturbations.evaluation.rows import Examples, wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOR", "SYMBOLS", "WRONG", "Curve", "Examples", "draw", "plot_accuracy", "tidy"]
+__all__ = ["COLORS", "WRONG", "draw_accuracy", "draw_report", "tidy"]
 
-COLOR, WRONG = "#0b5fa5", "#c0152f"
+# Colors that remain distinct for color-blind readers and in grey.
+COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
+MARKERS = "os^D"
+WRONG = "#c0152f"
 SYMBOLS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 PANEL, CELL = 4.2, 1.0  # inches
 
-
-class Examples(NamedTuple):
-    """Some data, their perturbations in one ball, and the predictions of the model."""
-
-    norm: str
-    epsilon: float
-    data: Tensor
-    perturbed: Tensor
-    target: Tensor
-    reading: Tensor
+Report: TypeAlias = Any
+"""A `RobustnessReport`, whose file imports this one."""
 
 
-class Curve(NamedTuple):
-    """One line of an accuracy plot: at each epsilon, how many of `total` examples are right."""
+def draw_report(report: Report) -> Figure:
+    """A panel of accuracy per norm, and the examples below."""
+    figures = require("matplotlib.figure", extra="plots")
+    norms, examples = list(report.epsilons), report.examples
+    columns = max((len(shown.data) for shown in examples), default=0)
+    width = max(PANEL, CELL * columns + 0.6)
+    heights = [PANEL, 3 * CELL + 0.6] if examples else [PANEL]
+    figure: Figure = figures.Figure(
+        figsize=(width * len(norms), sum(heights)), dpi=120, layout="constrained"
+    )
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, norm in zip(parts[0].subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
+        draw_accuracy(axes, {"": report}, norm)
+    if examples:
+        below = parts[1].subfigures(1, len(examples), squeeze=False)[0]
+        for part, shown in zip(below, examples, strict=True):
+            _draw_examples(part, shown)
+    return figure
 
-    epsilons: Sequence[float]
-    counts: Sequence[int]
-    total: int
-    label: str = "accuracy (band: 95% interval)"
-    color: str = COLOR
-    marker: str = "o"
 
-
-def plot_accuracy(axes: Any, curves: Sequence[Curve]) -> None:
-    """Plot accuracy in percent against epsilon, with bands of 95 % intervals."""
-    for curve in curves:
-        intervals = [wilson_interval(count, curve.total) for count in curve.counts]
-        lows, highs = ([100 * end for end in ends] for ends in zip(*intervals, strict=True))
-        axes.fill_between(curve.epsilons, lows, highs, color=curve.color, alpha=0.15, linewidth=0)
-        percents = [100 * fraction(count, curve.total) for count in curve.counts]
-        style = {"color": curve.color, "marker": curve.marker, "linewidth": 2, "clip_on": False}
-        axes.plot(curve.epsilons, percents, label=curve.label, **style)
-    axes.set_xlim(left=0)
+def draw_accuracy(axes: Any, reports: Mapping[str, Report], norm: str) -> None:
+    """Accuracy against epsilon in balls of one norm, with a 95 % interval, one curve per report."""
+    for (name, report), color, marker in zip(reports.items(), COLORS, MARKERS, strict=False):
+        low, high = wilson_interval(round(report.clean_accuracy * len(report)), len(report))
+        points = [(0.0, report.clean_accuracy, low, high)]
+        points += [
+            (row.epsilon, row.robust_accuracy, row.low, row.high)
+            for row in report.rows()
+            if row.norm == norm
+        ]
+        epsilons, *fractions = zip(*points, strict=True)
+        middle, lows, highs = ([100 * value for value in column] for column in fractions)
+        axes.fill_between(epsilons, lows, highs, color=color, alpha=0.15, linewidth=0)
+        label = f"{name} (band: 95% interval)".strip()
+        axes.plot(epsilons, middle, color=color, marker=marker, linewidth=2, label=label)
+    axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
+    axes.set_xlabel("ε (at 0: the original data)")
+    axes.set_ylabel("classified correctly (%)")
     axes.set_ylim(0, 100)
+    axes.set_xlim(left=0)
     axes.legend(frameon=False)
     tidy(axes)
 
@@ -64,31 +77,7 @@ def tidy(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def draw(curves: Mapping[str, Curve], examples: Sequence[Examples]) -> Figure:
-    """A panel of accuracy per norm, and the examples of each norm below."""
-    figures = require("matplotlib.figure", extra="plots")
-    columns = max((len(shown.data) for shown in examples), default=0)
-    width = max(PANEL, CELL * columns + 0.6)
-    heights = [PANEL, 3 * CELL + 0.6] if examples else [PANEL]
-    figure: Figure = figures.Figure(
-        figsize=(width * len(curves), sum(heights)), dpi=120, layout="constrained"
-    )
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    panels = parts[0].subplots(1, len(curves), squeeze=False)[0]
-    for axes, (norm, curve) in zip(panels, curves.items(), strict=True):
-        plot_accuracy(axes, [curve])
-        title = f"{SYMBOLS[norm]} balls around {curve.total:,} examples"
-        axes.set_title(title, loc="left", weight="bold")
-        axes.set_xlabel("ε (0: original data)")
-        axes.set_ylabel("predicted right (%)")
-    if examples:
-        below = parts[1].subfigures(1, len(examples), squeeze=False)[0]
-        for part, shown in zip(below, examples, strict=True):
-            _plot_examples(part, shown)
-    return figure
-
-
-def _plot_examples(figure: Any, shown: Examples) -> None:
+def _draw_examples(figure: Any, shown: Examples) -> None:
     """Rows of originals, changes and results, with the classes above and below."""
     title = f"{SYMBOLS[shown.norm]}, ε = {shown.epsilon:g}; below: prediction"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
@@ -128,5 +117,5 @@ def _show(axes: Any, example: Tensor, limits: tuple[float, float], signed: bool)
         scaled = (example - low) / max(high - low, 1e-30)  # no change is mid-grey
         axes.imshow(scaled.clamp(0, 1).permute(1, 2, 0).tolist())
     else:
-        axes.plot(example.flatten().tolist(), color=COLOR, linewidth=0.8)
+        axes.plot(example.flatten().tolist(), color=COLORS[0], linewidth=0.8)
         axes.set_ylim(low, high if high > low else low + 1)

@@ -6,37 +6,25 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from rai_toolbox.perturbations.evaluation.interval import fraction, wilson_interval
-from rai_toolbox.perturbations.evaluation.plot import Curve, Examples, draw
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.perturbations.evaluation.plot import draw_report
+from rai_toolbox.perturbations.evaluation.rows import Examples, Row, fraction, wilson_interval
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
-from rai_toolbox.perturbations.inputs import Ball, check_ball
+from rai_toolbox.perturbations.inputs import check_ball, wrong
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RobustnessReport", "RobustnessWarning", "Row"]
+__all__ = ["RobustnessReport", "RobustnessWarning"]
 
 FORMAT = "rai_toolbox robustness 1"
 
 
 class RobustnessWarning(UserWarning):
     """A reason to doubt a robust accuracy."""
-
-
-class Row(NamedTuple):
-    """One line of the table: accuracies, with the 95 % interval of the robust one, and checks."""
-
-    norm: str
-    epsilon: float
-    data: int
-    clean_accuracy: float
-    robust_accuracy: float
-    low: float
-    high: float
-    checks: VerificationReport
 
 
 @dataclass(frozen=True)
@@ -88,24 +76,19 @@ class RobustnessReport:
 
     def __post_init__(self) -> None:
         if not self.epsilons or not set(self.epsilons) == set(self.withstood) == set(self.checks):
-            raise ValueError(
-                "`epsilons`, `withstood` and `checks` must have the same norms, at least one, got "
-                f"{list(self.epsilons)}, {list(self.withstood)} and {list(self.checks)}"
-            )
+            got = f"{list(self.epsilons)}, {list(self.withstood)} and {list(self.checks)}"
+            names = "epsilons`, `withstood` and `checks"
+            raise wrong(names, "have the same norms, at least one", got)
         for name, epsilons in self.epsilons.items():
             if not epsilons or list(epsilons) != sorted(set(epsilons)):
-                raise ValueError(f"`epsilons` must ascend in each norm, got {epsilons} for {name}")
+                raise wrong("epsilons", "ascend in each norm", f"{epsilons} for {name}")
             if len(epsilons) != len(self.checks[name]):
-                raise ValueError(
-                    f"`checks` must be one per epsilon, got {len(self.checks[name])} for {name}"
-                )
-            wrong = [k for k in self.withstood[name] if not -1 <= k <= len(epsilons)]
-            if wrong:
-                raise ValueError(
-                    f"`withstood` must be in [-1, {len(epsilons)}] for {name}, got {wrong[0]}"
-                )
+                raise wrong("checks", "be one per epsilon", f"{len(self.checks[name])} for {name}")
+            outside = [k for k in self.withstood[name] if not -1 <= k <= len(epsilons)]
+            if outside:
+                raise wrong("withstood", f"be in [-1, {len(epsilons)}] for {name}", outside[0])
         if len({len(found) for found in self.withstood.values()}) != 1:
-            raise ValueError("`withstood` must be of the same data for each norm")
+            raise wrong("withstood", "be of the same data for each norm", "others")
 
     def __len__(self) -> int:
         return len(next(iter(self.withstood.values())))
@@ -127,9 +110,7 @@ class RobustnessReport:
         for row in self.rows():
             if (row.norm, row.epsilon) == (ball.norm_name, ball.epsilon):
                 return row.robust_accuracy
-        raise ValueError(
-            f"`ball` must be one that was evaluated, {dict(self.epsilons)}, got {ball!r}"
-        )
+        raise wrong("ball", f"be one that was evaluated, {dict(self.epsilons)}", ball)
 
     def rows(self) -> list[Row]:
         """The table."""
@@ -162,14 +143,14 @@ class RobustnessReport:
         return sum(k >= number for k in self.withstood[norm])
 
     def __str__(self) -> str:
-        return "\n".join(
-            ["norm  epsilon   data   clean  robust   95% interval"]
-            + [
-                f"{row.norm:<5} {f'{row.epsilon:g}':>7} {row.data:>6} {row.clean_accuracy:>7.1%} "
-                f"{row.robust_accuracy:>7.1%}  {f'{row.low:.1%} - {row.high:.1%}':>13}"
-                for row in self.rows()
-            ]
-        )
+        lines = ["norm  epsilon   data   clean  robust   95% interval"]
+        for row in self.rows():
+            accuracies = f"{row.clean_accuracy:>7.1%} {row.robust_accuracy:>7.1%}"
+            interval = f"{row.low:.1%} - {row.high:.1%}"
+            lines.append(
+                f"{row.norm:<5} {row.epsilon:>7g} {row.data:>6} {accuracies}  {interval:>13}"
+            )
+        return "\n".join(lines)
 
     # Parts
 
@@ -183,43 +164,27 @@ class RobustnessReport:
             If there is no part, or settings or epsilons differ.
         """
         if not parts:
-            raise ValueError("`parts` must be one report at least, got none")
+            raise wrong("parts", "be one report at least", "none")
         first = parts[0]
         for part in parts[1:]:
             if (part.settings, part.epsilons) != (first.settings, first.epsilons):
-                raise ValueError(
-                    "`parts` must have the same settings and epsilons, got "
-                    f"{part.settings}, {part.epsilons} and {first.settings}, {first.epsilons}"
-                )
-        return replace(
-            first,
-            withstood={
-                name: tuple(k for part in parts for k in part.withstood[name])
-                for name in first.epsilons
-            },
-            checks={
-                name: tuple(
-                    sum((part.checks[name][i] for part in parts), VerificationReport())
-                    for i in range(len(epsilons))
-                )
-                for name, epsilons in first.epsilons.items()
-            },
-            examples=next((part.examples for part in parts if part.examples), ()),
-        )
+                got = " and ".join(f"{r.settings}, {r.epsilons}" for r in (part, first))
+                raise wrong("parts", "have the same settings and epsilons", got)
+        withstood, checks = {}, {}
+        for name in first.epsilons:
+            withstood[name] = tuple(k for part in parts for k in part.withstood[name])
+            of_radii = zip(*(part.checks[name] for part in parts), strict=True)
+            checks[name] = tuple(sum(found, VerificationReport()) for found in of_radii)
+        examples = next((part.examples for part in parts if part.examples), ())
+        return replace(first, withstood=withstood, checks=checks, examples=examples)
 
     # Files
 
     def to_plain(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {
-            "format": FORMAT,
-            "settings": dict(self.settings),
-            "epsilons": {name: list(found) for name, found in self.epsilons.items()},
-            "withstood": {name: list(found) for name, found in self.withstood.items()},
-            "checks": {
-                name: [check.to_plain() for check in found] for name, found in self.checks.items()
-            },
-        }
+        plain = asdict(replace(self, examples=()))
+        del plain["examples"]
+        return {"format": FORMAT, **plain}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RobustnessReport:
@@ -232,7 +197,7 @@ class RobustnessReport:
         """
         if not isinstance(plain, Mapping) or plain.get("format") != FORMAT:
             found = plain.get("format") if isinstance(plain, Mapping) else type(plain).__name__
-            raise ValueError(f"`format` of a report must be {FORMAT!r}, got {found!r}")
+            raise wrong("format", f"be {FORMAT!r}", repr(found))
         return cls(
             plain["settings"],
             {name: tuple(found) for name, found in plain["epsilons"].items()},
@@ -277,15 +242,7 @@ class RobustnessReport:
         Requires matplotlib: ``pip install "rai-toolbox[plots]"``. The figure opens no window; write
         it with its method ``savefig``.
         """
-        curves = {
-            norm: Curve(
-                (0.0, *epsilons),
-                [self._number_right(norm, i) for i in range(len(epsilons) + 1)],
-                len(self),
-            )
-            for norm, epsilons in self.epsilons.items()
-        }
-        return draw(curves, self.examples)
+        return draw_report(self)
 
 
 def _flat(row: Row) -> dict[str, Any]:

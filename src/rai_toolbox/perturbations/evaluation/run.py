@@ -17,18 +17,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.extras import Bar
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.evaluation.batch import BatchEvaluation, Perturbed
+from rai_toolbox.perturbations.evaluation.batch import Batch, Perturbed
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
-from rai_toolbox.perturbations.evaluation.plot import Examples
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.rows import Examples
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
-from rai_toolbox.perturbations.evaluation.verification import VerificationReport, beyond_range
-from rai_toolbox.perturbations.inputs import Ball, Model, Range, batches, device_of, radius_of
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport
+from rai_toolbox.perturbations.inputs import (
+    Model,
+    Range,
+    batches,
+    bounds_of,
+    device_of,
+    radius_of,
+    wrong,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -136,49 +145,48 @@ def evaluate_robustness(
     )
     ranks = Ranks.of(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
-    evaluation = BatchEvaluation(model, by_norm, data_range, solver, seed)
+    new_batch = partial(Batch, model, by_norm, data_range, solver, seed)
     device = device_of(model) if device is None else torch.device(device)
     shown: list[Examples] = []
     per_batch = sum(map(len, by_norm.values()))
 
-    def new_batches(bar: Bar) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def unknown_batches(bar: Bar) -> Iterator[Batch]:
         for data, target in batches(loader, device):
-            _check_values(data, data_range)
-            name = fingerprint(data, target)
+            bounds_of(data, data_range)  # which checks the data
+            batch = new_batch(data, target, fingerprint(data, target))
             if not state.position and examples:
-                shown.extend(evaluation.examples(data, target, name, examples))
-            if state.has_next(name):
+                shown.extend(batch.examples(examples))
+            if state.has_next(batch.name):
                 bar.update(per_batch)
             else:
-                yield name, data, target
+                yield batch
 
     total = length_hint(loader) * per_batch
     with progress_bar("evaluating", total, shown=progress and ranks.rank == 0) as bar:
-        remaining = new_batches(bar)
+        remaining = unknown_batches(bar)
 
         def next_round() -> tuple[list[str], RobustnessReport]:
             """The names of the next batches, one per rank, and the report of this rank's."""
             if ranks.rank == 0:
                 state.save()  # inside the round, so that a failure raises on all ranks
             names, part = list[str](), start
-            for rank, (name, data, target) in enumerate(islice(remaining, ranks.size)):
-                names.append(name)
+            for rank, batch in enumerate(islice(remaining, ranks.size)):
+                names.append(batch.name)
                 if rank == ranks.rank:
-                    part = evaluation.report(start, data, target, name, bar)
+                    part = batch.report(start, bar)
                 else:
                     bar.update(per_batch)
             return names, part
 
-        while True:
+        names = [""]
+        while names:
             found = ranks.gather(next_round)
             names = found[0][0]
             if any(others != names for others, _ in found):
-                raise ValueError("`loader` must give the same batches on each rank, in one order")
-            if not names:
-                break
+                raise wrong("loader", "give the same batches on each rank, in one order", "others")
             state.add(names, [part for _, part in found[: len(names)]])
     if not state.position:
-        raise ValueError("`loader` must give one batch at least, got none")
+        raise wrong("loader", "give one batch at least", "none")
     report = replace(state.finish(), examples=tuple(shown))
     if ranks.rank == 0:
         for line in report.warnings():
@@ -193,17 +201,8 @@ def _by_norm(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
         radius = radius_of(ball)
         found.setdefault(ball.norm_name, {})[radius] = type(ball)(radius)
     if not found:
-        raise ValueError("`balls` must be one ball at least, got none")
+        raise wrong("balls", "be one ball at least", "none")
     return {norm: [of[radius] for radius in sorted(of)] for norm, of in found.items()}
-
-
-def _check_values(data: Tensor, data_range: Range) -> None:
-    excess = beyond_range(data, data_range)
-    if not bool((data.isfinite().flatten(1).all(1) & (excess <= 0)).all()):
-        raise ValueError(
-            f"`data` must be finite and within `data_range`, {described(data_range)}, got values "
-            f"from {float(data.min()):g} to {float(data.max()):g}"
-        )
 
 
 def _shared_state(
@@ -220,7 +219,7 @@ def _shared_state(
     found = ranks.gather(opened)
     (name, state), *_ = found
     if any(other != name for other, _ in found):
-        raise ValueError("`model` must be the same on each rank, weights too, got others")
+        raise wrong("model", "be the same on each rank, weights too", "others")
     assert state is not None
     return state
 
@@ -229,13 +228,9 @@ def _check_local(model: Model) -> None:
     """Raise if calls of the model communicate: ranks call it different numbers of times."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                "`model` must be called by each rank for itself, got DistributedDataParallel: give "
-                "its `module`"
-            )
+            got = "DistributedDataParallel: give its `module`"
+            raise wrong("model", "be called by each rank for itself", got)
         for name, tensor in module.named_parameters(recurse=False):
             if is_sharded(tensor):
-                raise ValueError(
-                    f"`model` must be whole on each rank, got the sharded parameter {name!r}; "
-                    "without `group`, all ranks do the same work on the shards of one model"
-                )
+                got = f"the sharded parameter {name!r}: do not pass `group` for a sharded model"
+                raise wrong("model", "be whole on each rank", got)

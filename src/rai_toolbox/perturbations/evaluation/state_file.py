@@ -61,7 +61,7 @@ class StateFile:
         """Add the reports of more batches."""
         self.report = RobustnessReport.merged([self.report, *parts])
         self.batches.extend(batches)
-        self._saved = False
+        self._saved = self._saved and not batches
 
     def save(self) -> None:
         """Write the file, if there is anything new."""

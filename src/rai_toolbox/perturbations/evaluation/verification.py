@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations.inputs import (
-    Ball,
     Model,
     Range,
     check_ball,
     check_batch,
     classifier,
+    wrong,
 )
 from rai_toolbox.perturbations.solve import solving
 
-__all__ = ["Prediction", "VerificationReport", "beyond_range", "compare", "predict", "verify"]
+__all__ = ["Prediction", "VerificationReport", "compare", "predict", "verify"]
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,8 @@ def verify(
     check_ball(ball)
     check_batch(data, target)
     if perturbed.shape != data.shape or not perturbed.is_floating_point():
-        raise ValueError(
-            f"`perturbed` must be floating-point data of shape {tuple(data.shape)}, got "
-            f"{perturbed.dtype} of shape {tuple(perturbed.shape)}"
-        )
+        got = f"{perturbed.dtype} of shape {tuple(perturbed.shape)}"
+        raise wrong("perturbed", f"be floating-point data of shape {tuple(data.shape)}", got)
     before = predict(model, data, target)
     after = predict(model, perturbed, target, gradient=False)
     return compare(data, perturbed, before, after, ball, data_range)[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rai_toolbox.perturbations.inputs import wrong
 from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
 
 __all__ = ["AdditivePerturbation", "MaskedPerturbation", "check_mask"]
@@ -127,17 +128,14 @@ class MaskedPerturbation(AdditivePerturbation):
 def check_mask(mask: object) -> None:
     """Raise unless `mask` is a tensor of bools."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else repr(mask)
-        raise TypeError(f"`mask` must be a tensor of bools, got {got}")
+        raise wrong("mask", "be a tensor of bools", getattr(mask, "dtype", mask), TypeError)
 
 
 def _delta_ndim(given: int | None, ndim: int) -> int:
     if given is None:
         return ndim
     if not isinstance(given, int) or isinstance(given, bool):
-        raise TypeError(f"`delta_ndim` must be an int or None, got {given!r}")
+        raise wrong("delta_ndim", "be an int or None", given, TypeError)
     if abs(given) > ndim:
-        raise ValueError(
-            f"`delta_ndim` must lie in [-{ndim}, {ndim}] for data with {ndim} dims, got {given}"
-        )
+        raise wrong("delta_ndim", f"lie in [-{ndim}, {ndim}] for data with {ndim} dims", given)
     return given if given >= 0 else ndim + given

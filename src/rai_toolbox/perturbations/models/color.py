@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting
+from rai_toolbox.perturbations.inputs import bounds_of, wrong
 from rai_toolbox.perturbations.models.image import ImagePerturbation
 
 __all__ = ["ColorShift", "shift_color"]
@@ -105,9 +106,12 @@ class ColorShift(ImagePerturbation):
         dtype: torch.dtype | None = None,
         **init_fn_kwargs: Any,
     ) -> None:
-        _check_range(data_range)
+        for bound in data_range:
+            check_setting("data_range", bound)
+        if not data_range[0] < data_range[1]:
+            raise wrong("data_range", "have a lower end below its upper", data_range)
         if isinstance(data_or_shape, Tensor):
-            _check_inside(data_or_shape, data_range)
+            bounds_of(data_or_shape, data_range)  # which checks the data
         limits = {"brightness": brightness, "contrast": contrast}
         limits |= {"saturation": saturation, "gamma": gamma}
         super().__init__(data_or_shape, limits, init_fn, device, dtype, init_fn_kwargs)
@@ -116,20 +120,3 @@ class ColorShift(ImagePerturbation):
     def forward(self, data: Tensor) -> Tensor:
         """Change images, shape (N, C, H, W), whose pixels are in the data range."""
         return shift_color(data, *self._settings_for(data), data_range=self.data_range)
-
-
-def _check_range(data_range: tuple[float, float]) -> None:
-    for bound in data_range:
-        check_setting("data_range", bound)
-    low, high = data_range
-    if not low < high:
-        raise ValueError(f"`data_range` must have a lower end below its upper, got {data_range}")
-
-
-def _check_inside(data: Tensor, data_range: tuple[float, float]) -> None:
-    if data.numel() == 0:
-        return
-    low, high = (bound.item() for bound in torch.aminmax(data))
-    least, most = torch.tensor(data_range, dtype=data.dtype).tolist()  # as rounded to that dtype
-    if not (least <= low and high <= most):
-        raise ValueError(f"`data` must be in `data_range`, {data_range}, got {low} to {high}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rai_toolbox.checks import check_finite
+from rai_toolbox.perturbations.inputs import FLOATING, wrong
 from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
 
 __all__ = ["ImagePerturbation"]
@@ -44,7 +45,7 @@ class ImagePerturbation(InitializedModel):
             _check_images(data_or_shape)
         shape, options = shape_and_options(data_or_shape, device, dtype)
         if len(shape) != 4:
-            raise ValueError(f"`data_or_shape` must have the dims (N, C, H, W), got {shape}")
+            raise wrong("data_or_shape", "have the dims (N, C, H, W)", shape)
         super().__init__((shape[0], len(limits)), options, init_fn, init_fn_kwargs)
         self.limits = limits
 
@@ -67,14 +68,12 @@ class ImagePerturbation(InitializedModel):
         _check_images(data)
         rows = len(self.amounts)
         if len(data) != rows:
-            raise ValueError(
-                f"`data` must have {rows} rows, one per row of amounts, got {len(data)}"
-            )
+            raise wrong("data", f"have {rows} rows, one per row of amounts", len(data))
         return tuple(self.settings().values())
 
 
 def _check_images(data: Tensor) -> None:
     if data.ndim != 4:
-        raise ValueError(f"`data` must have the dims (N, C, H, W), got {tuple(data.shape)}")
+        raise wrong("data", "have the dims (N, C, H, W)", tuple(data.shape))
     if not data.is_floating_point():
-        raise TypeError(f"`data` must be of a floating-point dtype, got {data.dtype}")
+        raise wrong("data", FLOATING, data.dtype, TypeError)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rai_toolbox.perturbations.inputs import FLOATING, wrong
+
 __all__ = ["InitializedModel", "shape_and_options"]
 
 
@@ -28,10 +30,8 @@ class InitializedModel(nn.Module):
     ) -> None:
         super().__init__()
         if init_fn is None and init_fn_kwargs:
-            raise TypeError(
-                "`init_fn` must be given with its arguments, got None and "
-                f"{', '.join(init_fn_kwargs)}"
-            )
+            got = f"None and {', '.join(init_fn_kwargs)}"
+            raise wrong("init_fn", "be given with its arguments", got, TypeError)
         self._init_fn, self._init_fn_kwargs = init_fn, init_fn_kwargs
         self.register_parameter(self._parameter, nn.Parameter(torch.zeros(shape, **options)))
         self.reset_parameters()
@@ -61,8 +61,5 @@ def shape_and_options(
         dtype = data_or_shape.dtype if dtype is None else dtype
         data_or_shape = data_or_shape.shape
     if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(
-            "`dtype` of a perturbation must be a floating-point one (images of bytes: "
-            f"`data.float() / 255`), got {dtype}"
-        )
+        raise wrong("dtype", FLOATING, dtype, TypeError)
     return tuple(data_or_shape), {"device": device, "dtype": dtype}

@@ -18,13 +18,7 @@ _PADDINGS = ("zeros", "border", "reflection")
 
 
 def affine_maps(
-    degrees: Tensor,
-    right: Tensor,
-    down: Tensor,
-    zoom: Tensor,
-    shear: Tensor,
-    *,
-    size: Sequence[int],
+    size: Sequence[int], degrees: Tensor, right: Tensor, down: Tensor, zoom: Tensor, shear: Tensor
 ) -> Tensor:
     """The maps from output to input pixels for `affine_grid`, shape (N, 2, 3).
 
@@ -144,5 +138,5 @@ class AffineWarp(ImagePerturbation):
 
     def forward(self, data: Tensor) -> Tensor:
         """Warp images, shape (N, C, H, W)."""
-        maps = affine_maps(*self._settings_for(data), size=data.shape)
+        maps = affine_maps(data.shape, *self._settings_for(data))
         return warp(data, maps.to(torch.promote_types(data.dtype, maps.dtype)), self.padding_mode)
