@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import nan
 from typing import Any
 
@@ -138,13 +139,13 @@ def attack(
     check_count("samples", samples, 1)
     criterion = margin_loss if criterion is None else criterion
     make_optimizer = _optimizer_maker(optimizer or APGD, steps)
-    success = partial(is_fooled, targeted=targeted)
+    sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
     with solving(model):
         data = as_data(data)
         target = as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = classifier(model, target)
-        objective = of_run = Objective(model, criterion, targeted, samples=samples, success=success)
+        objective = of_run = Objective(model, criterion, sign, samples=samples, success=success)
         toward: Sequence[Tensor | None] = [None]
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
@@ -154,31 +155,25 @@ def attack(
         zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
         best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
 
-        for run in range(restarts * len(toward)):
-            restart, rival = run // len(toward), toward[run % len(toward)]
-            rows = best.rows_without_success() if stop_once_fooled and run else None
+        for run, (restart, rival) in enumerate(product(range(restarts), toward)):
+            rows = best.rows_without_success() if stop_once_fooled and run > 0 else None
             if rows is not None and not len(rows):
                 break
             part = allowed if rows is None else allowed.rows(rows)
-            classes = target if rival is None else torch.stack([target, rival], 1)
+            goal = target if rival is None else torch.stack([target, rival], 1)
+            goal = goal if rows is None else goal[rows]
             perturbation, constraint = part.zero_perturbation(), part.of_perturbations()
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
             found = solve(
-                of_run,
-                part.data,
-                classes if rows is None else classes[rows],
-                perturbation,
-                optim,
-                steps=steps,
-                stop=stop_once_fooled,
+                of_run, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
             )
             perturbed, zero = found.data, found.zero_gradient
             if rows is not None:
                 perturbed = data.index_copy(0, rows, perturbed)
                 zero = zero_gradient.index_copy(0, rows, zero)
-            best.update_(objective.sign * found.losses, found.fooled, [perturbed], rows)
+            best.update_(sign * found.losses, found.fooled, [perturbed], rows)
             zero_gradient, calls = zero_gradient & zero, calls + found.model_calls
 
         perturbed, cost, fooled = allowed.project(best.tensors[0]), best.cost, best.success
@@ -189,7 +184,7 @@ def attack(
             check_per_example("criterion", cost, perturbed)
             calls += samples
     warn_of_zero_gradient(zero_gradient & ~fooled)
-    return Attacked(perturbed, objective.sign * cost, fooled, zero_gradient, calls)
+    return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls)
 
 
 def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:

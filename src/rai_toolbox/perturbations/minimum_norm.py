@@ -165,7 +165,15 @@ def minimum_norm_attack(
             if not len(rows):
                 break
             radius = _next_radius(lower[rows], upper[rows], first[rows], limit[rows])
-            found = _perturbed(call, model, allowed.rows(rows), target[rows], radius)
+            part = allowed.rows(rows)
+            found = call(
+                model,
+                part.data,
+                target[rows],
+                ball=replace(part.ball, epsilon=radius),
+                data_range=None if part.lower is None else (part.lower, part.upper),
+                **({} if part.mask is None else {"mask": part.mask}),
+            ).data
             success = is_fooled(model(found), target[rows], targeted)
             hit, missed = rows[success], rows[~success]
             lower[missed] = torch.maximum(lower[missed], radius[~success])
@@ -222,20 +230,16 @@ def _nearest_fooling(
 ) -> Tensor:
     """The nearest point on the line to each example that still fools, by bisection."""
     near, far = (torch.full((len(data),), t, device=data.device).double() for t in (0.0, 1.0))
-    best = found
+    best, column = found, (-1, *(1,) * (data.ndim - 1))
     for _ in range(_HALVINGS):
         middle = (near + far) / 2
         # In float64, so that no entry leaves the interval from data to found.
-        point = torch.lerp(data.double(), found.double(), _column(middle, data))
+        point = torch.lerp(data.double(), found.double(), middle.view(column))
         point = point.clamp(torch.minimum(data, found), torch.maximum(data, found)).to(data.dtype)
         fools = _surely_fooled(model(point), target, targeted)
         near, far = torch.where(fools, near, middle), torch.where(fools, middle, far)
-        best = torch.where(_column(fools, data), point, best)
+        best = torch.where(fools.view(column), point, best)
     return best
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 def _surely_fooled(logits: Tensor, target: Tensor, targeted: bool) -> Tensor:
@@ -243,19 +247,3 @@ def _surely_fooled(logits: Tensor, target: Tensor, targeted: bool) -> Tensor:
     slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
     margin = margin_loss(logits, target)
     return torch.gt(-margin if targeted else margin, slack)
-
-
-def _perturbed(
-    call: Callable[..., Any], model: Model, allowed: FeasibleSet, target: Tensor, radius: Tensor
-) -> Tensor:
-    """What the solver finds at the radius of each example."""
-    open_range = allowed.lower is None or allowed.upper is None
-    found: Tensor = call(
-        model,
-        allowed.data,
-        target,
-        ball=replace(allowed.ball, epsilon=radius),
-        data_range=None if open_range else (allowed.lower, allowed.upper),
-        **({} if allowed.mask is None else {"mask": allowed.mask}),
-    ).data
-    return found

@@ -53,23 +53,18 @@ class Attacked(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a solver maximizes, or minimizes if `targeted`: a loss of each example.
+    """A loss of each example, to maximize with the sign -1 or to minimize with the sign 1.
 
-    Losses are means over `samples` evaluations. `success` decides whether an example has succeeded,
-    which comes before any loss.
+    ``cost = sign * loss`` is what a solver minimizes. Losses are means over `samples` evaluations.
+    `success` decides whether an example has succeeded, which comes before any cost.
     """
 
     model: Model
     criterion: Criterion
-    targeted: bool = False
+    sign: float = -1.0
     reduction_fn: Callable[[Tensor], Tensor] = torch.sum
     samples: int = 1
     success: Success | None = None
-
-    @property
-    def sign(self) -> float:
-        """What to multiply losses by to get costs, which are minimized, and vice versa."""
-        return 1.0 if self.targeted else -1.0
 
     def evaluate(
         self,
@@ -121,7 +116,6 @@ def solve(
     target: Tensor,
     perturbation: PerturbationModel,
     optimizer: Any,
-    *,
     steps: int,
     use_best: bool = True,
     stop: bool = False,

@@ -130,23 +130,17 @@ def gradient_ascent(
     check_count("steps", steps, 0)
     check_count("samples", samples, 1)
     criterion = cross_entropy if criterion is None else criterion
-    objective = Objective(model, criterion, targeted, reduction_fn, samples, stop_once)
+    sign = 1.0 if targeted else -1.0
+    objective = Objective(model, criterion, sign, reduction_fn, samples, stop_once)
     with solving(model):
         data = as_data(data)
         perturbation = _perturbation(perturbation_model, data)
         if not any(param.requires_grad for param in perturbation.parameters()):
             rule = "have parameters that require gradients"
             raise wrong("perturbation_model", rule, perturbation)
-        found = solve(
-            objective,
-            data,
-            _as_target(target, data),
-            perturbation,
-            _optimizer(optimizer, perturbation, perturbation_model, optim_kwargs),
-            steps=steps,
-            use_best=use_best,
-            stop=stop_once is not None,
-        )
+        made = _optimizer(optimizer, perturbation, perturbation_model, optim_kwargs)
+        target, stop = _as_target(target, data), stop_once is not None
+        found = solve(objective, data, target, perturbation, made, steps, use_best, stop)
     warn_of_zero_gradient(found.zero_gradient)
     return found.data, found.losses
 
