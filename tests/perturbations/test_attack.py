@@ -9,7 +9,7 @@ from host_reads import HostReads
 from torch import nn
 from torch.optim import LBFGS, SGD
 
-from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
@@ -217,7 +217,9 @@ def test_sums_in_linf_balls_need_no_placing(dtype, data_range):
         around = FeasibleSet.around(x, LinfBall(epsilon), data_range, None)
         delta = around.of_perturbations().project(torch.randn(x.shape, generator=draw).to(dtype))
         ends = around.of_perturbations().project(torch.sign(delta) * 1e3)
+        exact = BoundedBall(LinfBall(epsilon, center=x), *data_range)
         for summed in (x + delta, x + ends):
+            assert torch.equal(exact.project(summed), summed)
             assert torch.equal(around.project(summed), summed)
 
 

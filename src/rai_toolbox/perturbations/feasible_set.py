@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 
 import torch
@@ -70,15 +71,23 @@ class FeasibleSet:
         if self.lower is None or self.upper is None:
             return self.ball
         if isinstance(self.ball, LinfBall):  # elementwise: here the rounded sums are all inside
-            return BoundedBall(self.ball, -self._reach(self.lower, -1), self._reach(self.upper, 1))
+            return BoundedBall(self.ball, *self._changes)
         return BoundedBall(self.ball, self.lower - self.data, self.upper - self.data)
 
     @torch.no_grad()
     def project(self, perturbed: Tensor) -> Tensor:
         """The nearest perturbed data that are exactly in the set."""
+        if isinstance(self.ball, LinfBall) and self.lower is not None:
+            return perturbed.clamp(*(self.data + change for change in self._changes))
         ball = replace(self.ball, center=self.data)
         allowed = ball if self.lower is None else BoundedBall(ball, self.lower, self.upper)
         return allowed.project(perturbed)
+
+    @cached_property
+    def _changes(self) -> tuple[Tensor, Tensor]:
+        """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
+        assert self.lower is not None and self.upper is not None
+        return -self._reach(self.lower, -1), self._reach(self.upper, 1)
 
     def _reach(self, bound: Tensor, sign: int) -> Tensor:
         """The largest change toward a bound whose rounded sum is in ball and bounds."""
