@@ -164,7 +164,9 @@ def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "attack", cheat)
     assert main(run()) == 1
-    assert "30 of 30 data (100.0%) are outside the data range, by up to" in capsys.readouterr().err
+    assert (
+        "30 of 30 examples (100.0%) are outside the data range, by up to" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -256,8 +258,11 @@ def misshapen(path):
         ({"device": "cuda:99"}, "--device must be one that is there, got 'cuda:99': "),
         ({"device": "toaster"}, "--device must be one that is there, got 'toaster': "),
         ({"range": "1 0"}, "--range must be LOWER < UPPER, got 1 0"),
-        ({"range": "0 0.5"}, "`data` must be finite and within `data_range`, [0.0, 0.5], got"),
-        ({"data": "bytes.npz"}, "`data` must be floating-point, such as images / 255"),
+        ({"range": "0 0.5"}, "`data` must be within `data_range`, [0, 0.5], got"),
+        (
+            {"data": "bytes.npz"},
+            "`data` must be of a floating-point dtype (images of bytes: `data.float() / 255`)",
+        ),
         ({"data": "high.npz"}, "`target` must hold classes from 0 to 2, got 3"),
     ],
 )

@@ -23,9 +23,8 @@ class Snapshot:
         self._tensors = dict(_named_values(optimizer))
         self._values = copies(optimizer)
         self._random = torch.get_rng_state()
-        self._generators: dict[str, Tensor] = {}
-        if isinstance(optimizer, OptimizerWrapper):
-            self._generators = optimizer._extra_state()
+        generators = optimizer._generators() if isinstance(optimizer, OptimizerWrapper) else {}
+        self._generator_states = [(each, each.get_state()) for each in generators.values()]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -40,8 +39,8 @@ class Snapshot:
             if tensor.layout is not torch.strided or 0 not in tensor.stride():
                 tensor.copy_(self._values[name])
         torch.set_rng_state(self._random)
-        if isinstance(self._optimizer, OptimizerWrapper):
-            self._optimizer._load_extra_state(self._generators)
+        for generator, state in self._generator_states:
+            generator.set_state(state)
 
     @torch.no_grad()
     def difference(self, others: Mapping[str, Tensor]) -> str:
