@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from bitwise import same_bits, snapshot
-from test_steepest import BALLS, Passes, bounds, each_ball, linear_cases
+from test_pgd import BALLS, Passes, bounds, each_ball, linear_cases
 
 from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall, Simplex
 from rai_toolbox.optim import APGD, PGD
@@ -355,7 +355,7 @@ def test_a_step_reads_no_value_of_a_device(kind, as_on_a_device):
 
 
 @each_ball
-def test_reading_values_changes_none(kind, monkeypatch):
+def test_reading_values_changes_none(kind, request):
     """Where reading is free, loops end early, and rows are copied by their numbers."""
 
     def run():
@@ -367,8 +367,12 @@ def test_reading_values_changes_none(kind, monkeypatch):
         return x.detach()
 
     here = run()
-    for module in ("apgd_steps", "ball_projection"):
-        monkeypatch.setattr(f"rai_toolbox.optim.{module}.in_blocks", lambda x: False)
+    for module in (
+        "optim.apgd_steps",
+        "constraints.bounded_ball",
+        "constraints.kernels.ball_in_box",
+    ):
+        monkeypatch.setattr(f"rai_toolbox.{module}.in_blocks", lambda x: False)
     torch.testing.assert_close(run(), here, rtol=0, atol=1e-5)
 
 

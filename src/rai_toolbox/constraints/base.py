@@ -355,6 +355,13 @@ class Constraint:
                 changed[field.name] = value._map(change)
         return self._replaced(changed)
 
+    def _at_rows(self: _Self, x: Tensor, at: Tensor | slice) -> _Self:
+        """The set as some sub-tensors of the batch x see it; unchecked."""
+        each = len(x) > 1  # else a setting for each sub-tensor is one for all
+        return self._map(
+            lambda _, s: s[at] if each and s.ndim == x.ndim and len(s) == len(x) else s
+        )
+
     def _replaced(self: _Self, settings: dict[str, Any]) -> _Self:
         """The set with some settings replaced; unchecked."""
         if not settings:

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
+from rai_toolbox._torch import forward_ad_level, function_transforms_active
+from rai_toolbox.constraints.balls import Ball, L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, row_blocks
 from rai_toolbox.constraints.kernels.knapsack import beyond, bounds, wide
 from rai_toolbox.constraints.kernels.offsets import (
     least_in_l1,
@@ -32,6 +35,15 @@ def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
     lost = (point - (gap - part)) + (minus - part)
     beyond_it = (gap.abs() == distance) & (gap.sign() * lost > 0)
     return (gap.abs() > distance) | beyond_it
+
+
+def _of_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
+    """A bound as it counts: rounded to the dtype; what is beyond it is infinite."""
+    if isinstance(bound, Tensor):
+        return bound.to(dtype)
+    if bound is None or abs(bound) <= torch.finfo(dtype).max:
+        return bound
+    return inf if bound > 0 else -inf
 
 
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
@@ -153,6 +165,48 @@ class BoundedBall(Constraint):
     def _ball(self) -> Any:
         return self.ball
 
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        if self._needs_float64(x):
+            return super().project_(x)
+        if not in_blocks(x):
+            spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
+            return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
+        total = x.sum().item()
+        return super().project_(x) if total - total != 0 else self._project_around_0_(x)
+
+    def _needs_float64(self, x: Tensor) -> bool:
+        """Whether only the general projection, in float64, will do, whatever the values are."""
+        return (
+            x.dtype not in (torch.float32, torch.float64)
+            or self._ball.center is not None
+            or self.__dict__["_apart"]
+            or needs_grad(x)
+            or function_transforms_active()
+            or forward_ad_level() >= 0
+            or x.numel() == 0
+            or x.device.type == "mps"
+        )
+
+    def _project_around_0_(self, x: Tensor) -> Tensor:
+        lower, upper = (_of_dtype(bound, x.dtype) for bound in (self.lower, self.upper))
+        if self._ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
+            epsilon = _of_dtype(self._ball.epsilon, x.dtype)
+            return clamp_between_(clamp_between_(x, lower, upper), 0.0 - epsilon, epsilon)
+        for rows in row_blocks(x):
+            part, seen = x[rows], self._at_rows(x, rows)
+            part.copy_(seen._nearest_around_0(part))
+        return x
+
+    def _nearest_around_0(self, x: Tensor) -> Tensor:
+        lower, upper = (_of_dtype(bound, x.dtype) for bound in (self.lower, self.upper))
+        epsilon = as_wide(self._ball.epsilon, x)
+        nearest, unsettled = nearest_in_ball_and_box(x, self._ball.p, epsilon, lower, upper)
+        if unsettled is not None and in_blocks(x):
+            at = unsettled.view(-1).nonzero().view(-1)
+            nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
+        return nearest
+
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outside: Tensor = self._ball._excess(x, dtype)
         return torch.maximum(outside, beyond(x, *bounds(self.lower, self.upper, x, dtype)))
@@ -210,3 +264,31 @@ class BoundedBall(Constraint):
         # By a difference, which is exact: autograd has no derivative of `nextafter`.
         back = torch.where(away, seen.nextafter(center.to(dtype).expand_as(seen)) - seen, 0.0)
         return (rounded + back).to(offset.dtype).clamp(lower, upper)
+
+
+def norm_ball_of(constraint: object) -> Any:
+    """The norm ball that a constraint is, alone or within bounds; its radius is finite."""
+    ball = constraint.ball if isinstance(constraint, BoundedBall) else constraint
+    if not isinstance(ball, Ball):
+        raise TypeError(
+            "`constraint` must be a LinfBall, L2Ball or L1Ball, or a BoundedBall of one, got "
+            f"{constraint!r}"
+        )
+    if not ball.bounded:
+        raise ValueError(f"`epsilon` of `constraint` must be finite, got {constraint!r}")
+    return ball
+
+
+def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
+    """Zero the entries of a gradient whose descent leads out of a bound that x is on, in place.
+
+    A sparse step is not to be wasted there.
+    """
+    if not isinstance(constraint, BoundedBall):
+        return grad
+    lower, upper = (_of_dtype(bound, x.dtype) for bound in (constraint.lower, constraint.upper))
+    if lower is not None:
+        grad.masked_fill_((x <= lower) & (grad > 0), 0.0)
+    if upper is not None:
+        grad.masked_fill_((x >= upper) & (grad < 0), 0.0)
+    return grad

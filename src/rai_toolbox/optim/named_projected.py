@@ -11,8 +11,8 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.batch import sub_ndim
 from rai_toolbox.checks import check_non_negative
-from rai_toolbox.constraints.balls import project_l2_ball_
 from rai_toolbox.constraints.box import clamp_
+from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.optim.normed import L2NormedGradientOptim
 from rai_toolbox.optim.settings import REQUIRED, TINY, refuse_complex
 from rai_toolbox.optim.signed import SignedGradientOptim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +12,9 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_fraction
-from rai_toolbox.constraints.balls import L1Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
 from rai_toolbox.constraints.kernels.directions import sign_
-from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, check_fits
 from rai_toolbox.optim.transforms import normalize_, top_q_
@@ -91,7 +91,7 @@ class PGD(ParamTransformingOptimizer):
         )
 
     def _check_group(self, group: Group) -> None:
-        ball_of(group["constraint"])
+        norm_ball_of(group["constraint"])
         check_fraction("q", group["q"])
         super()._check_group(group)
         check_fits(group["constraint"], group)
@@ -102,36 +102,36 @@ class PGD(ParamTransformingOptimizer):
     def _transform_gradients_(
         self, params: list[Tensor], grads: list[Tensor], optim_group: Group
     ) -> None:
-        ball, k = ball_of(optim_group["constraint"]), optim_group["param_ndim"]
-        if isinstance(ball, LinfBall):
-            sign_(grads)
-        elif isinstance(ball, L1Ball):
+        p, k = norm_ball_of(optim_group["constraint"]).p, optim_group["param_ndim"]
+        if p == 1:
             for param, grad in zip(params, grads, strict=True):
-                self._free_(param, grad, optim_group)
+                _zero_outward_(param, grad, optim_group)
                 top_q_(grad, _within_one(optim_group["q"], grad, optim_group), k)
+        if p != 2:
             sign_(grads)
-            normalize_(grads, 1, k, 0.0)
-        else:
-            normalize_(grads, 2, k, 0.0)
-
-    def _free_(self, param: Tensor, grad: Tensor, group: Group) -> None:
-        shape = batch_shape_in(param, group)
-        down = group["grad_scale"] > 0
-        if group.get("maximize", False):
-            down = not down
-        seen, copied = view_or_copy(grad, shape)
-        free_(seen if down else seen.neg_(), view_or_copy(param, shape)[0], group["constraint"])
-        if not down:
-            seen.neg_()
-        if copied:
-            grad.copy_(seen.view(grad.shape))
+        if p != inf:
+            normalize_(grads, p, k, 0.0)
 
     def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
         for param in params:
             seen, copied = view_or_copy(param, batch_shape_in(param, optim_group))
-            nearest_(seen, optim_group["constraint"])
+            optim_group["constraint"].project_(seen)
             if copied:
                 param.copy_(seen.view(param.shape))
+
+
+def _zero_outward_(param: Tensor, grad: Tensor, group: Group) -> None:
+    """Zero the entries that the step would follow out of a bound."""
+    shape = batch_shape_in(param, group)
+    seen, copied = view_or_copy(grad, shape)
+    descends = (group["grad_scale"] > 0) != group.get("maximize", False)
+    if not descends:
+        seen.neg_()
+    zero_outward_(seen, view_or_copy(param, shape)[0], group["constraint"])
+    if not descends:
+        seen.neg_()
+    if copied:
+        grad.copy_(seen.view(grad.shape))
 
 
 def _within_one(q: float, grad: Tensor, group: Group) -> float:
