@@ -126,7 +126,6 @@ SHAPES = [(3, 20)] * 50 + [(7, 5, 4), (1, 20), (0, 20), (400, 20), (5, 6), (2, 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("radius", [1e-3, 15.0, 1e6], ids=["all", "some", "none"])
 def test_grouped_l1_balls_are_one_by_one(radius, dtype):
     generator = torch.Generator().manual_seed(0)
