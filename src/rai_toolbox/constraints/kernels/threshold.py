@@ -36,11 +36,17 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
     if needs_grad(v) or not in_blocks(v):
         below = v - top
         t = with_value(t, _newton(below, t, narrow)[0])
-    soft = below.sub_(t).clamp_(min=0) if not torch.is_grad_enabled() else (below - t).clamp(min=0)
+        over = below - t
+    else:
+        over = below.sub_(t)
+    with torch.no_grad():  # the digits that t has no room for, and what the loop has left over
+        missed = total - over.clamp(min=0).sum(1, keepdim=True, dtype=wide)
+        rest = missed / _number_above(over).clamp(min=1)
+    soft = over.add_(rest.to(v.dtype)).clamp_(min=0)
     with torch.no_grad():
         reached = soft.sum(1, keepdim=True, dtype=wide)
         factor = torch.where(reached > 0, total / reached.where(reached > 0, 1.0), 1.0)
-    return soft * factor.to(v.dtype)
+    return soft.mul_(factor.to(v.dtype))
 
 
 def _threshold(below: Tensor, total: float | Tensor) -> Tensor:
@@ -68,9 +74,13 @@ def _newton(v: Tensor, t: Tensor, total: float | Tensor) -> tuple[Tensor, Tensor
     """The threshold that is right for the entries above t; the excess of the sum at t."""
     over = (v - t).clamp(min=0)
     excess = over.sum(1, keepdim=True) - total
-    with torch.no_grad():
-        number = (over > 0).sum(1, keepdim=True, dtype=torch.float32).to(v.dtype)
-    return t + excess / number.clamp(min=1), excess  # none is above where the total is 0
+    return t + excess / _number_above(over).clamp(min=1), excess  # none is above if total is 0
+
+
+def _number_above(over: Tensor) -> Tensor:
+    """The number of entries above 0 of each row."""
+    number: Tensor = torch.gt(over.detach(), 0).sum(1, keepdim=True)
+    return number
 
 
 def steps_needed(size: int, precision: float) -> int:
