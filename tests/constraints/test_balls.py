@@ -162,7 +162,7 @@ def test_any_layout_alike_and_batched_as_row_by_row(dtype, layout):
             assert project_l2_ball_(other, 0.9, ndim) is other
             rounding = 2 * torch.finfo(dtype).eps + noise(x.numel())
             if x.numel() > BLOCK and dtype == torch.float32:
-                rounding += 2e-6  # norms in float32, and radii that allow for these
+                rounding += 3e-6  # norms in float32, and radii that allow for these
             close = partial(torch.testing.assert_close, rtol=rounding, atol=0)
             close(other, y)
             if 0 < ndim < len(shape):

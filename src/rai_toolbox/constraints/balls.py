@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import in_groups, widened
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, in_groups, row_blocks, widened
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
@@ -253,6 +254,16 @@ class L1Ball(_Ball):
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(self._from_center(x.to(dtype)), 1, 1)
         return (length - self.epsilon).clamp(min=0).squeeze(1)
+
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.center is not None or isinstance(self.epsilon, Tensor) or not in_blocks(x):
+            return super().project_(x)
+        self._check_batch(x)
+        for rows in row_blocks(x, MANY):
+            part = x[rows]
+            found = project_l1_rows(readable(part).reshape(len(part), -1), self.epsilon)
+            part.copy_(found.view(part.shape))
+        return x
 
     def _projected(self, units: Tensor) -> Tensor:
         if self.center is None:

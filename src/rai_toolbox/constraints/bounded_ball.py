@@ -14,7 +14,7 @@ from rai_toolbox.constraints.balls import Ball, L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, row_blocks
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, needs_grad, row_blocks
 from rai_toolbox.constraints.kernels.knapsack import beyond, bounds, wide
 from rai_toolbox.constraints.kernels.offsets import (
     least_in_l1,
@@ -193,7 +193,7 @@ class BoundedBall(Constraint):
         if self._ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
             epsilon = _of_dtype(self._ball.epsilon, x.dtype)
             return clamp_between_(clamp_between_(x, lower, upper), 0.0 - epsilon, epsilon)
-        for rows in row_blocks(x):
+        for rows in row_blocks(x, MANY):
             part, seen = x[rows], self._at_rows(x, rows)
             part.copy_(seen._nearest_around_0(part))
         return x

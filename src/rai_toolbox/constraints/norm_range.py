@@ -139,10 +139,11 @@ class MinMaxNorm(Constraint):
         factor = self._factor(length, torch.where(still, 1.0, length), x)
         if in_blocks(x):
             unfit = ~length.isfinite() | still | ~factor.isfinite()
+            if not bool(unfit.any()):
+                scale_(x, factor)
+                return
             at = unfit.view(-1).nonzero().view(-1)
-            moved = x.index_select(0, at)
-            if len(at):
-                Constraint.project_(self._at_rows(x, at), moved)
+            moved = Constraint.project_(self._at_rows(x, at), x.index_select(0, at))
             scale_(x, torch.where(unfit, 1.0, factor))
             x.index_copy_(0, at, moved)
         elif x.dtype == torch.float64:

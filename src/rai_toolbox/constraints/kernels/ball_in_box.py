@@ -20,6 +20,9 @@ Bound = float | Tensor | None
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
 _NEWTON, _FALSI = 16, 40
 
+# How near the sum is to be, beside epsilon, before Newton's steps can do the rest.
+_NEAR = 2.0**-6
+
 # Radii whose squares, and those of numbers that matter beside them, float32 holds.
 _RADII = (2.0**-40, 2.0**40)
 
@@ -98,43 +101,46 @@ def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, room: Tensor) -> Tensor:
     """``min(max(size - t, 0), most)`` whose sum is epsilon, or with t = 0 where that is infinite.
 
-    The sum is a falling function of t. Regula falsi finds the root, in its Illinois form, with a
-    bisection now and then; the last digits, which t has no room for, come from a step of Newton.
+    The sum is a falling function of t. Regula falsi brackets the root, in its Illinois form, with a
+    bisection now and then; steps of Newton in float64, beside a t that is kept, end the search.
     """
     dims, dtype = tuple(range(1, size.ndim)), size.dtype
-
-    def lowered(t: Tensor, rest: Tensor | None = None) -> Tensor:
-        torch.sub(size, t.to(dtype), out=room)
-        if rest is not None:
-            room.add_(rest.to(dtype))
-        return torch.minimum(room.clamp_(min=0), most, out=room)
-
-    def excess(values: Tensor) -> Tensor:
-        return values.sum(dims, keepdim=True).double() - epsilon
-
-    close = 4 * torch.finfo(dtype).eps * epsilon
     inside = epsilon == torch.inf
-    high = torch.where(inside, 0.0, size.amax(dims, keepdim=True).double())
-    low = torch.zeros_like(high)
-    at_low, at_high = excess(most), -epsilon
-    at_low, at_high = at_low.where(~inside, 0.0), at_high.where(~inside, 0.0)
-    last = torch.zeros_like(low)
+
+    def sum_at(t: Tensor) -> Tensor:
+        values = torch.sub(size, t.to(dtype), out=room).clamp_(min=0)
+        return torch.minimum(values, most, out=room).sum(dims, keepdim=True).double()
+
+    low, high = torch.zeros_like(epsilon), size.amax(dims, keepdim=True).double()
+    at_low = most.sum(dims, keepdim=True).double() - epsilon
+    t, at_high, last = low, -epsilon, low
+    going = ~inside
     for i in range(_FALSI):
-        t = high - at_high * ((high - low) / (at_high - at_low))
-        t = t.where((t > low) & (t < high) & (i % 4 < 3), (low + high) / 2).to(dtype).double()
-        going = (t > low) & (t < high)
         if in_blocks(size) and not bool(going.any()):
             break
-        value = excess(lowered(t))
-        settled = value.abs() <= close
-        up, down = going & ((value > 0) | settled), going & ((value < 0) | settled)
-        share = 1 - 0.5 * (value.sign() == last)  # where an end stays again, its value is halved
-        low, high = torch.where(up, t, low), torch.where(down, t, high)
-        at_low = torch.where(up, value, torch.where(down, at_low * share, at_low))
-        at_high = torch.where(down, value, torch.where(up, at_high * share, at_high))
-        last = value.sign()
-    values = lowered(high)
-    free = ((values > 0) & (values < most)).sum(dims, keepdim=True)
-    short = epsilon - values.sum(dims, keepdim=True, dtype=torch.float64)
-    rest = torch.where(inside | (free == 0), 0.0, short / free)
-    return lowered(high, rest)
+        step = high - at_high * ((high - low) / (at_high - at_low))
+        step = step.where((step > low) & (step < high) & (i % 4 < 3), (low + high) / 2)
+        t = torch.where(going, step, t)
+        value = sum_at(t) - epsilon
+        going = going & (value.abs() > _NEAR * epsilon) & (i < _FALSI - 1)
+        up, sign = value > 0, value.sign()
+        share = 1 - 0.5 * (sign == last)  # where an end stays again, its value is halved
+        low, high = torch.where(up, t, low), torch.where(up, high, t)
+        at_low, at_high = (
+            torch.where(up, value, at_low * share),
+            torch.where(up, at_high * share, value),
+        )
+        last = sign
+    t = t.to(dtype)
+    rest = torch.zeros_like(epsilon)
+    free = torch.empty_like(size)
+    for _ in range(_NEWTON):
+        values = torch.sub(size, t, out=room).sub_(rest.to(dtype)).clamp_(min=0)
+        values = torch.minimum(values, most, out=room)
+        excess = values.sum(dims, keepdim=True, dtype=torch.float64) - epsilon
+        going = ~inside & (excess.abs() > 8 * torch.finfo(dtype).eps * epsilon)
+        if in_blocks(size) and not bool(going.any()):
+            break
+        number = torch.lt(values, most, out=free).mul_(values).sign_().sum(dims, keepdim=True)
+        rest = torch.where(going & (number > 0), rest + excess / number, rest)
+    return values

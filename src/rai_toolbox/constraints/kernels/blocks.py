@@ -12,6 +12,9 @@ from rai_toolbox._torch import forward_ad_level, function_transforms_active
 BLOCK = 2**16
 """Elements per piece of rows, for each thread; a tensor of more is large."""
 
+MANY = 2**19
+"""Elements per piece of rows where many passes over it have many small operators between them."""
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -46,11 +49,15 @@ def needs_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dim of `x`, of about `BLOCK` elements per thread but at least one row."""
+def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
+    """Slices of the first dim of `x`, of about `size` elements but at least one row.
+
+    By default they have `BLOCK` elements per thread.
+    """
     height = len(x)
     if in_blocks(x) and not needs_grad(x):
-        height = max(1, torch.get_num_threads() * BLOCK * len(x) // max(1, x.numel()))
+        size = torch.get_num_threads() * BLOCK if size is None else size
+        height = max(1, size * len(x) // max(1, x.numel()))
     for start in range(0, len(x), max(1, height)):
         yield slice(start, start + height)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, wide_dtype
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
 from rai_toolbox.constraints.kernels.threshold import lowered
 
@@ -19,16 +19,26 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
     exact arithmetic. Rows that are not finite become NaN.
     """
     size = x.abs()
-    length = size.detach().sum(1, keepdim=True, dtype=wide_dtype(x))
-    inside = length <= epsilon
-    if in_blocks(x) and bool(inside.all()):
-        return x
     values = size.to(_working_dtype(x, epsilon))
     # Rounding of the factor that sums end with, and of its products; errors of sums.
-    margin = 2 * torch.finfo(values.dtype).eps + 4 * noise(x.shape[1])
-    nearest = round_down(lowered(values, epsilon * (1 - margin)), x.dtype)
-    nearest = torch.where(length.isfinite(), nearest, torch.nan)
-    return torch.where(inside, x, torch.copysign(nearest, x))
+    eps = torch.finfo(values.dtype).eps
+    margin = 2 * eps + 4 * noise(x.shape[1])
+    if in_blocks(x):
+        rough, error = values.detach().sum(1, keepdim=True), x.shape[1] * eps
+        if bool((rough * (1 + error) < epsilon).all()):
+            return x
+        if bool(((rough * (1 - error) > epsilon) & rough.isfinite()).all()):
+            out = None if needs_grad(x) else values
+            nearest = _rounded_down(lowered(values, epsilon * (1 - margin), out), x.dtype)
+            return torch.copysign(nearest, x)
+    length = size.detach().sum(1, keepdim=True, dtype=wide_dtype(x))
+    nearest = _rounded_down(lowered(values, epsilon * (1 - margin)), x.dtype)
+    nearest = torch.where(length.isfinite(), torch.copysign(nearest, x), torch.nan)
+    return torch.where(length <= epsilon, x, nearest)
+
+
+def _rounded_down(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return y if y.dtype == dtype else round_down(y, dtype)
 
 
 def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:

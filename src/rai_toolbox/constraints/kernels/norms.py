@@ -10,7 +10,7 @@ from torch import Tensor
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, wide_dtype
 from rai_toolbox.constraints.kernels.rounding import noise
 
-_CHUNK = 64  # entries whose squares are summed in float32
+_CHUNK = 128  # entries whose squares are summed in float32
 _LEAST = 2.0**-30  # norms above it need no square that float32 does not hold
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32}
@@ -58,6 +58,9 @@ def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor, floa
     # A sum of k terms in 4 lanes or more is off by k / 4 + 8 roundings; its root by half of that.
     error = (min(size, _CHUNK) / 4 + 8) * torch.finfo(x.dtype).eps / 4
     length = _chunked_norm(rows).view(*x.shape[: x.ndim - ndim], *(1,) * ndim)
+    if not isinstance(limit, Tensor):
+        if bool((length < limit * (1 - error) - error * _LEAST).all()):
+            return length, error
     larger = torch.maximum(length, length.new_full((), _LEAST))
     larger = larger.maximum(limit) if isinstance(limit, Tensor) else larger.clamp(min=limit)
     close = ~((length - limit).abs() > error * larger)  # so is what is not finite

@@ -6,13 +6,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, wide_dtype
-from rai_toolbox.constraints.kernels.rounding import noise
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, wide_dtype
 
-_GROUP = 16  # so many entries stand behind the largest of them, where a first guess is made
-
-
-def lowered(v: Tensor, total: float | Tensor) -> Tensor:
+def lowered(v: Tensor, total: float | Tensor, out: Tensor | None = None) -> Tensor:
     r"""``max(v - t, 0)`` with the t for which each row sums to `total`; shape (N, n), total >= 0.
 
     The sum is a convex, decreasing, piecewise linear function of t, whose root Newton's method
@@ -21,65 +17,84 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
     gives ``h'/h + g'/g <= 1`` after a step. As g falls from n to 1 at most, K steps leave no more
     than ``(1 - n^(-1/K))^K`` of an excess that was ``n total`` at most, whatever the values are: so
     many steps are taken as are enough for the dtype. Where a look at the result is free the loop
-    ends when rounding hides the excess, mostly after 1 to 4 steps.
+    ends when the entries above stay the same, mostly after 2 to 5 steps.
 
     The row's maximum is taken off first, so that float32 is as good as the entries are: those
     above the threshold are then no larger than `total`. A last factor, near 1, makes the sum right
-    to within the rounding of its terms. Autograd can differentiate the result.
+    to within the rounding of its terms. `out`, which may be v, is memory to work in.
+    Autograd can differentiate the result.
     """
-    wide = wide_dtype(v)
+    eager = in_blocks(v) and not needs_grad(v)
+    buffer = torch.empty_like(v) if eager else None  # new memory is slow to touch
     with torch.no_grad():
         top = v.amax(1, keepdim=True)
-        below = v - top
+        below = torch.sub(v, top, out=out)
         narrow = total.to(v.dtype) if isinstance(total, Tensor) else total
-        t = _threshold(below, narrow)
-    if needs_grad(v) or not in_blocks(v):
-        below = v - top
-        t = with_value(t, _newton(below, t, narrow)[0])
-        over = below - t
-    else:
+        t = _threshold(below, narrow, buffer)
+    if eager:
         over = below.sub_(t)
+    else:
+        below = v - top
+        over = below - with_value(t, _newton(below, t, narrow)[0])
     with torch.no_grad():  # the digits that t has no room for, and what the loop has left over
-        missed = total - over.clamp(min=0).sum(1, keepdim=True, dtype=wide)
-        rest = missed / _number_above(over).clamp(min=1)
+        above = torch.clamp(over, min=0, out=buffer)
+        missed = total - wide_sum(above)
+        rest = missed / _number_above_(above).clamp(min=1)
     soft = over.add_(rest.to(v.dtype)).clamp_(min=0)
     with torch.no_grad():
-        reached = soft.sum(1, keepdim=True, dtype=wide)
+        reached = wide_sum(soft)
         factor = torch.where(reached > 0, total / reached.where(reached > 0, 1.0), 1.0)
     return soft.mul_(factor.to(v.dtype))
 
 
-def _threshold(below: Tensor, total: float | Tensor) -> Tensor:
-    size, eps = below.shape[1], torch.finfo(below.dtype).eps
-    t = torch.maximum(below.sum(1, keepdim=True) / size - total / size, below.new_zeros(()) - total)
-    groups = size // _GROUP
-    if groups and in_blocks(below):
-        # The threshold of some entries is never above that of all; the largest are mostly enough.
-        some = below[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amax(1)
-        t = _iterated(some, t, total, eps, size)
-    return _iterated(below, t, total, eps, size)
+def wide_sum(rows: Tensor) -> Tensor:
+    """Sums of rows in float64, shape (N, 1); converted some rows at a time."""
+    dtype = wide_dtype(rows)
+    if not in_blocks(rows) or rows.dtype == dtype or rows.numel() <= BLOCK // 2:
+        return rows.sum(1, keepdim=True, dtype=dtype)
+    height = max(1, BLOCK // 2 // rows.shape[1])
+    return torch.cat([some.sum(1, keepdim=True, dtype=dtype) for some in rows.split(height)])
 
 
-def _iterated(v: Tensor, t: Tensor, total: float | Tensor, eps: float, size: int) -> Tensor:
-    enough = max(eps, noise(size))
-    for _ in range(steps_needed(size, eps / 4)):
-        before, (t, excess) = t, _newton(v, t, total)
-        t = torch.maximum(t, before)
-        if in_blocks(v) and not bool(((t > before) & (excess > enough * total)).any()):
+def _threshold(below: Tensor, total: float | Tensor, buffer: Tensor | None) -> Tensor:
+    t, size = below.new_zeros(below[:, :1].shape) - total, below.shape[1]
+    if buffer is not None and size >= 128:
+        # The threshold of some entries is never above that of all; the largest of every few are
+        # mostly enough.
+        some = [below]
+        for _ in range(4):
+            some.append(torch.maximum(*some[-1].split(some[-1].shape[1] // 2, 1)[:2]))
+        t = _iterated(some[4], t, total, 4, torch.empty_like(some[4]))
+        t = _iterated(some[2], t, total, 4, torch.empty_like(some[2]))
+    return _iterated(below, t, total, steps_needed(size, torch.finfo(below.dtype).eps / 4), buffer)
+
+
+def _iterated(
+    v: Tensor, t: Tensor, total: float | Tensor, steps: int, buffer: Tensor | None
+) -> Tensor:
+    number = torch.full_like(t, v.shape[1] + 1)
+    for _ in range(steps):
+        before, (step, number) = number, _newton(v, t, total, buffer)
+        t = torch.maximum(t, step)
+        if buffer is not None and bool((number >= before).all()):  # solved for the entries above
             break
     return t
 
 
-def _newton(v: Tensor, t: Tensor, total: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The threshold that is right for the entries above t; the excess of the sum at t."""
-    over = (v - t).clamp(min=0)
+def _newton(
+    v: Tensor, t: Tensor, total: float | Tensor, buffer: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The threshold that is right for the entries above t; their number."""
+    over = (v - t).clamp(min=0) if buffer is None else torch.sub(v, t, out=buffer).clamp_(min=0)
     excess = over.sum(1, keepdim=True) - total
-    return t + excess / _number_above(over).clamp(min=1), excess  # none is above if total is 0
+    number = _number_above_(over.detach().clone() if buffer is None else over)
+    return t + excess / number.clamp(min=1), number  # none is above where the total is 0
 
 
-def _number_above(over: Tensor) -> Tensor:
-    """The number of entries above 0 of each row."""
-    number: Tensor = torch.gt(over.detach(), 0).sum(1, keepdim=True)
+def _number_above_(over: Tensor) -> Tensor:
+    """The number of entries above 0 of each row of entries that are not below 0; overwrites it."""
+    exact = over.dtype if over.shape[1] <= 2**24 else torch.float64  # as integers are in float32
+    number: Tensor = over.sign_().sum(1, keepdim=True, dtype=exact)
     return number
 
 
