@@ -9,13 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, in_groups, row_blocks, widened
+from rai_toolbox.constraints.kernels.blocks import (
+    MANY,
+    in_blocks,
+    in_groups,
+    needs_grad,
+    row_blocks,
+    widened,
+)
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
-from rai_toolbox.constraints.kernels.l1 import project_l1_rows
+from rai_toolbox.constraints.kernels.l1 import memory_for, project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
@@ -248,22 +254,32 @@ class L1Ball(_Ball):
     p: ClassVar[float] = 1
     norm_name: ClassVar[str] = "L1"
 
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self.project_each_([x])
+        return x
+
     def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
-        self._project_groups_(batches)
+        if self.center is not None or isinstance(self.epsilon, Tensor):
+            for x in batches:
+                super().project_(x)
+            return
+        for x in batches:
+            self._check_batch(x)
+        memory = memory_for(batches)
+        in_groups(batches, lambda x: self._project_rows_(x, memory))
+
+    def _project_rows_(self, x: Tensor, memory: Tensor | None) -> None:
+        if not in_blocks(x) or needs_grad(x):
+            super().project_(x)
+            return
+        for part in [x] if x.numel() <= MANY else [x[rows] for rows in row_blocks(x, MANY)]:
+            some = None if memory is None else memory[: 2 * part.numel()]
+            found = project_l1_rows(part.reshape(len(part), -1), self.epsilon, some)
+            part.copy_(found.view(part.shape))
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(self._from_center(x.to(dtype)), 1, 1)
         return (length - self.epsilon).clamp(min=0).squeeze(1)
-
-    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        if self.center is not None or isinstance(self.epsilon, Tensor) or not in_blocks(x):
-            return super().project_(x)
-        self._check_batch(x)
-        for rows in row_blocks(x, MANY):
-            part = x[rows]
-            found = project_l1_rows(readable(part).reshape(len(part), -1), self.epsilon)
-            part.copy_(found.view(part.shape))
-        return x
 
     def _projected(self, units: Tensor) -> Tensor:
         if self.center is None:

@@ -14,7 +14,7 @@ from rai_toolbox.constraints.balls import Ball, L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, needs_grad, row_blocks
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.knapsack import beyond, bounds, wide
 from rai_toolbox.constraints.kernels.offsets import (
     least_in_l1,
@@ -96,7 +96,7 @@ class BoundedBall(Constraint):
 
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
-    ball: Constraint
+    ball: Any
     lower: float | Tensor | None
     upper: float | Tensor | None
 
@@ -113,8 +113,8 @@ class BoundedBall(Constraint):
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
         self.__dict__["_kind"] = kind
-        self.__dict__["_met"] = set()  # shapes of which it is known that they hold a point
-        gap, epsilon = self._gap(), torch.as_tensor(self._ball.epsilon, dtype=torch.float64)
+        self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
+        gap, epsilon = self._gap(), torch.as_tensor(self.ball.epsilon, dtype=torch.float64)
         self.__dict__["_apart"] = bool((gap > 0).any())
         try:
             wrong = gap > epsilon
@@ -132,7 +132,7 @@ class BoundedBall(Constraint):
         gap = self._gap()
         rows = gap.expand(len(gap) if gap.ndim == len(shape) else 1, *shape[1:]).flatten(1)
         apart = torch.linalg.vector_norm(rows, self.__dict__["_kind"][1], dim=1)
-        epsilon = torch.as_tensor(self._ball.epsilon, dtype=torch.float64).reshape(-1)
+        epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64).reshape(-1)
         apart, epsilon = torch.broadcast_tensors(apart, epsilon)
         wrong = apart > epsilon * (1 + 4 * noise(rows.shape[1]))
         if bool(wrong.any()):
@@ -141,7 +141,7 @@ class BoundedBall(Constraint):
 
     def _gap(self) -> Tensor:
         """How far each entry of the center is outside the bounds."""
-        settings = (self._ball.center, 0.0), (self.lower, -inf), (self.upper, inf)
+        settings = (self.ball.center, 0.0), (self.lower, -inf), (self.upper, inf)
         center, lower, upper = (
             torch.as_tensor(default if s is None else s, dtype=torch.float64)
             for s, default in settings
@@ -161,12 +161,11 @@ class BoundedBall(Constraint):
             f"{apart[0].item():.7g}, got {epsilon[0].item()!r}"
         )
 
-    @property
-    def _ball(self) -> Any:
-        return self.ball
-
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        self._check_batch(x)
+        batch = (x.shape, x.dtype, x.device)
+        if batch not in self.__dict__["_met"]:
+            self._check_batch(x)
+            self.__dict__["_met"].add(batch)
         if self._needs_float64(x):
             return super().project_(x)
         if not in_blocks(x):
@@ -175,13 +174,19 @@ class BoundedBall(Constraint):
         total = x.sum().item()
         return super().project_(x) if total - total != 0 else self._project_around_0_(x)
 
+    @torch.no_grad()
+    def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        self.ball.sample_(x, generator)
+        return self.project_(x)
+
     def _needs_float64(self, x: Tensor) -> bool:
         """Whether only the general projection, in float64, will do, whatever the values are."""
         return (
             x.dtype not in (torch.float32, torch.float64)
-            or self._ball.center is not None
+            or self.ball.center is not None
             or self.__dict__["_apart"]
-            or needs_grad(x)
+            or (torch.is_grad_enabled() and x.requires_grad)
             or function_transforms_active()
             or forward_ad_level() >= 0
             or x.numel() == 0
@@ -189,32 +194,34 @@ class BoundedBall(Constraint):
         )
 
     def _project_around_0_(self, x: Tensor) -> Tensor:
-        lower, upper = (_of_dtype(bound, x.dtype) for bound in (self.lower, self.upper))
-        if self._ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
-            epsilon = _of_dtype(self._ball.epsilon, x.dtype)
+        lower, upper = _of_dtype(self.lower, x.dtype), _of_dtype(self.upper, x.dtype)
+        if self.ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
+            epsilon = _of_dtype(self.ball.epsilon, x.dtype)
             return clamp_between_(clamp_between_(x, lower, upper), 0.0 - epsilon, epsilon)
+        if x.numel() <= MANY or not in_blocks(x):
+            return x.copy_(self._nearest_around_0(x, lower, upper))
         for rows in row_blocks(x, MANY):
             part, seen = x[rows], self._at_rows(x, rows)
-            part.copy_(seen._nearest_around_0(part))
+            lower, upper = _of_dtype(seen.lower, x.dtype), _of_dtype(seen.upper, x.dtype)
+            part.copy_(seen._nearest_around_0(part, lower, upper))
         return x
 
-    def _nearest_around_0(self, x: Tensor) -> Tensor:
-        lower, upper = (_of_dtype(bound, x.dtype) for bound in (self.lower, self.upper))
-        epsilon = as_wide(self._ball.epsilon, x)
-        nearest, unsettled = nearest_in_ball_and_box(x, self._ball.p, epsilon, lower, upper)
+    def _nearest_around_0(self, x: Tensor, lower: Any, upper: Any) -> Tensor:
+        epsilon = as_wide(self.ball.epsilon, x)
+        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, lower, upper)
         if unsettled is not None and in_blocks(x):
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
         return nearest
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        outside: Tensor = self._ball._excess(x, dtype)
+        outside: Tensor = self.ball._excess(x, dtype)
         return torch.maximum(outside, beyond(x, *bounds(self.lower, self.upper, x, dtype)))
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         center, radius, lower, upper = self._beside(x, dtype)
         clamped = x.clamp(lower, upper)
-        outside = self._ball._excess(clamped.detach(), dtype)[:, None] > 0
+        outside = self.ball._excess(clamped.detach(), dtype)[:, None] > 0
         nearest = self.__dict__["_kind"][2](x - center, lower - center, upper - center, radius)
         nearest = self._placed(nearest, center, radius, lower, upper, dtype)
         return torch.where(outside, nearest, clamped)
@@ -224,15 +231,11 @@ class BoundedBall(Constraint):
         least = self.__dict__["_kind"][3](gradient, lower - center, upper - center, radius)
         return self._placed(least, center, radius, lower, upper, dtype)
 
-    def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
-        point = self._ball._sampled(like, generator)
-        return self._nearest(point.to(as_wide(0.0, like)), like.dtype)
-
     def _beside(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Center, radius and bounds as they count, in float64, with two dims."""
         epsilon, center, linf = (
-            self._ball.epsilon,
-            self._ball.center,
+            self.ball.epsilon,
+            self.ball.center,
             self.__dict__["_kind"][1] == inf,
         )
         if linf and center is None:  # then the ball is a box, whose bounds count as rounded

@@ -213,15 +213,15 @@ def _step_(
     param: Tensor, grad: Tensor, losses: Tensor, state: dict[str, Any], group: Group
 ) -> None:
     constraint, shape = group["constraint"], batch_shape_in(param, group)
+    ball = norm_ball_of(constraint)
     x = param.detach().reshape(shape)
     seen = (grad if grad.layout is torch.strided else grad.to_dense()).detach().reshape(shape)
     column = (-1, *(1,) * (len(shape) - 1))
     if not state:
-        state.update(empty_state(x, seen, constraint))
+        state.update(empty_state(x, seen, ball))
     # A start outside the set would be the best point of all, to go back to.
     valid = None if state["step"] else (constraint.violation(x) <= 0).view(column)
     note_(state, x, seen, losses.to(state["best_loss"]).view(column), valid)
-    ball = norm_ball_of(constraint)
     period = period_ending_at(state["step"], group["steps"], ball)
     if period:
         back = check_(state, period, group["rho"], ball)

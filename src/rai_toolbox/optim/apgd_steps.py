@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
+from rai_toolbox.constraints.bounded_ball import BoundedBall, zero_outward_
 from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
 from rai_toolbox.constraints.kernels.directions import normalize_, sign_
 from rai_toolbox.constraints.kernels.rounding import as_rounded
@@ -49,7 +49,7 @@ def _checkpoints(steps: int) -> tuple[int, ...]:
     return tuple(sorted(set(points)))
 
 
-def empty_state(x: Tensor, grad: Tensor, constraint: Constraint) -> State:
+def empty_state(x: Tensor, grad: Tensor, ball: Any) -> State:
     """The state before the first step, from a start that is the best point, but of no value yet."""
     column = torch.ones((len(x), *(1,) * (x.ndim - 1)), dtype=wide_dtype(x), device=x.device)
     state: State = {
@@ -59,7 +59,6 @@ def empty_state(x: Tensor, grad: Tensor, constraint: Constraint) -> State:
         "best_loss": torch.full_like(column, inf),
         "rate": column,
     }
-    ball = norm_ball_of(constraint)
     if ball.p == 1:
         support = _support(x, ball)
         share = support / (_L1_SHRINK * max(1, x[0].numel()))
@@ -114,7 +113,7 @@ def _check_sparsity_(state: State, ball: Any) -> Tensor:
 
 def moved(x: Tensor, grad: Tensor, state: State, constraint: Constraint, momentum: float) -> Tensor:
     """The next point: a steepest step, projected, and some of the last move with it."""
-    ball = norm_ball_of(constraint)
+    ball: Any = constraint.ball if isinstance(constraint, BoundedBall) else constraint
     factor = 1.0 if ball.p == 1 else 2.0
     size = (state["rate"] * factor * ball.epsilon).to(x.dtype)
     if ball.p == 1:

@@ -47,58 +47,54 @@ def nearest_in_ball_and_box(
     not settled are in the set, but not nearest: where numbers are not finite, or too large or too
     small beside epsilon.
     """
-    eps = torch.finfo(x.dtype).eps
+    eager, eps = in_blocks(x), torch.finfo(x.dtype).eps
     safe = epsilon * (1 - 8 * noise(x[0].numel())) if x.dtype == torch.float64 else epsilon
     within = clamp_between_(x.clone(), lower, upper)
     most = within.abs()
     inside = norm(most, p, x.ndim - 1) <= epsilon
-    if in_blocks(x) and bool(inside.all()):
+    if eager and bool(inside.all()):
         return torch.copysign(most, x, out=most), None  # a zero keeps its sign
     aim = safe * (1 - 2 * eps)
     search = _scaled if p == 2 else _lowered
-    found = search(x.abs(), most, torch.where(inside, torch.inf, aim), within)
+    found = search(x.abs(), most, torch.where(inside, torch.inf, aim), within, eager)
     length = norm(found, p, x.ndim - 1)
     exact = (length - aim).abs() <= 32 * eps * aim
     fits = (epsilon == 0) | ((epsilon > _RADII[0]) & (epsilon < _RADII[1]))
     settled = inside | (exact & fits)
     longer = ~inside & ~(length <= safe)
-    if not in_blocks(x) or bool(longer.any()):
+    if not eager or bool(longer.any()):
         found.mul_(torch.where(longer, aim / length, 1.0).to(x.dtype))
-    all_settled = in_blocks(x) and bool(settled.all())
+    all_settled = eager and bool(settled.all())
     return torch.copysign(found, x, out=found), None if all_settled else ~settled
 
 
-def _scaled(size: Tensor, most: Tensor, epsilon: Tensor, room: Tensor) -> Tensor:
+def _scaled(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: bool) -> Tensor:
     """``min(t size, most)`` of L2 norm epsilon, or with t = 1 where epsilon is infinite.
 
     The square of the norm is a concave function of t^2: Newton's method stays on the near side of
     the root where it starts there, and may end at any time.
     """
     dims, dtype = tuple(range(1, size.ndim)), size.dtype
-    close = 4 * torch.finfo(dtype).eps
-    t = torch.where(epsilon == torch.inf, 1.0, epsilon / _norm(size, dims)).clamp(max=1)
+    norm_of, close = torch.linalg.vector_norm, 4 * torch.finfo(dtype).eps  # (in that dtype)
+    t = epsilon / norm_of(size, 2, dims, keepdim=True).double()
+    t = torch.where(epsilon == torch.inf, 1.0, t).clamp(max=1)
     mask = torch.empty_like(size)
     for _ in range(_NEWTON):
-        moved = torch.mul(size, t.to(dtype), out=room)
+        moved = torch.mul(size, t.to(dtype), out=buffer)
         torch.lt(moved, most, out=mask)
-        short = epsilon - _norm(torch.minimum(moved, most, out=room), dims)
+        found = torch.minimum(moved, most, out=buffer)
+        short = epsilon - norm_of(found, 2, dims, keepdim=True).double()
         going = (short > close * epsilon) & (t < 1)
-        if in_blocks(size) and not bool(going.any()):
-            break
-        slope = _norm(mask.mul_(size), dims)
+        if eager and not bool(going.any()):
+            return found
+        slope = norm_of(mask.mul_(size), 2, dims, keepdim=True).double()
         gain = (short / slope) * ((2 * epsilon - short) / slope)
         farther = torch.where(slope > 0, (t.square() + gain).sqrt(), 1.0).clamp(max=1)
         t = torch.where(going, farther, t)
-    return torch.minimum(torch.mul(size, t.to(dtype), out=room), most, out=room)
+    return torch.minimum(torch.mul(size, t.to(dtype), out=buffer), most, out=buffer)
 
 
-def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The 2-norm from sums in the dtype of x: for a search, a third of the time of `norm`."""
-    length: Tensor = torch.linalg.vector_norm(x, 2, dims, keepdim=True)
-    return length.double()
-
-
-def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, room: Tensor) -> Tensor:
+def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: bool) -> Tensor:
     """``min(max(size - t, 0), most)`` whose sum is epsilon, or with t = 0 where that is infinite.
 
     The sum is a falling function of t. Regula falsi brackets the root, in its Illinois form, with a
@@ -107,21 +103,19 @@ def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, room: Tensor) -> Tenso
     dims, dtype = tuple(range(1, size.ndim)), size.dtype
     inside = epsilon == torch.inf
 
-    def sum_at(t: Tensor) -> Tensor:
-        values = torch.sub(size, t.to(dtype), out=room).clamp_(min=0)
-        return torch.minimum(values, most, out=room).sum(dims, keepdim=True).double()
-
     low, high = torch.zeros_like(epsilon), size.amax(dims, keepdim=True).double()
     at_low = most.sum(dims, keepdim=True).double() - epsilon
     t, at_high, last = low, -epsilon, low
     going = ~inside
     for i in range(_FALSI):
-        if in_blocks(size) and not bool(going.any()):
+        if eager and not bool(going.any()):
             break
         step = high - at_high * ((high - low) / (at_high - at_low))
         step = step.where((step > low) & (step < high) & (i % 4 < 3), (low + high) / 2)
         t = torch.where(going, step, t)
-        value = sum_at(t) - epsilon
+        values = torch.sub(size, t.to(dtype), out=buffer).clamp_(min=0)
+        values = torch.minimum(values, most, out=buffer)
+        value = values.sum(dims, keepdim=True).double() - epsilon
         going = going & (value.abs() > _NEAR * epsilon) & (i < _FALSI - 1)
         up, sign = value > 0, value.sign()
         share = 1 - 0.5 * (sign == last)  # where an end stays again, its value is halved
@@ -135,11 +129,11 @@ def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, room: Tensor) -> Tenso
     rest = torch.zeros_like(epsilon)
     free = torch.empty_like(size)
     for _ in range(_NEWTON):
-        values = torch.sub(size, t, out=room).sub_(rest.to(dtype)).clamp_(min=0)
-        values = torch.minimum(values, most, out=room)
+        values = torch.sub(size, t, out=buffer).sub_(rest.to(dtype)).clamp_(min=0)
+        values = torch.minimum(values, most, out=buffer)
         excess = values.sum(dims, keepdim=True, dtype=torch.float64) - epsilon
         going = ~inside & (excess.abs() > 8 * torch.finfo(dtype).eps * epsilon)
-        if in_blocks(size) and not bool(going.any()):
+        if eager and not bool(going.any()):
             break
         number = torch.lt(values, most, out=free).mul_(values).sign_().sum(dims, keepdim=True)
         rest = torch.where(going & (number > 0), rest + excess / number, rest)

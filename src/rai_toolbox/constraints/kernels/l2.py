@@ -27,6 +27,8 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
     length, error = norm_near(readable(x), ndim, epsilon)
+    if length is None:
+        return x
     inside = length <= epsilon
     if in_blocks(x) and not needs_grad(x) and bool(inside.all()):
         return x

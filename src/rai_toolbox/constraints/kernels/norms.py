@@ -44,23 +44,25 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     return lengths if dim < split else _wide_norm(lengths, p, dims)
 
 
-def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor, float]:
+def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor | None, float]:
     """2-norms as by `norm`, but only those close to `limit` are sure to be so exact.
 
-    Returns the norms, and the relative error that the others may have. It is that of sums in
-    float32, of few terms each, for large float32 tensors: a third of the time.
+    Returns the norms, or None if all are surely below the limit; and the relative error that the
+    others may have. It is that of sums in float32, of few terms each, for large float32 tensors: a
+    third of the time.
     """
     size = x.shape[x.ndim - ndim :].numel()
     narrow = x.dtype == torch.float32 and x.numel() > BLOCK and x.is_contiguous()
     if not narrow or not in_blocks(x) or needs_grad(x):
         return norm(x, 2, ndim), noise(size)
     rows = x.view(-1, size)
-    # A sum of k terms in 4 lanes or more is off by k / 4 + 8 roundings; its root by half of that.
-    error = (min(size, _CHUNK) / 4 + 8) * torch.finfo(x.dtype).eps / 4
-    length = _chunked_norm(rows).view(*x.shape[: x.ndim - ndim], *(1,) * ndim)
     if not isinstance(limit, Tensor):
-        if bool((length < limit * (1 - error) - error * _LEAST).all()):
-            return length, error
+        error = _error(size)
+        surely = limit * (1 - error) - error * _LEAST
+        if bool((torch.linalg.vector_norm(rows, dim=1) < surely).all()):
+            return None, error
+    error = _error(min(size, _CHUNK))
+    length = _chunked_norm(rows).view(*x.shape[: x.ndim - ndim], *(1,) * ndim)
     larger = torch.maximum(length, length.new_full((), _LEAST))
     larger = larger.maximum(limit) if isinstance(limit, Tensor) else larger.clamp(min=limit)
     close = ~((length - limit).abs() > error * larger)  # so is what is not finite
@@ -70,6 +72,14 @@ def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor, floa
     if len(at):
         length.view(-1)[at] = norm(rows[at], 2, 1).view(-1)
     return length, error
+
+
+def _error(size: int) -> float:
+    """Relative error of the root of a sum of `size` squares in float32.
+
+    A sum of k terms in 4 lanes or more is off by k / 4 + 8 roundings; its root by half of that.
+    """
+    return (size / 4 + 8) * torch.finfo(torch.float32).eps / 4
 
 
 def _chunked_norm(rows: Tensor) -> Tensor:
@@ -82,25 +92,23 @@ def _chunked_norm(rows: Tensor) -> Tensor:
     if whole < size:
         rest = torch.linalg.vector_norm(rows[:, whole:], 2, 1, keepdim=True)
         lengths = torch.cat([lengths, rest], 1)
-    return _vector_norm(lengths, 2, (1,))
+    total: Tensor = torch.linalg.vector_norm(lengths, 2, 1, keepdim=True, dtype=torch.float64)
+    return total
 
 
 def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
-    if x.dtype in (torch.float64, torch.complex128) and x.numel() > 0:
-        scale = _power_of_two(x.abs().amax(dims, keepdim=True))  # there is no wider type
-        return _vector_norm(x / scale, p, dims) * scale
-    if p == 1 and not x.is_complex():  # the same in a third of the time
-        total: Tensor = x.abs().sum(dims, keepdim=True, dtype=wide_dtype(x))
-        return total
-    return _vector_norm(x, p, dims)
-
-
-def _vector_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
     dtype = wide_dtype(x)
     if x.is_complex():
         dtype = torch.promote_types(dtype, torch.complex64)
-    length: Tensor = torch.linalg.vector_norm(x, p, dim=dims, keepdim=True, dtype=dtype)
-    return length
+    elif p == 1 and x.dtype != torch.float64:  # the same in a third of the time
+        total: Tensor = x.abs().sum(dims, keepdim=True, dtype=dtype)
+        return total
+    if x.dtype not in (torch.float64, torch.complex128) or x.numel() == 0:
+        length: Tensor = torch.linalg.vector_norm(x, p, dims, keepdim=True, dtype=dtype)
+        return length
+    scale = _power_of_two(x.abs().amax(dims, keepdim=True))  # there is no wider type
+    length = torch.linalg.vector_norm(x / scale, p, dims, keepdim=True)
+    return length * scale
 
 
 def row_scale(x: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ from torch import Tensor
 from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, wide_dtype
 
-def lowered(v: Tensor, total: float | Tensor, out: Tensor | None = None) -> Tensor:
+
+def lowered(
+    v: Tensor,
+    total: float | Tensor,
+    out: Tensor | None = None,
+    buffer: Tensor | None = None,
+) -> Tensor:
     r"""``max(v - t, 0)`` with the t for which each row sums to `total`; shape (N, n), total >= 0.
 
     The sum is a convex, decreasing, piecewise linear function of t, whose root Newton's method
@@ -21,11 +27,13 @@ def lowered(v: Tensor, total: float | Tensor, out: Tensor | None = None) -> Tens
 
     The row's maximum is taken off first, so that float32 is as good as the entries are: those
     above the threshold are then no larger than `total`. A last factor, near 1, makes the sum right
-    to within the rounding of its terms. `out`, which may be v, is memory to work in.
-    Autograd can differentiate the result.
+    to within the rounding of its terms. `out`, which may be v, takes the result; `out` and
+    `buffer`, of the shape of v, spare new memory, which is slow to touch. Autograd can
+    differentiate the result where none is given.
     """
     eager = in_blocks(v) and not needs_grad(v)
-    buffer = torch.empty_like(v) if eager else None  # new memory is slow to touch
+    if eager and buffer is None:
+        buffer = torch.empty_like(v)
     with torch.no_grad():
         top = v.amax(1, keepdim=True)
         below = torch.sub(v, top, out=out)
@@ -39,7 +47,7 @@ def lowered(v: Tensor, total: float | Tensor, out: Tensor | None = None) -> Tens
     with torch.no_grad():  # the digits that t has no room for, and what the loop has left over
         above = torch.clamp(over, min=0, out=buffer)
         missed = total - wide_sum(above)
-        rest = missed / _number_above_(above).clamp(min=1)
+        rest = missed / above.sign_().sum(1, keepdim=True).clamp(min=1)
     soft = over.add_(rest.to(v.dtype)).clamp_(min=0)
     with torch.no_grad():
         reached = wide_sum(soft)
@@ -50,9 +58,9 @@ def lowered(v: Tensor, total: float | Tensor, out: Tensor | None = None) -> Tens
 def wide_sum(rows: Tensor) -> Tensor:
     """Sums of rows in float64, shape (N, 1); converted some rows at a time."""
     dtype = wide_dtype(rows)
-    if not in_blocks(rows) or rows.dtype == dtype or rows.numel() <= BLOCK // 2:
+    if rows.numel() <= BLOCK // 4 or rows.dtype == dtype or not in_blocks(rows):
         return rows.sum(1, keepdim=True, dtype=dtype)
-    height = max(1, BLOCK // 2 // rows.shape[1])
+    height = max(1, BLOCK // 4 // rows.shape[1])
     return torch.cat([some.sum(1, keepdim=True, dtype=dtype) for some in rows.split(height)])
 
 
@@ -61,11 +69,15 @@ def _threshold(below: Tensor, total: float | Tensor, buffer: Tensor | None) -> T
     if buffer is not None and size >= 128:
         # The threshold of some entries is never above that of all; the largest of every few are
         # mostly enough.
-        some = [below]
-        for _ in range(4):
-            some.append(torch.maximum(*some[-1].split(some[-1].shape[1] // 2, 1)[:2]))
-        t = _iterated(some[4], t, total, 4, torch.empty_like(some[4]))
-        t = _iterated(some[2], t, total, 4, torch.empty_like(some[2]))
+        half = size // 2
+        some = torch.maximum(below[:, :half], below[:, half : 2 * half], out=buffer[:, :half])
+        levels = []
+        for _ in range(3):
+            half //= 2
+            some = torch.maximum(some[:, :half], some[:, half : 2 * half])
+            levels.append(some)
+        for some in levels[::-2]:
+            t = _iterated(some, t, total, 4, torch.empty_like(some))
     return _iterated(below, t, total, steps_needed(size, torch.finfo(below.dtype).eps / 4), buffer)
 
 
@@ -87,15 +99,9 @@ def _newton(
     """The threshold that is right for the entries above t; their number."""
     over = (v - t).clamp(min=0) if buffer is None else torch.sub(v, t, out=buffer).clamp_(min=0)
     excess = over.sum(1, keepdim=True) - total
-    number = _number_above_(over.detach().clone() if buffer is None else over)
-    return t + excess / number.clamp(min=1), number  # none is above where the total is 0
-
-
-def _number_above_(over: Tensor) -> Tensor:
-    """The number of entries above 0 of each row of entries that are not below 0; overwrites it."""
-    exact = over.dtype if over.shape[1] <= 2**24 else torch.float64  # as integers are in float32
-    number: Tensor = over.sign_().sum(1, keepdim=True, dtype=exact)
-    return number
+    signs = over.detach().sign() if buffer is None else over.sign_()
+    number = signs.sum(1, keepdim=True)
+    return t + excess / number.clamp(min=1), number  # if total is 0, none is above
 
 
 def steps_needed(size: int, precision: float) -> int:
