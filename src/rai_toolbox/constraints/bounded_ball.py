@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -168,11 +168,10 @@ class BoundedBall(Constraint):
             self.__dict__["_met"].add(batch)
         if self._needs_float64(x):
             return super().project_(x)
-        if not in_blocks(x):
-            spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
-            return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
-        total = x.sum().item()
-        return super().project_(x) if total - total != 0 else self._project_around_0_(x)
+        if in_blocks(x) and isfinite(x.sum().item()):
+            return self._project_around_0_(x)
+        spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
+        return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
