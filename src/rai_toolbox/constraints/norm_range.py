@@ -11,13 +11,14 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.balls import project_l2_ball_
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import in_blocks
+from rai_toolbox.constraints.kernels.blocks import in_blocks, in_groups, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_
-from rai_toolbox.constraints.kernels.norms import norm, row_scale, scale_dtype
+from rai_toolbox.constraints.kernels.l1 import project_l1_rows
+from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, scale_
+from rai_toolbox.constraints.kernels.norms import norm, row_scale
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
-from rai_toolbox.constraints.kernels.threshold import precision, threshold
+from rai_toolbox.constraints.kernels.threshold import lowered
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
 
 
@@ -115,42 +116,43 @@ class MinMaxNorm(Constraint):
         elif self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             self._check_batch(x)
             project_l2_ball_(x, self.max_norm, x.ndim - 1)
-        elif self.p != 2 or not self._scaled_(x):
+        elif self.p == 2 and x.numel() > 0 and not needs_grad(x):
+            self._check_batch(x)
+            self._scale_(x)
+        else:
             super().project_(x)
         return x
 
-    def _scaled_(self, x: Tensor) -> bool:
-        """Project by a factor for each row: one pass that reads and one that writes."""
-        self._check_batch(x)
-        if torch.is_grad_enabled() and x.requires_grad or x.numel() == 0:
-            return False
-        if not in_blocks(x):
-            return self._scaled_widely_(x)
-        if isinstance(self.min_norm, Tensor) or isinstance(self.max_norm, Tensor):
-            return False
-        length = norm(x, 2, x.ndim - 1)
-        factor = self._factor(length, length, x)
-        dtype = torch.finfo(scale_dtype(x))
-        fit = ((factor >= dtype.smallest_normal) & (factor <= dtype.max)).view(-1)
-        # Too far for one factor, nothing to scale, or not finite: row by row, for the same bits
-        # beside any other rows.
-        at = fit.logical_not().nonzero().view(-1)
-        others = super().project_(x.index_select(0, at)) if len(at) else None
-        x.mul_(factor.to(scale_dtype(x)))
-        if others is not None:
-            x.index_copy_(0, at, others)
-        return True
+    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
+        settings = (self.min_norm, self.max_norm)
+        if self.dim is not None or any(isinstance(setting, Tensor) for setting in settings):
+            super().project_each_(batches)
+            return
+        for x in batches:
+            self._check_batch(x)
+        in_groups(batches, self.project_)
 
-    def _scaled_widely_(self, x: Tensor) -> bool:
-        """The same without a look at any value, where wide products take no wide copy of x."""
-        if x.dtype == torch.float64:
-            return False  # which has no wider type for the factors of tiny rows
+    def _scale_(self, x: Tensor) -> None:
+        """Project by a factor for each row, or in float64 what no factor fits."""
         length = norm(x, 2, x.ndim - 1)
-        still = (length == 0) & (as_wide(self.min_norm, x) > 0)  # all directions are as good
-        x.masked_fill_(still, 1.0)
-        factor = self._factor(length, torch.where(still, math.sqrt(x[0].numel()), length), x)
-        x.mul_(torch.where(length.isfinite(), factor, torch.nan))
-        return True
+        still = length == 0
+        factor = self._factor(length, torch.where(still, 1.0, length), x)
+        if in_blocks(x):
+            unfit = ~length.isfinite() | still | ~factor.isfinite()
+            if not bool(unfit.any()):
+                scale_(x, factor)
+                return
+            at = unfit.view(-1).nonzero().view(-1)
+            moved = Constraint.project_(self._at_rows(x, at), x.index_select(0, at))
+            scale_(x, torch.where(unfit, 1.0, factor))
+            x.index_copy_(0, at, moved)
+        elif x.dtype == torch.float64:
+            Constraint.project_(self, x)  # there is no wider type for the factors of tiny rows
+        else:
+            still = still & (as_wide(self.min_norm, x) > 0)  # all directions are equally near
+            x.masked_fill_(still, 1.0)
+            factor = torch.where(still, factor / math.sqrt(x[0].numel()), factor)
+            x.mul_(torch.where(length.isfinite(), factor, torch.nan))
 
     def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
         """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
@@ -225,7 +227,9 @@ class MinMaxNorm(Constraint):
     def _range(self, x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Norms that stay within the bounds after rounding; how far equal bounds may be missed."""
         low, high = as_wide(self.min_norm, x), as_wide(self.max_norm, x)
-        relative = torch.finfo(dtype).eps / 2 + 8 * noise(size) + 2 * precision(dtype)
+        relative = (
+            torch.finfo(dtype).eps / 2 + 8 * noise(size) + min(torch.finfo(dtype).eps, 2**-23) / 2
+        )
         small = spacing(dtype) / 2 * (size if self.p == 1 else math.sqrt(size))
         above, below = low * (1 + relative) + small, high * (1 - relative) - small
         if self.p == math.inf:
@@ -240,6 +244,11 @@ class MinMaxNorm(Constraint):
             missed,
         )
 
+    def _projected(self, units: Tensor) -> Tensor:
+        if self.p == 1 and self.convex:
+            return project_l1_rows(units, self.max_norm)
+        return super()._projected(units)
+
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         low, high, _ = self._range(x, x.shape[1], dtype)
         length = norm(x, self.p, 1)
@@ -252,8 +261,7 @@ class MinMaxNorm(Constraint):
         signs = torch.where(x < 0, -1.0, 1.0).to(x)
         size = x.abs()
         if self.p == 1:
-            (below,), t = threshold([lambda: size], goal, dtype)
-            return (below() - t).clamp(min=0) * signs
+            return lowered(size, goal) * signs
         largest = torch.zeros_like(x).scatter_(1, size.argmax(1, keepdim=True), 1.0)
         lifted = (largest > 0) & (length < goal)
         return torch.where(lifted | (size >= goal), goal, size) * signs

@@ -8,12 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.autograd import with_value
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import column_blocks, widened
 from rai_toolbox.constraints.kernels.rounding import resolution
-from rai_toolbox.constraints.kernels.threshold import Values, each, row_sum, threshold
+from rai_toolbox.constraints.kernels.threshold import lowered
 from rai_toolbox.constraints.sampling import exponential
 
 
@@ -45,6 +43,7 @@ class Simplex(Constraint):
     """
 
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
+    _is_equation: ClassVar[bool] = True
 
     total: float | Tensor = 1.0
 
@@ -57,26 +56,12 @@ class Simplex(Constraint):
         check_setting("total", self.total, least=0)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._off(x, each(widened, x), dtype).squeeze(1)
-
-    def _off(self, x: Tensor, values: list[Values], dtype: torch.dtype) -> Tensor:
-        total, size = row_sum(values), x.shape[1]
+        total, size = x.sum(1, keepdim=True), x.shape[1]
         off = (total - self.total).abs() - resolution(total.abs(), size, size, dtype)
-        lowest = x.amin(1, keepdim=True).to(total.dtype)
-        return torch.maximum(off, -lowest).clamp(min=0)
+        return torch.maximum(off, -x.amin(1, keepdim=True)).clamp(min=0).squeeze(1)
 
-    def _projected(self, units: Tensor) -> Tensor:
-        values = each(widened, units)
-        excess = self._off(units, values, units.dtype).detach()
-        below, t = threshold(values, self.total, units.dtype)
-        t = torch.where(excess.isfinite(), t, torch.nan)
-        result = []
-        for value, (piece,) in zip(below, column_blocks(units), strict=True):
-            nearest = (value() - t).relu_().to(units.dtype)
-            # (an equation: where x solves it, the projection moves along it only)
-            kept = torch.where(excess <= 0, piece.detach(), nearest.detach())
-            result.append(with_value(kept, nearest))
-        return result[0] if len(result) == 1 else torch.cat(result, 1)
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return lowered(x, self.total)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         total = torch.as_tensor(self.total, dtype=gradient.dtype, device=gradient.device)

@@ -12,6 +12,7 @@ from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.bounded_ball import norm_ball_of
 from rai_toolbox.optim.apgd_steps import (
     check_,
     empty_state,
@@ -20,7 +21,6 @@ from rai_toolbox.optim.apgd_steps import (
     period_ending_at,
     put_,
 )
-from rai_toolbox.optim.ball_projection import ball_of
 from rai_toolbox.optim.own_step import CheckedOptimizer
 from rai_toolbox.optim.settings import (
     batch_shape_in,
@@ -213,15 +213,15 @@ def _step_(
     param: Tensor, grad: Tensor, losses: Tensor, state: dict[str, Any], group: Group
 ) -> None:
     constraint, shape = group["constraint"], batch_shape_in(param, group)
+    ball = norm_ball_of(constraint)
     x = param.detach().reshape(shape)
     seen = (grad if grad.layout is torch.strided else grad.to_dense()).detach().reshape(shape)
     column = (-1, *(1,) * (len(shape) - 1))
     if not state:
-        state.update(empty_state(x, seen, constraint))
+        state.update(empty_state(x, seen, ball))
     # A start outside the set would be the best point of all, to go back to.
     valid = None if state["step"] else (constraint.violation(x) <= 0).view(column)
     note_(state, x, seen, losses.to(state["best_loss"]).view(column), valid)
-    ball = ball_of(constraint)
     period = period_ending_at(state["step"], group["steps"], ball)
     if period:
         back = check_(state, period, group["rho"], ball)
@@ -235,7 +235,7 @@ def _step_(
 
 
 def _check(group: Group) -> None:
-    ball_of(group["constraint"])
+    norm_ball_of(group["constraint"])
     steps = group["steps"]
     if type(steps) is not int:
         raise TypeError(f"`steps` must be an int, got {steps!r}")

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.balls import L1Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.bounded_ball import BoundedBall, zero_outward_
 from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
 from rai_toolbox.constraints.kernels.directions import normalize_, sign_
 from rai_toolbox.constraints.kernels.rounding import as_rounded
-from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
 
 State = dict[str, Any]
 
@@ -27,9 +26,9 @@ _L1_PERIOD, _L1_SHRINK, _L1_LEAST = 0.04, 1.5, 0.1
 _DENSITY, _SPARSER = 0.2, 0.95
 
 
-def period_ending_at(step: int, steps: int, ball: object) -> int:
+def period_ending_at(step: int, steps: int, ball: Any) -> int:
     """The number of steps since the checkpoint before, if this step is one; else 0."""
-    if isinstance(ball, L1Ball):
+    if ball.p == 1:
         period = max(int(_L1_PERIOD * steps), 1)
         return period if step > 0 and step % period == 0 else 0
     points = _checkpoints(steps)
@@ -50,7 +49,7 @@ def _checkpoints(steps: int) -> tuple[int, ...]:
     return tuple(sorted(set(points)))
 
 
-def empty_state(x: Tensor, grad: Tensor, constraint: Constraint) -> State:
+def empty_state(x: Tensor, grad: Tensor, ball: Any) -> State:
     """The state before the first step, from a start that is the best point, but of no value yet."""
     column = torch.ones((len(x), *(1,) * (x.ndim - 1)), dtype=wide_dtype(x), device=x.device)
     state: State = {
@@ -60,8 +59,7 @@ def empty_state(x: Tensor, grad: Tensor, constraint: Constraint) -> State:
         "best_loss": torch.full_like(column, inf),
         "rate": column,
     }
-    ball = ball_of(constraint)
-    if isinstance(ball, L1Ball):
+    if ball.p == 1:
         support = _support(x, ball)
         share = support / (_L1_SHRINK * max(1, x[0].numel()))
         # A start that is sparse tells how sparse to go on; one at the center or of noise does not.
@@ -90,7 +88,7 @@ def note_(state: State, x: Tensor, grad: Tensor, losses: Tensor, valid: Tensor |
 
 def check_(state: State, period: int, rho: float, ball: Any) -> Tensor:
     """Adapt the step sizes at a checkpoint; which sub-tensors go back to their best point."""
-    if isinstance(ball, L1Ball):
+    if ball.p == 1:
         return _check_sparsity_(state, ball)
     stuck = (state["halved"] == 0) & (state["checked_loss"] <= state["best_loss"])
     back: Tensor = (state["falls"] < rho * period) | stuck
@@ -101,7 +99,7 @@ def check_(state: State, period: int, rho: float, ball: Any) -> Tensor:
     return back
 
 
-def _check_sparsity_(state: State, ball: L1Ball) -> Tensor:
+def _check_sparsity_(state: State, ball: Any) -> Tensor:
     support = _support(state["best"], ball)
     back: Tensor = support < _SPARSER * state["support"]
     smaller = (state["rate"] / _L1_SHRINK).clamp(min=_L1_LEAST)
@@ -115,30 +113,30 @@ def _check_sparsity_(state: State, ball: L1Ball) -> Tensor:
 
 def moved(x: Tensor, grad: Tensor, state: State, constraint: Constraint, momentum: float) -> Tensor:
     """The next point: a steepest step, projected, and some of the last move with it."""
-    ball = ball_of(constraint)
-    factor = 1.0 if isinstance(ball, L1Ball) else 2.0
+    ball: Any = constraint.ball if isinstance(constraint, BoundedBall) else constraint
+    factor = 1.0 if ball.p == 1 else 2.0
     size = (state["rate"] * factor * ball.epsilon).to(x.dtype)
-    if isinstance(ball, L1Ball):
-        grad = free_(grad.clone(), x, constraint)
+    if ball.p == 1:
+        grad = zero_outward_(grad.clone(), x, constraint)
     direction = steepest(grad, ball, state.get("density"))
-    z = nearest_(x - direction.to(x.dtype).mul_(size), constraint)
+    z = constraint.project_(x - direction.to(x.dtype).mul_(size))
     if "previous" not in state or state["step"] == 0:
         return z
     inertia = (x - state["previous"]).mul_(1 - momentum)
-    return nearest_(inertia.add_(torch.lerp(x, z, momentum)), constraint)
+    return constraint.project_(inertia.add_(torch.lerp(x, z, momentum)))
 
 
-def steepest(grad: Tensor, ball: object, density: Tensor | None) -> Tensor:
+def steepest(grad: Tensor, ball: Any, density: Tensor | None) -> Tensor:
     """The steepest direction in the norm of the ball, of norm 1; sparse, but not one entry, in L1.
 
     `density` is the share of entries that it has.
     """
     direction = grad.clone(memory_format=torch.contiguous_format)
-    if isinstance(ball, L1Ball) and density is not None:
+    if ball.p == 1 and density is not None:
         rows = _keep_share_(direction.view(len(grad), -1), density.view(-1, 1))
         sign_([rows])
         return normalize_(rows, 1, 1).view(grad.shape)
-    if isinstance(ball, LinfBall):
+    if ball.p == inf:
         sign_([direction])
         return direction
     return normalize_(direction, 2, grad.ndim - 1)

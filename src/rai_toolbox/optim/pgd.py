@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +13,8 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_fraction
-from rai_toolbox.constraints.balls import L1Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
+from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection, Transform, normalize_, sign_, top_q_
@@ -32,7 +32,7 @@ class SteepestStep(Transform):
     grad_scale: Key = "grad_scale"
 
     def check(self, group: Group) -> None:  # noqa: D102
-        ball_of(group[self.constraint])
+        norm_ball_of(group[self.constraint])
         check_fraction(self.q, group[self.q])
 
     def is_elementwise(self, group: Group) -> bool:  # noqa: D102
@@ -41,41 +41,30 @@ class SteepestStep(Transform):
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
-        ball, k = ball_of(group[self.constraint]), group[self.param_ndim]
-        if isinstance(ball, LinfBall):
-            sign_(tensors)
-        elif isinstance(ball, L1Ball):
+        p, k = norm_ball_of(group[self.constraint]).p, group[self.param_ndim]
+        if p == 1:
             for param, grad in zip(params, tensors, strict=True):
                 shape = batch_shape_in(param, group, self.param_ndim)
-                self._free_(param, grad, group, shape)
+                self._zero_outward_(param, grad, group, shape)
                 top_q_(grad, _within_one(group[self.q], grad, shape), k)
+        if p != 2:
             sign_(tensors)
-            normalize_(tensors, 1, k, 0.0)
-        else:
-            normalize_(tensors, 2, k, 0.0)
+        if p != inf:
+            normalize_(tensors, p, k, 0.0)
 
-    def _free_(self, param: Tensor, grad: Tensor, group: Group, shape: tuple[int, ...]) -> None:
-        down = group[self.grad_scale] > 0
-        if group.get("maximize", False):
-            down = not down
+    def _zero_outward_(
+        self, param: Tensor, grad: Tensor, group: Group, shape: tuple[int, ...]
+    ) -> None:
+        """Zero the entries that the step would follow out of a bound."""
         view, copied = view_or_copy(grad, shape)
-        free_(view if down else view.neg_(), view_or_copy(param, shape)[0], group[self.constraint])
-        if not down:
+        descends = (group[self.grad_scale] > 0) != group.get("maximize", False)
+        if not descends:
+            view.neg_()
+        zero_outward_(view, view_or_copy(param, shape)[0], group[self.constraint])
+        if not descends:
             view.neg_()
         if copied:
             grad.copy_(view.view(grad.shape))
-
-
-@dataclass(frozen=True)
-class BallProjection(Projection):
-    """The projection onto ball and bounds."""
-
-    def change_(self, tensors: list[Tensor], group: Group) -> None:  # noqa: D102
-        for param in tensors:
-            view, copied = view_or_copy(param, batch_shape_in(param, group, self.param_ndim))
-            nearest_(view, group[self.constraint])
-            if copied:
-                param.copy_(view.view(param.shape))
 
 
 class PGD(ParamTransformingOptimizer):
@@ -122,8 +111,8 @@ class PGD(ParamTransformingOptimizer):
     tensor([[-0.1000,  0.2000,  0.0000]], requires_grad=True)
     """
 
-    _after = (BallProjection(),)
     _before = (SteepestStep(),)
+    _after = (Projection(),)
 
     def __init__(
         self,

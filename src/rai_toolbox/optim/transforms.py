@@ -18,9 +18,9 @@ from torch import Generator, Tensor, default_generator
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
 from rai_toolbox.checks import check_bounds, check_fraction, check_non_negative
-from rai_toolbox.constraints.balls import project_l2_ball_
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
+from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
 from rai_toolbox.optim.settings import (

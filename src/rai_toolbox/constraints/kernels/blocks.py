@@ -1,19 +1,21 @@
-"""Wide arithmetic, a piece at a time: the pieces stay in cache, and no wide copy of all is made."""
+"""Wide arithmetic a piece at a time: in cache, and without a wide copy of the whole tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from rai_toolbox._torch import in_function_transform
+from rai_toolbox._torch import forward_ad_level, function_transforms_active
 
 BLOCK = 2**16
-"""Elements per piece of rows, for each thread."""
+"""Elements per piece of rows, for each thread; a tensor of more is large."""
 
-COLUMNS = 2**18
-"""Elements per piece of a row; fixed, so that sums have the same bits on any number of threads."""
+MANY = 2**19
+"""Elements per piece of rows where many passes over it have many small operators between them."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -24,36 +26,60 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in float64 and in the order of its indices, whatever its strides are."""
+    """`x` in float64, contiguous."""
     return x.to(wide_dtype(x)).contiguous()
 
 
 def in_blocks(x: Tensor) -> bool:
-    """Whether to go by pieces, and look at values: on CPU, where all is run as it is written.
+    """Whether to go by pieces and to read values: a plain CPU tensor, in eager mode.
 
     A compiler fuses, and a tensor of `torch.func` does not know its values.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu":
-        return False
-    return not (torch.compiler.is_compiling() or in_function_transform())
+    return (
+        type(x) in _PLAIN
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not function_transforms_active()
+        and forward_ad_level() < 0
+    )
 
 
-def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dim of `x`, of about `BLOCK` elements per thread but at least one row."""
+def needs_grad(x: Tensor) -> bool:
+    """Whether autograd records what is done to `x`."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
+    """Slices of the first dim of `x`, of about `size` elements but at least one row.
+
+    By default they have `BLOCK` elements per thread.
+    """
     height = len(x)
-    if in_blocks(x) and not (torch.is_grad_enabled() and x.requires_grad):
-        height = max(1, torch.get_num_threads() * BLOCK * len(x) // max(1, x.numel()))
+    if in_blocks(x) and not needs_grad(x):
+        size = torch.get_num_threads() * BLOCK if size is None else size
+        height = max(1, size * len(x) // max(1, x.numel()))
     for start in range(0, len(x), max(1, height)):
         yield slice(start, start + height)
 
 
-def column_blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The (N, n) tensors, where n is large, in pieces of columns; a column of its own is whole."""
-    x = tensors[0]
-    if x.shape[1] <= COLUMNS or not in_blocks(x):
-        return [tensors]
-    split = [t.split(COLUMNS, 1) if t.shape[1] > 1 else None for t in tensors]
-    return [
-        tuple(t if s is None else s[i] for t, s in zip(tensors, split, strict=True))
-        for i in range(-(-x.shape[1] // COLUMNS))
-    ]
+def in_groups(batches: list[Tensor], act_: Callable[[Tensor], object]) -> None:
+    """Let `act_` change the rows of each batch in place; small batches are joined for it.
+
+    Batches of the same dtype and length of rows are joined up to `BLOCK` elements: one call then
+    costs what it would for one of them, and stays in cache.
+    """
+    alike: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    for x in batches:
+        if x.numel() > BLOCK // 2 or len(batches) == 1 or not in_blocks(x) or needs_grad(x):
+            act_(x)
+        elif x.numel() > 0:
+            alike.setdefault((x.dtype, x.numel() // len(x)), []).append(x)
+    for (_, size), some in alike.items():
+        height = max(1, BLOCK // max(x.numel() for x in some))
+        for start in range(0, len(some), height):
+            group = some[start : start + height]
+            rows = torch.cat([x.reshape(-1, size) for x in group])
+            act_(rows)
+            parts = rows.split([len(x) for x in group])
+            for x, part in zip(group, parts, strict=True):
+                x.copy_(part.view(x.shape))

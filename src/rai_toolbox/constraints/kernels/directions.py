@@ -31,8 +31,12 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    else:  # two factors lift even the smallest subnormal number of any dtype beyond 1
-        largest = torch.finfo(tensors[0].dtype).max
+        return
+    # two factors lift even the smallest subnormal number of any dtype beyond 1
+    largest = torch.finfo(tensors[0].dtype).max
+    if len(tensors) == 1:
+        tensors[0].mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
+    else:
         mul_(tensors, largest)
         mul_(tensors, largest)
         clamp_(tensors, -1.0, 1.0)

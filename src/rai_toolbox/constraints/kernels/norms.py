@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.rounding import noise
 
-# Elements per block, of which one at a time is copied to float64: an eighth of the tensor, but not
-# less, where the calls would cost more than the sums, nor more than what caches hold.
-_LEAST, _MOST = 2**16, 2**18
-
-# A long sub-tensor is summed in rows of this length, and then their norms: torch takes half the
-# time for many short rows, and blocks of whole rows give the same bits wherever they begin.
-_SHORT = 1024
-
-# So many elements are read, to find the norms of their rows, before they are read again.
-_IN_CACHE = 2**21
+_CHUNK = 128  # entries whose squares are summed in float32
+_LEAST = 2.0**-30  # norms above it need no square that float32 does not hold
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32}
 _REAL[torch.complex128] = torch.float64
@@ -38,135 +30,85 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     """p-norm over the last `ndim` >= 1 dims, which are kept with size 1.
 
     It is accumulated and returned in float64, so that entries of 1e20 or 1e-25 in float32, and
-    any entries in float16 and bfloat16, have the norm that they have on paper. The order of the
-    sums is that of the indices, so that the result does not depend on strides, bit for bit.
+    any entries in float16 and bfloat16, have the norm that they have on paper. Large tensors are
+    converted a piece at a time.
     """
-    reduce = _scaled_norm if x.dtype in (torch.float64, torch.complex128) else _vector_norm
-    if not in_blocks(x) or x.numel() == 0:
-        return reduce(x, p, tuple(range(-ndim, 0)))
-    batch = x.shape[: x.ndim - ndim]
-    long = x.shape[len(batch) :].numel() >= 4 * _SHORT
-    if torch.is_grad_enabled() and x.requires_grad:
-        lengths = _of_rows(x.reshape(*batch, -1), p, long, reduce)
-    elif not long and x.is_contiguous():  # the same sums, in fewer calls
-        rows = x.view(-1, x.shape[len(batch) :].numel())
-        found = [reduce(part, p, (-1,)) for part in _parts(rows)]
-        lengths = found[0] if len(found) == 1 else torch.cat(found)
-    else:
-        block = _block(x)
-        buffer = x.new_empty(min(block, x.numel()), dtype=_wide(x))
-        lengths = _lengths(x, len(batch), block, buffer, lambda r: _of_rows(r, p, long, reduce))
-    if long:
-        lengths = reduce(lengths, p, (-1,))  # the p-norm of the short rows' p-norms
-    return lengths.view(*batch, *(1,) * ndim)
+    split = x.ndim - ndim
+    dims = tuple(range(split, x.ndim))
+    if x.numel() <= BLOCK or not in_blocks(x):
+        return _wide_norm(x, p, dims)
+    rows_fit = split > 0 and x.numel() <= BLOCK * len(x)
+    dim = 0 if rows_fit else max(range(x.ndim), key=lambda dim: x.shape[dim])
+    height = max(1, BLOCK * x.shape[dim] // x.numel())
+    lengths = torch.cat([_wide_norm(part, p, dims) for part in x.split(height, dim)], dim)
+    return lengths if dim < split else _wide_norm(lengths, p, dims)
 
 
-_Reduce = Callable[[Tensor, float, tuple[int, ...]], Tensor]
+def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor | None, float]:
+    """2-norms as by `norm`, but only those close to `limit` are sure to be so exact.
 
-
-def _block(x: Tensor) -> int:
-    if x.numel() <= 4 * _LEAST:
-        return max(x.numel() // 3, _LEAST)
-    return min(max(x.numel() // 8, _LEAST), _MOST)
-
-
-def _parts(rows: Tensor) -> list[Tensor]:
-    """The rows in blocks of the same height, as few as there may be."""
-    if rows.numel() <= _LEAST:
-        return [rows]
-    number = math.ceil(len(rows) / max(1, _block(rows) // rows.shape[1]))
-    return list(torch.split(rows, math.ceil(len(rows) / number)))
-
-
-def _lengths(
-    x: Tensor, batch: int, block: int, buffer: Tensor, of_rows: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """`of_rows`, which gives the norms of short rows in the last dim, block by block."""
-    dim = next((i for i, size in enumerate(x.shape) if size > 1), 0)
-    inner = x.numel() // x.shape[dim] if x.ndim else 1
-    unit = 1 if dim < batch else _SHORT // math.gcd(_SHORT, inner)  # so many are whole short rows
-    height = max(unit, block // inner // unit * unit)
-    if x.numel() <= block or height >= x.shape[dim]:
-        # one buffer for all: a new one each time would be new memory, which is slow to touch
-        wide = buffer[: x.numel()] if x.numel() <= len(buffer) else buffer.new_empty(x.numel())
-        return of_rows(wide.view(x.shape).copy_(x).view(*x.shape[:batch], -1))
-    parts = [_lengths(part, batch, block, buffer, of_rows) for part in torch.split(x, height, dim)]
-    return torch.cat(parts, min(dim, batch))
-
-
-def _of_rows(rows: Tensor, p: float, long: bool, reduce: _Reduce) -> Tensor:
-    if not long:
-        return reduce(rows, p, (-1,))
-    whole = rows.shape[-1] - rows.shape[-1] % _SHORT
-    lengths = reduce(rows[..., :whole].unflatten(-1, (-1, _SHORT)), p, (-1,)).squeeze(-1)
-    if whole == rows.shape[-1]:
-        return lengths
-    return torch.cat([lengths, reduce(rows[..., whole:], p, (-1,))], -1)
-
-
-def may_group(batches: list[Tensor]) -> bool:
-    """Whether rows of several batches may be scaled together: plain ones on CPU, run eagerly."""
-    return all(in_blocks(x) and not (torch.is_grad_enabled() and x.requires_grad) for x in batches)
-
-
-def alike_rows(batches: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The batches that are not empty, by dtype and length of rows, as many as stay in cache."""
-    by_kind: dict[tuple[torch.dtype, int], list[Tensor]] = {}
-    for x in batches:
-        if x.numel() > 0:
-            by_kind.setdefault((x.dtype, x.numel() // len(x)), []).append(x)
-    for alike in by_kind.values():
-        some: list[Tensor] = []
-        room = _IN_CACHE
-        for x in alike:
-            if some and x.numel() > room:
-                yield some
-                some, room = [], _IN_CACHE
-            some.append(x)
-            room -= x.numel()
-        yield some
-
-
-def are_surely_shorter(rows: list[Tensor], epsilon: float) -> Tensor:
-    """Which rows, of batches (N, n) with the same n, are surely shorter than epsilon.
-
-    That is told by norms in the dtype itself, which take a quarter of the time.
+    Returns the norms, or None if all are surely below the limit; and the relative error that the
+    others may have. It is that of sums in float32, of few terms each, for large float32 tensors: a
+    third of the time.
     """
-    info, size = torch.finfo(rows[0].dtype), rows[0].shape[1]
-    # No sum of so many squares is off by more, nor do squares that underflow hide more; and the
-    # bound is rounded to the dtype before it is compared.
-    most = (epsilon - math.sqrt(size * info.smallest_normal)) / (1 + (size + 2) * info.eps)
-    return torch.cat([torch.linalg.vector_norm(x, dim=1) for x in rows]) < most
+    size = x.shape[x.ndim - ndim :].numel()
+    narrow = x.dtype == torch.float32 and x.numel() > BLOCK and x.is_contiguous()
+    if not narrow or not in_blocks(x) or needs_grad(x):
+        return norm(x, 2, ndim), noise(size)
+    rows = x.view(-1, size)
+    if not isinstance(limit, Tensor):
+        error = _error(size)
+        surely = limit * (1 - error) - error * _LEAST
+        if bool((torch.linalg.vector_norm(rows, dim=1) < surely).all()):
+            return None, error
+    error = _error(min(size, _CHUNK))
+    length = _chunked_norm(rows).view(*x.shape[: x.ndim - ndim], *(1,) * ndim)
+    larger = torch.maximum(length, length.new_full((), _LEAST))
+    larger = larger.maximum(limit) if isinstance(limit, Tensor) else larger.clamp(min=limit)
+    close = ~((length - limit).abs() > error * larger)  # so is what is not finite
+    at = close.view(-1).nonzero().view(-1)
+    if 8 * len(at) > len(rows):
+        return norm(x, 2, ndim), error
+    if len(at):
+        length.view(-1)[at] = norm(rows[at], 2, 1).view(-1)
+    return length, error
 
 
-def row_norms(batches: list[Tensor]) -> Tensor:
-    """The 2-norms of all rows of batches whose rows are alike, one after the other."""
-    size = batches[0][0].numel()
-    small = sum(map(Tensor.numel, batches)) <= _LEAST
-    if small and len(batches) > 1:  # (so little that a copy costs less than a call for each)
-        batches = [torch.cat([x.reshape(-1, size) for x in batches])]
-    plain = size < 4 * _SHORT and batches[0].dtype != torch.float64
-    if not (plain and all(x.is_contiguous() for x in batches)):
-        return torch.cat([norm(x, 2, x.ndim - 1).view(-1) for x in batches])
-    parts = [part for x in batches for part in _parts(x.view(-1, size))]
-    return torch.cat([_vector_norm(part, 2, (1,)) for part in parts]).view(-1)
+def _error(size: int) -> float:
+    """Relative error of the root of a sum of `size` squares in float32.
+
+    A sum of k terms in 4 lanes or more is off by k / 4 + 8 roundings; its root by half of that.
+    """
+    return (size / 4 + 8) * torch.finfo(torch.float32).eps / 4
 
 
-def _scaled_norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
-    if x.numel() == 0:
-        return _vector_norm(x, p, dim)
-    scale = _power_of_two(x.abs().amax(dim, keepdim=True))  # float64 has no wider type above it
-    return _vector_norm(x / scale, p, dim) * scale
+def _chunked_norm(rows: Tensor) -> Tensor:
+    """2-norms of float32 rows: of chunks in float32, and of these norms in float64."""
+    size = rows.shape[1]
+    count = math.ceil(size / _CHUNK)
+    width = math.ceil(size / count)
+    whole = size // width * width
+    lengths = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2)
+    if whole < size:
+        rest = torch.linalg.vector_norm(rows[:, whole:], 2, 1, keepdim=True)
+        lengths = torch.cat([lengths, rest], 1)
+    total: Tensor = torch.linalg.vector_norm(lengths, 2, 1, keepdim=True, dtype=torch.float64)
+    return total
 
 
-def _vector_norm(x: Tensor, p: float, dim: tuple[int, ...]) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, p, dim=dim, keepdim=True, dtype=_wide(x))
-    return length
-
-
-def _wide(x: Tensor) -> torch.dtype:
+def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
     dtype = wide_dtype(x)
-    return torch.promote_types(dtype, torch.complex64) if x.is_complex() else dtype
+    if x.is_complex():
+        dtype = torch.promote_types(dtype, torch.complex64)
+    elif p == 1 and x.dtype != torch.float64:  # the same in a third of the time
+        total: Tensor = x.abs().sum(dims, keepdim=True, dtype=dtype)
+        return total
+    if x.dtype not in (torch.float64, torch.complex128) or x.numel() == 0:
+        length: Tensor = torch.linalg.vector_norm(x, p, dims, keepdim=True, dtype=dtype)
+        return length
+    scale = _power_of_two(x.abs().amax(dims, keepdim=True))  # there is no wider type
+    length = torch.linalg.vector_norm(x / scale, p, dims, keepdim=True)
+    return length * scale
 
 
 def row_scale(x: Tensor) -> Tensor:
