@@ -96,15 +96,16 @@ class Masked(Constraint):
         return index.expand(len(x), -1)
 
     def _check_batch(self, x: Tensor) -> None:
-        self._check_kind(x)
-        self._check_fit("mask", self.mask, x)
-        check_device("mask", self.mask, x)
-        self._check_shape(x.shape)
+        super()._check_batch(x)
         index = None if self.elementwise else self._index(x)
         if index is None:
             self.constraint._check_batch(x)
         elif index.numel():
             self.constraint._check_batch(x.new_empty(index.shape))
+
+    def _check_tensors(self, x: Tensor) -> None:
+        self._check_fit("mask", self.mask, x)
+        check_device("mask", self.mask, x)
 
     def _check_shape(self, shape: torch.Size) -> None:
         if self.elementwise:
