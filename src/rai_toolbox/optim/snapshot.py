@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.wrapper import OptimizerWrapper
 
 
 class Snapshot:
@@ -22,10 +21,9 @@ class Snapshot:
         self._grads = [(param, param.grad) for param in _params(optimizer)]
         self._tensors = dict(_named_values(optimizer))
         self._values = copies(optimizer)
-        self._random = torch.get_rng_state()
-        self._generators: dict[str, Tensor] = {}
-        if isinstance(optimizer, OptimizerWrapper):
-            self._generators = optimizer._extra_state()
+        generators = [torch.default_generator, getattr(optimizer, "generator", None)]
+        generators += getattr(optimizer, "_generators", dict)().values()
+        self._random = [(g, g.get_state()) for g in generators if g is not None]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -39,9 +37,8 @@ class Snapshot:
             # (no step writes to an expanded gradient, nor can it)
             if tensor.layout is not torch.strided or 0 not in tensor.stride():
                 tensor.copy_(self._values[name])
-        torch.set_rng_state(self._random)
-        if isinstance(self._optimizer, OptimizerWrapper):
-            self._optimizer._load_extra_state(self._generators)
+        for generator, state in self._random:
+            generator.set_state(state)
 
     @torch.no_grad()
     def difference(self, others: Mapping[str, Tensor]) -> str:
