@@ -22,7 +22,7 @@ class OwnStepOptimizer(Optimizer):
     """
 
     _checks: ClassVar[Mapping[str, Callable[[str, Any], object]]] = {}
-    """What raises, given the name and the value of a setting, if that breaks its rule."""
+    """For each setting, a function of its name and value that raises if the value is wrong."""
 
     def __init__(self, params: Params, arguments: Mapping[str, Any]) -> None:
         """`arguments` may be the `locals()` of a subclass's constructor."""

@@ -105,11 +105,13 @@ def _agree(start: Tensor | None, eager: Tensor, compiled: Tensor) -> bool:
     """
     if eager.layout is not torch.strided:
         eager, compiled = eager.to_dense(), compiled.to_dense()
-    if compiled.shape != eager.shape:
+    if compiled.shape != eager.shape or compiled.dtype != eager.dtype:
         return False
     if eager.numel() == 0 or not (eager.is_floating_point() or eager.is_complex()):
         return bool(complete((eager == compiled).all()))
-    move = _largest(eager if start is None else eager - start)
+    if start is None or start.shape != eager.shape:
+        start = torch.zeros_like(eager)
+    move = _largest(eager - start)
     tolerance = 16 * torch.finfo(eager.dtype).eps * (_largest(eager) + move) + move / 256
     return bool(complete(eager.isclose(compiled, 0.0, tolerance, equal_nan=True).all()))
 
