@@ -12,7 +12,14 @@ from every_class import CASES
 from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Optimizer, lr_scheduler
 
-from rai_toolbox.constraints import BoxSection, L2Ball, Masked
+from rai_toolbox.constraints import (
+    BoundedBall,
+    BoxSection,
+    Intersection,
+    L2Ball,
+    LinfBall,
+    Masked,
+)
 from rai_toolbox.optim import (
     ClampedParameterOptimizer,
     L2ProjectedOptim,
@@ -595,11 +602,20 @@ def test_a_step_that_compiles_anew_again_and_again_stays_eager():
     assert len(found) == 1
 
 
-def test_sets_that_take_minutes_to_trace_stay_eager():
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        BoxSection(torch.ones(4), 1.0, lower=-1.0, upper=0.8),
+        BoundedBall(L2Ball(1.0), -0.5, 0.5),
+        Intersection(L2Ball(1.0), LinfBall(0.5)),
+    ],
+    ids=lambda constraint: type(constraint).__name__,
+)
+def test_sets_that_take_minutes_to_trace_stay_eager(constraint):
     def make():
-        section = BoxSection(torch.ones(4), 1.0, lower=-1.0, upper=0.8)
-        return ProjectedOptimizer(parameters(), constraint=section, lr=0.1)
+        return ProjectedOptimizer(parameters(), constraint=constraint, lr=0.1)
 
-    with pytest.warns(UserWarning, match="stays eager: .* BoxSection"):
+    match = f"stays eager: it takes minutes to trace .* {type(constraint).__name__}"
+    with pytest.warns(UserWarning, match=match):
         step = same_as_eager(make, lambda o: compiled(o, backend="eager"))
     assert step.graphs == 0

@@ -22,6 +22,7 @@ from rai_toolbox._torch import (
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
+from rai_toolbox.constraints.intersection import Intersection
 from rai_toolbox.optim.settings import is_zero_on_host
 from rai_toolbox.optim.snapshot import Snapshot, copies
 
@@ -250,4 +251,4 @@ def _is_slow_to_trace(constraint: object) -> bool:
     """Whether a projection takes 10 s and more for each tensor, as its loops are unrolled."""
     if isinstance(constraint, BoundedBall):
         return not constraint.ball.elementwise
-    return isinstance(constraint, BoxSection)
+    return isinstance(constraint, (BoxSection, Intersection))

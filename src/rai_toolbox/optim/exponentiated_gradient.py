@@ -84,13 +84,7 @@ class ExponentiatedGradient(OwnStepOptimizer):
         param_ndim: int | None = -1,
         maximize: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "total": total,
-            "param_ndim": param_ndim,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

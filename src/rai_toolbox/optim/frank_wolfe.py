@@ -130,20 +130,10 @@ class FrankWolfe(OwnStepOptimizer):
         line_search: bool = False,
         initial_step: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "lmo_scaling_factor": lmo_scaling_factor,
-            "use_default_lr_schedule": use_default_lr_schedule,
-            "div_by_zero_eps": div_by_zero_eps,
-            "constraint": constraint,
-            "param_ndim": param_ndim,
-            "smoothness": smoothness,
-            "line_search": line_search,
-            "initial_step": initial_step,
-        }
+        arguments = dict(locals())
         if constraint is None and param_ndim == -1:
-            del defaults["param_ndim"]  # it has no effect, and a wrapper has a setting of that name
-        super().__init__(params, defaults)
+            del arguments["param_ndim"]  # no effect here, and a wrapper has a setting of that name
+        super().__init__(params, arguments)
 
     def _completed(self, group: Mapping[str, Any]) -> Group:
         if group.get("constraint") is not None:

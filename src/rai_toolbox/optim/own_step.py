@@ -22,9 +22,12 @@ class OwnStepOptimizer(Optimizer):
     """
 
     _checks: ClassVar[Mapping[str, Callable[[str, Any], object]]] = {}
-    """What raises, given the name and the value of a setting, if that breaks its rule."""
+    """For each setting, a function of its name and value that raises if the value is wrong."""
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Params, arguments: Mapping[str, Any]) -> None:
+        """`arguments` may be the `locals()` of a subclass's constructor."""
+        others = ("self", "params", "__class__")
+        defaults = {name: value for name, value in arguments.items() if name not in others}
         super().__init__(cast(Any, as_groups(params)), {**defaults, "differentiable": False})
 
     def _completed(self, group: Mapping[str, Any]) -> Group:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.wrapper import OptimizerWrapper
 
 
 class Snapshot:
@@ -22,9 +21,9 @@ class Snapshot:
         self._grads = [(param, param.grad) for param in _params(optimizer)]
         self._tensors = dict(_named_values(optimizer))
         self._values = copies(optimizer)
-        self._random = torch.get_rng_state()
-        generators = optimizer._generators() if isinstance(optimizer, OptimizerWrapper) else {}
-        self._generator_states = [(each, each.get_state()) for each in generators.values()]
+        generators = [torch.default_generator, getattr(optimizer, "generator", None)]
+        generators += getattr(optimizer, "_generators", dict)().values()
+        self._random = [(g, g.get_state()) for g in generators if g is not None]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -38,8 +37,7 @@ class Snapshot:
             # (no step writes to an expanded gradient, nor can it)
             if tensor.layout is not torch.strided or 0 not in tensor.stride():
                 tensor.copy_(self._values[name])
-        torch.set_rng_state(self._random)
-        for generator, state in self._generator_states:
+        for generator, state in self._random:
             generator.set_state(state)
 
     @torch.no_grad()
@@ -107,11 +105,13 @@ def _agree(start: Tensor | None, eager: Tensor, compiled: Tensor) -> bool:
     """
     if eager.layout is not torch.strided:
         eager, compiled = eager.to_dense(), compiled.to_dense()
-    if compiled.shape != eager.shape:
+    if compiled.shape != eager.shape or compiled.dtype != eager.dtype:
         return False
     if eager.numel() == 0 or not (eager.is_floating_point() or eager.is_complex()):
         return bool(complete((eager == compiled).all()))
-    move = _largest(eager if start is None else eager - start)
+    if start is None or start.shape != eager.shape:
+        start = torch.zeros_like(eager)
+    move = _largest(eager - start)
     tolerance = 16 * torch.finfo(eager.dtype).eps * (_largest(eager) + move) + move / 256
     return bool(complete(eager.isclose(compiled, 0.0, tolerance, equal_nan=True).all()))
 
