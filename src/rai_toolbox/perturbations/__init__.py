@@ -29,11 +29,7 @@ from rai_toolbox.perturbations.models import (
     PerturbationModel,
 )
 from rai_toolbox.perturbations.rivals import nearest_rivals
-from rai_toolbox.perturbations.solvers import (
-    ZeroGradientWarning,
-    gradient_ascent,
-    random_restart,
-)
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent, random_restart
 from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
 
 __all__ = [

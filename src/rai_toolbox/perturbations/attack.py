@@ -145,12 +145,14 @@ def attack(
         target = as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = classifier(model, target)
-        objective = of_run = Objective(model, criterion, sign, samples=samples, success=success)
+        objective = run_objective = Objective(
+            model, criterion, sign, samples=samples, success=success
+        )
         toward: Sequence[Tensor | None] = [None]
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
             classes = _rival_classes(rivals, model, allowed, target)
-            toward, of_run = classes.unbind(1), _toward_rivals(objective, classes)
+            toward, run_objective = classes.unbind(1), _toward_rivals(objective, classes)
         calls = int(rivals is not None)
         zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
         best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
@@ -167,7 +169,7 @@ def attack(
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
             found = solve(
-                of_run, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
+                run_objective, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
             )
             perturbed, zero = found.data, found.zero_gradient
             if rows is not None:

@@ -166,7 +166,7 @@ def universal_perturbation(
                 if schedule is not None:
                     schedule.step()
         after = [_fooled(perturbed_model, *batch, targeted) for batch in epoch()]
-    fractions = (int(torch.cat(found).sum()) / len(torch.cat(found)) for found in (before, after))
+    fractions = [torch.cat(fooled).double().mean().item() for fooled in (before, after)]
     return UniversalPerturbation(perturbation.delta.detach(), *fractions)
 
 

@@ -50,7 +50,7 @@ class Batch:
         with _seeded(_seed(self.seed, self.name), self.data.device):
             before = predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
-                robust, found = ~before.wrong, []
+                robust, found = ~before.misclassified, []
                 count = robust.long() - 1
                 for ball in balls:
                     rows, check = robust.nonzero().squeeze(1), VerificationReport()
@@ -72,7 +72,7 @@ class Batch:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
         found = []
         with _seeded(_seed(self.seed, self.name), self.data.device):
-            right = ~predict(self.model, self.data, self.target, gradient=False).wrong
+            right = ~predict(self.model, self.data, self.target, gradient=False).misclassified
             rows = right.nonzero().squeeze(1)[:number]
             data, target = self.data[rows], self.target[rows]
             for norm, (*_, ball) in self.balls.items() if len(rows) else ():

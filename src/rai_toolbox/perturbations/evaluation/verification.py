@@ -101,7 +101,7 @@ class Prediction(NamedTuple):
 
     losses: Tensor
     classes: Tensor
-    wrong: Tensor
+    misclassified: Tensor
     zero_gradient: Tensor
     finite: Tensor
 
@@ -131,10 +131,10 @@ def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True
             (slope,) = torch.autograd.grad(losses.sum(), x, materialize_grads=True)
     logits, losses = logits.detach(), losses.detach()
     classes = logits.argmax(1)
-    wrong = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
+    misclassified = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
     finite = losses.isfinite() & slope.isfinite().flatten(1).all(1)
     zero_gradient = (slope == 0).flatten(1).all(1) & finite & gradient
-    return Prediction(losses, classes, wrong, zero_gradient, finite)
+    return Prediction(losses, classes, misclassified, zero_gradient, finite)
 
 
 def compare(
@@ -152,7 +152,7 @@ def compare(
     in_data = perturbed.isfinite().flatten(1).all(1)
     ball_excess = beyond_ball(data, perturbed, ball)
     box_excess = beyond_range(perturbed, data_range)
-    fooled = after.wrong & in_data & (ball_excess <= 0) & (box_excess <= 0)
+    fooled = after.misclassified & in_data & (ball_excess <= 0) & (box_excess <= 0)
     finite = in_data & before.finite & after.finite
     report = VerificationReport(
         data=len(data),
