@@ -4,16 +4,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-attacks docs clean
+.PHONY: help demo test test-all test-versions lint format bench bench-attacks docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.stamp  ## train and attack a small net on real digits; figures go to out/
 	$(BIN)/rai-toolbox demo
 
-test: .venv/.stamp  ## run all tests, and every example of the docstrings, README and docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=300 --numprocesses=auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=300 --numprocesses=auto
+
+test: .venv/.stamp  ## run the tests but the slow ones, and the examples of the docs (5 minutes)
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/.stamp  ## run all tests (15 minutes on 2 cores)
+	$(PYTEST)
+
+test-versions:  ## run some tests on the oldest and the newest torch (11 GB of disk)
+	$(PYTHON) tests/versions.py $(TORCH)
 
 lint: .venv/.stamp  ## check style, formatting and types
 	$(BIN)/ruff check

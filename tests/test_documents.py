@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tiers import slow_but
 
 ROOT = Path(__file__).parents[1]
 TAUGHT_BY_EXAMPLE = ["README.md", "CONTRIBUTING.md"]
@@ -73,7 +74,7 @@ def run(found: list[Example], name: str) -> None:
             exec(compile("\n" * example.line + example.source, name, "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", slow_but(DOCUMENTS, *(set(DOCUMENTS) - {"docs/examples.md"})))
 def test_examples(name, tmp_path, monkeypatch):
     found = list(examples((ROOT / name).read_text(encoding="utf-8")))
     assert found or name not in TAUGHT_BY_EXAMPLE, f"{name} has no example"

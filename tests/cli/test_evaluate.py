@@ -169,6 +169,7 @@ def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 2])
 def test_a_run_that_is_killed_goes_on_to_the_same_table(folder, batches):
     command = [sys.executable, "-m", "rai_toolbox.cli", *run()]
@@ -197,6 +198,7 @@ def by_ranks(number, command, **environment):
     )
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_go_on_where_one_was_killed(folder):
     command = run("--batch-size", "7")  # five batches
     killed = by_ranks(2, command, KILLED_AFTER="2 4", KILLED_RANK="1")
@@ -238,7 +240,7 @@ def misshapen(path):
         ({"model": "nets"}, "--model must be module:name, got 'nets'"),
         ({"model": "nots:net"}, "--model: there is no module 'nots', got 'nots:net'"),
         ({"model": "nets:not"}, "--model: 'nets' has no 'not', got 'nets:not'"),
-        ({"model": "nets:NUMBER"}, "--model must name a callable, got int at 'nets:NUMBER'"),
+        ({"model": "nets:NUMBER"}, "--model must give a model, got int from 'nets:NUMBER'"),
         ({"model": "nets:data"}, "--model must give a model, got tuple from 'nets:data'"),
         ({"data": "data.txt"}, "--data must be an .npz file or module:name, got 'data.txt'"),
         ({"data": "none.npz"}, "No such file or directory: 'none.npz'"),
@@ -246,7 +248,7 @@ def misshapen(path):
         ({"data": "pickled.npz"}, "without pickled objects, got pickled.npz: Object arrays"),
         ({"data": "text.npz"}, "must be an .npz file of numbers, without pickled objects, got"),
         ({"data": "plain.npz"}, "must be an .npz file of numbers, without pickled objects, got"),
-        ({"data": "misshapen.npz"}, "one target per datum, got 3 data and 2 targets"),
+        ({"data": "misshapen.npz"}, "one target per example, got 3 examples and 2 targets"),
         ({"data": "nets:NUMBER"}, "--data must give (data, target), a Dataset or batches, got int"),
         ({"data": "nets:batches", "limit": "3"}, "--limit and --divide-by need tensors"),
         ({"weights": "none.pt"}, "No such file or directory: 'none.pt'"),

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-STEPS = 20
+STEPS, FEW_STEPS = 20, 3
 
 
 class Bag(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from engines import Bag, fsdp, train, whole
 from ranks import on_ranks, outcomes
+from tiers import slow_but
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -85,12 +86,13 @@ def resumed(name, options, path):
     return [whole(p) for p in module.parameters()]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_saved_on_2_ranks_and_gone_on_with_on_any_number(name, form, tmp_path):
+@pytest.mark.parametrize("ranks", slow_but([(1, 2), (4,)], single=True))
+@pytest.mark.parametrize("form", slow_but(FORMS, "plain"))
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "drawing"))
+def test_saved_on_2_ranks_and_gone_on_with_on_any_number(name, form, ranks, tmp_path):
     (expected,) = on_ranks(1, uninterrupted, name)
     on_ranks(2, save, name, FORMS[form], tmp_path)
-    for k in (1, 2, 4):
+    for k in ranks:
         for values in on_ranks(k, resumed, name, FORMS[form], tmp_path):
             for got, one in zip(values, expected, strict=True):
                 torch.testing.assert_close(got, one, rtol=0, atol=1e-6)
@@ -124,6 +126,7 @@ def last_complete(path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_write_leaves_the_last_checkpoint_as_it_was(tmp_path):
     name = "projected"
     found = outcomes(2, killed_while_saving, name, tmp_path, timeout=40.0)
@@ -156,6 +159,7 @@ def failing_in_a_step(how, name, path):
     train(module, opt, SAVED + 1, END)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [die, fail])
 def test_a_rank_that_fails_in_a_step_ends_the_others_and_training_goes_on(how, tmp_path):
     name = "projected"

@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from engines import Bag, both, columns, ddp, fsdp, train, trained, whole
+from engines import FEW_STEPS, STEPS, Bag, both, columns, ddp, fsdp, train, trained, whole
 from ranks import on_ranks, outcomes
+from tiers import slow_but
 
 from rai_toolbox import constraints as sets
 from rai_toolbox import optim
@@ -72,12 +73,12 @@ def bag(name):
     return module
 
 
-def all_trained(engine, names):
+def all_trained(engine, names, steps):
     found = {}
     for name in names:
         for k in (-1, None):
             module = engine(bag(name))
-            trained(module, maker(name, k))
+            trained(module, maker(name, k), last=steps)
             found[name, k] = [whole(p) for p in module.parameters()]
     return found
 
@@ -93,11 +94,15 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_optimizer_goes_the_way_of_one_process(engine):
+@pytest.mark.parametrize(
+    ("engine", "steps"),
+    [(engine, FEW_STEPS) for engine in ("fsdp", "ddp", "columns")]
+    + [pytest.param(engine, STEPS, marks=pytest.mark.slow) for engine in ENGINES],
+)
+def test_every_optimizer_goes_the_way_of_one_process(engine, steps):
     k, under = ENGINES[engine]
-    (expected,) = on_ranks(1, all_trained, alone, list(OPTIMIZERS))
-    for found in on_ranks(k, all_trained, under, list(OPTIMIZERS), timeout=250):
+    (expected,) = on_ranks(1, all_trained, alone, list(OPTIMIZERS), steps)
+    for found in on_ranks(k, all_trained, under, list(OPTIMIZERS), steps, timeout=250):
         wrong = {}
         for case, values in found.items():
             same = torch.equal if case[0] in ELEMENTWISE else partial(torch.allclose, atol=1e-6)
@@ -125,7 +130,7 @@ def drawn(engine, seed, generator_seed):
     return [whole(p) for p in module.parameters()]
 
 
-@pytest.mark.parametrize("engine", [ddp, fsdp, columns])
+@pytest.mark.parametrize("engine", slow_but([ddp, fsdp, columns], ddp))
 @pytest.mark.parametrize(
     ("seeds", "generator_seed"), [((1, 2), 7), ((3, 3), None)], ids=["own", "default"]
 )
@@ -165,7 +170,7 @@ def fail():
     raise ArithmeticError("on purpose")
 
 
-@pytest.mark.parametrize("how", [die, fail])
+@pytest.mark.parametrize("how", slow_but([die, fail]))
 def test_a_rank_that_fails_ends_the_others_with_an_error(how):
     first, second = outcomes(2, failing, how, 2, timeout=40.0)
     assert first.error is not None and first.exit_code == 1  # on its own: nobody killed it

@@ -6,6 +6,7 @@ import pytest
 import torch
 from engines import Bag, columns, ddp, fsdp, whole
 from ranks import on_ranks
+from tiers import slow_but
 
 from rai_toolbox import constraints as sets
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
@@ -32,7 +33,7 @@ def told(engine):
     return found
 
 
-@pytest.mark.parametrize("engine", [fsdp, columns, ddp])
+@pytest.mark.parametrize("engine", slow_but([fsdp, columns, ddp], columns))
 def test_diagnosis(engine):
     (expected,) = on_ranks(1, told, alone)
     for found in on_ranks(2, told, engine):
@@ -56,7 +57,7 @@ def searched(engine):
     return [whole(p) for p in params]
 
 
-@pytest.mark.parametrize("engine", [fsdp, columns, ddp])
+@pytest.mark.parametrize("engine", slow_but([fsdp, columns, ddp], fsdp))
 def test_line_search(engine):
     (expected,) = on_ranks(1, searched, alone)
     for values in on_ranks(2, searched, engine):

@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from engines import Bag, both, columns, ddp, fsdp, rows, trained, whole
+from engines import FEW_STEPS, STEPS, Bag, both, columns, ddp, fsdp, rows, trained, whole
 from ranks import on_ranks
+from tiers import slow_but
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -91,18 +92,23 @@ def by_adam(params):
     return ProjectedOptimizer(groups(params), torch.optim.Adam, lr=0.05)
 
 
-def run(engine):
+def run(engine, steps):
     module = engine(Bag(SHAPES))
-    opt = trained(module, by_adam)
+    opt = trained(module, by_adam, last=steps)
     values = [whole(p) for p in module.parameters()]
     return values, [float(v) for v in opt.violation()]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_set_goes_the_way_of_one_process(engine):
+@pytest.mark.parametrize(
+    ("engine", "steps"),
+    [(engine, FEW_STEPS) for engine in ("fsdp", "ddp", "columns")]
+    + [pytest.param(engine, STEPS, marks=pytest.mark.slow) for engine in ENGINES],
+)
+def test_every_set_goes_the_way_of_one_process(engine, steps):
     module = Bag(SHAPES)
-    trained(module, by_adam)
-    for values, violations in on_ranks(*ENGINES[engine][:1], run, ENGINES[engine][1], timeout=250):
+    trained(module, by_adam, last=steps)
+    k, under = ENGINES[engine]
+    for values, violations in on_ranks(k, run, under, steps, timeout=250):
         wrong = {}
         expected = [p.detach() for p in module.parameters()]
         for case, got, one, outside in zip(CASES, values, expected, violations, strict=True):
@@ -133,7 +139,7 @@ def whole_on_each_row(case):
     return k == -1 and not case.endswith("of columns") and case not in ("Affine", "Masked, each")
 
 
-@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dim", slow_but([0, 1]))
 def test_nothing_is_sent_where_each_rank_has_all_that_a_set_couples(dim):
     if dim == 1:
         quiet = {
@@ -185,12 +191,14 @@ def words(placements, mesh_shape):
 
 @pytest.mark.parametrize(
     ("k", "mesh", "placements"),
-    [
-        (2, (2,), [Shard(0)]),
-        (2, (2,), [Shard(1)]),
-        (2, (2,), [Replicate()]),
-        (4, (2, 2), [Shard(0), Shard(1)]),
-    ],
+    slow_but(
+        [
+            (2, (2,), [Shard(1)]),
+            (2, (2,), [Shard(0)]),
+            (2, (2,), [Replicate()]),
+            (4, (2, 2), [Shard(0), Shard(1)]),
+        ]
+    ),
 )
 def test_every_word_says_what_it_says_of_the_whole(k, mesh, placements):
     for found in on_ranks(k, words, placements, mesh):

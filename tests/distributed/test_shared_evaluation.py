@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from engines import ddp, fsdp
 from ranks import on_ranks, outcomes
+from tiers import slow_but
 from torch import nn
 
 from rai_toolbox.constraints import L2Ball, LinfBall
@@ -54,7 +55,7 @@ def shared(size, **settings):
     return report, report.examples
 
 
-@pytest.mark.parametrize(("k", "size"), [(2, 7), (2, 5), (2, 30), (4, 7), (4, 16)])
+@pytest.mark.parametrize(("k", "size"), slow_but([(2, 7), (2, 5), (2, 30), (4, 7), (4, 16)]))
 def test_the_report_is_that_of_one_process(k, size, tmp_path):
     path = tmp_path / "state.json"
     ((one, shown),) = on_ranks(1, shared, size)
@@ -95,7 +96,7 @@ def gone_on_with(path):
     return report.to_json(), seen.getvalue()
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", slow_but([1, 3]))
 def test_an_error_on_one_rank_is_one_on_all_and_any_number_goes_on(k, tmp_path):
     path = tmp_path / "state.json"
     first, second = outcomes(2, stopped, path, range(5, 6), timeout=40.0)
@@ -109,7 +110,7 @@ def test_an_error_on_one_rank_is_one_on_all_and_any_number_goes_on(k, tmp_path):
     assert "24/24" in found[0][1]
 
 
-@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("size", slow_but([4, 16]))
 def test_a_file_that_cannot_be_written_is_an_error_on_all(size, tmp_path):
     (tmp_path / "state.json.tmp").mkdir()  # (what is beside the file is written first)
     first, second = outcomes(2, kept_at, tmp_path / "state.json", size, timeout=40.0)
@@ -146,14 +147,16 @@ def evaluated_refused(of, loader, said, **settings):
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [
-        ("model", "`model` must be the same on each rank, weights too"),
-        ("order", "`loader` must give the same batches on each rank, in one order"),
-        ("length", "`loader` must give the same batches on each rank, in one order"),
-        ("settings", "must have the same settings"),
-        ("ddp", "got DistributedDataParallel: give its `module`"),
-        ("shards", "got the sharded parameter 'weight'"),
-    ],
+    slow_but(
+        [
+            ("model", "`model` must be the same on each rank, weights too"),
+            ("order", "`loader` must give the same batches on each rank, in one order"),
+            ("length", "`loader` must give the same batches on each rank, in one order"),
+            ("settings", "must have the same settings"),
+            ("ddp", "got DistributedDataParallel: give its `module`"),
+            ("shards", "got the sharded parameter 'weight'"),
+        ]
+    ),
 )
 def test_ranks_that_do_not_fit_each_other_are_refused(how, said):
     on_ranks(2, refused, how, said)

@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 from bitwise import same_bits, snapshot
-from test_steepest import BALLS, Passes, bounds, each_ball, linear_cases
+from test_pgd import BALLS, Passes, bounds, each_ball, linear_cases
+from tiers import slow_but
 
 from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall, Simplex
 from rai_toolbox.optim import APGD, PGD
@@ -87,7 +88,7 @@ def test_the_worst_case_of_a_linear_objective(kind):
     assert ((reached - least) <= gap * least.abs()).all()
 
 
-@each_ball
+@pytest.mark.parametrize("kind", slow_but(BALLS))
 def test_it_gets_farther_than_pgd_at_equal_gradients(kind):
     epsilon = {"linf": 0.1, "l2": 0.6, "l1": 2.0}[kind]
     mine, theirs = [], []

@@ -89,6 +89,7 @@ def test_an_idle_constraint_leaves_the_trajectory_of_the_inner_bit_for_bit(const
     assert torch.equal(x, bare)
 
 
+@pytest.mark.slow
 def test_averaging_lessens_the_bias_of_noise():
     """What the mapping makes of noise is not 0 on average, where the constraint is active."""
     target = torch.tensor([[2.0, 0.0, -0.5, -0.5]], dtype=torch.float64)

@@ -58,6 +58,7 @@ def test_averages_in_a_chain_with_a_hook_of_its_own_are_saved(inner):
     assert same_bits(x.detach(), y.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chained", [False, True])
 def test_averages_begin_in_a_compiled_step(chained):
     x, y = (normal(3, 4).requires_grad_() for _ in range(2))

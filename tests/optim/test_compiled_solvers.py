@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo
+from tiers import slow_but
 
 from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import APGD, PGD, ExponentiatedGradient, FrankWolfe, compiled
@@ -39,9 +40,9 @@ def both_ways(make, steps=4):
 
 @pytest.mark.parametrize(
     ("make", "most"),
-    [(partial(PGD, constraint=ball, lr=0.1), 2) for ball in BALLS]
+    slow_but([(partial(PGD, constraint=ball, lr=0.1), 2) for ball in BALLS])
+    + slow_but([(partial(FrankWolfe, constraint=ball), 1) for ball in BALLS])
     + [(partial(PGD, constraint=BoundedBall(BALLS[0], -0.5, 0.5), lr=0.1), 2)]
-    + [(partial(FrankWolfe, constraint=ball), 1) for ball in BALLS]
     + [(partial(ExponentiatedGradient, lr=0.1), 1)],
     ids=lambda value: None if isinstance(value, int) else repr(value)[18:80],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from engine_cases import FRANK_WOLFE, WITH_INNER, WRAPPERS, new_gradients, tensors, unbounded
+from tiers import slow_but
 from torch.optim import SGD, Adam, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -87,8 +88,8 @@ ONE_GRAPH = {
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    [(name, SGD) for name in ONE_GRAPH]
-    + [(name, Adam) for name in ONE_GRAPH if name not in ("Param", "TopQ")],
+    slow_but([(name, SGD) for name in ONE_GRAPH], ("Param", SGD), ("TopQ", SGD))
+    + slow_but([(name, Adam) for name in ONE_GRAPH if name not in ("Param", "TopQ")]),
 )
 def test_transform_inner_step_and_projection_are_one_graph(name, inner):
     _, (of_inner,), breaks_of_inner = bare_run(inner)
@@ -108,7 +109,9 @@ def test_the_start_of_a_warm_up_is_one_graph_too(lr):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("bounds", [(0.0, torch.inf), (-torch.inf, 1.0), (-1e6, 1e6)], ids=str)
+@pytest.mark.parametrize(
+    "bounds", slow_but([(0.0, torch.inf), (-torch.inf, 1.0), (-1e6, 1e6)], single=True), ids=str
+)
 def test_bounds_that_half_precision_cannot_hold_are_in_the_graph_too(bounds):
     _, _, breaks_of_inner = bare_run(SGD)
     lower, upper = bounds
@@ -120,7 +123,9 @@ def test_bounds_that_half_precision_cannot_hold_are_in_the_graph_too(bounds):
     assert all(map(torch.equal, parameters(opt), eager_run(eager)))
 
 
-@pytest.mark.parametrize("name", ["L1Normed", "L2Normed", "L1qNormed", "L2Projected"])
+@pytest.mark.parametrize(
+    "name", slow_but(["L1Normed", "L2Normed", "L1qNormed", "L2Projected"], "L2Projected")
+)
 def test_normed_classes_break_the_graph_once_on_cpu_and_for_one_cause(name, monkeypatch):
     # Inductor of torch 2.13 fails on CPU ("KeyError: 'buf4'") where a row norm, a division by it
     # and SGD's update are one graph.
@@ -155,20 +160,20 @@ def same_run(make):
     return parameters(opt), eager_run(make(tensors(*SHAPES)))
 
 
-@pytest.mark.parametrize("make", WITH_INNER.values(), ids=WITH_INNER.keys())
-def test_compiled_is_eager(make):
-    for ours, theirs in zip(*same_run(partial(make, lr=0.1)), strict=True):
+@pytest.mark.parametrize("name", slow_but(WITH_INNER, "ClampedParameter", "Chained", "Projected"))
+def test_compiled_is_eager(name):
+    for ours, theirs in zip(*same_run(partial(WITH_INNER[name], lr=0.1)), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("make", FRANK_WOLFE.values(), ids=FRANK_WOLFE.keys())
+@pytest.mark.parametrize("make", slow_but(FRANK_WOLFE.values()), ids=FRANK_WOLFE.keys())
 def test_compiled_is_eager_but_for_the_rounding_of_the_step_size(make):
     # which is a tensor where it is compiled, as Adam's bias correction is
     for ours, theirs in zip(*same_run(make), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("param_ndim", [0, 1, None])
+@pytest.mark.parametrize("param_ndim", slow_but([0, 1, None], None))
 def test_compiled_is_eager_in_other_views(param_ndim):
     make = partial(WRAPPERS["L2Projected"], lr=0.1, param_ndim=param_ndim, grad_bias=0.1)
     for ours, theirs in zip(*same_run(make), strict=True):

@@ -11,6 +11,7 @@ import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
 from scipy.optimize import minimize
+from tiers import slow_but
 from torch.optim import lr_scheduler
 
 from rai_toolbox.constraints import Simplex
@@ -115,7 +116,7 @@ def test_schedulers_and_closures():
 # --- where it gets to -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", slow_but(range(5), 3))
 def test_quadratics_over_the_simplex(seed):
     """The loss is that of scipy and of projected gradient descent, inside and at faces."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
+from tiers import slow_but
 
 from rai_toolbox import to_batch
 from rai_toolbox.constraints import (
@@ -117,7 +118,7 @@ class Quadratic:
 # --- where it gets to -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["schedule", "short", "search"])
+@pytest.mark.parametrize("rule", slow_but(["schedule", "short", "search"], "short"))
 @each_set
 def test_gap_and_loss_fall_as_proven(name, rule):
     """The best of K gaps is <= 27/4 C / (K + 2), and f - f* <= 2 C / (K + 2) (Jaggi, 2013)."""
@@ -387,8 +388,8 @@ def test_a_search_goes_on_where_rounding_hides_the_change_of_the_loss(dtype, los
     assert gap <= 0.02 * math.sqrt(1000 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("rule", ["short", "search"])
-@each_set
+@pytest.mark.parametrize("rule", slow_but(["short", "search"], "search"))
+@pytest.mark.parametrize("name", slow_but(SETS, "L2Ball", "Simplex", "SpectralBall"))
 def test_a_warm_start_is_respected(name, rule):
     """From the solution, no step leads to a higher loss than it has."""
     problem = Quadratic(name)

@@ -14,8 +14,9 @@ from functools import partial
 import pytest
 import torch
 from bitwise import bare, copied, differences, same_bits, snapshot, unbounded
+from tiers import slow_but
 from torch import nn
-from torch.optim import Adafactor, Adam, AdamW, Muon, lr_scheduler
+from torch.optim import Adafactor, Adam, AdamW, lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -27,6 +28,7 @@ from torch.testing._internal.common_optimizers import (
     optim_db,
 )
 
+from rai_toolbox._torch import Muon
 from rai_toolbox.optim import ParamTransformingOptimizer
 
 # None: a parameter of any shape is one sub-tensor, tensors of 0 dims too.
@@ -56,9 +58,10 @@ def over(wanted=lambda kwargs: True, wrappers=WRAPPERS, of=lambda info: True):
         info: [each for each in inputs(info) if wanted(each[1])] for info in filter(of, optim_db)
     }
     infos = [info for info in cases if cases[info]]
+    fast = wrappers.get("unbounded", plain)
 
     def test_of(law):
-        @pytest.mark.parametrize("wrapper", wrappers.values(), ids=wrappers.keys())
+        @pytest.mark.parametrize("wrapper", slow_but(wrappers.values(), fast), ids=wrappers.keys())
         @pytest.mark.parametrize("info", infos, ids=lambda info: info.name)
         def test(info, wrapper):
             for desc, kwargs in cases[info]:

@@ -15,6 +15,7 @@ from torch import optim
 from torch.nn.functional import embedding
 from torch.optim.lr_scheduler import StepLR
 
+from rai_toolbox._torch import Muon
 from rai_toolbox.optim import ParamTransformingOptimizer
 
 STEPS, INTERRUPTED_AT = 6, 4
@@ -52,11 +53,13 @@ OPTIONS: dict[type[optim.Optimizer], list[dict[str, Any]]] = {
     optim.ASGD: [{}, {"t0": 2.0, "weight_decay": 0.1}],
     optim.Adafactor: [{}, {"weight_decay": 0.1, "d": 1.5}],
     optim.LBFGS: [{"max_iter": 4}, {"max_iter": 4, "line_search_fn": "strong_wolfe"}],
-    optim.Muon: [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}],
     optim.SparseAdam: [{}],
 }
 # What torch itself takes: two dims only, a `view(-1)` of each gradient, sparse gradients only.
-MODELS = {optim.Muon: "matrices", optim.LBFGS: "contiguous", optim.SparseAdam: "sparse"}
+MODELS = {optim.LBFGS: "contiguous", optim.SparseAdam: "sparse"}
+if Muon is not None:
+    OPTIONS[Muon] = [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}]
+    MODELS[Muon] = "matrices"
 # torch refuses a tensor as lr there, unless it is capturable, which takes an accelerator
 NO_TENSOR_LR_IN_FOREACH = (optim.Adam, optim.AdamW)
 
@@ -102,12 +105,19 @@ CASES = [case for cls in OPTIONS for case in cases_of(cls)] + [
     for how in implementations(cls)
     if "fused" not in how  # which takes dense gradients only
 ]
-PAIRS = [
-    pytest.param(case, name, id=f"{case}-{name}")
-    for case in CASES
-    for name in WRAPPERS
-    if case.model != "sparse" or name in WRAPPERS_FOR_SPARSE
-]
+
+
+def pairs(cases):
+    """Each case with one wrapper that projects, and those of two classes with all wrappers."""
+    return [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for case in cases
+        for name in (WRAPPERS if case.cls in (optim.SGD, optim.Adam) else ["unbounded"])
+        if case.model != "sparse" or name in WRAPPERS_FOR_SPARSE
+    ]
+
+
+PAIRS = pairs(CASES)
 INTERRUPTIBLE = [pair for pair in PAIRS if pair.values[1] != "around_an_instance"]  # as unbounded
 MIXED_DTYPES = [
     Case(cls, options | how, "dtypes")
@@ -116,9 +126,7 @@ MIXED_DTYPES = [
     for options in ([{}, OPTIONS[cls][-1]] if cls is optim.SGD else [OPTIONS[cls][-1]])
     for how in implementations(cls)
 ]
-DTYPES = [
-    pytest.param(case, name, id=f"{case}-{name}") for case in MIXED_DTYPES for name in WRAPPERS
-]
+DTYPES = pairs(MIXED_DTYPES)
 
 
 def parameters(model):

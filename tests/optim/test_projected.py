@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitwise import same_bits
 from constraints.cases import CASES, trials
+from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -390,10 +391,14 @@ def test_the_mapping_is_finite_within_the_set(size, slope):
         assert map_gradient_(grad.clone(), x, constraint, reach=0.1, lr=0.1).isfinite().all()
 
 
-@pytest.mark.parametrize("inner", [partial(Adam, lr=0.5), partial(AdamW, lr=0.5, weight_decay=0)])
+@pytest.mark.parametrize(
+    "inner", slow_but([partial(Adam, lr=0.5), partial(AdamW, lr=0.5, weight_decay=0)])
+)
 @pytest.mark.parametrize(
     "constraint",
-    [L2Ball(1.0), L1Ball(1.0), Simplex(), Affine(normal(2, 6, seed=5), normal(2, seed=6))],
+    slow_but(
+        [L2Ball(1.0), L1Ball(1.0), Simplex(), Affine(normal(2, 6, seed=5), normal(2, seed=6))]
+    ),
     ids=lambda c: type(c).__name__,
 )
 def test_adam_ends_at_the_nearest_point(inner, constraint):

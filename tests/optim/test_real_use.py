@@ -6,6 +6,7 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import scale
+from tiers import slow_but
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR
 
@@ -69,7 +70,7 @@ def fit_shares(likelihood, inner, settings, **wrapping):
     return shares.detach(), residual[0]
 
 
-@pytest.mark.parametrize("inner", [SGD, *ADAPTIVE])
+@pytest.mark.parametrize("inner", slow_but([SGD, *ADAPTIVE], SGD, Adam))
 def test_mixture_weights_are_those_of_em(inner, likelihood, shares_by_em):
     settings = ADAPTIVE.get(inner, {"lr": 0.1})
     shares, residual = fit_shares(likelihood, inner, settings, averaging=0.0)
@@ -77,7 +78,9 @@ def test_mixture_weights_are_those_of_em(inner, likelihood, shares_by_em):
     assert residual < 1e-6
 
 
-@pytest.mark.parametrize("inner", [Adam, NAdam, RMSprop, Adagrad])  # RAdam warms up as SGD
+@pytest.mark.parametrize(
+    "inner", slow_but([Adam, NAdam, RMSprop, Adagrad])
+)  # RAdam warms up as SGD
 def test_mixture_weights_without_the_gradient_mapping_do_not_leave_the_start(inner, likelihood):
     shares, residual = fit_shares(likelihood, inner, ADAPTIVE[inner], gradient_mapping=False)
     assert (shares - 0.1).abs().max() < 1e-3
@@ -86,11 +89,13 @@ def test_mixture_weights_without_the_gradient_mapping_do_not_leave_the_start(inn
 
 @pytest.mark.parametrize(
     ("inner", "settings", "increasing"),
-    [
-        (SGD, {"lr": 50.0, "momentum": 0.9}, True),
-        (SGD, {"lr": 50.0, "momentum": 0.9}, False),
-        (Adam, {"lr": 0.1}, True),
-    ],
+    slow_but(
+        [
+            (SGD, {"lr": 50.0, "momentum": 0.9}, True),
+            (SGD, {"lr": 50.0, "momentum": 0.9}, False),
+            (Adam, {"lr": 0.1}, True),
+        ]
+    ),
 )
 def test_monotone_calibration_is_isotonic_regression(inner, settings, increasing):
     features, healthy = load_breast_cancer(return_X_y=True)
@@ -136,6 +141,7 @@ def fit_lasso(lasso, inner, settings, steps, end):
     return float(loss(weight, bias) - loss(expected, offset)), weight
 
 
+@pytest.mark.slow
 def test_l1_ball_gives_the_penalized_solution(lasso):
     excess, weight = fit_lasso(lasso, SGD, {"lr": 0.3, **MOMENTUM}, 1500, end=1.0)
     expected = lasso[2]
@@ -144,6 +150,7 @@ def test_l1_ball_gives_the_penalized_solution(lasso):
     torch.testing.assert_close(weight, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_l1_ball_with_adam_comes_near_and_without_the_mapping_does_not(lasso):
     # The features are nearly dependent: an adaptive optimizer takes long for the last digits.
     settings = {"lr": 0.3}

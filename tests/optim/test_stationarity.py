@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from tiers import slow_but
 from torch import optim
 
 from rai_toolbox.constraints import (
@@ -149,10 +150,12 @@ CELLS = [
     for name in SETS
     if name != "L2Ball aside"
 ] + [(inner, "Simplex") for inner in ("AdamW", "RMSprop", "Adagrad", "RAdam")]
+QUICK = [("SGD", name) for name in SETS if name != "L2Ball aside"]
+QUICK += [("Adam", "L2Ball"), ("Adam", "L1Ball"), ("LBFGS", "Simplex"), ("RMSprop", "Simplex")]
 CELLS += [("Adadelta", "L2Ball"), ("Adagrad", "L1Ball"), ("RAdam", "SpectralBall")]
 
 
-@pytest.mark.parametrize(("inner", "name"), CELLS)
+@pytest.mark.parametrize(("inner", "name"), slow_but(CELLS, *QUICK))
 def test_it_stops_at_the_solution(inner, name):
     case = SETS[name]
     x = solved(case, inner)
@@ -188,13 +191,15 @@ def test_without_the_mapping_adam_stops_elsewhere(name):
 @pytest.mark.parametrize("name", ["L2Ball aside", "Simplex"])
 @pytest.mark.parametrize(
     ("inner", "settings"),
-    [
-        ("SGD", {}),
-        ("SGD", {"gradient_mapping": True}),
-        ("Adam", {}),
-        ("RMSprop", {}),
-        ("AdamW", {"decoupled_weight_decay": False}),
-    ],
+    slow_but(
+        [
+            ("SGD", {}),
+            ("SGD", {"gradient_mapping": True}),
+            ("Adam", {}),
+            ("RMSprop", {}),
+            ("AdamW", {"decoupled_weight_decay": False}),
+        ]
+    ),
 )
 def test_coupled_weight_decay_is_a_part_of_the_objective(name, inner, settings):
     case, decay = SETS[name], 0.7
@@ -353,13 +358,16 @@ def test_steps_until_adam_leaves_a_face(mapping, steps):
 
 @pytest.mark.parametrize(
     ("start", "decay", "distance"),
-    [
-        ([0.875, 0.125, 0.0], 0.0, 0.0),
-        ([0.875, 0.125, 0.0], 0.1, 1e-6),
-        ([1 / 3, 1 / 3, 1 / 3], 0.0, 0.0),
-        ([1 / 3, 1 / 3, 1 / 3], 0.01, 5e-5),
+    slow_but(
+        [
+            ([0.875, 0.125, 0.0], 0.0, 0.0),
+            ([0.875, 0.125, 0.0], 0.1, 1e-6),
+            ([1 / 3, 1 / 3, 1 / 3], 0.0, 0.0),
+            ([1 / 3, 1 / 3, 1 / 3], 0.01, 5e-5),
+            ([1 / 3, 1 / 3, 1 / 3], 0.1, 6e-4),
+        ],
         ([1 / 3, 1 / 3, 1 / 3], 0.1, 6e-4),
-    ],
+    ),
 )
 def test_how_far_decoupled_weight_decay_leads_away(start, decay, distance):
     best = f64([0.875, 0.125, 0.0])

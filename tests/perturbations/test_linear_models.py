@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
+from tiers import slow_but
 from torch.nn.functional import cross_entropy
 
 from rai_toolbox.cli.digits import load_digits
@@ -14,7 +15,7 @@ from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.rivals import nearest_rivals
 
-IMAGES, RIVALS = 300, 9
+IMAGES, RIVALS = 100, 9
 CASES = [(LinfBall, 0.05), (L2Ball, 0.75), (L1Ball, 4.0)]
 ONE_STEP = {
     "oracle": partial(FrankWolfe, lr=1.0, use_default_lr_schedule=False),
@@ -98,8 +99,8 @@ def check_inside(found, images, kind, epsilon):
 
 @pytest.mark.parametrize("optimizer", ONE_STEP.values(), ids=ONE_STEP.keys())
 @pytest.mark.parametrize(("kind", "epsilon"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("rivals", [RIVALS, nearest_rivals], ids=["all", "nearest"])
+@pytest.mark.parametrize("dtype", slow_but([torch.float64, torch.float32]))
+@pytest.mark.parametrize("rivals", slow_but([RIVALS, nearest_rivals]), ids=["all", "nearest"])
 def test_one_step_for_each_rival_is_exact(
     problem, worst_margins, kind, epsilon, optimizer, dtype, rivals
 ):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
+from tiers import slow_but
 from torch import nn
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall, Simplex
@@ -100,7 +101,7 @@ def least_radii(ball, model, data, target):
 
 
 @in_each_norm
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", slow_but(range(3)))
 @pytest.mark.parametrize("of", [CLASSES - 1, nearest_rivals], ids=["all", "nearest"])
 def test_in_a_box_it_is_that_of_an_exact_solver(ball, seed, of):
     model, data, target = problem(seed)
@@ -113,7 +114,7 @@ def test_in_a_box_it_is_that_of_an_exact_solver(ball, seed, of):
             assert least * (1 - 1e-6) <= radius <= least * (1 + 1e-3)
 
 
-@in_each_norm
+@pytest.mark.parametrize("ball", slow_but(BALLS), ids=lambda ball: ball.__name__)
 def test_by_default_it_is_exact_where_the_likeliest_rival_is_not_the_nearest(ball):
     # (but for how near to the boundary the steps of the solver end)
     model, data, target = problem(5)
@@ -283,7 +284,7 @@ def test_targets_that_are_no_classes_are_refused(error, message, target):
         search(model, data, target, ball=L2Ball)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+@pytest.mark.parametrize("dtype", slow_but([torch.uint8, torch.int16, torch.int32, torch.uint16]))
 def test_classes_are_integers_of_any_dtype(dtype):
     model, data, target = problem()
     one = search(model, data, target, ball=L2Ball, steps=5)

@@ -170,6 +170,7 @@ def test_wrong_input_is_refused(error, message, loader, settings):
         find(model, loader, **{"ball": LinfBall(0.1), **settings})
 
 
+@pytest.mark.slow
 def test_digits_are_misread_in_numbers():
     from rai_toolbox.cli.digits import load_digits
 

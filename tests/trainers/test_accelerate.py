@@ -86,6 +86,7 @@ def kept(path, death=None):
     return accelerator.unwrap_model(model), step - last
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     killed_in(kept, tmp_path, 11)
     assert {at.name for at in tmp_path.iterdir()} == {"3", "6", "9"}

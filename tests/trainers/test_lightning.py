@@ -115,6 +115,7 @@ def kept(path, *more):
     return module, trainer.global_step
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     killed_in(kept, tmp_path, Death())

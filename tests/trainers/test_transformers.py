@@ -3,6 +3,7 @@
 import pytest
 import torch
 from killing import die, killed_in
+from tiers import slow_but
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -71,8 +72,10 @@ def hooked(of, path, **settings):
     return Constraining(of, arguments(path, **settings), train_dataset=data())
 
 
-@pytest.mark.parametrize("make", [given, hooked])
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+@pytest.mark.parametrize("make", slow_but([given, hooked]))
+@pytest.mark.parametrize(
+    "settings", slow_but([{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+)
 def test_it_trains_within_the_set(make, settings, tmp_path):
     trained, untrained = model(), model()
     make(trained, tmp_path, **settings).train()
@@ -89,6 +92,7 @@ def test_both_ways_are_one(tmp_path):
     assert all(map(torch.equal, first.parameters(), second.parameters()))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one(tmp_path):
     whole, again = model(), model()
     hooked(whole, tmp_path, save_strategy="steps", save_steps=4).train()
@@ -108,6 +112,7 @@ def killed(path):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     whole, again = model(), model()
     hooked(whole, tmp_path / "whole").train()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from scipy.stats import binomtest
+from tiers import slow_but
 
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations import Examples, RobustnessReport
@@ -138,7 +139,9 @@ def drawn():
     return draw
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 5), (6, 5), (3, 6, 5), (7,), (2, 6, 5)])
+@pytest.mark.parametrize(
+    "shape", slow_but([(1, 6, 5), (6, 5), (3, 6, 5), (7,), (2, 6, 5)], single=True)
+)
 def test_the_picture_has_panels_and_examples_of_any_shape(drawn, shape, tmp_path):
     figure = drawn(*shape)
     panels, grid = figure.subfigs[0].axes, figure.subfigs[1].subfigs[0].axes

@@ -202,6 +202,7 @@ def reader():
     return net, test.images[right][:60], test.labels[right][:60]
 
 
+@pytest.mark.slow
 def test_the_worst_turn_of_digits_is_that_of_a_grid(reader):
     net, images, labels = reader
     turns = {**NONE, "rotation": 40.0}
@@ -226,6 +227,7 @@ def test_the_worst_turn_of_digits_is_that_of_a_grid(reader):
     assert ((losses > 0).sum() >= 0.95 * (best > 0).sum()) and (best > 0).sum() > 5
 
 
+@pytest.mark.slow
 def test_what_is_found_over_random_turns_fools_more_of_them(reader):
     net, images, labels = reader
     images, labels = images[:20], labels[:20]

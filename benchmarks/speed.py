@@ -1,10 +1,10 @@
-"""Constraints for free: what each should cost at most, what it costs, and how that grows.
+"""The cost of constraints: limits, measured ratios, and growth with size.
 
-`python benchmarks/free.py` measures all of it and writes docs/speed.md and the plot beside it, in
-some fifteen minutes, of which half go into compiling; `--budget` tells how long each case is timed,
-in seconds. `--rows` picks cases by words in their names; `--page` writes page and plot anew from
-the figures of the last run. Let the machine do nothing else meanwhile. Where there is a GPU, the
-cases are timed on it too, and docs/speed/cuda.md is written; `--device cuda` does only that.
+`python benchmarks/speed.py` measures everything and writes docs/speed.md and its plot, in about
+fifteen minutes, half of them for compiling; `--budget` is the time of each case in seconds.
+`--rows` selects cases by words in their names; `--page` rewrites page and plot from the figures of
+the last run. The machine should be idle otherwise. If there is a GPU, the cases are also timed on
+it, and docs/speed/cuda.md is written; `--device cuda` does only that.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ import machine
 import torch
 from memory import peak_bytes
 from projections import textbook_l1
-from timing import Progress, compare, measure, silent
+from tables import markdown, measured_on, save_svg, svg_figure
+from timing import Progress, compare, measure, progress_bar, silent
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.optim import SGD, AdamW, Optimizer
 
 from rai_toolbox.constraints import Box, Constraint, L1Ball, L2Ball, UnitNorm
-from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
-from rai_toolbox.optim.compile import compiled
+from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT, DOCS = ROOT / "out" / "bench" / "free.json", ROOT / "docs"
+KEPT, DOCS = ROOT / "out" / "bench" / "speed.json", ROOT / "docs"
 
 BARE, AGAIN, OURS, COMPILED = "bare", "bare, again", "ours", "ours, compiled"
-FUSED, LOOP, SORTED = "fused, without a constraint", "loop", "loop by sorting"
+FUSED, LOOP, SORTED = "fused, unconstrained", "loop", "loop by sorting"
 AROUND_FUSED = "ours, around the fused one"
 BARE_TOGETHER, TOGETHER = "bare, foreach=True", "ours, foreach=True"
 PARAMETRIZED = "parametrization"
-NOISE = 0.05  # where one bare optimizer differs by more from another, the machine was busy
+NOISE = 0.05  # if two bare optimizers differ by more, the machine was busy
 
 Step = Callable[[], object]
 Report = dict[str, Any]
@@ -59,7 +59,7 @@ class Case:
     ours: Callable[..., Optimizer]
     limits: dict[tuple[str, str], float]
     loop: Callable[[Tensor], object] | None = None
-    moves: float = 1e-4  # learning rate: what is timed must not change while it is timed
+    lr: float = 1e-4  # small: the work must not change while it is timed
 
     @property
     def work(self) -> str:
@@ -97,7 +97,7 @@ CASES = [
         {(COMPILED, BARE): 0.35, (COMPILED, FUSED): 1.10},
         lambda x: x.clamp_(-1, 1),
     ),
-    # Rows have a length of 20 on average.
+    # Rows have a norm of 20 on average.
     Case(
         "L2 ball of each row, all inside",
         partial(SGD, momentum=0.9),
@@ -120,7 +120,7 @@ CASES = [
         *ROWS,
         kept_in(L1Ball(10.0)),
         {(COMPILED, BARE): 8.0, (OURS, SORTED): 0.1},
-        moves=1e-1,
+        lr=1e-1,
     ),
     Case(
         "unit norm of each row",
@@ -129,7 +129,7 @@ CASES = [
         kept_in(UnitNorm()),
         {(COMPILED, BARE): 1.0},
         unit_rows_,
-        moves=1e-2,
+        lr=1e-2,
     ),
     Case(
         "unit norm of each row, without the gradient mapping",
@@ -138,13 +138,13 @@ CASES = [
         kept_in(UnitNorm(), gradient_mapping=False),
         {(COMPILED, BARE): 1.0},
         unit_rows_,
-        moves=1e-2,
+        lr=1e-2,
     ),
 ]
 
 
 def parameters(count: int, shape: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
-    """Standard normal numbers, and gradients that point outwards."""
+    """Standard normal numbers, and gradients that point outward."""
     generator = torch.Generator().manual_seed(0)
     params = []
     for _ in range(count):
@@ -155,7 +155,7 @@ def parameters(count: int, shape: tuple[int, ...], device: str = "cpu") -> list[
 
 
 def then(step: Step, change_: Callable[[Tensor], object], params: list[Tensor]) -> Step:
-    """What one writes by hand."""
+    """The loop that one writes by hand."""
 
     def both() -> None:
         step()
@@ -171,18 +171,18 @@ def sorted_l1_(x: Tensor) -> None:
 
 
 def parametrized(case: Case, device: str) -> Step:
-    """A step of torch's `weight_norm`, with what its parametrization adds to a pass of a net.
+    """A step of torch's `weight_norm`, with what its parametrization adds to forward and backward.
 
-    The norms are held where they are; each pass makes all weights anew, and the backward pass
-    takes their gradients through.
+    The norms are fixed; each forward pass computes all weights again, and the backward pass
+    differentiates through them.
     """
     count, shape = case.count, case.shape
     layers = [torch.nn.Linear(shape[1], shape[0], False, device) for _ in range(count)]
     for layer in layers:
         parametrizations.weight_norm(layer)
         layer.parametrizations.weight.original0.requires_grad_(False)
-    free = [layer.parametrizations.weight.original1 for layer in layers]
-    optimizer = case.inner(free, lr=case.moves)
+    directions = [layer.parametrizations.weight.original1 for layer in layers]
+    optimizer = case.inner(directions, lr=case.lr)
     grads = [torch.randn(shape, device=device) for _ in layers]
 
     def step() -> None:
@@ -194,8 +194,8 @@ def parametrized(case: Case, device: str) -> Step:
     return step
 
 
-def waiting(step: Step) -> Step:
-    """A step on a GPU until it is done."""
+def synchronized(step: Step) -> Step:
+    """A step on a GPU, until the GPU has finished it."""
 
     def done() -> None:
         step()
@@ -205,14 +205,14 @@ def waiting(step: Step) -> Step:
 
 
 def alternatives(case: Case, device: str) -> tuple[dict[str, Step], dict[str, float]]:
-    """The steps that are compared, on the same parameters; seconds that compiling took."""
+    """The steps to compare, on the same parameters, and the seconds of compilation."""
     params = parameters(case.count, case.shape, device)
 
     def bare(**options: Any) -> Step:
-        return case.inner(params, lr=case.moves, **options).step  # type: ignore[no-any-return]
+        return case.inner(params, lr=case.lr, **options).step  # type: ignore[no-any-return]
 
     def ours(**options: Any) -> Optimizer:
-        return case.ours(params, case.inner, lr=case.moves, **options)
+        return case.ours(params, case.inner, lr=case.lr, **options)
 
     steps: dict[str, Step] = {BARE: bare(), AGAIN: bare(), OURS: ours().step}
     compared = {name for pair in case.limits for name in pair}
@@ -227,7 +227,7 @@ def alternatives(case: Case, device: str) -> tuple[dict[str, Step], dict[str, fl
     if FUSED in compared:
         steps[FUSED] = bare(fused=True)
         steps[AROUND_FUSED] = ours(fused=True).step
-    if case.count == SMALL[0]:  # torch leaves it off on CPU
+    if case.count == SMALL[0]:  # torch does not use it on CPU by default
         steps[BARE_TOGETHER] = bare(foreach=True)
         steps[TOGETHER] = ours(foreach=True).step
     if case.loop is not None:
@@ -237,7 +237,7 @@ def alternatives(case: Case, device: str) -> tuple[dict[str, Step], dict[str, fl
     if isinstance(getattr(case.ours, "keywords", {}).get("constraint"), UnitNorm):
         steps[PARAMETRIZED] = parametrized(case, device)
     if device == "cuda":
-        steps = {name: waiting(step) for name, step in steps.items()}
+        steps = {name: synchronized(step) for name, step in steps.items()}
     return steps, seconds
 
 
@@ -313,11 +313,6 @@ def growth(*, budget_s: float, progress: Progress = silent) -> Report:
 # The page
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def verdict(limit: Report) -> str:
     return "holds" if limit["ratio"] <= limit["limit"] else "**missed**"
 
@@ -369,28 +364,23 @@ def time_rows(report: Report) -> list[list[str]]:
 
 
 def page(report: Report) -> str:
-    about = "{model}, {cpus} CPUs, {threads} threads, {vectors}, {system}".format(
-        **report["machine"]
-    )
-    versions = "Python {python}, torch {torch}".format(**report["versions"])
     parts = [
         (DOCS / "speed" / "about.md").read_text().rstrip(),
-        f"Measured on {report['date'][:10]}: {about}; {versions}"
-        f"{'; a quick run' if report['quick'] else ''}.",
-        "## What is to hold",
-        "Each figure is a ratio inside one run: the median over rounds in which all alternatives\n"
-        "are timed in shuffled order.",
+        f"{measured_on(report)}{' A quick run.' if report['quick'] else ''}",
+        "## Limits",
+        "Each figure is a ratio within one run: the median over rounds, in each of which all\n"
+        "alternatives are timed in shuffled order.",
         markdown(["work", "ratio", "limit", "measured", ""], limit_rows(report)),
-        '"Busy" stands where a second bare optimizer took over 5 % more or less than the first.',
+        '"Busy": a second bare optimizer took over 5 % more or less time than the first.',
         "## All alternatives",
         markdown(
             ["work", "step", "ms", "to bare", "quartiles", "compiling"],
             time_rows(report),
         ),
         "## Memory",
-        "The most bytes that a step holds beside its parameters, gradients and state; and what of\n"
-        "it is beyond the bare step, in sizes of the largest parameter.",
-        markdown(["work", "step", "peak bytes", "beyond bare"], memory_rows(report)),
+        "The peak number of bytes that a step allocates besides parameters, gradients and state;\n"
+        "and its excess over the bare step, in units of the largest parameter.",
+        markdown(["work", "step", "peak bytes", "excess"], memory_rows(report)),
     ]
     if "growth" in report:
         parts += ["## Growth", "![Nanoseconds per element](speed/growth.svg)"]
@@ -399,12 +389,7 @@ def page(report: Report) -> str:
 
 
 def draw(report: Report, path: Path) -> None:
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["svg.hashsalt"] = "speed"  # the same file in every run
-    rcParams["svg.fonttype"] = "none"
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = svg_figure(9, 3.4)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, what, xs, label in (
         (left, "by_elements", report["elements"], "elements of one tensor, in rows of 100"),
@@ -415,52 +400,50 @@ def draw(report: Report, path: Path) -> None:
         axes.set_xlabel(label)
     left.set_ylabel("ns per element, projection")
     right.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
-def cuda_page(*, words: list[str], budget_s: float, progress: Callable[[str], Any]) -> str:
-    """The table of all alternatives on a GPU; what has a limit has it on CPU only."""
+def cuda_page(*, words: list[str], budget_s: float) -> str:
+    """The table of all alternatives on a GPU; limits are for the CPU only."""
     cases = []
     for case in CASES:
         if not words or any(word in case.work for word in words):
-            with progress(f"{case.work}, GPU") as update:
+            with progress_bar(f"{case.work}, GPU") as update:
                 cases.append(run(case, budget_s=budget_s, device="cuda", progress=update))
     header = ["work", "step", "ms", "to bare", "quartiles", "compiling"]
     return "\n\n".join(
         [
             "# What a constraint costs on a GPU",
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {date.today()}. A step is "
-            "timed until the GPU is done.",
+            "timed until the GPU has finished it.",
             markdown(header, time_rows({"cases": cases})) + "\n",
         ]
     )
 
 
-def measured(
-    *, words: list[str], budget_s: float, progress: Callable[[str], Any], import_rounds: int
-) -> Iterator[Report]:
-    """Everything, or the cases and parts that one of `words` names, as soon as it is known."""
+def measured(*, words: list[str], budget_s: float, import_rounds: int) -> Iterator[Report]:
+    """Everything, or the cases and parts that contain one of `words`, one after the other."""
 
     def wanted(name: str) -> bool:
         return not words or any(word in name for word in words)
 
     for case in CASES:
         if wanted(case.work):
-            with progress(case.work) as update:
+            with progress_bar(case.work) as update:
                 found = run(case, budget_s=budget_s, progress=update)
             print(*time_lines(found), sep="\n", end="\n\n", flush=True)
             yield {"cases": [found]}
     if wanted("import"):
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles at each import
-        with progress("import") as update:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is cached, as for users
+        with progress_bar("import") as update:
             yield {"import": import_time.run(import_rounds, progress=update)}
     if wanted("growth"):
-        with progress("growth") as update:
+        with progress_bar("growth") as update:
             yield {"growth": growth(budget_s=budget_s / 20, progress=update)}
 
 
 def renew(about: Report, parts: Iterable[Report]) -> None:
-    """Write the page anew after each part, so that a run that is cut short is not lost."""
+    """Rewrite the page after each part, so that an interrupted run is not lost."""
     for part in parts:
         kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
         write(merged(kept, about | part))
@@ -480,7 +463,7 @@ def time_lines(case: Report) -> list[str]:
 
 
 def merged(old: Report, new: Report) -> Report:
-    """The figures of a run in place of those of the same work in an older one."""
+    """The figures of `old`, with those of `new` in place of the same work."""
     cases = {case["work"]: case for case in [*old.get("cases", []), *new.get("cases", [])]}
     order = {case.work: i for i, case in enumerate(CASES)}
     known = sorted(
@@ -499,8 +482,6 @@ def write(report: Report) -> None:
 
 
 def main() -> None:
-    from run import progress_bar
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="*", default=[], help="words in the names of cases")
     parser.add_argument("--page", action="store_true", help="from the figures of the last run")
@@ -515,15 +496,11 @@ def main() -> None:
         return
     budget_s = min(3.0, args.budget) if args.quick else args.budget
     if args.device != "cuda":
-        parts = measured(
-            words=args.rows,
-            budget_s=budget_s,
-            progress=progress_bar,
-            import_rounds=3 if args.quick else 9,
-        )
+        rounds = 3 if args.quick else 9
+        parts = measured(words=args.rows, budget_s=budget_s, import_rounds=rounds)
         renew({**machine.describe(), "quick": args.quick}, parts)
     if args.device == "cuda" or (args.device is None and torch.cuda.is_available()):
-        text = cuda_page(words=args.rows, budget_s=budget_s, progress=progress_bar)
+        text = cuda_page(words=args.rows, budget_s=budget_s)
         (DOCS / "speed" / "cuda.md").write_text(text)
 
 
