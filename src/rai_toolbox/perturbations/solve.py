@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,6 @@ from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wr
 from rai_toolbox.perturbations.losses import Criterion
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.protocol import PerturbationModel
-
-__all__ = ["Attacked", "Objective", "Success", "copy_into", "solve", "solving"]
 
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
@@ -215,10 +213,6 @@ def _is_check(evaluations: int) -> bool:
 @contextmanager
 def solving(model: object) -> Iterator[None]:
     """Context: gradients enabled, and a module in eval mode with frozen weights; undone on exit."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if isinstance(model, nn.Module):
-            stack.enter_context(frozen(model))
-            stack.enter_context(evaluating(model))
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    with torch.inference_mode(False), torch.enable_grad(), frozen(module), evaluating(module):
         yield
