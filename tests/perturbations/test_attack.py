@@ -92,7 +92,7 @@ def test_rounding_alone_would_leave_the_ball(ball):
 
 @pytest.mark.parametrize("kind", ORDER)
 @pytest.mark.parametrize("shape", [(N,), (N, 1, 1, 1)])
-def test_a_radius_for_each_datum(problem, kind, shape):
+def test_a_radius_for_each_example(problem, kind, shape):
     net, x, y = problem
     epsilon = torch.linspace(0, 0.6, N, dtype=torch.float64)
     found = attack(net, x, y, ball=kind(epsilon.reshape(shape)), optimizer=STEP, steps=10)

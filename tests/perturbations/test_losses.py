@@ -1,4 +1,4 @@
-"""Losses of each datum against plain loops, and what an attack can rely on."""
+"""Losses of each example against plain loops, and what an attack can rely on."""
 
 import math
 

@@ -40,7 +40,7 @@ def problem(seed=0, dtype=torch.float64, shape=(SIZE,)):
 
 
 def rivals(model, data, target):
-    """Rows c and margins m of each datum and rival: fooled where ``m + c . delta > 0``."""
+    """Rows c and margins m of each example and rival: fooled where ``m + c . delta > 0``."""
     weight, logits = model[1].weight.detach(), model(data).detach()
     for row in range(len(data)):
         others = [j for j in range(CLASSES) if j != target[row]]

@@ -1,4 +1,4 @@
-"""Restarts: the best of each datum over all runs, whatever the runs share."""
+"""Restarts: the best of each example over all runs, whatever the runs share."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def recording(solver, runs):
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("bound", [False, True])
-def test_the_best_of_each_datum(targeted, bound):
+def test_the_best_of_each_example(targeted, bound):
     torch.manual_seed(0)
     runs = []
     solver, given = gradient_ascent, {"targeted": targeted}
@@ -132,7 +132,7 @@ def test_repeats_are_counted(repeats, error):
         random_restart(gradient_ascent, repeats)
 
 
-def test_losses_must_be_of_each_datum():
+def test_losses_must_be_of_each_example():
     solve = random_restart(partial(gradient_ascent, criterion=lambda o, t: o.sum()), 2)
     with pytest.raises(ValueError, match=r"`criterion` must give one value .* got shape \(\)"):
         solve(model=lambda x: x, data=[1.0, 2.0], target=0.0, optimizer=SGD, lr=0.1, steps=1)

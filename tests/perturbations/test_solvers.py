@@ -112,7 +112,7 @@ def test_the_spelled_out_form_stays_in_ball_and_box(problem):
 
 
 @pytest.mark.parametrize("targeted", [False, True])
-def test_use_best_keeps_the_best_of_each_datum(targeted):
+def test_use_best_keeps_the_best_of_each_example(targeted):
     seen = []
 
     def wavy(output, target):

@@ -1,6 +1,6 @@
 """Perturbations of data: models of them, solvers that find the worst, and evaluations."""
 
-from rai_toolbox.perturbations.attack import Attacked, attack
+from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.evaluation.rows import Examples
 from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
@@ -29,11 +29,8 @@ from rai_toolbox.perturbations.models import (
     PerturbationModel,
 )
 from rai_toolbox.perturbations.rivals import nearest_rivals
-from rai_toolbox.perturbations.solvers import (
-    ZeroGradientWarning,
-    gradient_ascent,
-    random_restart,
-)
+from rai_toolbox.perturbations.solve import Attacked
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent, random_restart
 from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
 
 __all__ = [

@@ -15,25 +15,14 @@ from torch import Generator, Tensor, nn
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.optim.apgd import APGD
+from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import (
-    Model,
-    Range,
-    as_classes,
-    as_data,
-    check_classes,
-    check_per_example,
-    classifier,
-    takes,
-    wrong,
-)
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, is_fooled, margin_loss, most_likely_rivals
 from rai_toolbox.perturbations.rivals import ChooseClasses
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving
 from rai_toolbox.perturbations.solvers import warn_of_zero_gradient
-
-__all__ = ["Attacked", "attack"]
 
 
 def attack(
@@ -141,16 +130,18 @@ def attack(
     make_optimizer = _optimizer_maker(optimizer or APGD, steps)
     sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
     with solving(model):
-        data = as_data(data)
-        target = as_classes(target, data)
+        data = inputs.as_data(data)
+        target = inputs.as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
-        model = classifier(model, target)
-        objective = of_run = Objective(model, criterion, sign, samples=samples, success=success)
+        model = inputs.classifier(model, target)
+        objective = run_objective = Objective(
+            model, criterion, sign, samples=samples, success=success
+        )
         toward: Sequence[Tensor | None] = [None]
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
             classes = _rival_classes(rivals, model, allowed, target)
-            toward, of_run = classes.unbind(1), _toward_rivals(objective, classes)
+            toward, run_objective = classes.unbind(1), _toward_rivals(objective, classes)
         calls = int(rivals is not None)
         zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
         best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
@@ -167,7 +158,7 @@ def attack(
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
             found = solve(
-                of_run, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
+                run_objective, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
             )
             perturbed, zero = found.data, found.zero_gradient
             if rows is not None:
@@ -181,7 +172,7 @@ def attack(
         known = rivals is None and samples == 1 and not stop_once_fooled
         if not (known and torch.equal(perturbed, best.tensors[0])):
             _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
-            check_per_example("criterion", cost, perturbed)
+            inputs.check_per_example("criterion", cost, perturbed)
             calls += samples
     warn_of_zero_gradient(zero_gradient & ~fooled)
     return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls)
@@ -196,7 +187,7 @@ def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
     def success(logits: Tensor, pairs: Tensor) -> Tensor:
         return is_fooled(logits, pairs[:, 0])
 
-    model = classifier(objective.model, classes, "rivals")
+    model = inputs.classifier(objective.model, classes, "rivals")
     return replace(objective, model=model, criterion=criterion, success=success)
 
 
@@ -206,7 +197,7 @@ def _check_rivals(rivals: int | ChooseClasses, criterion: Criterion, targeted: b
     if targeted:
         raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
     call = criterion.forward if isinstance(criterion, nn.Module) else criterion
-    if takes(call, "rival") != (True, False):
+    if inputs.takes(call, "rival") != (True, False):
         rule = "take `rival` where there are `rivals`, as an option, as margin_loss does"
         raise wrong("criterion", rule, criterion, TypeError)
 
@@ -219,7 +210,7 @@ def _rival_classes(
     if not callable(rivals):
         return most_likely_rivals(model(allowed.data), target, rivals)
     classes = rivals(model, allowed, target)
-    check_classes("rivals", classes)
+    inputs.check_classes("rivals", classes)
     fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0
     if not fits or bool((classes.to(target) == target[:, None]).any()):
         rule = f"give classes of shape ({len(target)}, m) that are not the targets"
@@ -231,8 +222,8 @@ def _optimizer_maker(given: Callable[..., Any], steps: int) -> Callable[..., Any
     """The optimizer class, which gets `steps` if it requires that."""
     if not callable(given):
         raise wrong("optimizer", "make an optimizer", given, TypeError)
-    if not takes(given, "constraint")[0]:
+    if not inputs.takes(given, "constraint")[0]:
         rule = "take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer do"
         raise wrong("optimizer", rule, given, TypeError)
-    _, required = takes(given, "steps")
+    _, required = inputs.takes(given, "steps")
     return partial(given, steps=steps) if required else given

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BestOf"]
-
 
 class BestOf:
     """For each example, what to keep of several trials: one that succeeded, then the least cost.

@@ -17,8 +17,6 @@ from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expan
 from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.models.additive import check_mask
 
-__all__ = ["FeasibleSet"]
-
 
 @dataclass(frozen=True)
 class FeasibleSet:

@@ -20,8 +20,6 @@ from rai_toolbox.perturbations.losses import is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import solving
 
-__all__ = ["MinimumNorm", "minimum_norm_attack"]
-
 _DUAL = {inf: 1.0, 2: 2.0, 1: inf}
 _RIVALS = 2  # with the second nearest class, as models are not linear
 _HALVINGS = 12  # of the line to an example; each costs a forward pass

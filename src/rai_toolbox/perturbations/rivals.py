@@ -13,8 +13,6 @@ from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model
 from rai_toolbox.perturbations.losses import margin_loss, most_likely_rivals
 
-__all__ = ["ChooseClasses", "nearest_rivals"]
-
 ChooseClasses = Callable[[Model, FeasibleSet, Tensor], Tensor]
 """From the model, the feasible set and the target to classes, shape (N, m)."""
 

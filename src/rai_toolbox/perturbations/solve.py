@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rai_toolbox._torch import has_global_step_hooks
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
 from rai_toolbox.perturbations.losses import Criterion
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.protocol import PerturbationModel
-
-__all__ = ["Attacked", "Objective", "Success", "copy_into", "solve", "solving"]
 
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
@@ -126,8 +126,7 @@ def solve(
     first one that succeeds, and is evaluated no more.
     """
     params = [param for param in perturbation.parameters() if param.requires_grad]
-    if steps:
-        _check_optimizer(optimizer)
+    take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
     best: BestOf | None = None
     rows, target_of_rows = None, target
@@ -157,7 +156,7 @@ def solve(
             target_of_rows = target if target.ndim == 0 else target[rows]
         if observe is not None:
             observe(cost if best is None else best.last_cost)
-        optimizer.step()
+        take_step()
     for param in params:
         param.grad = None
     if best is not None:
@@ -198,14 +197,29 @@ def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor
     return zero
 
 
-def _check_optimizer(optimizer: Any) -> None:
-    """Raise unless this can step, with gradients alone."""
+def _step_of(optimizer: Any) -> Callable[[], object]:
+    """The step of an optimizer, if it can step with gradients alone.
+
+    Without hooks this bypasses torch's wrapper, which costs as much as the step of a small model.
+    """
     if not callable(getattr(optimizer, "step", None)):
         raise wrong("optimizer", "be or make what has a `step`", optimizer, TypeError)
     inner = getattr(optimizer, "inner_opt", optimizer)  # to which a wrapper passes its closure on
     if isinstance(inner, Optimizer) and takes(type(inner).step, "closure")[1]:
         rule = "step by gradients alone, without a `closure`"
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
+    if not isinstance(optimizer, Optimizer) or "step" in vars(optimizer) or _has_hooks(optimizer):
+        own_step: Callable[[], object] = optimizer.step
+        return own_step
+    step: Any = type(optimizer).step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return partial(step, optimizer)
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own) or has_global_step_hooks()
 
 
 def _is_check(evaluations: int) -> bool:
@@ -215,10 +229,6 @@ def _is_check(evaluations: int) -> bool:
 @contextmanager
 def solving(model: object) -> Iterator[None]:
     """Context: gradients enabled, and a module in eval mode with frozen weights; undone on exit."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if isinstance(model, nn.Module):
-            stack.enter_context(frozen(model))
-            stack.enter_context(evaluating(model))
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    with torch.inference_mode(False), torch.enable_grad(), frozen(module), evaluating(module):
         yield

@@ -16,20 +16,11 @@ from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
-from rai_toolbox.perturbations.inputs import (
-    Model,
-    Range,
-    batches,
-    check_per_example,
-    device_of,
-    radius_of,
-    wrong,
-)
+from rai_toolbox.perturbations import inputs
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy, is_fooled
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.solve import solving
-
-__all__ = ["UniversalPerturbation", "universal_perturbation"]
 
 _STEP = 0.1  # of the radius, at first
 
@@ -129,13 +120,13 @@ def universal_perturbation(
     check_count("epochs", epochs, 1)
     if isinstance(loader, Iterator):
         raise wrong("loader", "be iterable more than once", loader, TypeError)
-    radius = radius_of(ball)
+    radius = inputs.radius_of(ball)
     criterion = cross_entropy if criterion is None else criterion
     work = (epochs + 2) * length_hint(loader)
     with solving(model), progress_bar("universal perturbation", work, shown=progress) as bar:
 
         def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in batches(loader, device_of(model)):
+            for batch in inputs.batches(loader, inputs.device_of(model)):
                 yield batch
                 bar.update()
 
@@ -160,13 +151,13 @@ def universal_perturbation(
             for data, target in epoch():
                 made.zero_grad()
                 loss = criterion(perturbed_model(data), target)
-                check_per_example("criterion", loss, data)
+                inputs.check_per_example("criterion", loss, data)
                 (loss if targeted else -loss).mean().backward()
                 made.step()
                 if schedule is not None:
                     schedule.step()
         after = [_fooled(perturbed_model, *batch, targeted) for batch in epoch()]
-    fractions = (int(torch.cat(found).sum()) / len(torch.cat(found)) for found in (before, after))
+    fractions = [torch.cat(fooled).double().mean().item() for fooled in (before, after)]
     return UniversalPerturbation(perturbation.delta.detach(), *fractions)
 
 

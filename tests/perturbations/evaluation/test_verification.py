@@ -80,7 +80,7 @@ def test_what_is_not_finite_fools_nobody(bad):
 def test_a_model_that_answers_nan_does_not_read():
     data, target = torch.full((1, 2), 0.5), torch.tensor([0])
     # argmax would name the first NaN, which is the right class
-    assert predict(lambda x: x * NAN, data, target).wrong.tolist() == [True]
+    assert predict(lambda x: x * NAN, data, target).misclassified.tolist() == [True]
     report = verified([0.75, 0.25], [0.5, 0.25], LinfBall(0.25), model=lambda x: x.log() * NAN)
     assert report.not_finite == 1
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,6 @@ from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 
-__all__ = ["Batch", "Perturbed"]
-
-
-class Perturbed(Protocol):
-    """What a solver returns, of which only the perturbed data are used."""
-
-    @property
-    def data(self) -> Tensor:
-        """The perturbed data, in the shape of the originals."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,7 +28,7 @@ class Batch:
     model: Model
     balls: Mapping[str, list[Ball]]
     data_range: Range
-    solver: Callable[..., Perturbed]
+    solver: Callable[..., Any]
     seed: int
     data: Tensor
     target: Tensor
@@ -50,7 +40,7 @@ class Batch:
         with _seeded(_seed(self.seed, self.name), self.data.device):
             before = predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
-                robust, found = ~before.wrong, []
+                robust, found = ~before.misclassified, []
                 count = robust.long() - 1
                 for ball in balls:
                     rows, check = robust.nonzero().squeeze(1), VerificationReport()
@@ -72,7 +62,7 @@ class Batch:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
         found = []
         with _seeded(_seed(self.seed, self.name), self.data.device):
-            right = ~predict(self.model, self.data, self.target, gradient=False).wrong
+            right = ~predict(self.model, self.data, self.target, gradient=False).misclassified
             rows = right.nonzero().squeeze(1)[:number]
             data, target = self.data[rows], self.target[rows]
             for norm, (*_, ball) in self.balls.items() if len(rows) else ():

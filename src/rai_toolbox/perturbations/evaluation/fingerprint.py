@@ -16,8 +16,6 @@ from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import complete
 
-__all__ = ["described", "fingerprint"]
-
 
 def fingerprint(*values: object) -> str:
     """A short text that differs if any of `values` differs.
@@ -42,9 +40,7 @@ def described(value: object) -> Any:
         return value
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {fingerprint(value)}"
-    if isinstance(value, nn.Module):
+    if isinstance(value, (Tensor, nn.Module)):
         return f"{_name(type(value))} {fingerprint(value)}"
     if isinstance(value, Constraint):
         return described(value.to_plain())

@@ -13,8 +13,6 @@ from rai_toolbox.perturbations.evaluation.rows import Examples, wilson_interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "WRONG", "draw_accuracy", "draw_report", "tidy"]
-
 # Colors that remain distinct for color-blind readers and in grey.
 COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
 MARKERS = "os^D"

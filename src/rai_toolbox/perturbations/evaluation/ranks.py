@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
+
+from rai_toolbox.perturbations.inputs import wrong
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Ranks"]
-
 T = TypeVar("T")
 
 
-class Ranks(NamedTuple):
-    """The ranks of a process group; without a group, this process alone."""
+class Ranks:
+    """The ranks of a process group; without a group, this process alone.
 
-    group: ProcessGroup | None = None
-    rank: int = 0
-    size: int = 1
+    Raises
+    ------
+    ValueError
+        If this process is not in the group.
+    """
 
-    @classmethod
-    def of(cls, group: ProcessGroup | None) -> Ranks:
-        """The ranks of a group.
-
-        Raises
-        ------
-        ValueError
-            If this process is not one of them.
-        """
-        if group is None:
-            return cls()
-        rank = dist.get_rank(group)
-        if rank < 0:
-            raise ValueError(f"`group` must be one of this process, rank {dist.get_rank()}")
-        return cls(group, rank, dist.get_world_size(group))
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise wrong("group", "be one of this process", f"rank {dist.get_rank()}")
 
     def gather(self, act: Callable[[], T]) -> list[T]:
         """What `act` returns on each rank. If it raises on one, all ranks raise.

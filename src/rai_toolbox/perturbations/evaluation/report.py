@@ -18,8 +18,6 @@ from rai_toolbox.perturbations.inputs import check_ball, wrong
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RobustnessReport", "RobustnessWarning"]
-
 FORMAT = "rai_toolbox robustness 1"
 
 

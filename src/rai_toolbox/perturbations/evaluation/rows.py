@@ -8,8 +8,6 @@ from torch import Tensor
 
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 
-__all__ = ["Examples", "Row", "fraction", "wilson_interval"]
-
 
 class Row(NamedTuple):
     """Accuracies at one epsilon, with the 95 % interval of the robust one, and the checks."""

@@ -10,7 +10,7 @@ from itertools import islice
 from operator import length_hint
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.extras import Bar
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.evaluation.batch import Batch, Perturbed
+from rai_toolbox.perturbations.evaluation.batch import Batch
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
@@ -42,8 +42,6 @@ from rai_toolbox.perturbations.inputs import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["evaluate_robustness"]
-
 
 def evaluate_robustness(
     model: Model,
@@ -51,7 +49,7 @@ def evaluate_robustness(
     *,
     balls: Iterable[Ball],
     data_range: Range = (0.0, 1.0),
-    solver: Callable[..., Perturbed] = attack,
+    solver: Callable[..., Any] = attack,
     steps: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -143,7 +141,7 @@ def evaluate_robustness(
         {norm: () for norm in by_norm},
         {norm: (VerificationReport(),) * len(found) for norm, found in by_norm.items()},
     )
-    ranks = Ranks.of(group)
+    ranks = Ranks(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
     new_batch = partial(Batch, model, by_norm, data_range, solver, seed)
     device = device_of(model) if device is None else torch.device(device)

@@ -10,8 +10,6 @@ from typing import Any
 
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 
-__all__ = ["StateFile", "StateFileError", "write_whole"]
-
 FORMAT = "rai_toolbox evaluation 1"
 
 

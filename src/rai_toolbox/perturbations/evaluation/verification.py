@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
-from rai_toolbox.perturbations.inputs import (
-    Model,
-    Range,
-    check_ball,
-    check_batch,
-    classifier,
-    wrong,
-)
+from rai_toolbox.perturbations import inputs
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.solve import solving
-
-__all__ = ["Prediction", "VerificationReport", "compare", "predict", "verify"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ class Prediction(NamedTuple):
 
     losses: Tensor
     classes: Tensor
-    wrong: Tensor
+    misclassified: Tensor
     zero_gradient: Tensor
     finite: Tensor
 
@@ -123,7 +115,7 @@ def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True
     """Call `model`, in eval mode and with frozen weights, and compare with the classes."""
     with solving(model), torch.set_grad_enabled(gradient):
         x = data.detach().clone().requires_grad_(gradient)
-        logits = classifier(model, target)(x)
+        logits = inputs.classifier(model, target)(x)
         target = target.clone().long()  # which autograd cannot keep if made in inference mode
         losses = log_odds(logits, target)
         slope = torch.zeros_like(x)
@@ -131,10 +123,10 @@ def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True
             (slope,) = torch.autograd.grad(losses.sum(), x, materialize_grads=True)
     logits, losses = logits.detach(), losses.detach()
     classes = logits.argmax(1)
-    wrong = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
+    misclassified = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
     finite = losses.isfinite() & slope.isfinite().flatten(1).all(1)
     zero_gradient = (slope == 0).flatten(1).all(1) & finite & gradient
-    return Prediction(losses, classes, wrong, zero_gradient, finite)
+    return Prediction(losses, classes, misclassified, zero_gradient, finite)
 
 
 def compare(
@@ -152,7 +144,7 @@ def compare(
     in_data = perturbed.isfinite().flatten(1).all(1)
     ball_excess = beyond_ball(data, perturbed, ball)
     box_excess = beyond_range(perturbed, data_range)
-    fooled = after.wrong & in_data & (ball_excess <= 0) & (box_excess <= 0)
+    fooled = after.misclassified & in_data & (ball_excess <= 0) & (box_excess <= 0)
     finite = in_data & before.finite & after.finite
     report = VerificationReport(
         data=len(data),
@@ -215,8 +207,8 @@ def verify(
     >>> report.fooled, report.outside_ball, round(report.ball_excess, 6)
     (1, 1, 0.075)
     """
-    check_ball(ball)
-    check_batch(data, target)
+    inputs.check_ball(ball)
+    inputs.check_batch(data, target)
     if perturbed.shape != data.shape or not perturbed.is_floating_point():
         got = f"{perturbed.dtype} of shape {tuple(perturbed.shape)}"
         raise wrong("perturbed", f"be floating-point data of shape {tuple(data.shape)}", got)

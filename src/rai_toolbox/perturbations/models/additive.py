@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from rai_toolbox.perturbations.inputs import wrong
 from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
 
-__all__ = ["AdditivePerturbation", "MaskedPerturbation", "check_mask"]
-
 
 class AdditivePerturbation(InitializedModel):
     """Add the parameter `delta` to data: ``forward(data) = data + delta``.

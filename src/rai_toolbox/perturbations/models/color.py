@@ -12,8 +12,6 @@ from rai_toolbox.checks import check_setting
 from rai_toolbox.perturbations.inputs import bounds_of, wrong
 from rai_toolbox.perturbations.models.image import ImagePerturbation
 
-__all__ = ["ColorShift", "shift_color"]
-
 
 def shift_color(
     data: Tensor, *settings: Tensor, data_range: tuple[float, float] = (0.0, 1.0)

@@ -13,8 +13,6 @@ from rai_toolbox.checks import check_finite
 from rai_toolbox.perturbations.inputs import FLOATING, wrong
 from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
 
-__all__ = ["ImagePerturbation"]
-
 
 class ImagePerturbation(InitializedModel):
     """Base of the perturbations of images by k numbers per image.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from rai_toolbox.perturbations.inputs import FLOATING, wrong
 
-__all__ = ["InitializedModel", "shape_and_options"]
-
 
 class InitializedModel(nn.Module):
     """A module with a parameter that starts at 0, or at what an `init_fn` fills in.

@@ -7,8 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["PerturbationModel"]
-
 
 @runtime_checkable
 class PerturbationModel(Protocol):

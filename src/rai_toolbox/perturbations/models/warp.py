@@ -12,8 +12,6 @@ from torch.nn.functional import affine_grid, grid_sample
 from rai_toolbox.autograd import with_value
 from rai_toolbox.perturbations.models.image import ImagePerturbation
 
-__all__ = ["AffineWarp", "affine_maps", "warp"]
-
 _PADDINGS = ("zeros", "border", "reflection")
 
 
