@@ -1,4 +1,4 @@
-"""The attacks of attacks_peers.py, by this library."""
+"""The attacks of attacks_peers.py, with this library."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pgd(
 def spelled_out(
     problem: Problem, p: float, epsilon: float, steps: int, step: float, **options: Any
 ) -> Solver:
-    """The same, with the parts named: no copy of the best, and no look at who is fooled."""
+    """The same with explicit parts, without a copy of the best point or a check of success."""
     net, data, target = problem
     inside = BoundedBall(ball(p, epsilon), lower=-data, upper=1 - data)
 

@@ -1,7 +1,7 @@
-"""The same attack by other libraries, each by what its documentation tells its users to write.
+"""The same attack with other libraries, each written as its documentation recommends.
 
-All start at the data and take `steps` steps of length `step`. Their packages are imported in the
-functions: they come with `make bench-attacks`.
+All start at the data and take `steps` steps of length `step`. The packages are imported in the
+functions; `make bench-attacks` installs them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Solver = Callable[[], Tensor]  # gives the perturbed data
 
 
 def floor(problem: Problem, steps: int) -> Solver:
-    """What no attack by gradients can save: forward and backward, and nothing else."""
+    """The minimum work of a gradient attack: forward and backward passes only."""
     net, data, target = problem
 
     def run() -> Tensor:
@@ -34,7 +34,7 @@ def floor(problem: Problem, steps: int) -> Solver:
 
 
 def by_hand(problem: Problem, p: float, epsilon: float, steps: int, step: float) -> Solver:
-    """The loop that one writes without a library: project onto the ball, then clip to the box."""
+    """A loop written without a library: project onto the ball, then clip to the box."""
     net, data, target = problem
 
     def run() -> Tensor:

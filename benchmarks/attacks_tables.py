@@ -98,7 +98,7 @@ def verdicts(report: Report) -> list[tuple[str, str, bool]]:
                 (f"{title}: times faster, stopping", f">= 2: {ratio:.2f}", ratio >= 2),
                 (
                     f"{title}: as successful",
-                    f"{percent(rows[STOPPING]['fooled'])} beside {percent(least)}",
+                    f"{percent(rows[STOPPING]['fooled'])} vs. {percent(least)}",
                     rows[STOPPING]["fooled"] >= least - 0.005,
                 ),
             ]
@@ -116,7 +116,7 @@ def verdicts(report: Report) -> list[tuple[str, str, bool]]:
     for part in report["success"]:
         theirs = part["rows"][PYAUTOATTACK]["fooled"]
         mine = part["rows"][OURS]["fooled"]
-        text = f"{percent(mine)} beside {percent(theirs)}"
+        text = f"{percent(mine)} vs. {percent(theirs)}"
         found.append((f"{part['title']}: success", text, mine >= theirs))
     peaks = report["memory"]["use_best"].values()
     same = max(peaks) <= 1.01 * min(peaks)

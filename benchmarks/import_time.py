@@ -1,4 +1,4 @@
-"""What `import rai_toolbox.optim` costs someone who imports torch anyway."""
+"""The time of `import rai_toolbox.optim` in addition to that of torch."""
 
 from __future__ import annotations
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr
 
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """The most bytes that `fn` holds at once beyond those in use when it is called (CPU).
+    """The peak number of bytes that `fn` allocates on CPU, above those in use when it is called.
 
-    Every allocation counts, also the temporaries inside of kernels: the events of torch's
-    profiler are added up in the order of their times.
+    Temporaries inside kernels count, too: the memory events of torch's profiler are summed in the
+    order of their times.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         fn()

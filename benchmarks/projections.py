@@ -1,8 +1,8 @@
-"""What a projection costs, beside what one would write or use otherwise.
+"""The cost of a projection, compared with textbook code and with optax.
 
-The rows are standard normal numbers of float32, and the sets are small enough for every row to be
-outside. All alternatives read the same tensor and give a new one, but for the sets whose cost is
-that of memory traffic: these work in place, and are compared with two `copy_` of the tensor.
+The rows are standard normal numbers in float32, and the sets are small enough for every row to be
+outside. All alternatives read the same tensor and return a new one. Sets whose cost is memory
+traffic work in place, and are compared with two `copy_` of the tensor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STREAMED = [
 
 
 def textbook_simplex(x: Tensor) -> Tensor:
-    """Held et al. (1974), as it is mostly written."""
+    """Held et al. (1974), in its usual form."""
     ordered = x.sort(dim=1, descending=True).values
     excess = ordered.cumsum(1) - 1.0
     number = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)
@@ -74,7 +74,7 @@ def optax_projection(case: Case, x: Tensor) -> Callable[[], object]:
 
 
 def run_sorted(case: Case, *, budget_s: float, progress: Progress = silent) -> dict[str, Any]:
-    """Thresholds: ours in eager mode and compiled, the textbook's, and optax."""
+    """Sets with a threshold: ours, eager and compiled, the textbook code, and optax."""
     x = torch.randn(case.rows, case.columns, generator=torch.Generator().manual_seed(0))
     textbook = textbook_simplex if isinstance(case.constraint, Simplex) else textbook_l1
     torch.compiler.reset()
@@ -97,7 +97,7 @@ def run_sorted(case: Case, *, budget_s: float, progress: Progress = silent) -> d
 
 
 def run_streamed(case: Case, *, budget_s: float, progress: Progress = silent) -> dict[str, Any]:
-    """Sets whose cost is that of passes over memory: in place, beside two copies."""
+    """Sets whose cost is memory traffic: in place, compared with two copies."""
     start = torch.randn(case.rows, case.columns, generator=torch.Generator().manual_seed(0))
     inside, outside, other = start.clone(), start.clone(), torch.empty_like(start)
 
@@ -105,7 +105,7 @@ def run_streamed(case: Case, *, budget_s: float, progress: Progress = silent) ->
         other.copy_(start)
         other.copy_(start)
 
-    def project_far() -> None:  # what is outside is inside afterwards: start again
+    def project_far() -> None:  # the result is inside, so each call starts from a copy
         outside.copy_(start)
         case.constraint.project_(outside)
 

@@ -1,4 +1,4 @@
-"""Quadratic programs over sets, and their solutions by solvers that know nothing of this library.
+"""Quadratic programs over sets, and their solutions by independent solvers.
 
 `min (x - t)' Q (x - t) / 2` over a set: most solutions come from `scipy.optimize.lsq_linear` (exact
 active sets, for bounds alone) and one multiplier, found by `scipy.optimize.brentq`.
@@ -28,7 +28,7 @@ from rai_toolbox.constraints import (
 
 SETS = ("L2Ball", "L1Ball", "Simplex", "BoxSection", "SpectralBall", "BoundedBall", "Monotone")
 CONDITION = 100.0
-FREE = math.inf
+OPEN = math.inf
 
 Array = np.ndarray
 Solver = Callable[[Array, Array], Array]  # of Q and t
@@ -96,7 +96,7 @@ def reference(name: str) -> Problem:
     cases = {
         "L2Ball": Case(L2Ball(1.0), (n,), over_ball(1.0)),
         "L1Ball": Case(L1Ball(1.0), (n,), over_l1_ball(1.0)),
-        "Simplex": Case(Simplex(), (n,), over_section(np.ones(n), 1.0, 0.0, FREE)),
+        "Simplex": Case(Simplex(), (n,), over_section(np.ones(n), 1.0, 0.0, OPEN)),
         "BoxSection": Case(
             BoxSection(torch.from_numpy(weight), 1.0, 0.0, 0.8),
             (n,),
@@ -129,7 +129,7 @@ def random(name: str, rows: int = 4, n: int = 50, seed: int = 0) -> Problem:
     cases = {
         "L2Ball": Case(L2Ball(1.0), (n,), over_ball(1.0)),
         "L1Ball": Case(L1Ball(2.0), (n,), over_l1_ball(2.0)),
-        "Simplex": Case(Simplex(), (n,), over_section(np.ones(n), 1.0, 0.0, FREE)),
+        "Simplex": Case(Simplex(), (n,), over_section(np.ones(n), 1.0, 0.0, OPEN)),
         "BoxSection": Case(
             BoxSection(weight, total, 0.0, 0.8),
             (n,),
@@ -167,7 +167,7 @@ def at_multiplier(solution: Callable[[float], Array], excess: Callable[[Array], 
     return solution(root)
 
 
-def over_ball(radius: float, lower: float = -FREE, upper: float = FREE) -> Solver:
+def over_ball(radius: float, lower: float = -OPEN, upper: float = OPEN) -> Solver:
     def solve(Q: Array, t: Array) -> Array:
         return at_multiplier(
             lambda m: over_box(Q + m * np.eye(len(t)), Q @ t, lower, upper),
@@ -204,8 +204,8 @@ def over_l1_ball(radius: float) -> Solver:
 def over_rising(Q: Array, t: Array) -> Array:
     """In the differences of neighbors, which are bounds alone."""
     sums = np.tril(np.ones_like(Q))
-    least = np.array([-FREE] + [0.0] * (len(t) - 1))
-    return sums @ over_box(sums.T @ Q @ sums, sums.T @ Q @ t, least, FREE)
+    least = np.array([-OPEN] + [0.0] * (len(t) - 1))
+    return sums @ over_box(sums.T @ Q @ sums, sums.T @ Q @ t, least, OPEN)
 
 
 def over_spectral_ball(radius: float, shape: tuple[int, int]) -> Solver:

@@ -243,9 +243,9 @@ COMMAND = Command(
     evaluate,
     help="measure how robust your model is",
     description=(
-        "Clean and robust accuracy of a model within norm balls around data, verified apart from "
-        "the solver. Writes report.json, report.csv and report.png. Import paths are looked up in "
-        'the working directory, too. Needs: pip install "rai-toolbox[plots]".'
+        "Clean and robust accuracy of a model within norm balls around data, verified "
+        "independently of the solver. Writes report.json, report.csv and report.png. Import paths "
+        'are looked up in the working directory, too. Needs: pip install "rai-toolbox[plots]".'
     ),
     epilog="example: rai-toolbox evaluate --model nets:small --weights small.pt "
     "--data digits.npz --norm linf --epsilon 0.05 0.1 --norm l2 --epsilon 0.5 1",
