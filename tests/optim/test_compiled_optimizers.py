@@ -11,10 +11,13 @@ import torch._dynamo
 from every_class import CASES
 from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adafactor, Adam, lr_scheduler
+from torch_versions import compiles
 
 from rai_toolbox.constraints import L1Ball, L2Ball
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
 from rai_toolbox.optim.compile import compiled
+
+pytestmark = compiles
 
 
 @pytest.fixture(autouse=True)

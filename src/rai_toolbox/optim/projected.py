@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, SGD, Adafactor, Optimizer
+from torch.optim import ASGD, LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.batch import view_or_copy
@@ -210,7 +210,10 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         if optim_group["steps_taken"] < optim_group["warmup"]:
             return
         inner = self._inner_class()
-        decoupled = issubclass(inner, _DECOUPLED) or optim_group.get("decoupled_weight_decay")
+        decoupled = issubclass(inner, _DECOUPLED) or optim_group.get(
+            "decoupled_weight_decay",
+            issubclass(inner, AdamW),  # whose groups do not say so in torch 2.6
+        )
         for param, grad, average in zip(params, grads, averages, strict=True):
             shape = batch_shape_in(param, optim_group)
             seen, copied = view_or_copy(grad, shape)
