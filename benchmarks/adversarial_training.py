@@ -1,9 +1,9 @@
-"""A CNN trained adversarially, and what attacks of rising strength make of it.
+"""A CNN trained adversarially, under attacks of increasing strength.
 
-`python benchmarks/adversarial_training.py` trains it and checks what must hold of any honest
-attack: the longer and the better it searches, the larger the ball and the more often it starts,
-the fewer digits are read right. Writes `docs/attacks/orderings.md` and `orderings.svg`, in some
-minutes; the seeds are fixed.
+`python benchmarks/adversarial_training.py` trains it and checks orderings that any
+correct attack satisfies: with more steps, a better step rule, a larger ball or more restarts,
+fewer digits are classified correctly. Writes `docs/attacks/orderings.md` and `orderings.svg` in
+a few minutes; the seeds are fixed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import attacks_problems as problems
 import machine
 import torch
 from attacks_problems import Problem
-from run import progress_bar
+from tables import markdown, save_svg, svg_figure
+from timing import progress_bar
 from torch import Tensor, nn
 
 from rai_toolbox.constraints import BoundedBall, Constraint, L2Ball, LinfBall
@@ -39,7 +40,7 @@ Accuracies = dict[str, list[float]]  # of each attack, over the radii
 
 
 def worst_seen(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The images as a training against attacks shows them (Madry et al., 2018)."""
+    """The perturbed images of adversarial training (Madry et al., 2018)."""
     inside = BoundedBall(LinfBall(TRAINED_FOR), lower=-images, upper=1 - images)
     perturbed, _ = gradient_ascent(
         model=net,
@@ -56,23 +57,23 @@ def robust_problem(number: int, *, epochs: int = EPOCHS) -> Problem:
 
 
 def accuracy(problem: Problem, points: Tensor) -> float:
-    """Apart from what the attack says of itself, in float64."""
+    """Computed in float64, independently of the attack."""
     net, _, target = problem
-    right = net.double()(points.double()).argmax(1) == target
+    correct = net.double()(points.double()).argmax(1) == target
     net.float()
-    return right.double().mean().item()
+    return correct.double().mean().item()
 
 
 def attacked(
     problem: Problem, ball: Constraint, *, steps: int, adaptive: bool = False, **options: Any
 ) -> float:
-    """The share of digits read right after an attack by PGD or Auto-PGD, on the margin.
+    """The accuracy after an attack by PGD or Auto-PGD on the margin.
 
-    It is above 0 just where a digit is misread, so that a better maximum cannot be a lesser attack.
-    The cross entropy of a digit can rise on while the digit is still, or again, read right.
+    The margin is positive exactly where a digit is misclassified, so a higher maximum is never a
+    weaker attack. The cross entropy can rise while a digit is still classified correctly.
     """
     net, data, target = problem
-    # The same step however many there are: a longer run then sees all that a shorter one has seen.
+    # The same step however many there are: a longer run then contains the shorter one.
     lr = (2.5 / 40 if steps > 1 else 2) * float(ball.epsilon)
     found = attack(
         net,
@@ -145,18 +146,18 @@ def page(found: dict[str, Accuracies], restarts: dict[str, list[float]], number:
     about = machine.describe()
     lines = [
         f"Measured {about['date'][:10]} on {number:,} test digits; torch "
-        f"{about['versions']['torch']}. Every attack maximizes the margin, which is above 0 just "
-        "where a digit is misread.",
+        f"{about['versions']['torch']}. Every attack maximizes the margin, which is positive "
+        "exactly where a digit is misclassified.",
         "",
     ]
     for norm, rows in found.items():
         radii = EPSILONS[norm]
         lines += [
-            "| read right, % | " + " | ".join(f"{norm} {epsilon:g}" for epsilon in radii) + " |",
-            "|---|" + "---|" * len(radii),
+            markdown(
+                ["classified correctly, %", *(f"{norm} {epsilon:g}" for epsilon in radii)],
+                [[name, *(f"{100 * a:.1f}" for a in row)] for name, row in rows.items()],
+            )
         ]
-        for name, row in rows.items():
-            lines.append(f"| {name} | " + " | ".join(f"{100 * a:.1f}" for a in row) + " |")
         shares = ", ".join(
             f"{n}: {100 * a:.1f}" for n, a in zip(RESTARTS, restarts[norm], strict=True)
         )
@@ -177,13 +178,8 @@ def page(found: dict[str, Accuracies], restarts: dict[str, list[float]], number:
 
 def draw(path: Path, found: dict[str, Accuracies]) -> None:
     """Accuracy over the radius, a line for each attack."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["svg.hashsalt"] = "orderings"  # the same file in every run
-    rcParams["svg.fonttype"] = "none"
     styles = [("0.6", ":"), ("#7aa6c2", "-"), ("#0b5fa5", "-"), ("#e07b00", "--"), ("#c0152f", "-")]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = svg_figure(10, 3.6)
     for axes, (norm, rows) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
         clean = rows["clean"][0]
         for (name, row), (color, line) in zip(rows.items(), styles, strict=True):
@@ -192,9 +188,9 @@ def draw(path: Path, found: dict[str, Accuracies]) -> None:
         axes.set(title=f"{norm} balls in the box of images", xlabel="radius")
         axes.grid(alpha=0.3)
         axes.set_ylim(0, 101)
-    figure.axes[0].set_ylabel("test digits read right, %")
+    figure.axes[0].set_ylabel("test digits classified correctly, %")
     figure.axes[0].legend(loc="lower left")
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Attacks side by side with other libraries: `make bench-attacks`.
+"""Attacks compared with those of other libraries: `make bench-attacks`.
 
 Every solver gets the same model object, data, ball, step length and number of steps. Whether a
-datum is fooled and inside ball and box is recomputed here in float64, from the points that come
-back; model calls are counted by a hook. Times are of interleaved rounds (timing.py). Writes the
+result fools the model and is inside ball and box is computed here in float64, from the returned
+points; a hook counts model calls. Times are of interleaved rounds (timing.py). Writes the
 figures to `out/bench/attacks.json` and the tables to `docs/attacks/table.md`.
 """
 
@@ -43,8 +43,7 @@ from attacks_tables import (
     verdict_table,
 )
 from memory import peak_bytes
-from run import progress_bar
-from timing import compare, measure
+from timing import compare, measure, progress_bar
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +70,7 @@ QUICK = Size(data=32, steps=5, budget_s=2.0, seeds=1)
 
 @dataclass
 class Calls:
-    """Calls of a model, and the data that it was shown; ART calls its parts one by one."""
+    """Calls of a model and the number of rows; ART calls the parts of a model one by one."""
 
     calls: int = 0
     rows: int = 0
@@ -92,7 +91,7 @@ def counted(net: nn.Sequential) -> Iterator[Calls]:
 
 
 def judged(problem: Problem, solver: Solver, p: float, epsilon: float) -> Report:
-    """Who is fooled, and how far the farthest point is outside of ball and box, in float64."""
+    """The share fooled, and the largest distance outside ball and box, in float64."""
     net, data, target = problem
     with counted(net) as calls:
         points = solver().detach()
@@ -106,7 +105,7 @@ def judged(problem: Problem, solver: Solver, p: float, epsilon: float) -> Report
         "outside_ball": max(0.0, norms.max().item() - epsilon),
         "outside_box": max(0.0, outside.item()),
         "calls": calls.calls,
-        "calls_per_datum": calls.rows / len(data),
+        "calls_per_example": calls.rows / len(data),
     }
 
 
@@ -170,7 +169,7 @@ def wide_cnn(p: float, epsilon: float, size: Size) -> Report:
 
 
 def weak_cnn(size: Size) -> Report:
-    """Most data are fooled after a few steps."""
+    """Most examples are fooled after a few steps."""
     problem = problems.problem(problems.wide_net, size.data)
     p, epsilon = math.inf, 0.25
     settings = (problem, p, epsilon, size.steps, 2.5 * epsilon / size.steps)
@@ -186,7 +185,7 @@ def linear(p: float, epsilon: float, size: Size) -> Report:
 
 
 def auto_pgd(net: str, problem: Problem, p: float, epsilon: float, size: Size) -> Report:
-    """The share of data that Auto-PGD fools, ours and pyautoattack's, at equal model calls."""
+    """The share fooled by Auto-PGD, ours and pyautoattack's, with equal numbers of model calls."""
     steps = 100 if size.steps >= 40 else size.steps
 
     def by_ours(seed: int, steps: int) -> Solver:

@@ -14,7 +14,7 @@ from rai_toolbox.cli.digits import Digits, load_digits
 
 BATCH = 100
 
-Shown = Callable[[nn.Module, Tensor, Tensor], Tensor]  # images, as they are shown in training
+Shown = Callable[[nn.Module, Tensor, Tensor], Tensor]  # images, as used in training
 
 
 class Problem(NamedTuple):
@@ -71,7 +71,7 @@ def trained(
     lr: float = 2e-3,
     seed: int = 0,
 ) -> nn.Sequential:
-    """A net that has learned to read what `shown` makes of the digits; frozen, in eval mode."""
+    """A net trained on `shown` of the digits; frozen, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make()

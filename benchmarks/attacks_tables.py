@@ -1,10 +1,11 @@
-"""The tables of attacks.py, and what of them must hold."""
+"""The tables of attacks.py, and the limits that its figures must keep."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from attacks_peers import PEERS
+from tables import markdown, measured_on
 
 FLOOR, FLOOR_AGAIN = "floor: forward and backward", "floor, again"
 FLOOR_FOUND = "floor, at the perturbed data"
@@ -30,10 +31,10 @@ def time_table(report: Report) -> str:
         f"Balls of {report['epsilon']:g}; {report['rounds']} rounds. The fastest peer is "
         f"{report['fastest_peer']}.",
         "",
-        f"| solver | {'us a step' if per_step else 'ms'} | to the floor | its quartiles | "
-        "to the fastest peer | fooled, % | outside the ball | outside the box | calls |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    header = ["solver", "us per step" if per_step else "ms", "to the floor", "quartiles"]
+    header += ["to the fastest peer", "fooled, %", "outside the ball", "outside the box", "calls"]
+    table = []
     for name, row in report["rows"].items():
         low, high = row["ratio_quartiles"]
         time = row["median_ms"] * (1e3 / report["steps"] if per_step else 1)
@@ -44,47 +45,47 @@ def time_table(report: Report) -> str:
                 percent(row["fooled"]),
                 excess(row["outside_ball"]),
                 excess(row["outside_box"]),
-                f"{row['calls_per_datum']:.1f}",
+                f"{row['calls_per_example']:.1f}",
             ]
         else:
             cells += ["", "", "", "", str(report["steps"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return "\n".join([*lines, markdown(header, table)])
 
 
 def success_table(report: Report) -> str:
-    lines = [
-        f"### {report['title']}",
-        "",
-        "| solver | fooled, %: mean | of each seed | outside the ball | outside the box | calls |",
-        "|---|---|---|---|---|---|",
+    header = [
+        "solver",
+        "fooled, %: mean",
+        "per seed",
+        "outside the ball",
+        "outside the box",
+        "calls",
     ]
+    table = []
     for name, row in report["rows"].items():
         runs = ", ".join(percent(share) for share in row["fooled_runs"])
         cells = [name, percent(row["fooled"]), runs]
         cells += [excess(row["outside_ball"]), excess(row["outside_box"]), str(row["calls"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return f"### {report['title']}\n\n{markdown(header, table)}"
 
 
 def memory_table(report: Report) -> str:
     steps = list(report["use_best"])
-    lines = [
-        "### Peak memory over steps",
-        "",
-        f"Bytes held at once by a solve of 64 images ({report['data_bytes']:,} bytes).",
-        "",
-        "| | " + " | ".join(f"{n} steps" for n in steps) + " |",
-        "|---|" + "---|" * len(steps),
+    rows = [
+        [title, *(f"{report[name][n]:,}" for n in steps)]
+        for title, name in (("without", "without"), ("`use_best`", "use_best"))
     ]
-    for name in ("without", "use_best"):
-        title = "`use_best`" if name == "use_best" else "without"
-        lines.append(f"| {title} | " + " | ".join(f"{report[name][n]:,}" for n in steps) + " |")
-    return "\n".join(lines)
+    return (
+        "### Peak memory over steps\n\n"
+        f"Peak bytes of a solve of 64 images ({report['data_bytes']:,} bytes).\n\n"
+        + markdown(["", *(f"{n} steps" for n in steps)], rows)
+    )
 
 
 def verdicts(report: Report) -> list[tuple[str, str, bool]]:
-    """What must hold, what was found, and whether it does."""
+    """Each limit, the measured value, and whether the limit holds."""
     found = []
     for part in report["time"]:
         rows, title = part["rows"], part["title"]
@@ -132,19 +133,11 @@ def verdicts(report: Report) -> list[tuple[str, str, bool]]:
 
 
 def verdict_table(report: Report) -> str:
-    lines = ["### What must hold", "", "| what | found | |", "|---|---|---|"]
-    for what, text, holds in verdicts(report):
-        lines.append(f"| {what} | {text} | {'yes' if holds else '**no**'} |")
-    return "\n".join(lines)
+    rows = [[what, text, "yes" if holds else "**no**"] for what, text, holds in verdicts(report)]
+    return "### Limits\n\n" + markdown(["limit", "measured", "holds"], rows)
 
 
 def page(report: Report) -> str:
-    about, versions = report["machine"], report["versions"]
-    head = (
-        f"Measured {report['date'][:10]} on {about['model']}, {about['cpus']} CPUs, "
-        f"{about['threads']} threads, {about['system']}; Python {versions['python']}, "
-        f"torch {versions['torch']}."
-    )
-    parts = [head, verdict_table(report), *map(time_table, report["time"])]
+    parts = [measured_on(report), verdict_table(report), *map(time_table, report["time"])]
     parts += [*map(success_table, report["success"]), memory_table(report["memory"])]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Do constrained inner optimizers stop where they should? `python benchmarks/stationary_points.py`
+"""Do constrained optimizers stop at stationary points? `python benchmarks/stationary_points.py`
 
 Writes the tables and the plot of docs/stationarity.md to docs/stationarity/, in about 25 minutes on
 one core. The figures of each set are kept in out/bench/stationary/, so that a run for some of the
@@ -19,9 +19,10 @@ import machine
 import stationary_problems as problems
 import stationary_runs as runs
 import torch
-from run import progress_bar
 from stationary_problems import SETS, Problem
 from stationary_runs import RULES
+from tables import markdown, save_svg, svg_figure
+from timing import progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT, KEPT = ROOT / "docs" / "stationarity", ROOT / "out" / "bench" / "stationary"
@@ -86,12 +87,6 @@ def plain_cell(run: Report) -> str:
     return f"{number(run['residual'])} (+{100 * run['excess']:.2g} %)"
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def by_sets(reports: dict[str, Report], cell: Callable[[Report, str], str], names: Any) -> str:
     return markdown(
         ["", *(f"`{s}`" for s in reports)],
@@ -114,23 +109,23 @@ def table(reports: dict[str, Report]) -> str:
         worst = max(run["excess"] for run in every)
         parts += [
             f"**{title}.** By default: the residual at the end, and in brackets the steps after "
-            f"which it stayed at or below {runs.WANTED:g}.\n",
+            f"which it stayed at or below {runs.WANTED:g}.",
             by_sets(one, lambda report, name: default_cell(report[name]["default"]), RULES),
             f"{len(every) - missed} of {len(every)} cells end at or below {runs.WANTED:g}; the "
-            f"objective is above that of an independent solver by at most {number(worst)} of it.\n",
+            f"objective is above that of an independent solver by at most {number(worst)} of it.",
         ]
         if kind == "held out":
             continue
         parts += [
             "Plain projection (`gradient_mapping=False`): the residual at the end, and by how much "
-            "the objective is too large.\n",
+            "the objective is too large.",
             by_sets(
                 one,
                 lambda report, name: plain_cell(report[name]["plain"]),
                 [name for name in RULES if name not in PLAIN],
             ),
         ]
-    return "\n".join([*parts, stamp()])
+    return "\n\n".join([*parts, stamp()])
 
 
 def stamp() -> str:
@@ -175,16 +170,16 @@ def noise_table(reports: dict[str, Report]) -> str:
         name: {row: report[old] for row, old in zip(rows, NOISY, strict=True)}
         for name, report in known.items()
     }
-    return "\n".join(
+    return "\n\n".join(
         [
             f"Objective by default over that of plain projection, for noise of {sigmas} times the "
-            "rms of the gradient at the solution. Below 1 the default is better.\n",
+            "rms of the gradient at the solution. Below 1 the default is better.",
             by_sets(renamed, objectives, rows),
-            f"The largest ratio is {worst:.3f}.\n",
+            f"The largest ratio is {worst:.3f}.",
             "The same of the suboptimality, objective minus least objective:\n",
             by_sets(renamed, cells("suboptimality"), rows),
             f"{runs.NOISE_STEPS} steps; half of them for {' and '.join(SLOW)}. In brackets: the "
-            "mapping, which is not the default there.\n",
+            "mapping, which is not the default there.",
             stamp(),
         ]
     )
@@ -210,12 +205,12 @@ def measured_steps(names: Iterable[str], inner: str, steps: int) -> Report:
 
 def step_table(report: Report) -> str:
     labels = list(next(iter(report.values())))
-    return "\n".join(
+    return "\n\n".join(
         [
             f"First the residual after {CANDIDATE_STEPS} steps without noise. Then by how much the "
             "objective ends above its least value with noise of "
             + ", ".join(f"{sigma:g}" for sigma in runs.SIGMAS)
-            + f" times the rms of the gradient at the solution, after {runs.NOISE_STEPS} steps.\n",
+            + f" times the rms of the gradient at the solution, after {runs.NOISE_STEPS} steps.",
             markdown(
                 ["e", *report],
                 [
@@ -260,12 +255,12 @@ def measured_averages(steps: int, noise_steps: int) -> Report:
 
 def average_table(report: Report) -> str:
     rows = zip(AVERAGINGS, *report.values(), strict=True)
-    return "\n".join(
+    return "\n\n".join(
         [
             f"First the steps after which the residual stays at or below {runs.WANTED:g} without "
             "noise. Then the objective over that of plain projection, for noise of "
             + " / ".join(f"{sigma:g}" for sigma in runs.SIGMAS)
-            + " times the rms of the gradient at the solution.\n",
+            + " times the rms of the gradient at the solution.",
             markdown(["averaging", *report], [[f"{share:g}", *cells] for share, *cells in rows]),
             stamp(),
         ]
@@ -279,12 +274,7 @@ PLOTTED = ("L2Ball", "Simplex", "SpectralBall")
 
 def draw(path: Path, steps: int = 700) -> None:
     """Residuals of Adam over steps, plain and by default."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["svg.hashsalt"] = "stationarity"  # the same file in every run
-    rcParams["svg.fonttype"] = "none"
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = svg_figure(10, 3.4)
     for axes, name in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
         problem = problems.random(name)
         for mapping, label, color in ((False, "plain", "#e07b00"), (None, "default", "#0b5fa5")):
@@ -295,7 +285,7 @@ def draw(path: Path, steps: int = 700) -> None:
         axes.minorticks_off()
     figure.axes[0].set_ylabel("residual |x - P(x - g)|")
     figure.axes[0].legend()
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 # The command

@@ -1,7 +1,7 @@
 """Times of alternatives that are compared with each other, measured side by side.
 
-Each round times every alternative once, in shuffled order, so that whatever else the machine does
-hits all of them alike. A ratio is the median over rounds of (alternative / baseline) of one round.
+Each round times every alternative once, in shuffled order, so that other load on the machine
+affects all of them alike. A ratio is the median over rounds of (alternative / baseline) in a round.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+try:
+    from tqdm import tqdm
+except ImportError:  # an extra: rai-toolbox[progress]
+    tqdm = None
+
 Samples = dict[str, list[float]]  # seconds per call, one entry a round
 
 Progress = Callable[[int, int], object]
@@ -25,6 +30,22 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 400
 
 def silent(done: int, total: int) -> None:
     """No progress shown."""
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Progress]:
+    """A progress bar, updated with the number of rounds done and the total."""
+    if tqdm is None:
+        print(f"{text} ...", flush=True)
+        yield silent
+        return
+    with tqdm(desc=text, unit="round", leave=False) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
 
 
 @contextmanager
@@ -46,9 +67,9 @@ def measure(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Samples:
-    """Seconds per call of each alternative; `progress` is told rounds done and expected.
+    """Seconds per call of each alternative; `progress` is called with rounds done and expected.
 
-    Rounds go on until `budget_s` is used up, the warm-up included.
+    Rounds are repeated until `budget_s` is used up, warm-up included.
     """
 
     def sample(fn: Callable[[], object], calls: int) -> float:

@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+from importlib.metadata import version
 
 import pytest
 import torch
 
+import rai_toolbox
 from rai_toolbox.functional import negate
 
 
@@ -84,3 +86,7 @@ def test_exceptions_pass_through():
 
     with pytest.raises(KeyError, match="mine"):
         negate(fails)()
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert rai_toolbox.__version__ == version("rai-toolbox")

@@ -1,4 +1,7 @@
-"""Imports only point left, and importing the package loads torch and nothing else."""
+"""Imports only point left, no files import each other in a circle, and torch is all that is loaded.
+
+Imports inside functions and under `if TYPE_CHECKING` count for the first two.
+"""
 
 import ast
 import sys
@@ -92,6 +95,65 @@ def test_imports_point_left(path):
 
 def test_there_is_something_to_check():
     assert {"optim", "constraints"} <= {path.parent.name for path in FILES}
+
+
+def arrows(sources: dict[str, str]) -> dict[str, set[str]]:
+    """The files that each file imports, wherever in it; `a/__init__.py` has the name `a`."""
+    found = {}
+    for module, source in sources.items():
+        is_package = any(other.startswith(f"{module}.") for other in sources)
+        package = module if is_package else module.rpartition(".")[0]
+        found[module] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names} & sources.keys()
+            elif isinstance(node, ast.ImportFrom):
+                parents = package.split(".")[: len(package.split(".")) + 1 - node.level]
+                base = ".".join([*(parents if node.level else []), node.module or ""]).strip(".")
+                names = {f"{base}.{alias.name}" for alias in node.names}
+                of_base = {base} if names - sources.keys() else set()  # a name that it defines
+                found[module] |= (names | of_base) & sources.keys() - {module}
+    return found
+
+
+def in_circles(sources: dict[str, str]) -> set[str]:
+    """The files from which a chain of imports leads back to themselves."""
+    reached = arrows(sources)
+    for through in sources:
+        for module in sources:
+            if through in reached[module]:
+                reached[module] |= reached[through]
+    return {module for module in sources if module in reached[module]}
+
+
+def test_no_file_is_in_a_circle_of_imports():
+    modules = {
+        ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in FILES
+    }
+    sources = {module: path.read_text(encoding="utf-8") for module, path in modules.items()}
+    assert in_circles(sources) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from rai_toolbox.optim.engine import step",
+        "from rai_toolbox.optim import engine",
+        "import rai_toolbox.optim.engine",
+        "from . import engine",
+        "from .engine import step",
+        "def f():\n    from .engine import step",
+        "if TYPE_CHECKING:\n    from rai_toolbox.optim.engine import step",
+        "from rai_toolbox.optim import step",  # by way of the package
+    ],
+)
+def test_a_circle_is_found(source):
+    names = ("rai_toolbox.optim", "rai_toolbox.optim.engine", "rai_toolbox.optim.inner", "rest")
+    package, engine, inner, rest = names
+    sources = {package: "from .engine import step", engine: "from .inner import x", inner: source}
+    assert in_circles({**sources, rest: "import rai_toolbox.optim"}) >= {engine, inner}
+    assert in_circles({**sources, inner: "import math"}) == set()
 
 
 @pytest.mark.parametrize(

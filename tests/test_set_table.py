@@ -1,4 +1,4 @@
-"""The marks of the README's table of sets are true, and each set has its section in the docs."""
+"""The marks of the README's table of sets are correct, and each set has its section in the docs."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from rai_toolbox import constraints as sets
 
 ROOT = Path(__file__).parents[1]
 SETS = sorted(set(sets.__all__) - {"Constraint"})
-HEADER = ["set", "what is in it", "`project_`", "`lmo`", "`violation`", "`sample_`", "convex"]
-WORDS = ("project_", "lmo", "violation", "sample_")
+HEADER = ["set", "definition", "`project_`", "`lmo`", "`violation`", "`sample_`", "convex"]
+METHODS = ("project_", "lmo", "violation", "sample_")
 ALWAYS, SOMETIMES, NEVER = "✓", "(✓)", ""
 
 
@@ -36,12 +36,12 @@ def cells_of(line: str) -> list[str]:
 
 ROWS = rows_of((ROOT / "README.md").read_text(encoding="utf-8"))
 TABLE = {
-    name: dict(zip((*WORDS, "convex"), cells[2:], strict=True))
+    name: dict(zip((*METHODS, "convex"), cells[2:], strict=True))
     for cells in ROWS
     for name in re.findall(r"`(\w+)`", cells[0])
 }
 
-# Each kind of set with settings that give it as few words as it can have, and with as many.
+# Each set with settings for which it supports the fewest methods, and the most.
 FEWEST_AND_MOST = {
     "Affine": [sets.Affine(torch.eye(2, 6), 0.5)],
     "BoundedBall": [sets.BoundedBall(sets.L2Ball(1.0), 0.0, None)],
@@ -82,22 +82,22 @@ def batch_for(constraint):
     return x.view(4, 3, 2) if isinstance(constraint, matrices) else x
 
 
-def has_word(constraint, word):
-    """Whether the word gives a right answer; if it does not, it has to raise a ValueError."""
+def has_method(constraint, method):
+    """Whether the set supports the method; if not, the method has to raise a ValueError."""
     x = batch_for(constraint)
     given = x.clone()
     try:
-        found = getattr(constraint, word)(given)
+        found = getattr(constraint, method)(given)
     except ValueError as error:
-        assert f"`{word}`" in str(error)
-        assert torch.equal(given, x), "a word that does not exist has written"
+        assert f"`{method}`" in str(error)
+        assert torch.equal(given, x), "a method that is not supported wrote to its argument"
         return False
-    if word == "violation":
+    if method == "violation":
         assert found.shape == (4,)
         assert (found >= 0).all()
     else:
         assert found.shape == x.shape
-        assert (found is given) == word.endswith("_")
+        assert (found is given) == method.endswith("_")
         assert (constraint.violation(found) == 0).all()
     return True
 
@@ -113,11 +113,11 @@ def test_each_set_has_a_row_an_example_and_a_section():
     assert all(type(s).__name__ == name for name, made in FEWEST_AND_MOST.items() for s in made)
 
 
-@pytest.mark.parametrize("column", [*WORDS, "convex"])
+@pytest.mark.parametrize("column", [*METHODS, "convex"])
 @pytest.mark.parametrize("name", SETS)
 def test_cell(name, column):
     found = [
-        constraint.convex if column == "convex" else has_word(constraint, column)
+        constraint.convex if column == "convex" else has_method(constraint, column)
         for constraint in FEWEST_AND_MOST[name]
     ]
     mark = {(True,): ALWAYS, (False,): NEVER}.get(tuple(sorted(set(found))), SOMETIMES)
@@ -127,5 +127,5 @@ def test_cell(name, column):
 @pytest.mark.parametrize("name", SETS)
 def test_lmo_and_samples_are_for_bounded_sets(name):
     for constraint in FEWEST_AND_MOST[name]:
-        assert has_word(constraint, "sample_") == constraint.bounded
-        assert constraint.bounded or not has_word(constraint, "lmo")
+        assert has_method(constraint, "sample_") == constraint.bounded
+        assert constraint.bounded or not has_method(constraint, "lmo")

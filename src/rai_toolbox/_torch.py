@@ -9,57 +9,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.optim.optimizer import (
-    _get_value,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-    _use_grad_for_differentiable,
-)
-
-__all__ = [
-    "BATCH_NORMS",
-    "Muon",
-    "compile_apart",
-    "foreach_add_",
-    "foreach_clamp_max_",
-    "foreach_clamp_min_",
-    "foreach_mul_",
-    "get_value",
-    "graph_break",
-    "graph_breaks",
-    "has_global_step_hooks",
-    "in_function_transform",
-    "is_of_compiler",
-    "is_restart",
-    "lookup_backend",
-    "not_compiled",
-    "set_grad_dtype",
-    "share_memory",
-    "tree_leaves",
-    "use_grad_for_differentiable",
-]
+from torch.optim import optimizer as torch_optimizer
 
 # Optimizers
 
-use_grad_for_differentiable = _use_grad_for_differentiable
+use_grad_for_differentiable: Callable[..., Any] = getattr(
+    torch_optimizer, "_use_grad_for_differentiable", torch.no_grad()
+)
 """Decorator of `step`: grad mode is on in it only if the optimizer is differentiable."""
 
-get_value: Callable[[Tensor], Any] = _get_value
-"""A number of a tensor; the tensor itself while torch.compile traces."""
+
+def get_value(tensor: Tensor) -> Any:
+    """The number in a tensor; the tensor itself while torch.compile traces."""
+    return tensor if torch.compiler.is_compiling() else tensor.item()
+
 
 Muon: type | None = getattr(torch.optim, "Muon", None)  # from torch 2.9 on
 
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
-"""Base class of all batch and instance normalizations."""
+NORMALIZATIONS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # the base class of batch and instance normalizations
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
 
 
 def has_global_step_hooks() -> bool:
-    """Whether somebody hooks the steps of all optimizers."""
-    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    """Whether hooks are registered for the steps of all optimizers."""
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    return any(getattr(torch_optimizer, name, None) for name in names)
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a class's `step`, to which torch adds the hooks of steps."""
+    while getattr(step, "hooked", False):  # dynamo may have wrapped it again, with its attributes
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
+
+
+def without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that `use_grad_for_differentiable` has decorated, or `step` itself.
+
+    The decorator breaks the graphs of torch.compile.
+    """
+    decorated = getattr(step, "__code__", None) is use_grad_for_differentiable(graph_break).__code__
+    return step.__wrapped__ if decorated else step  # type: ignore[attr-defined]
+
+
+def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:
+    """Whether an optimizer's own `step` is what a learning rate scheduler has put there."""
+    return getattr(step, "_wrapped_by_lr_sched", False)
+
+
+def mark_stepped(optimizer: Any) -> None:
+    """Tell learning rate schedulers that the optimizer has made a step."""
+    optimizer._opt_called = True
 
 
 def set_grad_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
-    """Let a tensor have gradients of another dtype; torch 2.6 and older check no dtype."""
+    """Allow a tensor gradients of another dtype; torch 2.6 allows any."""
     if hasattr(tensor, "grad_dtype"):
         tensor.grad_dtype = dtype
 
@@ -79,15 +87,6 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     if is_alias_of is not None:
         return bool(is_alias_of(a, b))
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def tree_leaves(tree: Any) -> list[Any]:
-    """What is in nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, (list, tuple)):
-        return [leaf for each in tree for leaf in tree_leaves(each)]
-    return [tree]
 
 
 # Tracing and function transforms
@@ -122,26 +121,12 @@ def lookup_backend(name: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def graph_breaks() -> dict[str, int]:
-    """How often torch.compile has broken a graph, by reason."""
+    """How often torch.compile has broken a graph, by reason; calls of `graph_break` left out."""
     from torch._dynamo.utils import counters  # slow to import
 
-    return dict(counters["graph_break"])
-
-
-def is_restart(error: Exception) -> bool:
-    """Whether an exception is how dynamo starts a capture again."""
-    from torch._dynamo.exc import RestartAnalysis  # slow to import
-
-    return isinstance(error, RestartAnalysis)
-
-
-def is_of_compiler(error: Exception) -> bool:
-    """Whether an exception comes from torch's compiler, not from what it was to compile."""
-    from torch._dynamo.exc import TorchDynamoException  # slow to import
-
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    inside = module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
-    return inside or isinstance(error, TorchDynamoException)
+    intended = ("User-inserted graph break", "skip function graph_break")  # (2.6 says the second)
+    return {
+        reason: count
+        for reason, count in counters["graph_break"].items()
+        if not any(words in reason for words in intended)
+    }

@@ -1,4 +1,4 @@
-"""How operators in place get on with autograd, for which a step may have to be differentiable."""
+"""Keeping in-place operators differentiable, for differentiable steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def readable(x: Tensor) -> Tensor:
-    """`x`, or a copy where autograd will keep what is read of it and `x` is to be written to."""
+    """`x`, or a copy of it if autograd will keep what is computed from `x` before a write to it."""
     return x.clone() if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def below_autograd() -> AbstractContextManager[object]:
-    """Spare writes in place the dispatch to autograd, where nothing is to be differentiated.
+    """A context in which in-place writes skip the dispatch to autograd, if grad mode is off.
 
-    It costs a third of an operator on a small tensor, also under `no_grad`. Tensors written to
-    stay normal tensors, and their version counters still count.
+    The dispatch costs a third of an operator on a small tensor, also under `no_grad`. Tensors
+    written to stay normal tensors, and their version counters still count.
     """
     return nullcontext() if torch.is_grad_enabled() else torch.inference_mode()
 

@@ -1,4 +1,4 @@
-"""How a tensor is seen by constraints and transforms: as a batch of N sub-tensors."""
+"""Views of tensors as batches of N sub-tensors."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def sub_ndim(ndim: int, param_ndim: int | None) -> int:
 
 
 def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]:
-    """Shape `(N, d0, ...)` in which a tensor of shape `shape` is seen; at least 2-D."""
+    """Shape `(N, d0, ...)` of the batch view of a tensor; at least 2-D."""
     k = sub_ndim(len(shape), param_ndim)
     split = len(shape) - k
     return (prod(shape[:split]), *(shape[split:] or (1,)))
 
 
 def view_or_copy(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
-    """`tensor` in another shape, and whether that took a copy (strides that no view fits)."""
+    """`tensor` in another shape, and whether it is a copy, as its strides allow no view."""
     if tuple(tensor.shape) == tuple(shape):
         return tensor, False
     try:
@@ -54,7 +54,7 @@ def view_or_copy(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
 
 
 def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
-    """See a tensor as a stack of N sub-tensors with `param_ndim` dims each.
+    """View a tensor as a stack of N sub-tensors with `param_ndim` dims each.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def to_batch(tensor: Tensor, param_ndim: int | None) -> Tensor:
     param_ndim : int or None
         ``k > 0``: the last k dims are the sub-tensor, all dims before them are flattened to N.
         ``0``: each element is a sub-tensor. ``k < 0``: `tensor.ndim + k` dims, so -1 means all
-        but the first. ``None``: the whole tensor is the one sub-tensor.
+        but the first. ``None``: the whole tensor is one sub-tensor.
 
     Returns
     -------

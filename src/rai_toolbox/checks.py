@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def as_plain(value: Any) -> Any:
-    """A number of another library as Python's own: checkpoints hold plain data and tensors only."""
+    """Convert a number of another library to Python's own: checkpoints hold only plain data."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return value
     if isinstance(value, Integral) and abs(int(value)) < 2**63:
@@ -50,6 +50,20 @@ def check_non_negative(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be >= 0, got {value!r}")
 
 
+def check_positive(name: str, value: object) -> float:
+    """Return `value` if it is a finite number > 0."""
+    number = check_finite(name, value)
+    if number == 0:
+        raise ValueError(f"`{name}` must be > 0, got {value!r}")
+    return number
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
+
+
 def check_fraction(name: str, value: object) -> None:
     """Raise unless `value` is a number in [0, 1]."""
     if not 0 <= check_number(name, value) <= 1:
@@ -83,7 +97,8 @@ def check_bounds(lower_name: str, lower: object, upper_name: str, upper: object)
 def check_setting(name: str, value: object, least: float = -inf, finite: bool = True) -> None:
     """Raise unless `value` is a number or a real tensor, not NaN, >= `least`, and finite if asked.
 
-    A tensor's values are read, which waits for its device: settings are checked when they are made.
+    Reads the values of a tensor, which synchronizes with the host; settings are checked once, when
+    they are created.
     """
     if not isinstance(value, Tensor):
         number = check_number(name, value)
@@ -109,22 +124,26 @@ def check_order(lower_name: str, lower: object, upper_name: str, upper: object) 
         return
     low, high = torch.as_tensor(lower), torch.as_tensor(upper)
     try:
-        right = low <= high
+        valid = low <= high
     except RuntimeError:
         raise ValueError(
             f"`{lower_name}` and `{upper_name}` must broadcast against each other, got shapes "
             f"{tuple(low.shape)} and {tuple(high.shape)}"
         ) from None
-    if not bool(right.all()):
-        at = tuple((~right).nonzero()[0].tolist())
-        found = [bound.expand(right.shape)[at].item() for bound in (low, high)]
+    if not bool(valid.all()):
+        at = _first_invalid(valid)
+        found = [bound.expand(valid.shape)[at].item() for bound in (low, high)]
         raise ValueError(
             f"`{lower_name}` must be <= `{upper_name}`, got {lower_name}={found[0]!r} and "
             f"{upper_name}={found[1]!r} at {at}"
         )
 
 
-def _check_all(name: str, value: Tensor, right: Tensor, rule: str) -> None:
-    if not bool(right.all()):
-        at = tuple((~right).nonzero()[0].tolist())
+def _check_all(name: str, value: Tensor, valid: Tensor, rule: str) -> None:
+    if not bool(valid.all()):
+        at = _first_invalid(valid)
         raise ValueError(f"`{name}` must {rule}, got {value[at].item()!r} at {at}")
+
+
+def _first_invalid(valid: Tensor) -> tuple[int, ...]:
+    return tuple((~valid).nonzero()[0].tolist())

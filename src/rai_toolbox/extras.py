@@ -1,4 +1,4 @@
-"""Packages that make some things possible or pleasant, and that not every user has installed."""
+"""Optional packages: import errors that name the extra to install, and progress bars."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Bar", "MissingExtra", "progress", "require"]
 
 
 class MissingExtra(Exception):
-    """A package is needed that comes with an extra of this one; the message names both."""
+    """A package is missing; the message names it and the extra that installs it."""
 
 
 def require(module: str, extra: str) -> Any:
-    """Import `module`, or say which `extra` brings it."""
+    """Import `module`, or raise an error that names the `extra` that installs it."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -27,10 +27,10 @@ def require(module: str, extra: str) -> Any:
 
 
 class Bar(Protocol):
-    """What the work reports to."""
+    """A progress bar."""
 
     def update(self, n: float = 1) -> object:
-        """`n` more units are done."""
+        """Count `n` more units as done."""
 
 
 class _Silent:
@@ -40,9 +40,9 @@ class _Silent:
 
 @contextmanager
 def progress(title: str, total: int, shown: bool = True) -> Iterator[Bar]:
-    """A progress bar on stderr if tqdm is there, else one line that says what is being done.
+    """A progress bar on stderr if tqdm is installed, else one line with the title.
 
-    A total of 0 stands for one that is not known.
+    A total of 0 means that it is not known.
     """
     if not shown:
         yield _Silent()
@@ -53,7 +53,7 @@ def progress(title: str, total: int, shown: bool = True) -> Iterator[Bar]:
         sys.stderr.write(f"{title} ...\n")
         yield _Silent()
         return
-    # in a log, where a bar cannot move, a line now and then is enough
-    often = 0.1 if sys.stderr.isatty() else 5.0
-    with tqdm(total=total or None, desc=title, mininterval=often, file=sys.stderr) as bar:
+    # (in a log file each update is a new line)
+    interval = 0.1 if sys.stderr.isatty() else 5.0
+    with tqdm(total=total or None, desc=title, mininterval=interval, file=sys.stderr) as bar:
         yield bar

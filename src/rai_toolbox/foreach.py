@@ -23,9 +23,9 @@ def are_plain(tensors: list[Tensor]) -> bool:
 
 
 def together(tensors: list[Tensor]) -> bool:
-    """Whether to use a foreach operator: for one tensor its own takes a tenth of the time.
+    """Whether to use a foreach operator: for one tensor the plain one takes a tenth of the time.
 
-    Not so in half precision, where torch rounds a number to the dtype in the one, not in the other.
+    In half precision both must be the same one, as only one of them rounds numbers to the dtype.
     """
     alone = len(tensors) == 1 and tensors[0].dtype in (torch.float32, torch.float64)
     return not alone and are_plain(tensors)
@@ -47,7 +47,7 @@ def mul_(tensors: list[Tensor], factor: float) -> None:
 
 
 def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
-    """Multiply every tensor by the factor of its own, in place."""
+    """Multiply every tensor by its factor, in place."""
     if together(tensors):
         with below_autograd():
             foreach_mul_(tensors, factors)

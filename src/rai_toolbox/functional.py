@@ -1,4 +1,4 @@
-"""Small functions that make functions."""
+"""Higher-order functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ _T = TypeVar("_T")
 def negate(fn: Callable[..., _T]) -> Callable[..., _T]:
     """Return the function that evaluates `fn` and flips the sign of its result.
 
-    ``negate(f)(x) = -f(x)``: a loss to be minimized becomes an objective to be maximized, and
-    the other way round.
+    ``negate(f)(x) = -f(x)``: a loss to minimize becomes an objective to maximize, and vice versa.
 
     Parameters
     ----------
@@ -26,7 +25,7 @@ def negate(fn: Callable[..., _T]) -> Callable[..., _T]:
     Returns
     -------
     Callable[..., T]
-        Takes the arguments of `fn`; gives `-fn(*args, **kwargs)`, of the same shape.
+        Takes the arguments of `fn` and returns `-fn(*args, **kwargs)`.
 
     Raises
     ------
@@ -43,7 +42,7 @@ def negate(fn: Callable[..., _T]) -> Callable[..., _T]:
     if not callable(fn):
         raise TypeError(f"`fn` must be callable, got {fn!r}")
 
-    # `updated=()`: a copy of a module's `__dict__` (its parameters, its mode) would go stale.
+    # `updated=()`: no copy of a module's `__dict__`, which would not follow its changes.
     @functools.wraps(fn, updated=())
     def negated(*args: Any, **kwargs: Any) -> _T:
         return -fn(*args, **kwargs)  # type: ignore[operator, no-any-return]

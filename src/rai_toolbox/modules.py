@@ -1,4 +1,4 @@
-"""Switches that go back to where they were: `requires_grad` of tensors, `training` of modules."""
+"""Temporary changes, restored exactly: frozen parameters, and modules in eval mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 
 def _holders(item: Freezable) -> Iterator[_Holder]:
-    """The tensors, modules and optimizers in `item`; one-shot iterators are used up."""
+    """The tensors, modules and optimizers in `item`; iterators are consumed."""
     if isinstance(item, (Tensor, nn.Module, Optimizer)):
         yield item
     elif isinstance(item, Mapping) and "params" in item:
@@ -49,7 +49,7 @@ def _tensors(holder: _Holder) -> Iterator[Tensor]:
 
 
 def freeze(*items: Freezable) -> Callable[[], None]:
-    """Switch `requires_grad` off for all tensors in `items`; return the function that undoes it.
+    """Set `requires_grad` to False for all tensors in `items`; return the function that undoes it.
 
     Parameters
     ----------
@@ -61,8 +61,7 @@ def freeze(*items: Freezable) -> Callable[[], None]:
     Returns
     -------
     Callable[[], None]
-        `restore`: gives each tensor the `requires_grad` that it had before; a tensor that was
-        frozen already stays frozen.
+        `restore`: sets `requires_grad` of each tensor to its value before, which may be False.
 
     Raises
     ------
@@ -95,7 +94,7 @@ def freeze(*items: Freezable) -> Callable[[], None]:
 
     def restore() -> None:
         for tensor, flag in zip(tensors, before, strict=True):
-            # In-place use with other tensors can have made it a result: it keeps its graph then.
+            # (in-place operators may have made it a non-leaf tensor)
             if tensor.is_leaf:
                 tensor.requires_grad_(flag)
 
@@ -105,10 +104,9 @@ def freeze(*items: Freezable) -> Callable[[], None]:
 
 
 class _Switch(ContextDecorator):
-    """Base of our context managers: `_switch` changes something and returns how to undo it.
+    """Base class of the context managers: `_switch` changes something and returns how to undo it.
 
-    A stack of undo functions makes one object usable again and again, also inside itself, both in
-    `with` and as a decorator (recursive functions).
+    A stack of undo functions lets one object be entered many times, also recursively.
     """
 
     def __init__(self) -> None:
@@ -124,7 +122,7 @@ class _Switch(ContextDecorator):
         self._undo.pop()()
 
     def __call__(self, func: _Fn) -> _Fn:
-        # Calling one of these only makes the generator or coroutine: its body would run unswitched.
+        # A call of one of these only creates the generator or coroutine: its body runs later.
         if (
             inspect.isgeneratorfunction(func)
             or inspect.iscoroutinefunction(func)
@@ -138,10 +136,10 @@ class _Switch(ContextDecorator):
 
 
 class frozen(_Switch):
-    """Context manager and decorator: `requires_grad` is off inside and restored exactly on leaving.
+    """Context manager and decorator: `requires_grad` is False inside, and restored on exit.
 
-    See `freeze` for `items`. The tensors of modules and optimizers are looked up anew at each
-    entry; iterables are read once, when `frozen` is made, so a generator is fine for a decorator.
+    See `freeze` for `items`. The tensors of modules and optimizers are looked up at each entry;
+    iterables are read once, when `frozen` is created.
 
     Parameters
     ----------
@@ -176,11 +174,11 @@ class frozen(_Switch):
 
 
 class evaluating(_Switch):
-    """Context manager and decorator: eval mode inside, each submodule's own mode back after it.
+    """Context manager and decorator: modules are in eval mode inside, and restored on exit.
 
-    Entering calls `module.eval()`. Leaving sets the `training` flag of each submodule to what it
-    was, so a batch norm kept in eval mode within a model in training stays in eval mode; `train`
-    is not called then, whatever a module has made of it.
+    Entry calls `module.eval()`. Exit restores the `training` flag of each submodule, so that a
+    batch norm in eval mode within a model in training mode stays in eval mode. It does not call
+    `train`, which a module may have overridden.
 
     Parameters
     ----------

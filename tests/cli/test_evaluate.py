@@ -13,7 +13,7 @@ from torch import nn
 
 from rai_toolbox.cli import main
 from rai_toolbox.constraints import L2Ball, LinfBall
-from rai_toolbox.perturbations.report import RobustnessReport
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 
 NETS = '''
 import json
@@ -164,7 +164,9 @@ def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "attack", cheat)
     assert main(run()) == 1
-    assert "30 of 30 data (100.0%) are outside the data range, by up to" in capsys.readouterr().err
+    assert (
+        "30 of 30 examples (100.0%) are outside the data range, by up to" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -238,7 +240,7 @@ def misshapen(path):
         ({"model": "nets"}, "--model must be module:name, got 'nets'"),
         ({"model": "nots:net"}, "--model: there is no module 'nots', got 'nots:net'"),
         ({"model": "nets:not"}, "--model: 'nets' has no 'not', got 'nets:not'"),
-        ({"model": "nets:NUMBER"}, "--model must name a callable, got int at 'nets:NUMBER'"),
+        ({"model": "nets:NUMBER"}, "--model must give a model, got int from 'nets:NUMBER'"),
         ({"model": "nets:data"}, "--model must give a model, got tuple from 'nets:data'"),
         ({"data": "data.txt"}, "--data must be an .npz file or module:name, got 'data.txt'"),
         ({"data": "none.npz"}, "No such file or directory: 'none.npz'"),
@@ -246,7 +248,7 @@ def misshapen(path):
         ({"data": "pickled.npz"}, "without pickled objects, got pickled.npz: Object arrays"),
         ({"data": "text.npz"}, "must be an .npz file of numbers, without pickled objects, got"),
         ({"data": "plain.npz"}, "must be an .npz file of numbers, without pickled objects, got"),
-        ({"data": "misshapen.npz"}, "one target per datum, got 3 data and 2 targets"),
+        ({"data": "misshapen.npz"}, "one target per example, got 3 examples and 2 targets"),
         ({"data": "nets:NUMBER"}, "--data must give (data, target), a Dataset or batches, got int"),
         ({"data": "nets:batches", "limit": "3"}, "--limit and --divide-by need tensors"),
         ({"weights": "none.pt"}, "No such file or directory: 'none.pt'"),
@@ -256,8 +258,11 @@ def misshapen(path):
         ({"device": "cuda:99"}, "--device must be one that is there, got 'cuda:99': "),
         ({"device": "toaster"}, "--device must be one that is there, got 'toaster': "),
         ({"range": "1 0"}, "--range must be LOWER < UPPER, got 1 0"),
-        ({"range": "0 0.5"}, "`data` must be finite and within `data_range`, [0.0, 0.5], got"),
-        ({"data": "bytes.npz"}, "`data` must be floating-point, such as images / 255"),
+        ({"range": "0 0.5"}, "`data` must be within `data_range`, [0, 0.5], got"),
+        (
+            {"data": "bytes.npz"},
+            "`data` must be of a floating-point dtype (images of bytes: `data.float() / 255`)",
+        ),
         ({"data": "high.npz"}, "`target` must hold classes from 0 to 2, got 3"),
     ],
 )

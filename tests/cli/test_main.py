@@ -64,7 +64,8 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    command = cli.COMMANDS["demo"]._replace(run=interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "demo", command)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "rai-toolbox: interrupted\n"
 

@@ -1,4 +1,4 @@
-"""The linear reader with weights in L1 balls: what the demo says of it is what it is."""
+"""The linear classifier with weights in L1 balls: the demo reports what it is."""
 
 import json
 from functools import partial
@@ -83,7 +83,7 @@ def test_the_violation_is_measured_not_assumed(digits, monkeypatch):
     fits = sparse.fit_each(digits, steps=3, radius=RADIUS)
     report = sparse.to_report(fits, RADIUS, digits)
     assert min(fit.violation for fit in fits.values()) > 1
-    assert [line.split()[:5] for line in sparse.broken(report)] == [
+    assert [line.split()[:5] for line in sparse.failures(report)] == [
         ["the", "weights", "of", "the", name] for name in sparse.MAPPINGS
     ]
 
@@ -107,7 +107,7 @@ def test_the_report_is_plain_data_and_says_what_was_done(report):
         "lr_decay": 0.01,
         "small": 0.01,
     }
-    assert sparse.broken(report) == []
+    assert sparse.failures(report) == []
     table = sparse.summary(report).splitlines()
     assert table[0].split() == ["L1", "ball,", "radius", "0.5", "default", "plain"]
     assert table[-1].split() == ["largest", "violation", "0", "0"]

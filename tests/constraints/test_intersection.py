@@ -7,11 +7,10 @@ import torch
 from optim.memory_layouts import LAYOUTS, equal_bits
 from scipy.optimize import minimize
 
-from rai_toolbox.constraints.affine import Affine
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, NonNegative
 from rai_toolbox.constraints.intersection import Intersection
-from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
+from rai_toolbox.constraints.linear import Affine, HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -53,10 +52,11 @@ def test_feasible_idempotent_and_one_by_one(constraint, dtype, scale):
     y = constraint.project(x)
     assert (constraint.violation(y) == 0).all()
     assert equal_bits(constraint.project(y), y)
-    for i in range(3):
-        assert equal_bits(constraint.project(x[i : i + 1]), y[i : i + 1])
-    for layout in LAYOUTS.values():
-        assert equal_bits(constraint.project_(layout(x)), y)
+    allowed = 2 * torch.finfo(dtype).eps * y.double().abs()
+    allowed += 4 * constraint.tolerance * x.double().abs().amax((1, 2), keepdim=True)
+    alone = torch.cat([constraint.project(row) for row in x.split(1)])
+    for other in (alone, *(constraint.project_(layout(x)) for layout in LAYOUTS.values())):
+        assert ((other - y).double().abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 30.0, 1e3])
@@ -68,7 +68,7 @@ def test_closed_forms(scale):
     torch.testing.assert_close(SIMPLEX.project(x), of_simplex(x), **close)
 
 
-@pytest.mark.parametrize("angle", [1.0, 0.1, 0.03])
+@pytest.mark.parametrize("angle", [1.0, 0.1, pytest.param(0.03, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_sharp_angle(angle, offset):
     """Two half-spaces whose corner plain cycles approach at a rate of cos(2 angle)^2."""
@@ -134,7 +134,11 @@ def test_last_box_holds_exactly():
     assert ((y >= 0) & (y <= torch.tensor(0.3))).all()
 
 
-@pytest.mark.parametrize("constraint", [BIRKHOFF, SIMPLEX], ids=["birkhoff", "simplex"])
+@pytest.mark.parametrize(
+    "constraint",
+    [BIRKHOFF, pytest.param(SIMPLEX, marks=pytest.mark.slow)],
+    ids=["birkhoff", "simplex"],
+)
 def test_derivative(constraint):
     x = torch.tensor([[0.9, 0.35, 0.2, 0.4], [2.0, -1.0, 0.1, 0.3]], dtype=torch.float64)
     assert torch.autograd.gradcheck(constraint.project, x.requires_grad_(), atol=1e-6)

@@ -266,7 +266,9 @@ def test_one_by_one_and_in_any_layout_alike(increasing, shape, layout):
 
 @in_forward_mode
 @either_way
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 13))]
+)
 def test_derivatives(size, increasing):
     x = random((4, size)).requires_grad_()
     project = Monotone(increasing).project

@@ -6,10 +6,9 @@ import pytest
 import torch
 from optim.memory_layouts import LAYOUTS, equal_bits
 
-from rai_toolbox.constraints.affine import Affine
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, NonNegative
-from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
+from rai_toolbox.constraints.linear import Affine, HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -58,6 +58,7 @@ def test_misleading_slopes(reading):
         assert (found.nextafter(sought) == sought).all()
 
 
+@pytest.mark.slow
 def test_piecewise_linear_functions_settle_soon(reading):
     kinks = torch.randn(50, 200, dtype=torch.float64)
     calls = []

@@ -207,17 +207,26 @@ def test_samples_of_stiefel_are_uniform():
 @for_each_set
 def test_batched_is_one_by_one_in_any_layout(constraint, shape, dtype):
     x = batch_for(constraint, shape, dtype)
-    words = [constraint.project, constraint.violation]
-    words += [constraint.lmo] if constraint.bounded else []
-    for word in words:
-        whole = word(x)
-        assert equal_bits(torch.cat([word(row) for row in x.split(1)]), whole)
-        assert equal_bits(word(x.mT.contiguous().mT), whole)
-        deep = word(x.view(6, 2, *x.shape[1:]))
-        if word == constraint.violation:
-            assert torch.equal(deep, whole.view(6, 2).amax(1))
+    wide = x.double().flatten(1)
+    allowed = (16 * torch.finfo(dtype).eps + 1e-13) * (wide.norm(dim=1) + 1)
+    measures = {  # points that are equally near, or equally low, may differ
+        constraint.project: lambda y: (y.double().flatten(1) - wide).norm(dim=1),
+        constraint.violation: lambda y: y,
+    }
+    if constraint.bounded:
+        measures[constraint.lmo] = lambda y: (y.double().flatten(1) * wide).sum(1)
+    for method, measured in measures.items():
+        whole = measured(method(x))
+        for other in (
+            torch.cat([method(row) for row in x.split(1)]),
+            method(x.mT.contiguous().mT),
+        ):
+            assert ((measured(other) - whole).abs() <= allowed).all()
+        deep = method(x.view(6, 2, *x.shape[1:]))
+        if method == constraint.violation:
+            assert ((deep - whole.view(6, 2).amax(1)).abs() <= allowed.view(6, 2).amax(1)).all()
         else:
-            assert equal_bits(deep.view(x.shape), whole)
+            assert ((measured(deep.reshape(x.shape)) - whole).abs() <= allowed).all()
 
 
 @for_each_ball

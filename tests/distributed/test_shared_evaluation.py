@@ -16,7 +16,7 @@ from torch import nn
 
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations import attack, evaluate_robustness
-from rai_toolbox.perturbations.report import RobustnessWarning
+from rai_toolbox.perturbations.evaluation.report import RobustnessWarning
 
 BALLS = [LinfBall(0.05), LinfBall(0.2), L2Ball(0.3)]
 

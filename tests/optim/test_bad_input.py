@@ -513,7 +513,11 @@ def test_a_generator_is_one(cls, generator):
 
 _x, _y = (tensor for _, tensor in tensors("x", (2, 2), (2, 2)))
 BAD_PARAMS = {  # with the words that there must be
-    "tensor": (_x, TypeError, ("params",)),
+    "tensor": (  # torch's own words
+        _x,
+        TypeError,
+        ("params argument given to the optimizer should be an iterable of Tensors or dicts",),
+    ),
     "None": (None, TypeError, ("params", "None")),
     "number": (5, TypeError, ("params", "5")),
     "module": (torch.nn.Linear(1, 1), TypeError, ("params", "Linear")),

@@ -296,6 +296,32 @@ def test_settings_of_the_users_classes():
     assert x[0].item() == 32 - 65.25 - 1.25
 
 
+class Counted(ParamTransformingOptimizer):
+    """A user's: it writes to its group, and looks at what an optimizer has."""
+
+    def __init__(self, params=None, InnerOpt=SGD, *, defaults=None, **kw):
+        super().__init__(params, InnerOpt, defaults={"calls": 0, **(defaults or {})}, **kw)
+
+    def _pre_step_transform_(self, param, optim_group):
+        optim_group["calls"] += 1
+        self.found = (self.state, self.param_groups, optim_group["grad_scale"])
+
+
+def test_a_hook_of_a_member_has_a_group_to_write_to_and_the_inner_optimizer():
+    x, group = _one()
+    inner = partial(Chain, Counted, partial(Counted, grad_scale=4.0))
+    opt = Chain(Counted, inner, params=[group], InnerOpt=Adam, grad_scale=2.0)
+    for step in range(1, 3):
+        opt.step()
+        names = {k: v for k, v in opt.param_groups[0].items() if k.endswith("calls")}
+        assert names == {"0.calls": step, "1.0.calls": step, "1.1.calls": step}
+    assert x.grad.tolist() == [64.0 * 8**2] * 2
+    found = [hook.owner.found for hook in opt._before if hasattr(hook, "owner")]
+    assert [scale for *_, scale in found] == [1.0, 1.0, 4.0]
+    assert all(state is opt.state and groups is opt.param_groups for state, groups, _ in found)
+    assert not any(vars(hook.owner).get("inner_opt") for hook in opt._before[:2])
+
+
 # --- nested chains --------------------------------------------------------------------------------
 
 # Each sets every entry, or none, of large gradients and parameters: none may stand for another.

@@ -10,11 +10,17 @@ import torch
 import torch._dynamo
 from every_class import CASES
 from tiers import slow_but
-from torch.optim import LBFGS, SGD, Adafactor, Adam, lr_scheduler
+from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Optimizer, lr_scheduler
 from torch_versions import compiles
 
-from rai_toolbox.constraints import L1Ball, L2Ball
-from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
+from rai_toolbox.constraints import BoxSection, L2Ball, Masked
+from rai_toolbox.optim import (
+    ClampedParameterOptimizer,
+    L2ProjectedOptim,
+    ProjectedOptimizer,
+    SettingScheduler,
+    TopQGradientOptimizer,
+)
 from rai_toolbox.optim.compile import compiled
 
 pytestmark = compiles
@@ -106,26 +112,6 @@ def test_a_changed_number_is_used_and_compiles_nothing_again(make, change):
         optimizer.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_l1_balls_take_few_operators_for_each_tensor():
-    """The graph must not grow by a whole search for each tensor, for minutes of compiling."""
-
-    def operators(count):
-        generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(3, 4, generator=generator).requires_grad_() for _ in range(count)]
-        seen = []
-
-        def backend(module, inputs):
-            seen.append(sum(node.op.startswith("call") for node in module.graph.nodes))
-            return module.forward
-
-        optimizer = ProjectedOptimizer(params, lr=0.1, constraint=L1Ball(1.0))
-        run(optimizer, compiled(optimizer, backend=backend), steps=2)
-        (number,) = seen
-        return number
-
-    assert operators(8) - operators(4) <= 4 * 15
 
 
 def test_a_new_graph_would_be_counted():
@@ -309,3 +295,314 @@ def test_a_scheduler_that_comes_later_sees_the_steps():
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer, got 3"):
         compiled(3)
+
+
+# --- each graph is checked once -------------------------------------------------------------------
+
+
+def without_writes(skipped):
+    """A backend that leaves out some of the graph's operators in place."""
+
+    def backend(module, inputs):
+        for node in list(module.graph.nodes):
+            if node.op == "call_method" and node.target == skipped:
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+        module.recompile()
+        return module.forward
+
+    return backend
+
+
+def same_as_eager(make, step_of, steps=4, change=lambda optimizer, k: None):
+    """Check that compiled steps end where eager ones do; return the compiled step."""
+    optimizers = make(), make()
+    steps_of = step_of(optimizers[0]), optimizers[1].step
+    for optimizer, step in zip(optimizers, steps_of, strict=True):
+        run(optimizer, step, steps=1)
+        for k in range(1, steps):
+            change(optimizer, k)
+            run(optimizer, step, steps=1)
+    groups = zip(*(optimizer.param_groups for optimizer in optimizers), strict=True)
+    for ours, theirs in groups:
+        for a, b in zip(ours["params"], theirs["params"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        names = ours.keys() - {"params"}
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+    return steps_of[0]
+
+
+@pytest.mark.parametrize(
+    "backend", [without_writes("clamp_"), lambda module, inputs: lambda *inputs: ()]
+)
+def test_a_backend_that_leaves_something_out_is_found_out(backend):
+    def make():
+        return ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.1)
+
+    match = "stays eager: compiled and eager steps differ in parameter 0"
+    with pytest.warns(UserWarning, match=match) as found:
+        same_as_eager(make, lambda o: compiled(o, backend=backend))
+    assert len(found) == 1
+
+
+class HeavyBall(Optimizer):
+    """``x <- x + (x - last) / 2 - lr g``: the last point and the new one change places."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "last" not in self.state[param]:
+                    self.state[param]["last"] = param.clone()
+                last = self.state[param]["last"]
+                new = param + 0.5 * (param - last) - group["lr"] * param.grad
+                last.copy_(param)
+                param.copy_(new)
+
+
+def test_inductor_loses_a_copy_and_the_step_stays_eager():
+    # (torch 2.13 drops `last.copy_(param)`; should a later one not, there is no warning)
+    def make():
+        return HeavyBall(parameters(), lr=0.1)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*stays eager: compiled and eager steps differ")
+        same_as_eager(make, compiled)
+
+
+def test_a_graph_made_later_is_checked_too():
+    def make():
+        return ClampedParameterOptimizer(parameters(), lr=0.1, clamp_min=-0.1)
+
+    def two_sided(optimizer, k):
+        optimizer.param_groups[0]["clamp_max"] = 0.1 if k >= 3 else None
+
+    module_of = []
+
+    def backend(module, inputs):
+        module_of.append(module)
+        if len(module_of) == 1:
+            return module.forward
+        return without_writes("clamp_")(module, inputs)
+
+    with pytest.warns(UserWarning, match="compiled and eager steps differ in parameter 0"):
+        same_as_eager(make, lambda o: compiled(o, backend=backend), steps=5, change=two_sided)
+    assert len(module_of) == 2
+
+
+def test_random_numbers_are_drawn_once_in_each_step():
+    generators = []
+
+    def make():
+        generators.append(torch.Generator().manual_seed(3))
+        return TopQGradientOptimizer(
+            parameters(), q=0.5, dq=0.4, generator=generators[-1], param_ndim=None, lr=0.1
+        )
+
+    with pytest.warns(UserWarning, match="stays eager"):
+        same_as_eager(make, lambda o: compiled(o, backend="eager"))
+    ours, theirs = generators
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+class Noisy(SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param.add_(torch.randn_like(param), alpha=0.1)
+
+
+def test_the_global_random_numbers_are_drawn_once_in_each_step():
+    results = []
+    for backend in ("eager", None):
+        optimizer = Noisy(parameters(), lr=0.1)
+        torch.manual_seed(0)
+        run(optimizer, optimizer.step if backend is None else compiled(optimizer, backend=backend))
+        results.append(optimizer.param_groups[0]["params"])
+    assert all(map(torch.equal, *results))
+
+
+# --- what may change between steps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", [SGD, AdamW])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_scheduler_that_was_there_before(inner, wrapped):
+    schedulers = []
+
+    def make():
+        if wrapped:
+            optimizer = ClampedParameterOptimizer(parameters(), inner, lr=0.1, clamp_max=0.5)
+        else:
+            optimizer = inner(parameters(), lr=0.1)
+        schedulers.append((optimizer, lr_scheduler.ExponentialLR(optimizer, 0.5)))
+        return optimizer
+
+    def lower(optimizer, k):
+        for owner, scheduler in schedulers:
+            if owner is optimizer:
+                scheduler.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step = same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), change=lower)
+    assert step.graphs == 1
+
+
+def test_a_group_that_is_added_later():
+    def make():
+        return L2ProjectedOptim(parameters(), epsilon=0.5, lr=0.1)
+
+    def more(optimizer, k):
+        if k == 3:
+            optimizer.add_param_group({"params": [torch.ones(5, 2, requires_grad=True)]})
+
+    step = same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), steps=6, change=more)
+    assert step.graphs == 4  # (two for each)
+
+
+def test_gradients_in_other_strides():
+    optimizer, eager = (
+        ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.5) for _ in range(2)
+    )
+    step = compiled(optimizer, backend="aot_eager")
+    for one, one_step in ((optimizer, step), (eager, eager.step)):
+        for k in range(6):
+            for param in one.param_groups[0]["params"]:
+                grad = torch.ones(3, 4) if k < 3 else torch.ones(4, 3).T
+                param.grad = grad[:, :1].expand(3, 4) if k == 5 else grad
+            one_step()
+    for a, b in zip(*(o.param_groups[0]["params"] for o in (optimizer, eager)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_groups_that_share_a_set_until_one_gets_another():
+    shared = Masked(L2Ball(torch.tensor(1.0)), torch.tensor([True, True, True, False]))
+
+    def make():
+        a, b = parameters()
+        return ProjectedOptimizer([{"params": [a]}, {"params": [b]}], constraint=shared, lr=0.1)
+
+    def smaller(optimizer, k):
+        if k == 2:
+            SettingScheduler(
+                optimizer, "constraint.constraint.epsilon", [None, lambda step: torch.tensor(0.1)]
+            )
+
+    same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=5, change=smaller)
+
+
+def test_groups_that_share_a_set_after_load_state_dict():
+    shared = L2Ball(torch.tensor(1.0))
+    saved = ProjectedOptimizer(
+        [
+            {"params": [p], "constraint": L2Ball(torch.tensor(r))}
+            for p, r in zip(parameters(), (1.0, 0.1), strict=True)
+        ],
+        lr=0.1,
+    ).state_dict()
+
+    def make():
+        a, b = parameters()
+        return ProjectedOptimizer([{"params": [a]}, {"params": [b]}], constraint=shared, lr=0.1)
+
+    def load(optimizer, k):
+        if k == 2:
+            optimizer.load_state_dict(saved)
+
+    same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=5, change=load)
+
+
+@pytest.mark.parametrize("inner", [Adam, AdamW])
+def test_a_learning_rate_of_0_with_rows_that_have_no_gradient_yet(inner):
+    def make():
+        return ClampedParameterOptimizer(parameters(), inner, lr=0.1, clamp_max=0.5)
+
+    def rest(optimizer, k):
+        optimizer.param_groups[0]["lr"] = 0.0 if k in (1, 3) else 0.1
+        for param in optimizer.param_groups[0]["params"]:
+            optimizer.state[param]["exp_avg"][0] = 0
+            optimizer.state[param]["exp_avg_sq"][0] = 0
+
+    same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), change=rest)
+
+
+def test_differentiable_steps_are_eager():
+    optimizer = SGD([torch.ones(2, requires_grad=True).clone()], lr=0.1, differentiable=True)
+    step = compiled(optimizer, backend="eager")
+    (param,) = optimizer.param_groups[0]["params"]
+    param.retain_grad()
+    for _ in range(3):
+        param.grad = torch.ones(2)
+        step()
+    assert step.graphs == 0
+    assert param.tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_every_and_warmup_leave_no_trace_in_the_group():
+    def make():
+        return ProjectedOptimizer(
+            parameters(), Adam, constraint=L2Ball(0.5), every=2, warmup=1, lr=0.1
+        )
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*stays eager")
+        same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), steps=8)
+
+
+def test_hooks_run_once_and_what_they_write_counts():
+    calls = []
+
+    def make():
+        optimizer = ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.5)
+
+        def before(optimizer, args, kwargs):
+            calls.append(optimizer)
+            optimizer.param_groups[0]["lr"] = 0.1 / len([o for o in calls if o is optimizer])
+
+        def after(optimizer, args, kwargs):
+            optimizer.param_groups[0]["clamp_max"] *= 0.9
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        return optimizer
+
+    step = same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), steps=5)
+    assert step.graphs == 1
+    assert len(calls) == 10
+
+
+def test_a_step_that_is_replaced_later_on_the_instance_is_called():
+    optimizer = ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.5)
+    step = compiled(optimizer, backend="eager")
+    run(optimizer, step, steps=3)
+    calls = []
+    optimizer.step = lambda: calls.append(1)
+    run(optimizer, step, steps=2)
+    assert calls == [1, 1]
+
+
+def test_a_step_that_compiles_anew_again_and_again_stays_eager():
+    def make():
+        return ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.5)
+
+    def one_more(optimizer, k):
+        if k > 1:
+            optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+
+    with pytest.warns(UserWarning, match="it had to be compiled 8 times") as found:
+        same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=12, change=one_more)
+    assert len(found) == 1
+
+
+def test_sets_that_take_minutes_to_trace_stay_eager():
+    def make():
+        section = BoxSection(torch.ones(4), 1.0, lower=-1.0, upper=0.8)
+        return ProjectedOptimizer(parameters(), constraint=section, lr=0.1)
+
+    with pytest.warns(UserWarning, match="stays eager: .* BoxSection"):
+        step = same_as_eager(make, lambda o: compiled(o, backend="eager"))
+    assert step.graphs == 0

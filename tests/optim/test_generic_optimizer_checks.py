@@ -224,7 +224,7 @@ def test_each_group_goes_by_its_own_options(wrapper, info, kwargs):
 def test_a_tensor_as_lr_is_as_good_as_a_number(wrapper, info, kwargs):
     if kwargs.get("foreach") and info.optim_cls in (Adam, AdamW):
         return  # refused by torch; among the inputs that err
-    if info.optim_cls is Adadelta and not kwargs.get("foreach") and TORCH < (2, 7):
+    if info.optim_cls is Adadelta and TORCH < (2, 7):
         return  # which took numbers only
     lr = kwargs.get("lr", inspect.signature(info.optim_cls).parameters["lr"].default)
     number = Training.start(wrapper, info, kwargs).steps(2)

@@ -500,7 +500,7 @@ def test_a_group_that_came_later_has_no_schedule():
     opt = L2ProjectedOptim(tensors((2,)), epsilon=4.0)
     scheduler = SettingScheduler(opt, "epsilon", falling)
     opt.add_param_group({"params": tensors((3,))})
-    with pytest.raises(ValueError, match="`values` must be of 2 groups, .* got 1"):
+    with pytest.raises(ValueError, match="`values` must be of 2 groups, got 1"):
         scheduler.step()
     assert scheduler.last_step == 0 and opt.param_groups[0]["epsilon"] == 1.0
 

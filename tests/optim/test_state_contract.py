@@ -25,6 +25,7 @@ from rai_toolbox.optim import (
     TopQGradientOptimizer,
 )
 from rai_toolbox.optim.settings import as_saved
+from rai_toolbox.optim.transforms import TopQ
 
 by_name = pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS.keys())
 by_name_with_inner = pytest.mark.parametrize("make", WITH_INNER.values(), ids=WITH_INNER.keys())
@@ -383,8 +384,10 @@ def seeded(seed):
 
 
 def generators(opt):
-    members = getattr(opt, "_members", [opt])
-    return [member.generator for member in members if hasattr(member, "generator")]
+    """The generators that an optimizer draws from; None stands for torch's own."""
+    found = [t.generator or torch.default_generator for t in opt._before if isinstance(t, TopQ)]
+    assert found
+    return found
 
 
 def stale_states(opt):
@@ -638,17 +641,17 @@ def test_a_wrong_number_of_groups_is_refused_before_anything_is_changed():
 
 def test_bad_settings_of_a_member_are_refused():
     opt = two_draws(tensors(4), seeded(1))
-    generators = [member.generator.get_state() for member in (opt._members[0], opt._members[2])]
+    start = [generator.get_state() for generator in generators(opt)]
     saved = copy.deepcopy(opt.state_dict())
     run(opt, 0, 1)
     before = snapshot(opt)
-    now = [member.generator.get_state() for member in (opt._members[0], opt._members[2])]
-    assert not any(map(torch.equal, generators, now))
+    now = [generator.get_state() for generator in generators(opt)]
+    assert not any(map(torch.equal, start, now))
     saved["param_groups"][0]["2.q"] = 1.5
     with pytest.raises(ValueError, match="q"):
         opt.load_state_dict(saved)
     assert snapshot(opt) == before
-    after = [member.generator.get_state() for member in (opt._members[0], opt._members[2])]
+    after = [generator.get_state() for generator in generators(opt)]
     assert all(map(torch.equal, now, after))
 
 

@@ -565,6 +565,15 @@ def test_zero_grad(make, set_to_none):
         assert p.grad is None if set_to_none else not p.grad.any()
 
 
+def test_zero_grad_shows_in_profiles():
+    opt = ClampedParameterOptimizer(tensors(1), clamp_max=1.0)
+    with torch.autograd.profiler.profile() as profile:
+        opt.zero_grad()
+    (event,) = [e for e in profile.key_averages() if "ClampedParameterOptimizer" in e.key]
+    assert event.key == "Optimizer.zero_grad#ClampedParameterOptimizer.zero_grad"
+    assert event.count == 1
+
+
 def test_zero_grad_of_the_inner_is_honored():
     calls = []
 

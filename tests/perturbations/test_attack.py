@@ -9,11 +9,10 @@ from host_reads import HostReads
 from torch import nn
 from torch.optim import LBFGS, SGD
 
-from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.box import DataSet
-from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning
+from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.losses import (
     cross_entropy,
     dlr_loss,
@@ -21,6 +20,7 @@ from rai_toolbox.perturbations.losses import (
     margin_loss,
     targeted_dlr_loss,
 )
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 
 N, SIZE, CLASSES = 24, (1, 5, 4), 4
 ORDER = {LinfBall: np.inf, L2Ball: 2, L1Ball: 1}
@@ -81,9 +81,11 @@ def test_what_is_returned_is_in_ball_and_box(ball, optimizer, dtype, random_star
 
 @pytest.mark.parametrize("ball", BALLS[:2], ids=repr)
 def test_rounding_alone_would_leave_the_ball(ball):
-    # so that the test above sees what it is to see: data plus delta is outside for some
+    # so that the test above can fail: data plus a delta of the radius is outside for about half
     x = images()
-    delta = type(ball)(ball.epsilon).project(torch.randn(N, *SIZE))
+    delta = torch.randn(N, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    delta *= ball.epsilon / torch.linalg.vector_norm(delta, ORDER[type(ball)], 1, keepdim=True)
+    delta = delta.float().view(N, *SIZE)
     sums = (x + delta).double().flatten(1).numpy() - x.double().flatten(1).numpy()
     assert (np.linalg.norm(sums, ORDER[type(ball)], axis=1) > ball.epsilon).any()
 
@@ -214,11 +216,13 @@ def test_sums_in_linf_balls_need_no_placing(dtype, data_range):
     x = (low + (high - low) * torch.rand(64, 500, generator=draw, dtype=torch.float64)).to(dtype)
     x[:, :9] = torch.tensor([low, high, 0.0, 1e-30, 1e-8, 0.1, 0.9999, 1.0, 0.5]).to(dtype)
     for epsilon in (8 / 255, 0.1, 0.3, 1e-9, 0.0, 7.0):
-        around = DataSet.around(x, LinfBall(epsilon), data_range, None)
+        around = FeasibleSet.around(x, LinfBall(epsilon), data_range, None)
         delta = around.of_perturbations().project(torch.randn(x.shape, generator=draw).to(dtype))
         ends = around.of_perturbations().project(torch.sign(delta) * 1e3)
+        exact = BoundedBall(LinfBall(epsilon, center=x), *data_range)
         for summed in (x + delta, x + ends):
-            assert torch.equal(around.placed(summed), summed)
+            assert torch.equal(exact.project(summed), summed)
+            assert torch.equal(around.project(summed), summed)
 
 
 def test_the_last_call_is_spared_where_nothing_has_moved(problem):
@@ -493,7 +497,7 @@ BAD = {
     "loss of all": (
         {"criterion": nn.CrossEntropyLoss()},
         ValueError,
-        r"`criterion` must give one value for each datum",
+        r"`criterion` must give one value for each example",
     ),
     "no ball": ({"ball": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
     "center": ({"ball": L2Ball(1.0, center=1.0)}, ValueError, "`ball` must have no center"),
@@ -501,7 +505,7 @@ BAD = {
     "epsilons": (
         {"ball": L2Ball(torch.ones(3))},
         ValueError,
-        r"one value for each datum, shape \(24,\), got shape \(3,\)",
+        r"one value for each example, shape \(24,\), got shape \(3,\)",
     ),
     "range": ({"data_range": (1.0, 0.0)}, ValueError, "`lower` must be <= `upper`"),
     "range shape": (
@@ -542,7 +546,7 @@ BAD = {
         ValueError,
         r"`rivals` must give classes .* that are not the targets, got shape \(24, 4\)",
     ),
-    "rivals of a list": ({"rivals": just([[1]] * N)}, TypeError, "`rivals` must give a tensor of"),
+    "rivals of a list": ({"rivals": just([[1]] * N)}, TypeError, "`rivals` must hold classes, "),
     "rivals, none": (
         {"rivals": just(torch.zeros(N, 0).long())},
         ValueError,
@@ -551,7 +555,7 @@ BAD = {
     "rivals of floats": (
         {"rivals": just(torch.zeros(N, 1))},
         TypeError,
-        "`rivals` must give a tensor of classes, which are integers, got torch.float32",
+        "`rivals` must hold classes, which are integers, .* got torch.float32",
     ),
     "rivals too high": (
         {"rivals": just(torch.full((N, 1), CLASSES))},
@@ -611,7 +615,7 @@ def test_a_model_that_does_not_look_at_its_input(problem):
     net = problem[0]
     with torch.no_grad():
         net[1].weight.zero_()
-    with pytest.warns(ZeroGradientWarning, match="of 24 of 24 data is 0"):
+    with pytest.warns(ZeroGradientWarning, match="of 24 of 24 examples is 0"):
         found = attack(
             net, problem[1], net(problem[1]).argmax(1), ball=LinfBall(0.1), optimizer=STEP, steps=3
         )

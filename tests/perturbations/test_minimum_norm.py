@@ -274,7 +274,7 @@ def test_wrong_settings_are_refused(error, message, settings):
     [
         (ValueError, "`target` must hold classes from 0 to 3, got 4", torch.full((N,), 4)),
         (ValueError, "`target` must hold classes from 0 to 3, got -1", torch.full((N,), -1)),
-        (ValueError, r"`target` must have one class for each datum", torch.zeros(2).long()),
+        (ValueError, r"`target` must give one value for each example", torch.zeros(2).long()),
         (TypeError, "`target` must hold classes, which are integers", torch.zeros(N)),
     ],
 )

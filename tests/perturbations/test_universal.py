@@ -152,7 +152,7 @@ def test_it_shows_its_progress_if_asked(capsys):
         ),
         (
             ValueError,
-            "`criterion` must give one value for each datum",
+            "`criterion` must give one value for each example",
             batches(),
             {"criterion": nn.CrossEntropyLoss()},
         ),

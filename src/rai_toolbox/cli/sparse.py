@@ -1,11 +1,12 @@
-"""A linear reader of digits whose weights stay in L1 balls, with the gradient mapping and without.
+"""A linear classifier of digits with weights in L1 balls, with the gradient mapping and without.
 
-The loss is convex and all digits are in every step: there is no noise, and what is left of the KKT
-residual at the end is due to the optimizer.
+The loss is convex and every step uses all digits: there is no noise, so the KKT residual that
+remains at the end is due to the optimizer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +23,18 @@ from rai_toolbox.constraints import L1Ball
 from rai_toolbox.extras import Bar, progress
 from rai_toolbox.optim import ProjectedOptimizer, constrain
 
-__all__ = ["MAPPINGS", "Fit", "broken", "fit_each", "summary", "to_report"]
+__all__ = ["MAPPINGS", "Fit", "failures", "fit_each", "summary", "table", "to_report"]
 
 RADIUS = 16.0
 LR = 0.1
-LR_DECAY = 1e-2  # the last learning rate as a share of the first
-SMALL = 0.01  # of the largest weight of the class
-MAPPINGS = {"default": None, "plain": False}  # what `gradient_mapping` is
+LR_DECAY = 1e-2  # last learning rate / first learning rate
+SMALL = 0.01  # as a share of the largest weight of the class
+MAPPINGS = {"default": None, "plain": False}  # the values of `gradient_mapping`
 
 
 @dataclass
 class Fit:
-    """A linear reader, its KKT residual before each step and after the last, and its loss."""
+    """A linear classifier, its KKT residual before each step and after the last, and its loss."""
 
     net: nn.Module
     residuals: list[float] = field(default_factory=list)
@@ -42,12 +43,11 @@ class Fit:
 
     def weights(self) -> Tensor:
         """One row of weights per class."""
-        weights: Tensor = self.net.get_parameter("1.weight").detach()
-        return weights
+        return self.net.get_parameter("1.weight").detach()
 
 
 def fit_each(digits: Digits, steps: int, radius: float = RADIUS) -> dict[str, Fit]:
-    """One fit with each of `MAPPINGS`, all else being equal: start, learning rates, digits."""
+    """One fit with each of `MAPPINGS`; start, learning rates and digits are the same."""
     with progress("fitting", total=len(MAPPINGS) * steps) as bar:
         return {name: _fit(digits, steps, radius, how, bar) for name, how in MAPPINGS.items()}
 
@@ -63,9 +63,9 @@ def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: B
         lr=LR,
     )
     schedule = ExponentialLR(optim, LR_DECAY ** (1 / steps))
-    worst = torch.zeros((), dtype=torch.float64)
+    largest = torch.zeros((), dtype=torch.float64)
 
-    def look() -> None:
+    def evaluate() -> None:
         optim.zero_grad()
         loss = cross_entropy(fit.net(digits.images), digits.labels)
         loss.backward()
@@ -73,18 +73,18 @@ def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: B
         fit.residuals.append(_largest(optim.kkt_residual()).item())
 
     for _ in range(steps):
-        look()
+        evaluate()
         optim.step()
         schedule.step()
-        worst = torch.maximum(worst, _largest(optim.violation()))  # keeps a NaN
+        largest = torch.maximum(largest, _largest(optim.violation()))  # keeps a NaN
         bar.update()
-    look()  # so that loss and residual are those of the final weights
-    fit.violation = worst.item()
+    evaluate()  # so that loss and residual are those of the final weights
+    fit.violation = largest.item()
     return fit
 
 
 def _largest(of_groups: list[Tensor]) -> Tensor:
-    """Of weights and biases; the biases are free and count as 0."""
+    """Over weights and biases; the biases are unconstrained and count as 0."""
     return torch.stack(of_groups).max()
 
 
@@ -97,7 +97,7 @@ def _net() -> nn.Sequential:
 
 
 def to_report(fits: dict[str, Fit], radius: float, test_digits: Digits) -> dict[str, Any]:
-    """What is reported of the fits."""
+    """Settings and results of the fits as plain data."""
     return {
         "settings": {
             "constraint": L1Ball.__name__,
@@ -114,7 +114,6 @@ def to_report(fits: dict[str, Fit], radius: float, test_digits: Digits) -> dict[
                 "loss": fit.loss,
                 "test_accuracy": accuracy(fit.net, test_digits),
                 "share_of_weights_zero": _share_at_most(fit.weights(), 0.0),
-                "share_of_weights_nonzero": 1 - _share_at_most(fit.weights(), 0.0),
                 "share_of_weights_small": _share_at_most(fit.weights(), SMALL),
                 "largest_violation": fit.violation,
             }
@@ -130,25 +129,33 @@ def _share_at_most(weights: Tensor, share: float) -> float:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The table of `to_report`."""
-    settings, runs = report["settings"], [report["runs"][name] for name in MAPPINGS]
-    rows = [
-        (f"L1 ball, radius {settings['radius']:g}", *MAPPINGS),
-        ("KKT residual of the weights", *(f"{run['kkt_residual']:.2g}" for run in runs)),
-        ("loss on training digits", *(f"{run['loss']:.4f}" for run in runs)),
-        ("accuracy on test digits", *(f"{run['test_accuracy']:.1%}" for run in runs)),
-        ("weights exactly 0", *(f"{run['share_of_weights_zero']:.1%}" for run in runs)),
-        (
-            f"<= {settings['small']:.0%} of class's largest",
-            *(f"{run['share_of_weights_small']:.1%}" for run in runs),
-        ),
-        ("largest violation", *(f"{run['largest_violation']:g}" for run in runs)),
+    """The results of `to_report` as a table."""
+    settings = report["settings"]
+    numbers = [
+        ("KKT residual of the weights", "kkt_residual", ".2g"),
+        ("loss on training digits", "loss", ".4f"),
+        ("accuracy on test digits", "test_accuracy", ".1%"),
+        ("weights exactly 0", "share_of_weights_zero", ".1%"),
+        (f"<= {settings['small']:.0%} of class's largest", "share_of_weights_small", ".1%"),
+        ("largest violation", "largest_violation", "g"),
     ]
-    return "\n".join(f"{label:<30}{left:>12}{right:>12}" for label, left, right in rows)
+    return table(f"L1 ball, radius {settings['radius']:g}", report["runs"], numbers)
 
 
-def broken(report: dict[str, Any]) -> list[str]:
-    """What is wrong, one line for each run whose weights left their balls."""
+def table(
+    title: str, runs: Mapping[str, Mapping[str, float]], numbers: Sequence[tuple[str, str, str]]
+) -> str:
+    """One column per run, one line per (label, key, format) of `numbers`."""
+    lines = [(title, *runs)] + [
+        (label, *(format(run[key], spec) for run in runs.values())) for label, key, spec in numbers
+    ]
+    return "\n".join(
+        f"{label:<30}" + "".join(map("{:>12}".format, cells)) for label, *cells in lines
+    )
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """One line for each run whose weights left their balls."""
     return [
         f"the weights of the {name} fit left their L1 ball by {run['largest_violation']:g}"
         for name, run in report["runs"].items()

@@ -1,4 +1,4 @@
-"""Two equal CNNs trained side by side on the same batches: one with bounded weights, one free."""
+"""Two equal CNNs trained side by side on the same batches, one of them with bounded weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Run:
 
 
 def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Run, float]:
-    """The bounded run, the free run, and the largest violation of the bound after any step.
+    """The bounded run, the unbounded run, and the largest violation of the bound after any step.
 
-    Both take the same batches in turn, so that their step times are measured under equal
-    conditions; who goes first alternates.
+    Both use the same batches in turn, so that their step times are measured under equal
+    conditions; which one goes first alternates.
     """
     net = _net(seed)
     bounded = Run(
@@ -48,11 +48,11 @@ def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Ru
         ),
     )
     net = _net(seed)
-    free = Run(net, AdamW(net.parameters(), lr=LR))
+    unbounded = Run(net, AdamW(net.parameters(), lr=LR))
 
-    worst = torch.zeros((), dtype=torch.float64)
+    largest = torch.zeros((), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    turn = [bounded, free]
+    turn = [bounded, unbounded]
     steps = epochs * (len(digits.labels) // BATCH)
     schedules = [CosineAnnealingLR(run.optimizer, T_max=steps) for run in turn]
     with progress("training", total=steps) as bar:
@@ -67,25 +67,25 @@ def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Ru
                     start = perf_counter()
                     run.optimizer.step()
                     run.seconds.append(perf_counter() - start)
-                worst = torch.maximum(worst, violation(bounded.net, bound))  # keeps a NaN
+                largest = torch.maximum(largest, violation(bounded.net, bound))  # keeps a NaN
                 for schedule in schedules:
                     schedule.step()
                 turn.reverse()
                 bar.update()
-    return bounded, free, worst.item()
+    return bounded, unbounded, largest.item()
 
 
 def violation(net: nn.Module, bound: float) -> Tensor:
-    """How far the furthest parameter of `net` is outside [-bound, bound], in float64; 0 inside."""
+    """The largest distance of a parameter from [-bound, bound], in float64; 0 inside."""
     excess = [p.detach().double().abs().max() - bound for p in net.parameters()]
     return torch.stack(excess).max().clamp(min=0)
 
 
 @torch.no_grad()
 def accuracy(net: nn.Module, digits: Digits) -> float:
-    """The share of `digits` that `net` reads right."""
-    right: Tensor = net(digits.images).argmax(1) == digits.labels
-    return right.double().mean().item()
+    """The share of `digits` that `net` classifies correctly."""
+    correct: Tensor = net(digits.images).argmax(1) == digits.labels
+    return correct.double().mean().item()
 
 
 def _net(seed: int) -> nn.Sequential:

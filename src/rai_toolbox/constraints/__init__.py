@@ -1,10 +1,9 @@
-"""Sets that a tensor can be kept in, as immutable values with four words.
+"""Constraint sets: immutable values with four methods.
 
-`project_` finds the nearest point, `lmo` minimizes a linear function, `violation` tells how far
+`project_` finds the nearest point, `lmo` minimizes a linear function, `violation` measures how far
 outside a point is, `sample_` draws a point. All act on batches `(N, ...)` of sub-tensors.
 """
 
-from rai_toolbox.constraints.affine import Affine
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
@@ -12,7 +11,7 @@ from rai_toolbox.constraints.box import Box, NonNegative
 from rai_toolbox.constraints.box_hyperplane import BoxSection
 from rai_toolbox.constraints.intersection import Intersection
 from rai_toolbox.constraints.isotonic import Monotone
-from rai_toolbox.constraints.linear import HalfSpace, Hyperplane
+from rai_toolbox.constraints.linear import Affine, HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked
 from rai_toolbox.constraints.matrices import PSD, Stiefel
 from rai_toolbox.constraints.norm_range import MaxNorm, MinMaxNorm, UnitNorm

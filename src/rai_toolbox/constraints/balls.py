@@ -45,7 +45,7 @@ from rai_toolbox.constraints.kernels.threshold import (
     threshold,
 )
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
-from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
+from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +372,7 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     factor = _shrinking(length, epsilon, x, size)
     part = x
     if is_sharded(x) and not torch.is_grad_enabled():
-        part, factor = local_of(x), beside(factor, x)
+        part, factor = local_of(x), local_part(factor, x)
     if part.device.type != "cpu":
         part.mul_(factor)  # in wide arithmetic, in one pass
         return x

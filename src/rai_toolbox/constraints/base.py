@@ -1,9 +1,10 @@
-"""What all sets have in common: their four words, and how these meet a batch."""
+"""What all sets have in common: their four methods, and how these act on a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -13,57 +14,59 @@ from torch import Generator, Tensor
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.kernels.blocks import row_blocks, widened
-from rai_toolbox.constraints.sharding import WORDS, by_shards
+from rai_toolbox.constraints.sharding import METHODS, accepts_shards
 
-_SETS: dict[str, dict[str, type[Constraint]]] = {}  # by name, and by where they are from
+_SETS: dict[str, dict[str, type[Constraint]]] = {}  # by class name, then by full name
 _Self = TypeVar("_Self", bound="Constraint")
+_Change = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """A set that each sub-tensor of a batch is to be kept in: an immutable value.
+    """A set that each sub-tensor of a batch has to be in: an immutable value.
 
     The batch `x` has the shape `(N, ...)`: N sub-tensors, each of which is in the set or not.
     `rai_toolbox.to_batch` shows any tensor as a batch. A setting is a number, or a tensor that
     broadcasts against `(N, ...)`; a setting of the sub-tensor as a whole, such as a radius, then
     has the shape `(N, 1, ...)`. Tensor settings are kept, not copied: do not write to them.
 
-    Where x is, and what a projection gives, is told after rounding to the dtype of x: bounds of
-    elements count as rounded to it, and radii count as they are given. What is inside stays as it
-    is, bit for bit. A set that is an equation, such as a sum, holds all points that solve it to
-    within the rounding of their entries.
+    Points are judged after rounding to the dtype of x: bounds of elements count as rounded to that
+    dtype, radii count as given. Points inside the set do not change, bit for bit. A set that is an
+    equation, such as a sum, holds all points that solve it to within the rounding of their
+    entries.
 
-    Nothing non-finite is hidden. In a set that bounds each entry for itself a NaN stays NaN, and
-    an infinity is a very large number; in any other set a NaN or an infinity makes its whole
-    sub-tensor NaN.
+    Nothing non-finite is hidden. In an elementwise set a NaN stays NaN, and an infinity is a very
+    large number; in any other set a NaN or an infinity makes its whole sub-tensor NaN.
 
-    A set of your own is a frozen dataclass with `_excess` and `_nearest`, both of which see
+    A set of your own is a frozen dataclass with `_excess` and `_nearest`, both of which get
     float64; `rai_toolbox.testing.check_constraint` checks it.
     """
 
     convex: ClassVar[bool] = True
-    """Whether the set is convex, so that projections are unique and never expand."""
+    """Whether the set is convex, so that projections are unique and never expand distances."""
 
     elementwise: ClassVar[bool] = False
-    """Whether the set bounds each entry for itself."""
+    """Whether the set bounds each entry on its own."""
 
     flat: ClassVar[bool] = False
     """Whether the set is an affine subspace, so that the projection is an affine map."""
 
-    _of_matrices: ClassVar[bool] = False  # the last two dims of a batch, else all but the first
-    _for_each: ClassVar[tuple[str, ...]] = ()  # settings of sub-tensors, not of their elements
-    _is_equation: ClassVar[bool] = False  # it has no interior, where P has the derivative 1
+    _of_matrices: ClassVar[bool] = False  # a point is a matrix, in the last two dims of the batch
+    _for_each: ClassVar[tuple[str, ...]] = ()  # settings with one value per sub-tensor
+    _is_equation: ClassVar[bool] = False  # no interior, where the projection has derivative 1
+    _fixed: ClassVar[tuple[str, ...]] = ()  # settings that do not broadcast against the batch
+    _tensors: ClassVar[Mapping[str, Any]] = {}  # of each instance: settings that hold tensors
 
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
             _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
-        for word in WORDS:  # so that no set needs to know of shards
-            if word in cls.__dict__:
-                setattr(cls, word, by_shards(cls.__dict__[word]))
+        for name in METHODS:
+            if name in cls.__dict__:
+                setattr(cls, name, accepts_shards(cls.__dict__[name]))
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, as_plain(getattr(self, field.name)))
+        settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}
+        self.__dict__.update(settings, _tensors=self._with_tensors(settings))
         self._check_settings()
 
     @property
@@ -75,9 +78,9 @@ class Constraint:
         """The dims of a batch of `ndim` dims along which the set may couple the elements."""
         return tuple(range(1, ndim))
 
-    # The words
+    # The methods
 
-    @by_shards
+    @accepts_shards
     def project_(self, x: Tensor) -> Tensor:
         """Project each sub-tensor onto the set, in place: the nearest point, in Euclidean norm.
 
@@ -89,11 +92,11 @@ class Constraint:
         Returns
         -------
         Tensor
-            `x`, which is in the set after rounding, too.
+            `x`, which is in the set, also after rounding.
         """
         self._check_batch(x)
-        for part, seen in self._parts(x):
-            part.copy_(seen._projected(seen._units(part)).view(part.shape))
+        for block, points, constraint in self._blocks(x):
+            block.copy_(constraint._projected(points).view(block.shape))
         return x
 
     def project(self, x: Tensor) -> Tensor:
@@ -110,10 +113,10 @@ class Constraint:
         """
         return self.project_(x.clone())
 
-    @by_shards
+    @accepts_shards
     @torch.no_grad()
     def violation(self, x: Tensor) -> Tensor:
-        """By how much each sub-tensor is outside the set, in the unit of `x`; 0 inside.
+        """How far each sub-tensor is outside the set, in the unit of `x`; 0 inside.
 
         Parameters
         ----------
@@ -123,15 +126,15 @@ class Constraint:
         Returns
         -------
         Tensor, shape (N,)
-            In float64; NaN for a sub-tensor that holds one, at most infinity else.
+            In float64; NaN for a sub-tensor that holds a NaN, otherwise at most infinity.
         """
         self._check_batch(x)
-        found = [seen._violations(seen._units(part)) for part, seen in self._parts(x)]
+        found = [constraint._violations(points) for _, points, constraint in self._blocks(x)]
         if not found:
             return torch.zeros(x.shape[:1], dtype=torch.float64, device=x.device)
         return torch.cat(found)
 
-    @by_shards
+    @accepts_shards
     @torch.no_grad()
     def lmo(self, gradient: Tensor) -> Tensor:
         """Minimize a linear function over the set: ``argmin_s <gradient, s>``.
@@ -144,24 +147,24 @@ class Constraint:
         Returns
         -------
         Tensor, shape (N, ...)
-            One minimizer for each sub-tensor, also where there are many, in a new tensor.
+            A new tensor with one minimizer per sub-tensor, also where there are many.
 
         Raises
         ------
         ValueError
-            If the set is not bounded, or has no oracle.
+            If the set is not bounded, or has no closed form.
         """
         self._check_bounded("lmo")
         self._check_batch(gradient)
-        answer = torch.empty_like(gradient)
-        for (part, seen), (out, _) in zip(self._parts(gradient), self._parts(answer), strict=True):
-            units = seen._units(part)
-            wide, finite = seen._finite(units)
-            least = seen._minimizer(wide, units.dtype).to(units.dtype)
-            out.copy_(torch.where(seen._column(finite), least, torch.nan).view(part.shape))
-        return answer
+        answers = []
+        for block, points, constraint in self._blocks(gradient):
+            wide, finite = constraint._finite(points)
+            least = constraint._minimizer(wide, block.dtype).to(block.dtype)
+            answers.append(torch.where(finite, least, torch.nan).reshape(block.shape))
+        answer = torch.cat(answers) if answers else torch.empty_like(gradient)
+        return answer.view(gradient.shape)
 
-    @by_shards
+    @accepts_shards
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill each sub-tensor with a random point of the set, in place.
@@ -171,7 +174,7 @@ class Constraint:
         x : Tensor, shape (N, ...)
             Of a real floating-point dtype, in any strides. Its values are not read.
         generator : torch.Generator, optional
-            Of any device. By default torch's own of the device of x.
+            On any device. By default torch's own of the device of x.
 
         Returns
         -------
@@ -185,13 +188,13 @@ class Constraint:
         """
         self._check_bounded("sample_")
         self._check_batch(x)
-        for part, seen in self._parts(x):
-            like = torch.empty_like(seen._units(part), memory_format=torch.contiguous_format)
-            part.copy_(seen._sampled(like, generator).to(x.dtype).view(part.shape))
+        for block, points, constraint in self._blocks(x):
+            like = torch.empty_like(points, memory_format=torch.contiguous_format)
+            block.copy_(constraint._sampled(like, generator).to(x.dtype).view(block.shape))
         return x
 
     def project_each_(self, batches: list[Tensor]) -> None:
-        """`project_` for several batches, with as few calls as the set can do with."""
+        """`project_` for several batches, in as few calls as the set needs."""
         for x in batches:
             self.project_(x)
 
@@ -202,17 +205,8 @@ class Constraint:
 
         ``torch.load(weights_only=True)`` reads it; `from_plain` makes a set of it again.
         """
-        plain: dict[str, Any] = {"set": type(self).__name__}
-        for field in fields(self):
-            if not field.init:
-                continue
-            value = getattr(self, field.name)
-            if isinstance(value, Constraint):
-                value = value.to_plain()
-            elif isinstance(value, tuple):
-                value = [v.to_plain() if isinstance(v, Constraint) else v for v in value]
-            plain[field.name] = value
-        return plain
+        settings = {f.name: _to_plain(getattr(self, f.name)) for f in fields(self) if f.init}
+        return {"set": type(self).__name__, **settings}
 
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> Constraint:
@@ -247,16 +241,15 @@ class Constraint:
 
     def to(self, *args: Any, **kwargs: Any) -> Constraint:
         """The same set with its tensor settings converted, as by `torch.Tensor.to`."""
-        settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        return self._replaced(
-            {
-                name: setting.to(*args, **kwargs)
-                for name, setting in settings.items()
-                if isinstance(setting, (Tensor, Constraint))
-            }
-        )
 
-    # What a set says of itself
+        def converted(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(converted, value))
+            return value.to(*args, **kwargs) if isinstance(value, (Tensor, Constraint)) else value
+
+        return self._replaced({f.name: converted(getattr(self, f.name)) for f in fields(self)})
+
+    # What a set defines
 
     def _check_settings(self) -> None:
         """Raise if a setting is wrong; once, when the set is made."""
@@ -265,15 +258,15 @@ class Constraint:
         """Raise if a batch of this shape can have no point of the set."""
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """By how much each unit of `x` is outside; 0, not less, inside as far as `dtype` tells.
+        """How far each point of `x` is outside; exactly 0 inside, to the precision of `dtype`.
 
-        A unit is a row of a (N, n) tensor, or a matrix of a (N, ..., m, k) one. `x` is in float64
-        and finite, and so are tensor settings, reshaped to broadcast against it.
+        A point is a row of a (N, n) tensor, or a matrix of a (N, ..., m, k) one. `x` is in float64
+        and finite; tensor settings are in float64 too, reshaped to broadcast against it.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what is outside it")
+        raise NotImplementedError(f"{type(self).__name__} does not define `_excess`")
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The nearest point to each unit of `x` that stays in the set when rounded to `dtype`."""
+        """The nearest point to each point of `x` that stays in the set when rounded to `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} has no projection")
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,93 +277,104 @@ class Constraint:
         """Random points of the set in the shape, dtype and device of `like`, or in float64."""
         raise ValueError(f"`sample_` is not defined for {type(self).__name__}")
 
-    # How the words meet a batch
+    # From a batch to points in float64, and back
 
-    def _projected(self, units: Tensor) -> Tensor:
-        wide, finite = self._finite(units)
-        inside = self._excess(wide.detach(), units.dtype) <= 0
-        nearest = self._nearest(wide, units.dtype).to(units.dtype)
-        result = torch.where(self._column(inside), units, nearest)
+    def _projected(self, points: Tensor) -> Tensor:
+        wide, finite = self._finite(points)
+        inside = self._excess(wide.detach(), points.dtype) <= 0
+        nearest = self._nearest(wide, points.dtype).to(points.dtype)
+        inside = inside[..., None, None] if self._of_matrices else inside[..., None]
+        result = torch.where(inside, points, nearest)
         if self._is_equation:
             result = with_value(result.detach(), nearest)
-        return torch.where(self._column(finite), result, torch.nan)
+        return torch.where(finite, result, torch.nan)
 
-    def _violations(self, units: Tensor) -> Tensor:
-        wide, finite = self._finite(units)
-        hidden = units.flatten(-self._dims).abs().amax(-1)  # an infinity, or NaN
-        excess = torch.where(finite, self._excess(wide, units.dtype), hidden)
+    def _violations(self, points: Tensor) -> Tensor:
+        wide, _ = self._finite(points)
+        excess = self._excess(wide, points.dtype)
+        if not self.elementwise:
+            largest = points.abs().amax(self._dims)  # infinite or NaN where a point is not finite
+            excess = torch.where(largest.isfinite(), excess, largest)
         return (excess.flatten(1).amax(1) if excess.ndim > 1 else excess) + 0.0  # -0.0 is 0.0
 
-    def _finite(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """The units in float64, with zeros in place of any that are not finite; which are."""
-        wide = widened(units)
-        if self.elementwise:  # each entry for itself, those that are not finite too
-            return wide, torch.ones(len(units), dtype=torch.bool, device=units.device)
-        finite = wide.detach().isfinite().flatten(-self._dims).all(-1)
-        return torch.where(self._column(finite), wide, 0.0), finite
+    def _finite(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """`points` in float64, with zeros for points that are not finite; which are finite.
+
+        An elementwise set gets all entries as they are.
+        """
+        wide = widened(points)
+        if self.elementwise:
+            return wide, torch.ones((), dtype=torch.bool, device=wide.device)
+        finite = wide.detach().abs().amax(self._dims, keepdim=True).isfinite()
+        return torch.where(finite, wide, 0.0), finite
 
     @property
-    def _dims(self) -> int:
-        return 2 if self._of_matrices else 1
+    def _dims(self) -> tuple[int, ...]:
+        """The dims of a point."""
+        return (-2, -1) if self._of_matrices else (-1,)
 
-    def _column(self, of_units: Tensor) -> Tensor:
-        """A value per unit, to broadcast against the units."""
-        return of_units[(..., *(None,) * self._dims)]
-
-    def _units(self, part: Tensor) -> Tensor:
-        part = readable(part)
-        return part if self._of_matrices else part.reshape(len(part), -1)
-
-    def _parts(self: _Self, x: Tensor) -> Iterator[tuple[Tensor, _Self]]:
-        """Pieces of the batch, and the set as each of them sees it."""
+    def _blocks(self: _Self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, _Self]]:
+        """Blocks of rows of the batch, the points in each, and the set as it applies to these."""
         if x.numel() == 0:
             return
         if x.ndim == 0:
             x = x.unsqueeze(0)
-        whole = self._map(lambda _, setting: self._reshaped(setting, x))
         for rows in row_blocks(x):
-            yield (
-                (x, whole)
-                if rows.stop - rows.start >= len(x)
-                else (x[rows], whole._map(lambda _, s, at=rows: s[at] if len(s) > 1 else s))
-            )
+            block = x if rows.stop - rows.start >= len(x) else x[rows]
+            points = readable(block)
+            if not self._of_matrices:
+                points = points.reshape(len(points), -1)
+            yield block, points, self._map(partial(self._aligned, x, rows))
 
-    def _reshaped(self, setting: Tensor, x: Tensor) -> Tensor:
-        """A setting in float64, to broadcast against the units of x."""
-        setting = widened(setting.reshape((1,) * (x.ndim - setting.ndim) + setting.shape))
+    def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
+        """A setting in float64, to broadcast against the points of some rows of x."""
+        setting = setting.reshape((1,) * (x.ndim - setting.ndim) + setting.shape)
+        setting = widened(setting[rows] if len(setting) > 1 else setting)
         if self._of_matrices:
             return setting
         if prod(setting.shape[1:]) == 1:
             return setting.reshape(-1, 1)
-        return setting.expand(len(setting), *x.shape[1:]).reshape(len(setting), -1)
+        return setting.expand(-1, *x.shape[1:]).flatten(1)
 
-    def _map(self: _Self, change: Callable[..., Tensor]) -> _Self:
+    # Other settings
+
+    def _map(self: _Self, change: _Change) -> _Self:
         """The set with ``change(name, setting)`` in place of each tensor setting; unchecked."""
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = change(field.name, value)
-            elif isinstance(value, Constraint):
-                changed[field.name] = value._map(change)
-        return self._replaced(changed)
+        if not self._tensors:
+            return self
+        return self._replaced({k: _mapped(v, k, change) for k, v in self._tensors.items()})
 
     def _replaced(self: _Self, settings: dict[str, Any]) -> _Self:
         """The set with some settings replaced; unchecked."""
-        if not settings:
-            return self
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.__dict__.update(settings)
+        tensors = self._with_tensors({**self._tensors, **settings})
+        other.__dict__.update({**self.__dict__, **settings, "_tensors": tensors})
         return other
+
+    def _with_tensors(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if k not in self._fixed and _holds_tensors(v)}
+
+    def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
+        """The dims of a batch of this shape that no two ranks may share."""
+        return () if self.elementwise else self.coupled_dims(len(shape))
 
     # Checks
 
-    def _check_bounded(self, word: str) -> None:
+    def _check_bounded(self, method: str) -> None:
         if not self.bounded:
-            raise ValueError(f"`{word}` needs a bounded set, got {self!r}")
+            raise ValueError(f"`{method}` needs a bounded set, got {self!r}")
 
     def _check_batch(self, x: Tensor) -> None:
+        self._check_kind(x)
+        for name, setting in self._tensors.items():
+            if isinstance(setting, Tensor):
+                self._check_fit(name, setting, x)
+                check_device(name, setting, x)
+            elif isinstance(setting, Constraint):
+                setting._check_batch(x)
+        self._check_shape(x.shape)
+
+    def _check_kind(self, x: Tensor) -> None:
         name = type(self).__name__
         if not x.is_floating_point():
             raise TypeError(f"{name} takes real floating-point tensors, got {x.dtype}")
@@ -382,10 +386,9 @@ class Constraint:
                 f"{name} takes a batch of shape {shape}, got {tuple(x.shape)}; "
                 f"rai_toolbox.to_batch makes one (with optimizers: `param_ndim`{hint})"
             )
-        self._map(lambda setting_name, setting: self._checked(setting_name, setting, x))
-        self._check_shape(x.shape)
 
-    def _checked(self, name: str, setting: Tensor, x: Tensor) -> Tensor:
+    def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
+        """Raise if a tensor setting has no shape for the batch x."""
         shape, batch = tuple(setting.shape), tuple(x.shape)
         fits = len(shape) <= len(batch) and all(
             size in (1, of_x) for size, of_x in zip(shape[::-1], batch[::-1], strict=False)
@@ -394,20 +397,42 @@ class Constraint:
             raise ValueError(
                 f"`{name}` must broadcast against the batch of shape {batch}, got shape {shape}"
             )
-        if name in self._for_each:
-            start = max(0, len(shape) - len(batch) + 1)
-            if prod(shape[start:]) != 1:
-                raise ValueError(
-                    f"`{name}` must have one value per sub-tensor, shape "
-                    f"{(batch[0], *(1,) * (len(batch) - 1))} for the batch of shape {batch}, "
-                    f"got shape {shape}"
-                )
-        if setting.device != x.device:
+        start = max(0, len(shape) - len(batch) + 1)
+        if name in self._for_each and prod(shape[start:]) != 1:
             raise ValueError(
-                f"`{name}` must be on the device of the batch, {x.device}, got {setting.device}; "
-                "see `to`"
+                f"`{name}` must have one value per sub-tensor, shape "
+                f"{(batch[0], *(1,) * (len(batch) - 1))} for the batch of shape {batch}, "
+                f"got shape {shape}"
             )
-        return setting
+
+
+def check_device(name: str, setting: Tensor, x: Tensor) -> None:
+    """Raise if a tensor setting is on another device than x."""
+    if setting.device != x.device:
+        raise ValueError(
+            f"`{name}` must be on the device of the batch, {x.device}, got {setting.device}; "
+            "see `to`"
+        )
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor) or (isinstance(value, Constraint) and bool(value._tensors))
+
+
+def _mapped(value: Any, name: str, change: _Change) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_mapped(member, name, change) for member in value)
+    if isinstance(value, Constraint):
+        return value._map(change)
+    return change(name, value) if isinstance(value, Tensor) else value
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_plain(member) for member in value]
+    return value.to_plain() if isinstance(value, Constraint) else value
 
 
 def _from_plain(value: Any) -> Any:

@@ -12,7 +12,11 @@ from torch import Generator, Tensor
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
-from rai_toolbox.constraints.kernels.knapsack import beyond, bounds, wide
+from rai_toolbox.constraints.kernels.box_hyperplane import (
+    as_rows,
+    outside_bounds,
+    rounded_bounds,
+)
 from rai_toolbox.constraints.kernels.offsets import (
     least_in_l1,
     least_in_l2,
@@ -155,7 +159,9 @@ class BoundedBall(Constraint):
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outside: Tensor = self._ball._excess(x, dtype)
-        return torch.maximum(outside, beyond(x, *bounds(self.lower, self.upper, x, dtype)))
+        return torch.maximum(
+            outside, outside_bounds(x, *rounded_bounds(self.lower, self.upper, x, dtype))
+        )
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         center, radius, lower, upper = self._beside(x, dtype)
@@ -183,11 +189,11 @@ class BoundedBall(Constraint):
         )
         if linf and center is None:  # then the ball is a box, whose bounds count as rounded
             epsilon = as_rounded(epsilon, dtype, x)
-        radius = wide(epsilon, x)
+        radius = as_rows(epsilon, x)
         if not linf:  # what sums of float64 may be off
             radius = radius * (1 - 8 * noise(x.shape[1]))
-        middle = wide(as_rounded(0.0 if center is None else center, dtype, x), x)
-        return middle, radius.expand(len(x), 1), *bounds(self.lower, self.upper, x, dtype)
+        middle = as_rows(as_rounded(0.0 if center is None else center, dtype, x), x)
+        return middle, radius.expand(len(x), 1), *rounded_bounds(self.lower, self.upper, x, dtype)
 
     def _placed(
         self,

@@ -1,4 +1,4 @@
-"""The section of a box by a hyperplane: budgets."""
+"""Budgets: a box intersected with a hyperplane."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.knapsack import (
-    balance,
-    beyond,
-    bounds,
-    fill,
-    nearest_in_section,
-    wide,
+from rai_toolbox.constraints.kernels.box_hyperplane import (
+    as_rows,
+    excess_of_sum,
+    fill_cheapest,
+    nearest_with_sum,
+    outside_bounds,
+    rounded_bounds,
 )
 from rai_toolbox.constraints.kernels.rounding import noise, resolution
 from rai_toolbox.constraints.sampling import uniform
 
 
 def _sums(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of rows, and a bit more: what rounding may hide."""
+    """Sums of rows, wider by what rounding may hide."""
     slack = 4 * noise(least.shape[1])
     return (
         least.sum(1) - slack * least.abs().sum(1),
@@ -51,7 +51,7 @@ class BoxSection(Constraint):
     ``{x : weight . x = total, lower <= x <= upper}``; ``P(x) = clamp(x - t weight, lower, upper)``
     with the t for which the sum is right: the root of a piecewise linear function, found by
     Newton's method in a bracket (Cominetti, Mascarenhas and Silva, 2014) within some ten passes
-    over x. `lmo` fills a knapsack in the order of ``gradient / weight`` (Dantzig, 1957), after a
+    over x. `lmo` raises entries in the order of ``gradient / weight`` (Dantzig, 1957), after a
     sort. `sample_` projects a uniform point of the box. Bounds count as rounded to the dtype of x.
 
     Parameters
@@ -67,7 +67,7 @@ class BoxSection(Constraint):
     ------
     ValueError
         If a setting is NaN, `weight` or `total` is not finite, or ``lower > upper`` anywhere.
-        Also, as soon as the number of entries tells it, if no point of the box has the sum.
+        Also if no point of the box has the sum, once the number of entries is known.
 
     Examples
     --------
@@ -101,8 +101,8 @@ class BoxSection(Constraint):
         sides = (self.lower, self.upper)
         finite = (s is not None and bool(torch.as_tensor(s).isfinite().all()) for s in sides)
         self.__dict__["_bounded"] = all(finite)
-        self.__dict__["_met"] = set()  # shapes of which it is known that they hold a point
-        least, most = self._reach()
+        self.__dict__["_feasible"] = set()  # shapes that have a point of the set
+        least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
             low, high = _sums(least.reshape(1, -1), most.reshape(1, -1))
             total = self._total()
@@ -112,18 +112,18 @@ class BoxSection(Constraint):
 
     def _check_shape(self, shape: torch.Size) -> None:
         numbers = not any(isinstance(s, Tensor) for s in (self.weight, self.lower, self.upper))
-        sort = shape[1:] if numbers else shape
-        if 0 in shape or sort in self.__dict__["_met"]:
+        known = shape[1:] if numbers else shape
+        if 0 in shape or known in self.__dict__["_feasible"]:
             return
         least, most = (
             end.expand(len(end) if end.ndim == len(shape) else 1, *shape[1:]).flatten(1)
-            for end in self._reach()
+            for end in self._least_and_most()
         )
         _check_between(*_sums(least, most), self._total())
-        self.__dict__["_met"].add(sort)
+        self.__dict__["_feasible"].add(known)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weight, total, lower, upper = self._beside(x, dtype)
+        weight, total, lower, upper = self._rows(x, dtype)
         terms = weight * x
         off = (terms.sum(1, keepdim=True) - total).abs()
         weights = weight.abs().expand(-1, x.shape[1]).sum(1, keepdim=True)
@@ -131,40 +131,42 @@ class BoxSection(Constraint):
         right = off <= resolution(terms.abs().sum(1, keepdim=True), weights, size, dtype)
         length = torch.linalg.vector_norm(weight.expand(-1, size), dim=1, keepdim=True)
         distance = torch.where(right, 0.0, off / length).squeeze(1)
-        return torch.maximum(distance, beyond(x, lower, upper))
+        return torch.maximum(distance, outside_bounds(x, lower, upper))
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return nearest_in_section(x, *self._beside(x, dtype))
+        return nearest_with_sum(x, *self._rows(x, dtype))
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        weight, total, lower, upper = self._beside(gradient, dtype)
-        # From the least sum, raise the entries that cost the least per unit of the sum.
-        free = torch.where(gradient > 0, lower, upper).where(gradient != 0, 0.0)
-        least = torch.where(weight > 0, lower, upper).where(weight != 0, free).clamp(lower, upper)
+        weight, total, lower, upper = self._rows(gradient, dtype)
+        # From the least sum, raise the entries that cost least for what they add to the sum.
+        unweighted = torch.where(gradient > 0, lower, upper).where(gradient != 0, 0.0)
+        least = (
+            torch.where(weight > 0, lower, upper).where(weight != 0, unweighted).clamp(lower, upper)
+        )
         most = torch.where(weight > 0, upper, lower).where(weight != 0, least)
         price = torch.where(weight != 0, gradient / weight, inf)
         missing = total - (weight * least).sum(1, keepdim=True)
-        filled, last = fill(price, (weight * (most - least)).abs(), missing)
+        filled, last = fill_cheapest(price, (weight * (most - least)).abs(), missing)
         point = least + torch.where(weight != 0, filled / weight, 0.0)
         point = torch.where(filled >= (weight * (most - least)).abs(), most, point)
-        # What was lost to rounding is owed by the entry that was filled last.
-        left, _ = balance(point, weight, total, lower, upper)(torch.zeros_like(total))
-        owed = weight.expand_as(point).gather(1, last)
-        step = torch.where(owed != 0, left / owed, 0.0)
+        # The entry that was filled last makes up for the rounding of the sum.
+        left, _ = excess_of_sum(point, weight, total, lower, upper)(torch.zeros_like(total))
+        of_last = weight.expand_as(point).gather(1, last)
+        step = torch.where(of_last != 0, left / of_last, 0.0)
         return point.scatter_add(1, last, -step).clamp(lower, upper)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
-        weight, total, lower, upper = self._beside(like, like.dtype)
+        weight, total, lower, upper = self._rows(like, like.dtype)
         share = uniform(like, generator)
         point = (1 - share) * lower + share * upper
-        return nearest_in_section(point, weight, total, lower, upper)
+        return nearest_with_sum(point, weight, total, lower, upper)
 
-    def _beside(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _rows(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, total and bounds in float64, with two dims."""
-        weight, total = wide(self.weight, x), wide(self.total, x).expand(len(x), 1)
-        return weight, total, *bounds(self.lower, self.upper, x, dtype)
+        weight, total = as_rows(self.weight, x), as_rows(self.total, x).expand(len(x), 1)
+        return weight, total, *rounded_bounds(self.lower, self.upper, x, dtype)
 
-    def _reach(self) -> tuple[Tensor, Tensor]:
+    def _least_and_most(self) -> tuple[Tensor, Tensor]:
         """The least and the largest that each entry can add to the sum."""
         sides = (
             -inf if self.lower is None else self.lower,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_number
+from rai_toolbox.autograd import readable
+from rai_toolbox.checks import check_count, check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import resolution
 
-_TURN = 10  # cycles between two looks at how far it got, each of which waits for the device
-_LONGEST = 1e12  # cycles that a stride may stand for
-_SLOWEST = 1e-4  # least share of the distance that a cycle is taken to go; noise looks like none
+_CYCLES = 10  # between two checks of convergence, each of which synchronizes with the device
+_LONGEST = 1e12  # cycles that a jump may stand for
+_SLOWEST = 1e-4  # smallest rate of convergence that is assumed; rounding noise looks like 0
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -37,7 +36,7 @@ class Intersection(Constraint):
     rounding of its entries counts as inside, and has the derivative 1, also where an equation has
     no interior; elsewhere autograd goes through all cycles, and keeps them.
 
-    This is the only set that waits for its device: it reads one number every ten cycles.
+    This is the only set that synchronizes with its device: it reads one number every ten cycles.
 
     Parameters
     ----------
@@ -47,7 +46,7 @@ class Intersection(Constraint):
         The relative accuracy.
     max_iterations : int
         The largest number of cycles, rounded up to tens. A projection that needs more raises a
-        RuntimeError that tells how far outside each set it ended, and writes nothing.
+        RuntimeError with the violation of each set at its end, and writes nothing.
 
     Raises
     ------
@@ -97,30 +96,21 @@ class Intersection(Constraint):
                 raise ValueError(f"`sets` must be convex, got {member!r}")
         if not 0 < check_number("tolerance", self.tolerance) < 1:
             raise ValueError(f"`tolerance` must be in (0, 1), got {self.tolerance!r}")
-        if not isinstance(self.max_iterations, Integral) or isinstance(self.max_iterations, bool):
-            raise TypeError(f"`max_iterations` must be an int, got {self.max_iterations!r}")
-        if self.max_iterations < 1:
-            raise ValueError(f"`max_iterations` must be >= 1, got {self.max_iterations!r}")
+        check_count("max_iterations", self.max_iterations, 1)
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)
         for member in self.sets:
             member._check_batch(x)
 
-    def to(self, *args: Any, **kwargs: Any) -> Intersection:  # noqa: D102
-        return Intersection(
-            *(member.to(*args, **kwargs) for member in self.sets),
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-        )
+    def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
+        return {dim for member in self.sets for dim in member._whole_dims(shape)}
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[Tensor, Intersection]]:
+    def _blocks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Intersection]]:
         # All at once: nothing may be written unless all converge, and members have blocks of
         # their own. They see the shape of the batch, which rows do not have.
         if x.numel():
-            seen = copy(self)
-            object.__setattr__(seen, "_shape", x.shape[1:])
-            yield x, seen
+            yield x, readable(x).reshape(len(x), -1), self._replaced({"_shape": x.shape[1:]})
 
     def _batch(self, rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), *self.__dict__["_shape"])
@@ -139,16 +129,17 @@ class Intersection(Constraint):
         return self._projected(drawn.view(like.shape))
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dykstra's algorithm on each row, until it is done for all of them.
+        """Dykstra's algorithm on each row, until it has converged for all of them.
 
-        Where sets meet at a small angle, or are far from `x`, very many cycles push in nearly the
-        same direction. So a turn of cycles begins with a stride in the direction of the pushes of
-        the last one, and is taken back if its own pushes turn against that. Any pushes are a right
-        start, as the algorithm is coordinate descent on the dual problem: x = y + sum of pushes.
+        Where sets meet at a small angle, or `x` is far away, very many cycles change the
+        corrections in nearly the same direction. So each round of cycles starts with a jump along
+        the change of the last round, and is undone if its own changes turn against the jump. Any
+        corrections are a valid start, as the algorithm is coordinate descent on the dual problem:
+        x = y + sum of corrections.
 
-        Where `x` is far off, float64 leaves an error relative to `x` in a result that is small.
-        Such a row starts anew from what it got: projections do not expand, so that the error
-        of the nearest point stays one relative to `x`, and that of feasibility vanishes.
+        Where `x` is far away, float64 leaves an error relative to `x` in a result that is small.
+        Such a row starts again from its result: projections do not expand distances, so the
+        distance to the nearest point stays relative to `x`, and the violation vanishes.
         """
         done = self._inside(x, dtype)
         if bool(done.all()):
@@ -156,49 +147,51 @@ class Intersection(Constraint):
         with_origin = self._inside(torch.zeros_like(x), dtype)
         start = y = kept = result = x
         none = x.new_zeros(len(self.sets), *x.shape)
-        pushes = kept_pushes = leap = none
-        stride = x.new_full((len(x),), _TURN)
-        leapt = torch.zeros_like(done)
-        for _ in range(0, self.max_iterations, _TURN):
-            turn = self._turn(y, pushes)
-            overshot = leapt & ((_along(turn.first, leap) < 0) | (_along(turn.last, leap) < 0))
-            reach = torch.maximum(_size(start), _size(turn.y))
+        corrections = kept_corrections = jump = none
+        stride = x.new_full((len(x),), _CYCLES)
+        jumped = torch.zeros_like(done)
+        for _ in range(0, self.max_iterations, _CYCLES):
+            round_ = self._round(y, corrections)
+            overshot = jumped & ((_along(round_.first, jump) < 0) | (_along(round_.last, jump) < 0))
+            reach = torch.maximum(_size(start), _size(round_.y))
             # a cone's apex would be approached forever, each time a little nearer
-            near_origin = torch.maximum(_size(turn.y), turn.left) <= self.tolerance * reach
-            end = _where(near_origin & with_origin, 0.0, turn.y)
-            settled = ~overshot & (turn.left <= self.tolerance * reach)
+            near_origin = torch.maximum(_size(round_.y), round_.left) <= self.tolerance * reach
+            end = _where(near_origin & with_origin, 0.0, round_.y)
+            settled = ~overshot & (round_.left <= self.tolerance * reach)
             found = settled & self._inside(end, dtype) & ~done
             result, done = _where(found, end, result), done | found
             if bool(done.all()):
                 return result
             kept = _where(overshot, kept, end)
-            kept_pushes = _where(settled, none, _where(overshot, kept_pushes, turn.pushes))
+            kept_corrections = _where(
+                settled, none, _where(overshot, kept_corrections, round_.corrections)
+            )
             start = _where(settled, kept, start)
-            longer = torch.where(leapt, 4 * stride, stride).clamp(max=_LONGEST)
-            stride = torch.where(settled, _TURN, torch.where(overshot, stride / 8, longer))
-            leapt = ~(overshot | settled)
-            leap = _where(leapt, stride.unsqueeze(1) * turn.last, none)
-            pushes = kept_pushes + leap
-            y = kept - sum(leap)
+            longer = torch.where(jumped, 4 * stride, stride).clamp(max=_LONGEST)
+            stride = torch.where(settled, _CYCLES, torch.where(overshot, stride / 8, longer))
+            jumped = ~(overshot | settled)
+            jump = _where(jumped, stride.unsqueeze(1) * round_.last, none)
+            corrections = kept_corrections + jump
+            y = kept - sum(jump)
         raise RuntimeError(self._failure(end[~done].detach()))
 
-    def _turn(self, y: Tensor, pushes: Tensor) -> _Turn:
+    def _round(self, y: Tensor, corrections: Tensor) -> _Round:
         """Some cycles: in each, one projection onto each set in turn."""
-        seen, sizes = [pushes], []
-        for _ in range(_TURN):
+        history, sizes = [corrections], []
+        for _ in range(_CYCLES):
             after, moved = [], y.new_zeros(len(y))
-            for member, push in zip(self.sets, seen[-1], strict=True):
-                pushed = y + push
-                near = member.project(self._batch(pushed)).view(y.shape)
+            for member, correction in zip(self.sets, history[-1], strict=True):
+                corrected = y + correction
+                near = member.project(self._batch(corrected)).view(y.shape)
                 moved = moved + _size(near - y)
-                after.append(pushed - near)
+                after.append(corrected - near)
                 y = near
-            seen.append(torch.stack(after))
+            history.append(torch.stack(after))
             sizes.append(moved)
-        half = _TURN // 2
-        first, last = seen[1] - pushes, (seen[-1] - seen[half]) / (_TURN - half)
-        left = _left(sizes[half - 1], sizes[-1], _TURN - half)
-        return _Turn(y, seen[-1], first.detach(), last.detach(), left)
+        half = _CYCLES // 2
+        first, last = history[1] - corrections, (history[-1] - history[half]) / (_CYCLES - half)
+        left = _left(sizes[half - 1], sizes[-1], _CYCLES - half)
+        return _Round(y, history[-1], first.detach(), last.detach(), left)
 
     def _inside(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return self._excess(y.detach().to(dtype).to(y.dtype), dtype) <= 0
@@ -214,14 +207,14 @@ class Intersection(Constraint):
         )
 
 
-class _Turn(NamedTuple):
-    """Where some cycles end, for N rows of n elements and k sets."""
+class _Round(NamedTuple):
+    """The result of some cycles, for N rows of n elements and k sets."""
 
     y: Tensor  # (N, n)
-    pushes: Tensor  # (k, N, n): what each set's last projection has taken away
-    first: Tensor  # (k, N, n): by how much the first cycle changed the pushes
-    last: Tensor  # (k, N, n): by how much the last cycles did, each
-    left: Tensor  # (N,): a bound of all moves that are to come
+    corrections: Tensor  # (k, N, n): what each set's last projection has changed
+    first: Tensor  # (k, N, n): the change of the corrections in the first cycle
+    last: Tensor  # (k, N, n): that in each of the last cycles
+    left: Tensor  # (N,): an estimate of all moves that are left
 
 
 def _where(rows: Tensor, a: Tensor | float, b: Tensor) -> Tensor:
@@ -229,7 +222,7 @@ def _where(rows: Tensor, a: Tensor | float, b: Tensor) -> Tensor:
 
 
 def _along(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of two pushes, for each row."""
+    """The inner product of two corrections, for each row."""
     total: Tensor = sum((a * b).sum(2))  # type: ignore[assignment]
     return total
 
@@ -239,6 +232,6 @@ def _size(rows: Tensor) -> Tensor:
 
 
 def _left(before: Tensor, last: Tensor, cycles: int) -> Tensor:
-    """What moves are left in all, if they go on to shrink as in the last cycles."""
+    """The sum of all moves that are left, if they go on to shrink at the present rate."""
     rate = (last / before) ** (1 / cycles)
     return torch.where(last > 0, last / (1 - rate).clamp(min=_SLOWEST), 0.0)

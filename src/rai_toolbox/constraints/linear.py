@@ -1,27 +1,60 @@
-"""One linear equation or inequality: hyperplanes and half-spaces."""
+"""Linear equations and inequalities: hyperplanes, half-spaces and affine subspaces."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.base import Constraint, check_device
+from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
+from rai_toolbox.constraints.kernels.norms import row_scale
 from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 
-# Each pass solves for what rounding left of the residual by the one before it, and so gains up to
-# 16 digits: four bring 1e20 to an offset of 1e-20, where a single pass would leave 1e4.
-PASSES = 4
+# Each pass solves for the rounding error that the pass before it left in the residual, and so gains
+# up to 16 digits: four bring 1e20 to an offset of 1e-20, where a single pass would leave 1e4.
+_PASSES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Hyperplane(Constraint):
+class _Linear(Constraint):
+    """One equation or inequality on the weighted sum of each sub-tensor."""
+
+    _for_each: ClassVar[tuple[str, ...]] = ("offset",)
+
+    normal: float | Tensor
+    offset: float | Tensor
+
+    def _check_settings(self) -> None:
+        normal = self.normal
+        check_setting("normal", normal)
+        check_setting("offset", self.offset)
+        if isinstance(normal, Tensor):
+            if normal.numel() and not bool(normal.any()):
+                raise ValueError(
+                    "`normal` must not be 0 everywhere, got a tensor of zeros of the shape "
+                    f"{tuple(normal.shape)}"
+                )
+        elif normal == 0:
+            raise ValueError(f"`normal` must not be 0, got {normal!r}")
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and offset, divided by a power of two so that squares of weights are in range."""
+        weights = as_wide(self.normal, x)
+        weights = weights.reshape(-1, weights.shape[-1] if weights.ndim else 1)
+        scale = row_scale(weights)
+        return (weights / scale).expand(-1, x.shape[1]), as_wide(self.offset, x) / scale
+
+
+@dataclass(frozen=True, eq=False)
+class Hyperplane(_Linear):
     """Every sub-tensor on a hyperplane: one linear equation.
 
-    ``{x : w.x = c}``; ``P(x) = x - (w.x - c) / |w|^2 * w``, solved again for its own residual
+    ``{x : w.x = c}``; ``P(x) = x - (w.x - c) / |w|^2 * w``, repeated on its own residual
     (iterative refinement: Wilkinson, 1963), at the cost of a few passes.
 
     Parameters
@@ -47,32 +80,24 @@ class Hyperplane(Constraint):
 
     flat: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True
-    _for_each: ClassVar[tuple[str, ...]] = ("offset",)
-
-    normal: float | Tensor
-    offset: float | Tensor
-
-    def _check_settings(self) -> None:
-        _check_normal(self.normal)
-        check_setting("offset", self.offset)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = _weights(self.normal, x)
-        gap = (_dot(weights, x) - as_wide(self.offset, x)).abs() - _slack(weights, x, dtype)
+        weights, offset = self._terms(x)
+        gap = (_dot(weights, x) - offset).abs() - _rounding(weights, x, dtype)
         return _distance(gap, weights)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights, offset = _weights(self.normal, x), as_wide(self.offset, x)
-        for _ in range(PASSES):
-            x = _shifted(x, weights, _dot(weights, x) - offset)
+        weights, offset = self._terms(x)
+        for _ in range(_PASSES):
+            x = _moved(x, weights, offset)
         return x
 
 
 @dataclass(frozen=True, eq=False)
-class HalfSpace(Constraint):
+class HalfSpace(_Linear):
     """Every sub-tensor on one side of a hyperplane: one linear inequality.
 
-    ``{x : w.x <= c}``; ``P(x) = x - max(w.x - c, 0) / |w|^2 * w``, solved again for its own
+    ``{x : w.x <= c}``; ``P(x) = x - max(w.x - c, 0) / |w|^2 * w``, repeated on its own
     residual (iterative refinement: Wilkinson, 1963), at the cost of a few passes. Results aim
     inside by what rounding can add, so that they satisfy the inequality exactly.
 
@@ -98,71 +123,159 @@ class HalfSpace(Constraint):
             [0.0000, 0.0000]])
     """
 
-    _for_each: ClassVar[tuple[str, ...]] = ("offset",)
-
-    normal: float | Tensor
-    offset: float | Tensor
-
-    def _check_settings(self) -> None:
-        _check_normal(self.normal)
-        check_setting("offset", self.offset)
-
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = _weights(self.normal, x)
-        return _distance(_dot(weights, x) - as_wide(self.offset, x), weights)
+        weights, offset = self._terms(x)
+        return _distance(_dot(weights, x) - offset, weights)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights, offset = _weights(self.normal, x), as_wide(self.offset, x)
-        for _ in range(PASSES):
-            aim = offset - _slack(weights, x.detach(), dtype)
-            x = _shifted(x, weights, _dot(weights, x) - aim)
+        weights, offset = self._terms(x)
+        for _ in range(_PASSES):
+            x = _moved(x, weights, offset - _rounding(weights, x.detach(), dtype))
         return x
 
 
-def _check_normal(normal: float | Tensor) -> None:
-    check_setting("normal", normal)
-    if isinstance(normal, Tensor):
-        if normal.numel() and not bool(normal.any()):
+@dataclass(frozen=True, eq=False)
+class Affine(Constraint):
+    """Every sub-tensor in an affine subspace: several linear equations.
+
+    ``{x : A x = b}`` for the flattened sub-tensor x; ``P(x) = x - A^+ (A x - b)`` with the
+    pseudoinverse ``A^+``, repeated on its own residual (Golub and Van Loan, Matrix Computations,
+    2013, 5.3 and 5.5). The pseudoinverse is computed once, when the set is made, as a constant for
+    autograd; each of a few passes costs 2 m n operations per sub-tensor.
+
+    Parameters
+    ----------
+    matrix : Tensor, shape (m, n)
+        One equation per row, for sub-tensors of n elements.
+    offset : float or Tensor, shape (m,) or (N, m)
+        The right-hand side b, which sub-tensors share or have one each of.
+
+    Raises
+    ------
+    ValueError
+        If a setting is not finite or of the wrong shape, or the rows of the matrix are linearly
+        dependent, to the precision of its dtype.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import Affine
+    >>> sum_1_and_first_two_equal = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0]])
+    >>> halves = Affine(sum_1_and_first_two_equal, torch.tensor([1.0, 0.0]))
+    >>> halves.project_(torch.tensor([[2.0, 1.0, -1.0]]))
+    tensor([[ 1.1667,  1.1667, -1.3333]])
+    """
+
+    flat: ClassVar[bool] = True
+    _fixed: ClassVar[tuple[str, ...]] = ("matrix",)
+    _is_equation: ClassVar[bool] = True
+
+    matrix: Tensor
+    offset: float | Tensor
+
+    def _check_settings(self) -> None:
+        if not isinstance(self.matrix, Tensor):
+            raise TypeError(f"`matrix` must be a tensor, got {self.matrix!r}")
+        shape = tuple(self.matrix.shape)
+        if len(shape) != 2 or not 0 < shape[0] <= shape[1]:
+            raise ValueError(f"`matrix` must have the shape (m, n), 1 <= m <= n, got {shape}")
+        check_setting("matrix", self.matrix)
+        check_setting("offset", self.offset)
+        if isinstance(self.offset, Tensor) and self.offset.ndim:
+            of_offset = tuple(self.offset.shape)
+            if len(of_offset) > 2 or of_offset[-1] != shape[0]:
+                raise ValueError(
+                    f"`offset` must have the shape ({shape[0]},) or (N, {shape[0]}), one value "
+                    f"per row of `matrix`, got {of_offset}"
+                )
+        wide, inverse = _with_inverse(self.matrix.detach())
+        self.__dict__.update(_wide=wide, _inverse=inverse)
+
+    def _check_shape(self, shape: torch.Size) -> None:
+        if shape[1:].numel() != self.matrix.shape[1]:
             raise ValueError(
-                "`normal` must not be 0 everywhere, got a tensor of zeros of the shape "
-                f"{tuple(normal.shape)}"
+                f"`matrix` must have one column per element of a sub-tensor, "
+                f"{shape[1:].numel()} for the batch of shape {tuple(shape)}, "
+                f"got shape {tuple(self.matrix.shape)}"
             )
-    elif normal == 0:
-        raise ValueError(f"`normal` must not be 0, got {normal!r}")
 
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        matrix: Tensor = self.__dict__["_wide"]
+        sizes = matrix.abs()
+        rounding = resolution(x.abs() @ sizes.T, sizes.sum(1), x.shape[1], dtype)
+        gap = (x @ matrix.T - as_wide(self.offset, x)).abs() - rounding
+        distances: Tensor = gap.clamp(min=0.0) / torch.linalg.vector_norm(matrix, dim=1)
+        return distances.amax(1)
 
-def _weights(normal: float | Tensor, x: Tensor) -> Tensor:
-    """The weights of the entries of each row of `x`, or of all rows alike."""
-    weights = as_wide(normal, x)
-    return weights.reshape(-1, weights.shape[-1] if weights.ndim else 1).expand(-1, x.shape[1])
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        matrix, inverse = self.__dict__["_wide"], self.__dict__["_inverse"]
+        for _ in range(_PASSES):
+            x = x - (x @ matrix.T - as_wide(self.offset, x)) @ inverse.T
+        return x
+
+    # The settings belong to equations, not elements: they do not broadcast against the batch.
+
+    def to(self, *args: Any, **kwargs: Any) -> Affine:  # noqa: D102
+        offset = self.offset
+        if isinstance(offset, Tensor):
+            offset = offset.to(*args, **kwargs)
+        return Affine(self.matrix.to(*args, **kwargs), offset)
+
+    def _check_batch(self, x: Tensor) -> None:
+        check_device("matrix", self.matrix, x)
+        super()._check_batch(x)
+
+    def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
+        if setting.ndim == 2 and len(setting) not in (1, len(x)):
+            raise ValueError(
+                f"`{name}` must have a row per sub-tensor of the batch of shape "
+                f"{tuple(x.shape)}, got shape {tuple(setting.shape)}"
+            )
+
+    def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
+        setting = widened(setting).reshape(-1, setting.shape[-1] if setting.ndim else 1)
+        return setting[rows] if len(setting) > 1 else setting
+
+    def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
+        one_for_all = not isinstance(self.offset, Tensor) or self.offset.ndim < 2
+        return super()._whole_dims(shape) if one_for_all else range(len(shape))
 
 
 def _dot(weights: Tensor, x: Tensor) -> Tensor:
     return (weights * x).sum(1, keepdim=True)
 
 
-def _slack(weights: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounding(weights: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """How far the weighted sum may be off when `x` is rounded to `dtype`."""
     sizes = weights.abs()
     return resolution(_dot(sizes, x.abs()), sizes.sum(1, keepdim=True), x.shape[1], dtype)
 
 
-def _direction(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights over their largest, which has a square in range, and the largest."""
-    largest = weights.abs().amax(1, keepdim=True)
-    return weights / largest, largest
-
-
 def _distance(gap: Tensor, weights: Tensor) -> Tensor:
-    """The distance to a hyperplane at which the weighted sum is off by `gap`; 0 if below."""
-    direction, largest = _direction(weights)
-    distance = gap / largest / _dot(direction, direction).sqrt()
-    # with weights 0 there is no direction: what has a gap is at no finite distance
-    distance = torch.where(largest > 0, distance, torch.inf)
+    """The distance to a hyperplane at which the weighted sum is off by `gap`; 0 if gap <= 0.
+
+    Infinite where all weights are 0, as no point has another sum.
+    """
+    distance = gap / torch.linalg.vector_norm(weights, dim=1, keepdim=True)
     return torch.where(gap <= 0, 0.0, distance).squeeze(1)
 
 
-def _shifted(x: Tensor, weights: Tensor, gap: Tensor) -> Tensor:
-    """`x` moved along the weights so that the weighted sum is less by `gap`."""
-    direction, largest = _direction(weights)
-    return x - gap / largest / _dot(direction, direction) * direction
+def _moved(x: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    """`x` moved along the weights to where the weighted sum is `total`."""
+    return x - (_dot(weights, x) - total) / _dot(weights, weights) * weights
+
+
+def _with_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``A`` and its pseudoinverse in float64."""
+    wide = widened(matrix)
+    scale = row_scale(wide)  # equations of any scale are alike
+    scaled = wide / scale
+    dtype = matrix.dtype if matrix.is_floating_point() else wide_dtype(matrix)
+    least = torch.finfo(dtype).eps * max(wide.shape)
+    rank = int(torch.linalg.matrix_rank(scaled, rtol=least))
+    if rank < len(wide):
+        raise ValueError(
+            "`matrix` must have linearly independent rows, got one of numerical rank "
+            f"{rank} with m={len(wide)} rows"
+        )
+    return wide, torch.linalg.pinv(scaled) / scale.T

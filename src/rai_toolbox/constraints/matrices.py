@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any, ClassVar
 
 import torch
@@ -11,16 +11,13 @@ from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import resolution, spacing
 from rai_toolbox.constraints.kernels.svd import (
-    ALIGNED,
     Recomposed,
-    aligned,
-    cut,
     divided_differences,
     noise_of,
     recomposed,
+    rounding_margin,
     svd,
     within_range,
 )
@@ -36,9 +33,10 @@ class PSD(Constraint):
 
     ``{X : X = X^T, v^T X v >= 0 for all v}``, matrices in the last two dims of a batch
     (N, ..., n, n); ``P(X) = Q diag(max(s, 0)) Q^T`` for ``(X + X^T) / 2 = Q diag(s) Q^T`` (Higham
-    1988), at the cost of an eigendecomposition in float64, O(n^3), which waits for a GPU. The
-    result is symmetric to the bit, and its eigenvalues are raised by what rounding takes off. An
-    eigenvalue is negative where it is so beyond the rounding of float64, relative to the largest.
+    1988), at the cost of an eigendecomposition in float64, O(n^3), which synchronizes with a GPU.
+    The result is exactly symmetric, and its eigenvalues are raised by what rounding takes off. An
+    eigenvalue counts as negative if it is less than what rounding to float64, relative to the
+    largest, can explain.
     The derivative is exact, also where eigenvalues are equal.
 
     Examples
@@ -63,16 +61,24 @@ class PSD(Constraint):
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = _symmetric(x)
-        values, q = torch.linalg.eigh(aligned(x.detach()))
+        values, q = torch.linalg.eigh(x.detach())
 
-        def raised(floor: Tensor) -> Tensor:
-            y = recomposed(q, torch.maximum(values, floor), q.mT)
-            return torch.where(_all_above(values, floor), x.detach(), _symmetric(cut(y, x)))
+        def raised(y: Tensor, floor: Tensor) -> Tensor:  # what is in the cone keeps its bits
+            above = (values >= floor).all(-1)[..., None, None]
+            return torch.where(above, x, _symmetric(y))
 
-        floor = _floor(raised, values, x, dtype)
-        y = _Raised.apply(aligned(x), values, q, floor)  # type: ignore[no-untyped-call]
-        kept = _all_above(values, floor)
-        return within_range(torch.where(kept, x, _symmetric(cut(y, x))), dtype)
+        noise = noise_of(x) / 2  # half of what `_excess` allows, so that the result is inside
+        # Rounding moves a matrix Y, and so its eigenvalues, by u |Y|_F at most; twice that holds
+        # for the raised matrix too, while u sqrt(n) <= 1/2.
+        lost = torch.finfo(dtype).eps * sqrt(x.shape[-1]) * values[..., -1:].clamp(min=0.0)
+        floor = rounding_margin(
+            lambda floor: raised(recomposed(q, torch.maximum(values, floor), q.mT), floor),
+            lambda y: _depth(y, noise).unsqueeze(-1),
+            lost + x.shape[-1] * spacing(dtype),
+            dtype,
+        )
+        y = _Raised.apply(x, values, q, floor)  # type: ignore[no-untyped-call]
+        return within_range(raised(y, floor), dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +88,9 @@ class Stiefel(Constraint):
     ``{X : X^T X = I}``, matrices of at least as many rows as columns in the last two dims of a
     batch (N, ..., m, k); ``P(X) = U V^T`` for ``X = U diag(s) V^T``, the polar factor (Fan &
     Hoffman 1955; Schonemann 1966), at the cost of a singular value decomposition in float64,
-    O(m k^2), which waits for a GPU. A matrix of lower rank has many nearest points, of which it
-    gives one; there the derivative is NaN or infinite. Samples are uniform (Haar): polar factors
-    of normal matrices (Chikuse 2003).
+    O(m k^2), which synchronizes with a GPU. A matrix of lower rank has many nearest points, of
+    which one is returned; there the derivative is NaN or infinite. Samples are uniform (Haar):
+    polar factors of normal matrices (Chikuse 2003).
 
     Examples
     --------
@@ -113,12 +119,11 @@ class Stiefel(Constraint):
             )
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        columns = aligned(x).clamp(-_LARGE, _LARGE)
+        columns = x.clamp(-_LARGE, _LARGE)
         magnitudes = columns.abs()
-        size = x.shape[-1]
-        gram, terms = ((y.mT @ y)[..., :size, :size] for y in (columns, magnitudes))
-        sums = cut(magnitudes, x).sum(-2)
-        off = (gram - torch.eye(size, dtype=x.dtype, device=x.device)).abs()
+        gram, terms = columns.mT @ columns, magnitudes.mT @ magnitudes
+        sums = magnitudes.sum(-2)
+        off = (gram - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).abs()
         # Each entry of X^T X is a sum of products of two rounded numbers.
         weights = sums.unsqueeze(-1) + sums.unsqueeze(-2)
         allowed = resolution(2 * terms, weights, x.shape[-2], dtype) + noise_of(x)
@@ -126,11 +131,10 @@ class Stiefel(Constraint):
         return torch.where(off > allowed, off, 0.0).amax((-2, -1)) / (1 + length)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        whole = _bordered(x)
-        u, values, vh = svd(whole.detach())
-        ones, still = torch.ones_like(values), torch.zeros_like(values)
-        y = Recomposed.apply(whole, u, values, vh, ones, still, False)  # type: ignore[no-untyped-call]
-        return cut(y, x)
+        u, values, vh = svd(x.detach())
+        ones, zeros = torch.ones_like(values), torch.zeros_like(values)
+        y: Tensor = Recomposed.apply(x, u, values, vh, ones, zeros, False)  # type: ignore[no-untyped-call]
+        return y
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         return self._nearest(-gradient, dtype)
@@ -145,49 +149,9 @@ def _symmetric(x: Tensor) -> Tensor:
 
 def _depth(x: Tensor, noise: float) -> Tensor:
     """How negative the lowest eigenvalue of each matrix is; 0 within `noise` of the largest."""
-    values = torch.linalg.eigvalsh(aligned(x))
+    values = torch.linalg.eigvalsh(x)
     depth = -values[..., 0]
     return torch.where(depth > noise * values.abs().amax(-1), depth, 0.0)
-
-
-def _all_above(values: Tensor, floor: Tensor) -> Tensor:
-    return (values >= floor).all(-1)[..., None, None]
-
-
-def _floor(
-    raised: Callable[[Tensor], Tensor], values: Tensor, x: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The lowest of three bounds of eigenvalues at which ``raised(bound)`` rounds into the cone.
-
-    The first is 0; the second, somewhat more than what rounding then was seen to take off. The
-    third needs no trial while ``u sqrt(n) <= 1/2``: rounding moves a matrix Y, and so each of its
-    eigenvalues, by at most ``u |Y|_F``.
-    """
-    noise = noise_of(x) / 2  # half of what is allowed, so that it still fits when seen again
-    first = torch.zeros_like(values[..., :1])
-    exact = within_range(raised(first), dtype)
-    rounded = exact.to(dtype).to(x.dtype)
-    depth = _depth(rounded, noise).unsqueeze(-1)
-    error = torch.linalg.eigvalsh(aligned(rounded - exact)).abs().amax(-1, keepdim=True)
-    second = depth + error / 2
-    retried = within_range(raised(second), dtype).to(dtype).to(x.dtype)
-    lost = torch.finfo(dtype).eps * norm(values.clamp(min=0.0), 2, 1)
-    third = lost + x.shape[-1] * spacing(dtype)
-    inner = torch.where(_depth(retried, noise).unsqueeze(-1) == 0, second, third)
-    return torch.where(depth == 0, first, inner)
-
-
-def _bordered(x: Tensor) -> Tensor:
-    """`x` with multiples of 8 rows and columns: a block of the identity beside it, then zeros.
-
-    Columns of zeros, as those of `aligned`, would mix with what x itself has no rank for.
-    """
-    columns = -x.shape[-1] % ALIGNED
-    whole = aligned(torch.nn.functional.pad(x, (0, columns, 0, columns)))
-    largest = x.detach().abs().amax((-2, -1)).unsqueeze(-1)
-    block = whole.diagonal(x.shape[-1] - x.shape[-2], -2, -1)[..., x.shape[-1] :]
-    block.copy_(torch.where(largest > 0, largest, 1.0).expand_as(block))
-    return whole
 
 
 class _Raised(torch.autograd.Function):

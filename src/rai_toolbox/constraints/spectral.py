@@ -15,11 +15,9 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import spacing
 from rai_toolbox.constraints.kernels.svd import (
     Recomposed,
-    aligned,
-    cut,
     noise_of,
     recomposed,
-    singular_values,
+    rounding_margin,
     svd,
     within_range,
 )
@@ -45,7 +43,7 @@ class _SingularValueBall(Constraint):
         raise NotImplementedError
 
     def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """The nearest values of norm `radius`; which move with their own; whether all share."""
+        """The nearest values of norm `radius`; which have derivative 1; whether less their mean."""
         raise NotImplementedError
 
     def _extreme(self, values: Tensor) -> Tensor:
@@ -60,29 +58,28 @@ class _SingularValueBall(Constraint):
         return torch.where(size > radius * (1 + noise_of(x)), size - radius, 0.0).squeeze(-1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(aligned(x.detach()))
-        radius = self._inward(
-            lambda r: cut(recomposed(u, self._shrunk(values, r)[0], vh), x), x, dtype
-        )
+        u, values, vh = svd(x.detach())
+        inner = self._inner(lambda r: recomposed(u, self._shrunk(values, r)[0], vh), x, dtype)
         epsilon = self._radius(x)
-        radius = radius + (epsilon - epsilon.detach())  # 0, for the sake of its derivative
+        radius = inner + (epsilon - epsilon.detach())  # 0, for the sake of its derivative
         shrunk, moving, shared = self._shrunk(values, radius)
-        y = Recomposed.apply(aligned(x), u, values, vh, shrunk, moving, shared)  # type: ignore[no-untyped-call]
-        return within_range(cut(y, x), dtype)
+        y = Recomposed.apply(x, u, values, vh, shrunk, moving, shared)  # type: ignore[no-untyped-call]
+        return within_range(y, dtype)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(aligned(-gradient))
-        corner = cut(recomposed(u, self._extreme(values), vh), gradient)
-        radius = self._inward(lambda r: corner * r.unsqueeze(-1), gradient, dtype)
-        return within_range(corner * radius.unsqueeze(-1), dtype)
+        u, values, vh = svd(-gradient)
+        return self._scaled(recomposed(u, self._extreme(values), vh), gradient, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         direction = normal(like, generator)
         size = self._size(direction)
         share = uniform(size, generator) ** (1 / (like.shape[-2] * like.shape[-1])) / size
-        point = direction * share.unsqueeze(-1)
-        radius = self._inward(lambda r: point * r.unsqueeze(-1), direction, like.dtype)
-        return within_range(point * radius.unsqueeze(-1), like.dtype)
+        return self._scaled(direction * share.unsqueeze(-1), direction, like.dtype)
+
+    def _scaled(self, point: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A point of the unit ball times the radius."""
+        radius = self._inner(lambda r: point * r.unsqueeze(-1), x, dtype)
+        return within_range(point * radius.unsqueeze(-1), dtype)
 
     def _radius(self, x: Tensor) -> Tensor:
         """The radius of each matrix, to broadcast against its singular values."""
@@ -91,28 +88,29 @@ class _SingularValueBall(Constraint):
         return x.new_full((1,) * (x.ndim - 1), self.epsilon)
 
     @torch.no_grad()
-    def _inward(self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The largest of three radii at which ``compose(radius)`` rounds into the ball.
+    def _inner(self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A radius at which ``compose(radius)`` rounds into the ball, smaller by as little.
 
-        The first takes off the noise of float64 alone; the second, somewhat more than what
-        rounding then was seen to add. The third needs no trial: rounding moves a matrix Y by at
-        most ``u |Y|_F``, and so its norm by at most ``u sqrt(min(m, k)) epsilon``.
+        Rounding moves a matrix Y by at most ``u |Y|_F``, and so its norm by at most
+        ``u sqrt(min(m, k)) epsilon``; subnormal numbers move by half of their spacing.
         """
-        epsilon, least = self._radius(x), min(x.shape[-2:])
-        unit = torch.finfo(dtype).eps / 2
-        first = epsilon * (1 - noise_of(x))
-        exact = within_range(compose(first), dtype)
-        rounded = exact.to(dtype).to(x.dtype)
-        size, error = self._size(rounded), self._size(rounded - exact)
-        second = (first - (size - first).clamp(min=0.0) - error / 2).clamp(min=0.0)
-        retried = within_range(compose(second), dtype).to(dtype).to(x.dtype)
-        lost = sqrt(least * x.shape[-2] * x.shape[-1]) * spacing(dtype)
-        third = (epsilon * (1 - noise_of(x) - sqrt(least) * unit) - lost).clamp(min=0.0)
-        inner = torch.where(self._size(retried) <= epsilon, second, third)
-        return torch.where(size <= epsilon, first, inner)
+        m, k = x.shape[-2:]
+        least = min(m, k)
+        epsilon = self._radius(x)
+        of_float64 = epsilon * noise_of(x)
+        most = epsilon * (sqrt(least) * torch.finfo(dtype).eps / 2)
+        most = (most + sqrt(least * m * k) * spacing(dtype)).expand(*x.shape[:-2], 1)
+
+        def radius(margin: Tensor) -> Tensor:
+            return (epsilon - of_float64 - margin).clamp(min=0.0)
+
+        def excess(y: Tensor) -> Tensor:
+            return (self._size(y) - epsilon).clamp(min=0.0)
+
+        return radius(rounding_margin(lambda margin: compose(radius(margin)), excess, most, dtype))
 
     def _size(self, x: Tensor) -> Tensor:
-        return self._norm(singular_values(x)).unsqueeze(-1)
+        return self._norm(torch.linalg.svdvals(x)).unsqueeze(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +119,9 @@ class SpectralBall(_SingularValueBall):
 
     ``{X : s_1(X) <= epsilon}``, matrices in the last two dims of a batch (N, ..., m, k);
     ``P(X) = U diag(min(s, epsilon)) V^T`` for ``X = U diag(s) V^T`` (von Neumann 1937; Lewis
-    1995), at the cost of a singular value decomposition in float64, O(m k min(m, k)), which waits
-    for a GPU. The derivative is exact, also where singular values are equal or 0. Samples are
-    normal matrices, each scaled to the norm ``epsilon t^(1/(m k))``, t uniform.
+    1995), at the cost of a singular value decomposition in float64, O(m k min(m, k)), which
+    synchronizes with a GPU. The derivative is exact, also where singular values are equal or 0.
+    Samples are normal matrices, each scaled to the norm ``epsilon t^(1/(m k))``, t uniform.
 
     Parameters
     ----------
@@ -162,9 +160,9 @@ class NuclearBall(_SingularValueBall):
     last two dims of a batch (N, ..., m, k); ``P(X) = U diag(max(s - theta, 0)) V^T`` for
     ``X = U diag(s) V^T``, with the theta that makes the sum epsilon (Cai, Candes & Shen 2010;
     Duchi et al. 2008), at the cost of a singular value decomposition in float64,
-    O(m k min(m, k)), which waits for a GPU. The derivative is exact, also where singular values
-    are equal or 0. Samples are normal matrices, each scaled to the norm ``epsilon t^(1/(m k))``,
-    t uniform.
+    O(m k min(m, k)), which synchronizes with a GPU. The derivative is exact, also where singular
+    values are equal or 0. Samples are normal matrices, each scaled to the norm
+    ``epsilon t^(1/(m k))``, t uniform.
 
     Parameters
     ----------

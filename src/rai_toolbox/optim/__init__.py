@@ -2,26 +2,29 @@
 
 from rai_toolbox.optim.apgd import APGD
 from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
-from rai_toolbox.optim.clamped import ClampedGradientOptimizer, ClampedParameterOptimizer
 from rai_toolbox.optim.compile import compiled
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
-from rai_toolbox.optim.frank_wolfe_balls import (
+from rai_toolbox.optim.named import (
+    ClampedGradientOptimizer,
+    ClampedParameterOptimizer,
     L1FrankWolfe,
+    L1NormedGradientOptim,
     L1qFrankWolfe,
+    L1qNormedGradientOptim,
     L2FrankWolfe,
+    L2NormedGradientOptim,
+    L2ProjectedOptim,
     LinfFrankWolfe,
+    LinfProjectedOptim,
+    SignedGradientOptim,
+    TopQGradientOptimizer,
 )
-from rai_toolbox.optim.l1q import L1qNormedGradientOptim
-from rai_toolbox.optim.named_projected import L2ProjectedOptim, LinfProjectedOptim
-from rai_toolbox.optim.normed import L1NormedGradientOptim, L2NormedGradientOptim
 from rai_toolbox.optim.param_groups import constrain
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.optim.projected import ProjectedOptimizer
 from rai_toolbox.optim.schedules import LinearSetting, SettingScheduler
-from rai_toolbox.optim.signed import SignedGradientOptim
-from rai_toolbox.optim.top_q import TopQGradientOptimizer
 
 __all__ = [
     "APGD",

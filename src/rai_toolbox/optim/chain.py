@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.inner import optimizer_class
-from rai_toolbox.optim.wrapper import Group, Params
+from rai_toolbox.optim.settings import base_name
+from rai_toolbox.optim.wrapper import MEMBER, Group, Params
 
-# A member scales and shifts only if it was told to, else only the chain does.
-_NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
+# Settings that the chain has itself: without a number they are the chain's. A member scales and
+# shifts only if it was given a scale or a bias.
+_OF_CHAIN: dict[str, Any] = {"param_ndim": None, "grad_scale": 1.0, "grad_bias": 0.0}
 
 
 class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
@@ -33,8 +35,9 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
 
     Notes
     -----
-    Parameter groups hold the members' settings. A setting that one member has goes by its name
-    (`q`); one that several have goes by the member's number too (`0.clamp_max`, `1.clamp_max`).
+    Parameter groups hold the members' settings. A setting that only one member has is named as
+    there (`q`); if several have it, the member's number comes first (`0.clamp_max`,
+    `1.clamp_max`).
 
     Raises
     ------
@@ -75,221 +78,91 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     ) -> None:
         if not transforming_optimizers:
             raise ValueError("`transforming_optimizers` must not be empty, got no optimizer")
-        inner = optimizer_class(InnerOpt)
-        self._members = tuple(_make_member(each, inner) for each in transforming_optimizers)
-        self._divides_by_norms = any(member._divides_by_norms for member in self._members)
-        own = [
-            _own_settings(member, factory)
-            for member, factory in zip(self._members, transforming_optimizers, strict=True)
-        ]
-        # A nested chain's names that have a number already get another one: 0.1.clamp_max.
-        self._claims = Counter(_base(name) for settings in own for name in settings)
-        self._claims.update({"param_ndim": 1, **dict.fromkeys(_NEUTRAL, 1)})  # the chain's own
-        self._names = tuple(
-            {name: name if self._claims[name] == 1 else f"{i}.{name}" for name in settings}
-            for i, settings in enumerate(own)
-        )
-        settings = {
-            names[name]: value
-            for names, values in zip(self._names, own, strict=True)
-            for name, value in values.items()
-        }
+        members = [_member(each, InnerOpt) for each in transforming_optimizers]
+        # The names in a nested chain that have a number already get another one: 0.1.clamp_max.
+        claims = Counter([*_OF_CHAIN, *(base_name(name) for _, own in members for name in own)])
+        self._ambiguous = {name for name, n in claims.items() if n > 1} - _OF_CHAIN.keys()
+        self._keys: dict[str, str] = {}  # names in groups of members' settings, by each spelling
+        settings, before, after = {}, [], []
+        for i, (member, own) in enumerate(members):
+            names = {name: name if claims[base_name(name)] == 1 else f"{i}.{name}" for name in own}
+            for name, key in names.items():
+                settings[key] = own[name]
+                self._keys.update({f"{i}.{name}": key, key: key})
+            member_before, member_after = member._as_member(names, f"{i}.")
+            before += member_before
+            after += member_after
+        self._before, self._after = (*before, *self._before), (*after, *self._after)
+        self._composition = " ○ ".join(member._repr_name() for member, _ in reversed(members))
         super().__init__(
             params,
             InnerOpt,
             param_ndim=param_ndim,
             grad_scale=grad_scale,
             grad_bias=grad_bias,
-            defaults={**settings, **self._spelled(defaults or {})},
+            defaults={**settings, **self._by_key(defaults or {})},
             **inner_opt_kwargs,
         )
 
-    def _each_member(self, group: Group) -> Iterator[tuple[ParamTransformingOptimizer, Any]]:
-        for i, (member, names) in enumerate(zip(self._members, self._names, strict=True)):
-            if "inner_opt" in self.__dict__:
-                member.state, member._shown = self.state, self._shown
-                member._place = f"{self._place}{i}."
-            yield member, _MemberGroup(group, names)
-
-    def _transform_gradients_(
-        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
-    ) -> None:
-        for member, group in self._each_member(optim_group):
-            member._transform_group_gradients_(params, grads, group)
-
-    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
-        for member, group in self._each_member(optim_group):
-            member._transform_group_parameters_(params, group)
-
-    def _after_inner_step_(self, group: Group) -> None:
-        for member, seen in self._each_member(group):
-            member._after_inner_step_(seen)
-
-    def _init_state_(self, group: Group) -> None:
-        for member, seen in self._each_member(group):
-            member._init_state_(seen)
-
-    def _sees_elements(self, group: Group) -> bool:
-        return all(member._sees_elements(seen) for member, seen in self._each_member(group))
-
-    def _has_gradient_transform(self, group: Group) -> bool:
-        # A member may also scale, shift, or have a hook of its own.
-        return any(member._transforms_gradients(seen) for member, seen in self._each_member(group))
-
-    def _group_of_view(self, group: Group) -> Group:
-        stored = [name for names in self._names for name in names.values()]
-        return {
-            **super()._group_of_view(group),
-            **{name: -1 for name in stored if _base(name) == "param_ndim"},
-        }
-
     def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        stored = [name for names in self._names for name in names.values()]
-        hooked = self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_")
-        for name in stored:
-            if hooked and _base(name) == "param_ndim" and group[name] != group["param_ndim"]:
-                raise ValueError(
-                    f"`{name}` must equal `param_ndim`, because the hooks of {type(self).__name__} "
-                    f"get a view of it, got {name}={group[name]} and "
-                    f"param_ndim={group['param_ndim']}"
-                )
         inner = self.__dict__.get("inner_opt")
-        if not isinstance(inner, _NoInner):
-            of_inner = set() if inner is None else inner.defaults.keys() - self._settings.keys()
-            for name in sorted(self._claims.keys() & group.keys() - of_inner):
-                if self._claims[name] > 1 and name not in ("param_ndim", *_NEUTRAL):
-                    spelled = [other for other in stored if _base(other) == name]
-                    raise ValueError(
-                        f"`{name}` must be spelled as one of {', '.join(spelled)}, because several "
-                        f"members have it; got {name}={group[name]!r}"
-                    )
-        for member, members_group in self._each_member(group):
-            member._check_group(members_group)
+        of_inner = set() if inner is None else inner.defaults.keys() - self._settings.keys()
+        for name in sorted(self._ambiguous & group.keys() - of_inner):
+            spelled = [key for key in dict.fromkeys(self._keys.values()) if base_name(key) == name]
+            raise ValueError(
+                f"`{name}` must be spelled as one of {', '.join(spelled)}, because several "
+                f"members have it; got {name}={group[name]!r}"
+            )
+        super()._check_group(group)
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
         if isinstance(param_group, Mapping):
-            param_group = self._spelled(param_group)
+            param_group = self._by_key(param_group)
         return super()._completed(param_group)
 
-    def _spelled(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings by the names under which groups hold them; a number needs not be left out."""
-        known = {
-            spelled: stored
-            for i, names in enumerate(self._names)
-            for name, stored in names.items()
-            for spelled in (f"{i}.{name}", stored)
-        }
+    def _by_key(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by the names that groups have for them; a number may be left out or not."""
         settings: dict[str, Any] = {}
         for name, value in given.items():
-            stored = known.get(name, name)
-            if stored in settings:
-                raise ValueError(f"`{stored}` must be given once, got it as `{name}` too")
-            if stored not in known and name.partition(".")[0].isdigit():
+            key = self._keys.get(name, name)
+            if key in settings:
+                raise ValueError(f"`{key}` must be given once, got it as `{name}` too")
+            if name not in self._keys and name.partition(".")[0].isdigit():
                 raise ValueError(
-                    f"`{name}` must be a setting of a member (one of {', '.join(sorted(known))}), "
-                    f"got {name}={value!r}"
+                    f"`{name}` must be a setting of a member (one of "
+                    f"{', '.join(sorted(self._keys))}), got {name}={value!r}"
                 )
-            settings[stored] = value
+            settings[key] = value
         return settings
 
-    def _keeps_zero(self, optim_group: Group) -> bool:
-        return all(
-            member._keeps_zero(group)
-            and group["grad_bias"] == 0.0
-            and not member._overrides("_pre_step_transform_")
-            for member, group in self._each_member(optim_group)
-        )
-
-    def _extra_state(self) -> dict[str, Tensor]:
-        return {
-            f"{i}.{name}": value
-            for i, member in enumerate(self._members)
-            for name, value in member._extra_state().items()
-        }
-
-    def _check_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        for i, member in enumerate(self._members):
-            member._check_extra_state(_of_member(extra, i))
-
-    def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        for i, member in enumerate(self._members):
-            member._load_extra_state(_of_member(extra, i))
-
     def _repr_name(self) -> str:
-        if type(self) is not ChainedParamTransformingOptimizer:
-            return super()._repr_name()
-        return " ○ ".join(member._repr_name() for member in reversed(self._members))
+        is_named = type(self) is not ChainedParamTransformingOptimizer
+        return super()._repr_name() if is_named else self._composition
 
 
-class _MemberGroup(MutableMapping[str, Any]):
-    """A chain's parameter group as one member sees it: its own settings by their plain names."""
-
-    def __init__(self, group: Group, names: Mapping[str, str]) -> None:
-        self._group, self._names = group, names
-
-    def __getitem__(self, name: str) -> Any:
-        if name in _NEUTRAL and name not in self._names:
-            return _NEUTRAL[name]
-        return self._group[self._names.get(name, name)]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._group[self._names.get(name, name)] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._group[self._names.get(name, name)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._group, **self._names})
-
-    def __len__(self) -> int:
-        return len({**self._group, **self._names})
-
-
-class _NoInner(Optimizer):
-    """Stands where a chain's member expects its inner optimizer: the chain has the only one."""
-
-    def __init__(self, stands_for: type[Optimizer]) -> None:
-        super().__init__([{"params": []}], {})
-        self.stands_for = stands_for
-        self.param_groups.clear()
-
-
-def _base(name: str) -> str:
-    """A setting's name without the numbers of members."""
-    return name.rpartition(".")[2]
-
-
-def _of_member(extra: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-    prefix = f"{i}."
-    return {k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)}
-
-
-def _make_member(factory: object, inner: type[Optimizer]) -> ParamTransformingOptimizer:
+def _member(given: Any, InnerOpt: object) -> tuple[ParamTransformingOptimizer, dict[str, Any]]:
+    """A member, and the settings that count for it alone: those that the chain does not have."""
     if not (
-        isinstance(factory, (type, partial))
-        and issubclass(optimizer_class(factory), ParamTransformingOptimizer)
+        isinstance(given, (type, partial))
+        and issubclass(optimizer_class(given), ParamTransformingOptimizer)
     ):
         raise TypeError(
             "`transforming_optimizers` must be ParamTransformingOptimizer classes or partials of "
-            f"them, got {factory!r}"
+            f"them, got {given!r}"
         )
-    bound = factory.keywords if isinstance(factory, partial) else {}
+    accepted = inspect.signature(given).parameters
+    if "InnerOpt" not in accepted and all(p.kind is not p.VAR_KEYWORD for p in accepted.values()):
+        raise TypeError(f"`transforming_optimizers` must take an `InnerOpt`, got {given!r}")
+    bound = given.keywords if isinstance(given, partial) else {}
     for name in ("params", "InnerOpt"):
         if name in bound:
             raise TypeError(
                 f"`{name}` must be given to the chain, not to a member, got {bound[name]!r}"
             )
-    member: ParamTransformingOptimizer = factory(params=None, InnerOpt=_NoInner(inner))
-    return member
-
-
-def _own_settings(member: ParamTransformingOptimizer, factory: Any) -> dict[str, Any]:
-    """The settings that count for one member only: what the chain does not say for all."""
-    given = factory.keywords if isinstance(factory, partial) else {}
-    return {
+    member: ParamTransformingOptimizer = given(params=MEMBER, InnerOpt=InnerOpt)
+    return member, {
         name: value
         for name, value in member._settings.items()
-        if (name != "param_ndim" or "param_ndim" in given)
-        and (name not in _NEUTRAL or value != _NEUTRAL[name])
+        if name not in _OF_CHAIN
+        or (name in bound if name == "param_ndim" else value != _OF_CHAIN[name])
     }

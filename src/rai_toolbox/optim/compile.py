@@ -1,4 +1,4 @@
-"""One word for a step that is compiled as a whole: gradient, inner step and projection."""
+"""Optimizer steps compiled by `torch.compile`, each graph checked once against the eager step."""
 
 from __future__ import annotations
 
@@ -13,43 +13,50 @@ from torch.optim import Optimizer
 from rai_toolbox._torch import (
     compile_apart,
     graph_breaks,
-    is_of_compiler,
-    is_restart,
+    is_wrapped_by_scheduler,
     lookup_backend,
-    tree_leaves,
+    mark_stepped,
+    unhooked,
+    without_grad_mode,
 )
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.bounded_ball import BoundedBall
+from rai_toolbox.constraints.box_hyperplane import BoxSection
+from rai_toolbox.optim.settings import is_zero_on_host
+from rai_toolbox.optim.snapshot import Snapshot, copies
 
 __all__ = ["compiled"]
 
-_BOUNDS = ("clamp_min", "clamp_max", "epsilon")  # of groups, that may be tensors
-_MEANT = (
-    "User-inserted graph break"  # torch's own around a step, and that before an update by norms
-)
-_NOTHING = "nothing of it could be captured"
+_BOUNDS = {"clamp_min", "clamp_max", "epsilon"}  # settings of groups that may be tensors
+_MOST_CAPTURES = 8  # torch's own limit, beyond which it runs a function eagerly
 
 
 def compiled(
     optimizer: Optimizer, *, backend: str | Callable[..., Any] = "inductor"
 ) -> Callable[..., Any]:
-    """A function that does what ``optimizer.step()`` does, by compiled code.
+    """Return a function that does the same as ``optimizer.step()``, by compiled code.
 
     Transform, inner step and projection become one graph, so that each parameter is read and
-    written once. The optimizer stays what it is: its state, groups and schedulers are used, and
-    ``optimizer.step()`` remains the eager step, with which compiled ones may alternate.
+    written once. The optimizer itself does not change: its state, groups and schedulers are used,
+    and ``optimizer.step()`` remains the eager step; the two may alternate.
 
-    The first step is eager, for it makes the state; the second compiles, which takes seconds to
-    minutes, the longer the more tensors there are. A learning rate, or any other number in a
-    group, may change from step to step and nothing is compiled again. A step with a closure is
-    eager. Where the step cannot be captured, or the compiler fails, a warning says so, once, and
-    all steps are eager.
+    The first step is eager, because it creates the state. The second one compiles, which takes
+    seconds to minutes, more with more tensors. A learning rate, or another number in a group, may
+    change between steps without a new compilation.
+
+    A step that compiles is computed twice, compiled and eagerly, from the same values, and the
+    eager result is kept. If the two differ by more than rounding, if the step cannot be captured,
+    or if the compiler fails, one warning says so and all later steps are eager. This needs memory
+    for two more copies of parameters, gradients and state, during that step only.
+
+    Steps with a closure, with a learning rate of 0, and differentiable ones are eager.
 
     Parameters
     ----------
     optimizer : Optimizer
         Of this library, or any other.
     backend : str or callable
-        That of `torch.compile`.
+        The backend of `torch.compile`.
 
     Returns
     -------
@@ -63,10 +70,12 @@ def compiled(
 
     Notes
     -----
-    The gradient transforms that divide by norms are a graph of their own on CPU, as torch 2.13
-    cannot compile them together with the update. Compiled and eager steps agree to within
-    rounding. `APGD`, whose step depends on how many there were, and sets that iterate on matrices
-    or on other sets (`SpectralBall`, `NuclearBall`, `Intersection`) stay eager.
+    On CPU, gradient transforms that divide by norms are a graph of their own, because torch 2.13
+    cannot compile them together with the update. Compiled and eager steps agree within rounding.
+    Before torch 2.13 at most 8 steps per process are compiled; others stay eager.
+    `APGD` and `TopQGradientOptimizer` with ``dq > 0`` stay eager, and so do sets whose projection
+    iterates: `SpectralBall`, `NuclearBall`, `Intersection`, `BoxSection`, and `BoundedBall` of a
+    ball other than `LinfBall`.
 
     Examples
     --------
@@ -87,113 +96,158 @@ def compiled(
 
 
 class _CompiledStep:
-    """The step of an optimizer: eager, compiled, and eager for good if that did not work."""
+    """The step of an optimizer: compiled, until that fails once."""
 
     def __init__(self, optimizer: Optimizer, backend: str | Callable[..., Any]) -> None:
         self.optimizer = optimizer
         self.graphs = 0
+        self._captures = 0
+        self._is_eager = False
+        self._has_state = False
+        self._may_compile = False  # in the present step
+        self._has_run = False  # a graph, in the present step
         self._backend = lookup_backend(backend)
-        self._step: Callable[[], Any] | None = compile_apart(
-            lambda: optimizer.step(), backend=self._capture
-        )
-        self._numbers: dict[tuple[int, str, str], Tensor] = {}
-        self._made_state = False
-        self._failure = ""
+        # Hooks run outside the graph: what they do is not compiled in, and not done twice.
+        self._hooked_step = Optimizer.profile_hook_step(self._step)
+        self._eager_step = unhooked(type(optimizer).step)
+        traced_step = without_grad_mode(self._eager_step)
+        self._graph_step = compile_apart(lambda: traced_step(optimizer), backend=self._compile)
 
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is not None:
             return self.optimizer.step(closure)
-        if self._step is None or not self._made_state:
-            self._made_state = True
+        if self._is_eager or not self._has_state or not self._can_be_compiled():
+            self._has_state = True
             return self.optimizer.step()
-        if self.graphs:
-            return self._with_numbers_as_tensors(self._step)
-        return self._first(self._step)
+        mark_stepped(self.optimizer)
+        return self._hooked_step(self.optimizer)
 
-    def _first(self, step: Callable[[], Any]) -> Any:
-        # Dynamo runs what it cannot capture as it is, so that no part of a step is done twice.
-        before = graph_breaks()
-        untouched = self._versions()
+    def _can_be_compiled(self) -> bool:
+        own = vars(self.optimizer).get("step")
+        if own is not None and not is_wrapped_by_scheduler(own):
+            return False  # somebody has replaced the step of this instance
+        # Torch's formulas for tensor learning rates, such as Adam's, divide by them.
+        return not any(
+            is_zero_on_host(group.get("lr")) or group.get("differentiable")
+            for group in self.optimizer.param_groups
+        )
+
+    def _step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """The step without its hooks; a hook may have given it a closure."""
+        if args or kwargs:
+            return self._eager_step(optimizer, *args, **kwargs)
+        if self._captures:
+            self._has_run = False
+            try:
+                return self._run()
+            except Exception:
+                if self._has_run:
+                    raise
+        return self._checked_step()
+
+    def _checked_step(self) -> Any:
+        """Try a compiled step, undo it, do the eager one, and compare their results."""
+        before = Snapshot(self.optimizer)
         try:
-            result = self._with_numbers_as_tensors(step)
-        except Exception as error:
-            # Only what the compiler itself could not do, before any part of the step was done.
-            if self.graphs or not is_of_compiler(error) or self._versions() != untouched:
-                raise
-            result = self.optimizer.step()
-            self._failure = _first_line(error)
-        breaks = graph_breaks().items()
-        found = [why for why, n in breaks if n > before.get(why, 0) and _MEANT not in why]
-        self._failure = self._failure or "".join(found[:1]).strip() or _NOTHING * (not self.graphs)
-        if self._failure:
-            self._step = None
+            failure = self._try_step()
+            values = copies(self.optimizer)
+        finally:
+            before.restore()
+        result = self._eager_step(self.optimizer)
+        difference = before.difference(values)
+        if not failure and difference:
+            failure = f"compiled and eager steps differ in {difference}"
+        self._captures += 1
+        if not failure and self._captures >= _MOST_CAPTURES:
+            failure = f"it had to be compiled {_MOST_CAPTURES} times"
+        if failure:
+            self._is_eager = True
             warnings.warn(
                 f"the step of {type(self.optimizer).__name__} cannot be compiled as a whole and "
-                f"stays eager: {self._failure}",
-                stacklevel=3,
+                f"stays eager: {failure}",
+                stacklevel=5,
             )
         return result
 
-    def _versions(self) -> list[tuple[int, int]]:
-        """Each tensor of a step, and how often torch has written to it."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        tensors = [*params, *(param.grad for param in params)]
-        tensors += tree_leaves(list(self.optimizer.state.values()))
-        counted = [x for x in tensors if isinstance(x, Tensor) and not x.is_inference()]
-        return [(id(x), x._version) for x in counted]
-
-    def _capture(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.graphs += 1
-        try:
-            made: Callable[..., Any] = self._backend(module, inputs)
-        except Exception as error:  # of whatever kind: no C++ compiler, a bug of the backend
-            if is_restart(error):  # dynamo's own: it will try again
-                self.graphs -= 1
-                raise
-            self._failure = self._failure or _first_line(error)
-            return module.forward
-        return made
-
-    def _with_numbers_as_tensors(self, step: Callable[[], Any]) -> Any:
-        """Step with tensors in place of numbers that schedules change: a graph holds no others."""
-        changed: list[tuple[dict[str, Any], str, Any]] = []
-        inner = getattr(self.optimizer, "inner_opt", self.optimizer)
-        of_torch = type(inner).__module__.startswith("torch.optim")  # whose lr may be a tensor
-        names = ("lr", *_BOUNDS) if of_torch else _BOUNDS
-        for i, group in enumerate(self.optimizer.param_groups):
-            found = {name: group[name] for name in names if type(group.get(name)) is float}
+    def _try_step(self) -> str:
+        """Compile and run a step; return the reason if that failed, else an empty string."""
+        for group in self.optimizer.param_groups:
             constraint = group.get("constraint")
-            tensors: dict[str, Any] = {
-                name: self._as_tensor((i, "", name), value, group) for name, value in found.items()
-            }
-            if isinstance(constraint, Constraint):
-                tensors["constraint"] = self._of_tensors(constraint, i, group)
-            changed += [(group, name, group[name]) for name in tensors]
+            if _is_slow_to_trace(constraint):
+                return f"it takes minutes to trace the projection of {type(constraint).__name__}"
+        graphs_before, breaks_before = self.graphs, graph_breaks()
+        self._may_compile = True
+        try:
+            self._run()
+        except Exception as error:  # of whatever kind: no C++ compiler, a bug of the backend
+            cause = getattr(error, "inner_exception", error)  # of the backend
+            return f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        finally:
+            self._may_compile = False
+        for reason, count in graph_breaks().items():
+            if count > breaks_before.get(reason, 0):
+                return reason.strip().partition("\n")[0]
+        return "" if self.graphs > graphs_before else "nothing of it could be captured"
+
+    def _compile(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """The backend that `torch.compile` gets."""
+        if not self._may_compile and not self._has_run:
+            raise RuntimeError("the step has to be compiled again")  # `_checked_step` will do so
+        compiled_graph = self._backend(module, inputs)
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            self._has_run = True
+            return compiled_graph(*args)
+
+        return run
+
+    def _run(self) -> Any:
+        """Run the compiled step, with tensors for the numbers that may change between steps.
+
+        A graph would have any other number compiled in.
+        """
+        inner = getattr(self.optimizer, "inner_opt", self.optimizer)
+        names = _BOUNDS | ({"lr"} if type(inner).__module__.startswith("torch.optim") else set())
+        originals = []
+        for group in self.optimizer.param_groups:
+            tensors = _as_tensors(group, names)
+            kept = {"capturable", *tensors} & group.keys()  # (torch sets that while it traces)
+            originals.append((group, {name: group[name] for name in kept}))
             group.update(tensors)
         try:
-            return step()
+            with torch.no_grad():
+                return self._graph_step()
         finally:
-            for group, name, value in changed:
-                group[name] = value
-
-    def _of_tensors(self, constraint: Constraint, i: int, group: dict[str, Any]) -> Constraint:
-        names = {"lower", "upper", *constraint._for_each} & vars(constraint).keys()
-        return constraint._replaced(
-            {
-                name: self._as_tensor((i, "constraint", name), value, group)
-                for name, value in vars(constraint).items()
-                if name in names and type(value) is float
-            }
-        )
-
-    def _as_tensor(self, key: tuple[int, str, str], value: float, group: dict[str, Any]) -> Tensor:
-        known = self._numbers.get(key)
-        if known is None:
-            device = None if key[2] == "lr" or not group["params"] else group["params"][0].device
-            known = torch.empty((), dtype=torch.float64, device=device)
-            self._numbers[key] = known
-        return known.fill_(value)
+            for group, original in originals:
+                group.update(original)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+def _as_tensors(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Tensors for numbers of these names, and copies of tensors and sets, which share memory.
+
+    Two groups may share an object: torch.compile does not notice if one gets another one later.
+    """
+    params = settings.get("params")
+    device = params[0].device if params else None
+    tensors: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Constraint):
+            bounds = {"lower", "upper", *value._for_each}
+            tensors[name] = object.__new__(type(value))
+            tensors[name].__dict__.update(
+                vars(value) | _as_tensors({**vars(value), "params": params}, bounds)
+            )
+        elif isinstance(value, Tensor):
+            tensors[name] = value.detach()
+        elif name in names and type(value) is float:
+            where = None if name == "lr" else device
+            tensors[name] = torch.full((), value, dtype=torch.float64, device=where)
+    return tensors
+
+
+def _is_slow_to_trace(constraint: object) -> bool:
+    """Whether a projection takes 10 s and more for each tensor, as its loops are unrolled."""
+    if isinstance(constraint, BoundedBall):
+        return not constraint.ball.elementwise
+    return isinstance(constraint, BoxSection)

@@ -1,4 +1,4 @@
-"""What tells whether a constrained parameter is where it should be; of batches (N, ...)."""
+"""Diagnosis of constrained parameters: how far from stationary they are; of batches (N, ...)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def kkt_residual(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
     return residual
 
 
-def active(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
-    """Which sub-tensors, or elements of a set that bounds these, a small step down takes out.
+def active_mask(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
+    """Which sub-tensors, or elements in an elementwise set, a small step down takes out of the set.
 
     The step has the length ``sqrt(eps) |x|``, with the eps of the dtype of x.
     """
@@ -31,6 +31,6 @@ def active(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
 
 
 def frank_wolfe_gap(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
-    """``<gradient, x - lmo(gradient)>``, which is not less than f(x) - min f if f is convex."""
+    """``<gradient, x - lmo(gradient)>``, an upper bound on f(x) - min f if f is convex."""
     gradient = widened(gradient)
     return (gradient * (widened(x) - constraint.lmo(gradient))).sum()

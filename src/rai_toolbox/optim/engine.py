@@ -1,4 +1,4 @@
-"""The engine: an optimizer that transforms gradients, steps an inner one, projects parameters."""
+"""The optimizer that transforms gradients, steps an inner one, and projects parameters."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from functools import partial
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox import foreach
-from rai_toolbox._torch import (
-    graph_break,
-    set_grad_dtype,
-    share_memory,
-    use_grad_for_differentiable,
-)
-from rai_toolbox.batch import batch_shape, check_param_ndim, sub_ndim, view_or_copy
+from rai_toolbox._torch import graph_break, use_grad_for_differentiable
+from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
-from rai_toolbox.optim.gradients import by_device_and_dtype, is_own, with_own_gradient
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner
-from rai_toolbox.optim.settings import is_zero_on_host, labels
+from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
+from rai_toolbox.optim.transforms import Scale, Shift, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
+
+_SCALE, _SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
 
 class ParamTransformingOptimizer(OptimizerWrapper):
@@ -39,8 +36,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     Parameters
     ----------
     params : iterable, optional
-        Tensors, named tensors `(name, tensor)`, or dicts that define parameter groups. Left out
-        if, and only if, `InnerOpt` is an instance.
+        Tensors, named tensors `(name, tensor)`, or dicts that define parameter groups. Required,
+        unless `InnerOpt` is an instance.
     InnerOpt : Optimizer class, functools.partial of one, or instance
         The optimizer that updates the parameters. The groups of an instance are used.
     param_ndim : int or None
@@ -50,7 +47,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     grad_bias : float
         Added to each gradient, after its scaling.
     defaults : dict, optional
-        More defaults for all parameter groups; they win over the arguments.
+        More defaults for all parameter groups; they override the arguments.
     **inner_opt_kwargs
         Keyword arguments of `InnerOpt`.
 
@@ -81,8 +78,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     tensor([ 1.5000, -9.0000], requires_grad=True)
     """
 
-    _divides_by_norms: bool = False
-    """Whether the built-in transform divides gradients by norms of theirs."""
+    _before: tuple[Transform, ...] = ()
+    """What a subclass does to gradients, before the inner step."""
+
+    _after: tuple[Transform, ...] = ()
+    """What a subclass does to parameters, after the inner step."""
 
     def __init__(
         self,
@@ -118,7 +118,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             The parameter group, with all its settings. It is passed by keyword.
         """
         if param.grad is not None:
-            self._transform_gradients_([param], [param.grad], self._group_of_view(optim_group))
+            group = self._group_of_view(optim_group)
+            for transform in self._before:
+                if transform.is_active(group):
+                    transform.apply_([param.grad], [param], group, self)
 
     def _post_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Transform `param` in place, after the inner step. For subclasses to override.
@@ -130,37 +133,43 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         optim_group : dict
             The parameter group, with all its settings. It is passed by keyword.
         """
-        self._project_parameters_([param], self._group_of_view(optim_group))
+        group = self._group_of_view(optim_group)
+        for transform in self._after:
+            transform.apply_([param], [param], group, self)
 
     def _group_of_view(self, group: Group) -> Group:
-        """The settings that make of a view `(N, d0, ...)` the sub-tensors that it shows."""
-        return {**group, "param_ndim": -1}
-
-    def _transform_gradients_(
-        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
-    ) -> None:
-        """Built-in classes override this: a group's gradients of one device and dtype at once."""
-
-    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
-        """Built-in classes override this: all parameters of a group."""
-
-    def _after_inner_step_(self, group: Group) -> None:
-        """Built-in classes override this: what is to be done once per step and group."""
-
-    def _init_state_(self, group: Group) -> None:
-        """Built-in classes with a state of their own override this: make it, empty."""
+        """The settings by which a view `(N, d0, ...)` has the sub-tensors that it shows."""
+        names = [name for name in self._settings if base_name(name) == "param_ndim"]
+        return {**group, **dict.fromkeys(names, -1)}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_number("grad_scale", group["grad_scale"])
-        check_number("grad_bias", group["grad_bias"])
-        check_param_ndim(group["param_ndim"])
-        shown = self._overrides("_pre_step_transform_") or self._overrides("_post_step_transform_")
-        if self._sees_elements(group) and not shown:
-            return
+        for name in self._settings:  # those of a chain's members, too
+            if base_name(name) in NEUTRAL:
+                check_number(name, group[name])
+            elif base_name(name) == "param_ndim":
+                check_param_ndim(group[name])
+        transforms = (*self._transforms(GRADIENT_HOOK), *self._transforms(PARAMETER_HOOK))
+        with_shapes = {each.param_ndim for each in transforms if not each.is_elementwise(group)}
+        for name in sorted(with_shapes if transforms else {"param_ndim"}):
+            self._check_shapes(group, group[name])
+        for transform in transforms:
+            transform.check(group)
+
+    def _transforms(self, hook: str) -> tuple[Transform, ...]:
+        """What comes before or after the inner step: what is declared, or a hook in its place."""
+        declared = self._before if hook == GRADIENT_HOOK else self._after
+        default = getattr(ParamTransformingOptimizer, hook)
+        is_default = getattr(type(self), hook) is default and hook not in self.__dict__
+        if is_default:
+            return declared
+        return (Hook(self, hook, declared, names={name: name for name in self._settings}),)
+
+    def _check_shapes(self, group: Group, param_ndim: int | None) -> None:
+        """Raise if a parameter has no sub-tensors of `param_ndim` dims."""
         for param, label in zip(group["params"], labels(group), strict=True):
             try:
-                sub_ndim(param.ndim, group["param_ndim"])
+                sub_ndim(param.ndim, param_ndim)
             except ValueError as error:
                 raise ValueError(f"{error} ({label})") from None
             if getattr(param, "_fsdp_flattened", False):
@@ -169,18 +178,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                     "flattened by FullyShardedDataParallel; shard it by fully_shard instead"
                 )
 
-    def _sees_elements(self, group: Group) -> bool:
-        """Whether the built-in transforms act on each element, whatever `param_ndim` is."""
-        return False
-
-    def _has_gradient_transform(self, group: Group) -> bool:
-        """Whether the built-in transform changes gradients."""
-        unchanged = ParamTransformingOptimizer._transform_gradients_
-        return type(self)._transform_gradients_ is not unchanged
-
-    def _keeps_zero(self, optim_group: Group) -> bool:
-        """Whether the gradient's transform is elementwise with 0 -> 0: fit for sparse gradients."""
-        return not self._has_gradient_transform(optim_group)
+    def _generators(self) -> dict[str, Generator]:
+        found = {
+            f"{transform.prefix}generator_state": getattr(transform, "generator", None)
+            for transform in without_hooks(self._before)
+        }
+        return {name: generator for name, generator in found.items() if generator is not None}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -207,7 +210,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if not torch.compiler.is_compiling() and self._initializes_state():
                 step_inner(self.inner_opt, None)
                 for group in self.param_groups:
-                    self._init_state_(group)
+                    for transform in without_hooks(self._before):
+                        transform.init_state(group, self)
                 return None
             self._pre_step()
             if torch.compiler.is_compiling() and self._must_break_graph():
@@ -221,7 +225,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _must_break_graph(self) -> bool:
         # Inductor of torch 2.13 fails on CPU ("KeyError: 'buf4'", pytorch #188228 and #196570) if
         # one graph holds norms of rows, a division by them, and an update by the quotients.
-        return self._divides_by_norms and any(
+        return any(each.divides_by_norms for each in without_hooks(self._before)) and any(
             param.device.type == "cpu" for group in self.param_groups for param in group["params"]
         )
 
@@ -236,49 +240,53 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return evaluate
 
     def _pre_step(self) -> None:
+        transforms = self._transforms(GRADIENT_HOOK)
         todo = []
         seen: set[int] = set()
         for group in self.param_groups:
-            if self._transforms_gradients(group):
+            active = [transform for transform in transforms if transform.is_active(group)]
+            if group["grad_scale"] != 1.0:
+                active.append(_SCALE)
+            if group["grad_bias"] != 0.0:
+                active.append(_SHIFT)
+            if active:
                 params = [param for param in group["params"] if param.grad is not None]
                 if not torch.compiler.is_compiling():
-                    params = with_own_gradient(params, seen)
+                    params = _with_own_gradient(params, seen)
                 if params:
-                    todo.append((group, params, self._gradients(params, group)))
-        for group, params, grads in todo:  # now that all gradients are found fit
-            self._transform_group_gradients_(params, grads, group)
+                    todo.append((active, self._gradients(params, group, active), params, group))
+        for active, grads, params, group in todo:  # all gradients have been checked
+            for transform in active:
+                transform.apply_(grads, params, group, self)
 
     def _post_step(self) -> None:
+        for param, new_state in self._new_state.items():
+            self.state[param].update(new_state)
+        self._new_state.clear()
+        transforms = self._transforms(PARAMETER_HOOK)
         for group in self.param_groups:
-            self._after_inner_step_(group)
-            self._transform_group_parameters_(group["params"], group)
+            for transform in transforms:
+                transform.count_step(group)
+                transform.apply_(group["params"], group["params"], group, self)
 
-    def _transforms_gradients(self, group: Group) -> bool:
-        return (
-            self._overrides("_pre_step_transform_")
-            or self._has_gradient_transform(group)
-            or group["grad_scale"] != 1.0
-            or group["grad_bias"] != 0.0
-        )
-
-    def _gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """What there is to transform of each parameter's gradient, fit to be written to."""
+    def _gradients(
+        self, params: list[Tensor], group: Group, transforms: list[Transform]
+    ) -> list[Tensor]:
+        """The tensors to transform: writable gradients, and the values of sparse ones."""
         grads: list[Any] = [param.grad for param in params]
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad.layout is not torch.strided:
-                grads[i] = self._sparse_values(param, grad, group)
-            elif torch.is_grad_enabled() or not is_own(grad):
+                grads[i] = self._sparse_values(param, grad, group, transforms)
+            elif torch.is_grad_enabled() or not _is_writable(grad):
                 # (differentiable steps leave the graph's own tensor as it is)
                 grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
         return grads
 
-    def _sparse_values(self, param: Tensor, grad: Tensor, group: Group) -> Tensor:
-        if not (
-            grad.layout is torch.sparse_coo
-            and self._keeps_zero(group)
-            and group["grad_bias"] == 0.0
-            and not self._overrides("_pre_step_transform_")
-        ):
+    def _sparse_values(
+        self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]
+    ) -> Tensor:
+        keep_zero = all(transform.keeps_zero(group) for transform in transforms)
+        if grad.layout is not torch.sparse_coo or not keep_zero:
             label = labels(group)[next(i for i, p in enumerate(group["params"]) if p is param)]
             raise ValueError(
                 f"{type(self).__name__} needs dense gradients (only elementwise transforms "
@@ -286,68 +294,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             )
         param.grad = grad.coalesce()
         return param.grad._values()
-
-    def _transform_group_gradients_(
-        self, params: list[Tensor], grads: list[Tensor], group: Group
-    ) -> None:
-        if self._overrides("_pre_step_transform_"):
-            for param, grad in zip(params, grads, strict=True):
-                self._show_gradient_(param, grad, group)
-        else:
-            for some_params, some_grads in by_device_and_dtype(params, grads):
-                self._transform_gradients_(some_params, some_grads, group)
-        if group["grad_scale"] != 1.0:
-            foreach.mul_(grads, group["grad_scale"])
-        if group["grad_bias"] != 0.0:
-            foreach.add_(grads, group["grad_bias"])
-
-    def _transform_group_parameters_(self, params: list[Tensor], group: Group) -> None:
-        if not self._overrides("_post_step_transform_"):
-            self._project_parameters_(params, group)
-            return
-        for param in params:
-            view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
-            self._post_step_transform_(view, optim_group=group)
-            self._check_in_place("_post_step_transform_", view, param, copied)
-            if copied:
-                param.copy_(view.view(param.shape))
-
-    def _show_gradient_(self, param: Tensor, grad: Tensor, group: Group) -> None:
-        """Call the documented hook on one parameter and gradient, in their batch view."""
-        shape = batch_shape(param.shape, group["param_ndim"])
-        grad_view, copied = view_or_copy(grad, shape)
-        view = view_or_copy(param.detach(), shape)[0]
-        if grad.dtype != param.dtype:
-            set_grad_dtype(view, grad.dtype)
-        view.grad = grad_view
-        outer = self._shown  # where a chain's hook is shown a view, and here a view of that
-        self._shown = param if outer is None else outer
-        try:
-            self._pre_step_transform_(view, optim_group=group)
-        finally:
-            self._shown = outer
-        if view.grad is not grad_view:
-            raise ValueError(
-                f"{type(self).__name__}._pre_step_transform_ must write into `param.grad` in "
-                "place, got another tensor assigned to it"
-            )
-        self._check_in_place("_pre_step_transform_", grad_view, grad, copied)
-        if copied:
-            grad.copy_(grad_view.view(grad.shape))
-
-    def _check_in_place(self, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
-        # A view that has got other data by `view.data = ...` would not tell the tensor.
-        if copied or view is tensor or not foreach.are_plain([tensor]):
-            return
-        if not share_memory(view, tensor):
-            raise ValueError(
-                f"{type(self).__name__}.{hook} must write in place, got new data for `.data`"
-            )
-
-    def _overrides(self, hook: str) -> bool:
-        """Whether a user's subclass, or the user on this instance, has overridden a hook."""
-        mine = getattr(ParamTransformingOptimizer, hook)
-        return getattr(type(self), hook) is not mine or hook in self.__dict__
 
     def _initializes_state(self) -> bool:
         """Whether this step is the one by which a distributed checkpoint makes empty state.
@@ -361,3 +307,33 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
+
+    def _as_member(
+        self, names: Mapping[str, str], prefix: str
+    ) -> tuple[list[Transform], list[Transform]]:
+        """What this optimizer does before and after an inner step, as a member of a chain.
+
+        `names` has the chain's names of the settings that are this member's own.
+        """
+        before = [each.renamed(names, prefix) for each in self._transforms(GRADIENT_HOOK)]
+        after = [each.renamed(names, prefix) for each in self._transforms(PARAMETER_HOOK)]
+        before += [each.renamed(names, "") for each in (_SCALE, _SHIFT) if each.setting in names]
+        return before, after
+
+
+def _is_writable(grad: Tensor) -> bool:
+    """Whether each element can be written to: not of a conjugate view, nor of an expanded one."""
+    return 0 not in grad.stride() and not (grad.is_complex() and grad.is_conj())
+
+
+def _with_own_gradient(params: list[Tensor], seen: set[int]) -> list[Tensor]:
+    """The parameters whose gradients are not in `seen`, which they are added to.
+
+    Parameters may share a gradient, which is transformed once.
+    """
+    own = []
+    for param in params:
+        if id(param.grad) not in seen:
+            seen.add(id(param.grad))
+            own.append(param)
+    return own

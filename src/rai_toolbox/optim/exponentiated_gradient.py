@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf, nan
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rai_toolbox._torch import use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
-from rai_toolbox.checks import check_finite
+from rai_toolbox.checks import check_flag, check_positive
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
-from rai_toolbox.optim.own_step import CheckedOptimizer
-from rai_toolbox.optim.settings import (
-    batch_shape_in,
-    check_fits,
-    is_zero_on_host,
-    with_names_apart,
-)
+from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
+from rai_toolbox.optim.settings import batch_shape_in, check_fits, is_zero_on_host, with_names_apart
 from rai_toolbox.optim.wrapper import Group, Params
 
 
-class ExponentiatedGradient(CheckedOptimizer):
-    r"""Keep each sub-tensor on the simplex by steps that multiply: shares of a total.
+class ExponentiatedGradient(OwnStepOptimizer):
+    r"""Keep each sub-tensor on the simplex by multiplicative steps.
 
     .. math::
         p \leftarrow \text{total} \cdot \frac{w}{\sum w}, \quad w = p \, e^{-\text{lr} \, g}
 
-    This is mirror descent with the entropy as its distance. Where it is the entries of gradients
-    that are bounded, its error after some steps grows with the number n of entries as
-    ``sqrt(log n)``, that of projected gradient descent as ``sqrt(n)`` (Kivinen & Warmuth, 1997;
-    Beck & Teboulle, 2003).
+    This is mirror descent with the entropy as its distance. If the entries of the gradients are
+    bounded, its error grows with the number n of entries as ``sqrt(log n)``, and that of projected
+    gradient descent as ``sqrt(n)`` (Kivinen & Warmuth, 1997; Beck & Teboulle, 2003).
 
     Parameters
     ----------
     params : iterable
         Tensors, named tensors, or dicts that define parameter groups.
     lr : float
-        The step size, >= 0; where 0, nothing moves.
+        The step size, >= 0; with 0 nothing moves.
     total : float
         The sum of each sub-tensor, > 0.
     param_ndim : int or None
         Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`. A vector takes
         None or 1.
     maximize : bool
-        Go up rather than down.
+        Ascend instead of descending.
 
     Raises
     ------
@@ -57,12 +49,12 @@ class ExponentiatedGradient(CheckedOptimizer):
 
     Notes
     -----
-    Start inside, at equal shares for instance: entries >= 0 of a positive sum, which the first step
-    makes `total`. An entry that is 0, or becomes 0 by underflow (in float16 below 6e-8), stays 0
+    Start with entries >= 0 of a positive sum, such as equal ones; the first step makes the sum
+    `total`. An entry that is 0, or becomes 0 by underflow (in float16 below 6e-8), stays 0
     whatever its gradient is.
-    A sub-tensor with a negative or infinite entry, without a positive one, or with a gradient that
-    is not finite, becomes NaN; nothing else does, however large ``lr * g`` is. Parameters without a
-    gradient stay as they are.
+    A sub-tensor with a negative or infinite entry, without a positive entry, or with a gradient
+    that is not finite, becomes NaN; nothing else does, however large ``lr * g`` is. Parameters
+    without a gradient do not change.
 
     Examples
     --------
@@ -75,6 +67,13 @@ class ExponentiatedGradient(CheckedOptimizer):
     >>> shares
     tensor([0.3636, 0.3636, 0.1818, 0.0909], requires_grad=True)
     """
+
+    _checks = {
+        "lr": check_lr_value,
+        "total": check_positive,
+        "param_ndim": lambda _, value: check_param_ndim(value),
+        "maximize": check_flag,
+    }
 
     def __init__(
         self,
@@ -90,44 +89,19 @@ class ExponentiatedGradient(CheckedOptimizer):
             "total": total,
             "param_ndim": param_ndim,
             "maximize": maximize,
-            "differentiable": False,
         }
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        _check(group)
+        super()._check_group(group)
+        check_fits(Simplex(group["total"]), with_names_apart(group))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @use_grad_for_differentiable
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step for every parameter that has a gradient.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Reevaluates the model and returns the loss.
-
-        Returns
-        -------
-        float or None
-            What the closure returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if is_zero_on_host(group["lr"]):
-                continue
-            for param in group["params"]:
-                if param.grad is not None:
-                    _step_(param, param.grad, group)
-        return loss
+    def _step_group_(self, group: Group) -> None:
+        if is_zero_on_host(group["lr"]):
+            return
+        for param in group["params"]:
+            if param.grad is not None:
+                _step_(param, param.grad, group)
 
 
 def exponentiated_step(x: Tensor, exponent: Tensor, total: float) -> Tensor:
@@ -147,12 +121,11 @@ def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
         coupled = range(first, param.ndim)
         on_shards_(param, coupled, lambda whole: _stepped_shard(whole, grad, group))
         return
-    dense = grad if grad.layout is torch.strided else grad.to_dense()
-    seen = widened(dense)
-    speed = group["lr"] if group["maximize"] else -group["lr"]
-    # A product beyond float64 is a very large number; NaN where the gradient is infinite, too.
-    largest = torch.finfo(seen.dtype).max
-    exponent = (seen * speed).clamp(-largest, largest) + (seen - seen)
+    grad = widened(grad if grad.layout is torch.strided else grad.to_dense())
+    rate = group["lr"] if group["maximize"] else -group["lr"]
+    # Products beyond float64 count as the largest number; an infinite gradient gives NaN.
+    largest = torch.finfo(grad.dtype).max
+    exponent = (grad * rate).clamp(-largest, largest) + (grad - grad)
     if param.numel():
         shape = batch_shape_in(param, group)
         x = exponentiated_step(param.reshape(shape), exponent.reshape(shape), group["total"])
@@ -163,17 +136,3 @@ def _stepped_shard(whole: Any, grad: Any, group: Group) -> Tensor:
     local = local_of(whole)
     _step_(local, grad.redistribute(placements=whole.placements).to_local(), group)
     return local
-
-
-def _check(group: Group) -> None:
-    lr = group["lr"]
-    if not isinstance(lr, Tensor):
-        check_finite("lr", lr)
-    elif lr.device.type == "cpu":
-        check_finite("lr", lr.item())
-    if check_finite("total", group["total"]) == 0:
-        raise ValueError(f"`total` must be > 0, got {group['total']!r}")
-    check_param_ndim(group["param_ndim"])
-    if not isinstance(group["maximize"], bool):
-        raise TypeError(f"`maximize` must be True or False, got {group['maximize']!r}")
-    check_fits(Simplex(group["total"]), with_names_apart(group))

@@ -2,13 +2,128 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.optim import ASGD, LBFGS, SGD, Adafactor, AdamW, Optimizer
 
+from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.autograd import readable
+from rai_toolbox.batch import view_or_copy
+from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
+from rai_toolbox.optim.settings import batch_shape_in
+from rai_toolbox.optim.transforms import Key, Transform
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
+
+# Their step is one number times an average of gradients. Projected, it is right as it is.
+_STEP_ALONG_GRADIENTS = (SGD, ASGD)
+# Their weight decay is no part of the gradient; so it is in groups with `decoupled_weight_decay`.
+_DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
+_AVERAGING = 0.9
+
+
+@dataclass(frozen=True)
+class GradientMapping(Transform):
+    """`map_gradient_` by an average of gradients, which is kept in the state of a parameter."""
+
+    inner: type[Optimizer]
+    constraint: Key = "constraint"
+    gradient_mapping: Key = "gradient_mapping"
+    reach: Key = "reach"
+    averaging: Key = "averaging"
+    warmup: Key = "warmup"
+    steps_taken: Key = "steps_taken"
+
+    def check(self, group: Group) -> None:  # noqa: D102
+        wanted, reach, averaging = self.gradient_mapping, self.reach, self.averaging
+        if group[wanted] is not None and not isinstance(group[wanted], bool):
+            raise TypeError(f"`{wanted}` must be a bool or None, got {group[wanted]!r}")
+        if not 0 < check_number(reach, group[reach]) < float("inf"):
+            raise ValueError(f"`{reach}` must be > 0 and finite, got {group[reach]!r}")
+        if group[averaging] is not None and not 0 <= check_number(averaging, group[averaging]) < 1:
+            raise ValueError(f"`{averaging}` must be >= 0 and < 1, got {group[averaging]!r}")
+
+    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
+        return bool(getattr(group[self.constraint], "elementwise", True))  # None is, too
+
+    def is_active(self, group: Group) -> bool:  # noqa: D102
+        if self.is_elementwise(group):
+            return False
+        wanted = group[self.gradient_mapping]
+        return not issubclass(self.inner, _STEP_ALONG_GRADIENTS) if wanted is None else bool(wanted)
+
+    def apply_(  # noqa: D102
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        averages = self._averages(tensors, params, group, optimizer)
+        if group[self.steps_taken] < group[self.warmup]:
+            return
+        decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
+        for grad, param, average in zip(tensors, params, averages, strict=True):
+            shape = batch_shape_in(param, group, self.param_ndim)
+            grad_view, copied = view_or_copy(grad, shape)
+            map_gradient_(
+                grad_view,
+                view_or_copy(param, shape)[0],
+                group[self.constraint],
+                average=None if average is None else average.reshape(shape),
+                reach=group[self.reach],
+                lr=group.get("lr", 1.0),
+                weight_decay=0.0 if decoupled else group.get("weight_decay", 0.0),
+                maximize=group.get("maximize", False),
+            )
+            if copied:
+                grad.copy_(grad_view.view(grad.shape))
+
+    def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
+        if self.is_active(group) and self._past(group) != 0.0:
+            for param in group["params"]:
+                if param.grad is not None:
+                    optimizer.state[param][self._name(optimizer)] = torch.zeros_like(param)
+
+    def _averages(
+        self, grads: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> list[Tensor | None]:
+        """Averages of gradients, the present ones included; None where it is the gradient."""
+        past, name = self._past(group), self._name(optimizer)
+        if past == 0.0:
+            return [None] * len(params)
+        if optimizer._viewed is not None:  # by a hook, which gets one parameter at a time
+            params = [optimizer._viewed]
+        if torch.compiler.is_compiling() and not all(
+            name in optimizer.state.get(param, ()) for param in params
+        ):
+            # The compiler would not look again at the state, once the inner has made its own.
+            graph_break()
+        averages: list[Tensor | None] = []
+        for grad, param in zip(grads, params, strict=True):
+            grad = grad.to(param.dtype).reshape(param.shape)  # as checkpoints hold it
+            state = optimizer.state.get(param, {})
+            if name not in state:
+                state = optimizer._new_state.setdefault(param, {})
+            if name not in state:
+                state[name] = grad.clone()
+            elif torch.is_grad_enabled():  # a differentiable step
+                state[name] = state[name].lerp(grad, 1.0 - past)
+            else:
+                state[name].lerp_(grad, 1.0 - past)
+            averages.append(state[name])
+        return averages
+
+    def _past(self, group: Group) -> float:
+        """The share of past gradients in the average."""
+        given: float | None = group[self.averaging]
+        if given is not None:
+            return given
+        exact = group[self.constraint].flat or issubclass(self.inner, LBFGS)
+        return 0.0 if exact else _AVERAGING
+
+    def _name(self, optimizer: OptimizerWrapper) -> str:
+        return f"{optimizer._prefix}{self.prefix}gradient_average"
 
 
 def map_gradient_(
@@ -30,8 +145,8 @@ def map_gradient_(
     (N, ...). The step e is such that it reaches as far as `reach` times the length of x; see
     `step_size`.
 
-    Where the inner optimizer goes up (`maximize`), or adds ``weight_decay * x`` to what it is
-    given, that is allowed for: it then descends on the mapping of the sum.
+    Where the inner optimizer ascends (`maximize`), or adds ``weight_decay * x`` to its gradient,
+    that is allowed for: it then descends on the mapping of the sum.
     """
     dtype = torch.promote_types(scale_dtype(x), grad.dtype)
     x = x.to(dtype)
@@ -53,15 +168,13 @@ def step_size(
     """``e = reach * |x| / |gradient|``, one for all elements that the constraint couples.
 
     Neither the units of the gradient nor those of x matter, and a gradient that is mostly noise
-    is not followed far. Where x is 0, which says nothing of a scale, e is `lr`.
+    is not followed far. Where x is 0, which has no scale, e is `lr`.
     """
-    dims = constraint.coupled_dims(x.ndim)
+    dims, wide = constraint.coupled_dims(x.ndim), wide_dtype(x)
     if torch.is_grad_enabled():  # both are changed in place before this is differentiated
         x, gradient = x.clone(), gradient.clone()
-    length, slope = (
-        torch.linalg.vector_norm(t, 2, dims, keepdim=True, dtype=wide_dtype(t))
-        for t in (x, gradient)
-    )
+    length = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=wide)
+    slope = torch.linalg.vector_norm(gradient, 2, dims, keepdim=True, dtype=wide)
     e = torch.where(length > 0, reach * length / torch.where(slope > 0, slope, 1.0), lr)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)

@@ -15,18 +15,6 @@ from rai_toolbox import foreach
 
 Closure = Callable[[], Any]
 
-# What torch.optim.Optimizer rebuilds for itself, or a scheduler has put on one instance only.
-_NOT_COPIED = {
-    "step",
-    "_opt_called",
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-}
-
 
 def optimizer_class(InnerOpt: object) -> type[Optimizer]:
     """Class of the optimizer that `InnerOpt` is or makes."""
@@ -70,7 +58,7 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     if own is not None:
         scheduled = getattr(own, "_wrapped_by_lr_sched", False)
         if not (scheduled and own.__wrapped__ is type(inner).step):
-            return own(*args)  # somebody's replacement, to be called as it is
+            return own(*args)  # a user has replaced it
         inner._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper does
     step = _unhooked_step(type(inner))
     args = (inner, *args)
@@ -79,7 +67,7 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
         changed = pre_hook(inner, args, kwargs)
         if changed is not None:
             args, kwargs = changed
-    # (a closure would see it in the groups)
+    # (not with a closure, which would see the changed groups)
     together = _plain_sgd(inner) if closure is None else []
     for group in together:
         group["foreach"] = True
@@ -140,5 +128,10 @@ def picklable_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def own_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The instance's attributes without those that torch rebuilds and schedulers add."""
-    return {k: v for k, v in optimizer.__dict__.items() if k not in _NOT_COPIED}
+    """The instance's attributes without the hooks, which torch adds, and what schedulers add."""
+    return {
+        name: value
+        for name, value in optimizer.__dict__.items()
+        if name not in ("step", "_opt_called")
+        and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
+    }

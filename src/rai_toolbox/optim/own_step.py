@@ -1,37 +1,46 @@
-"""An optimizer of its own, around no other, whose settings are checked before they count."""
+"""The base class of optimizers that compute their own step, without an inner optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast, overload
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import not_compiled
-from rai_toolbox.checks import as_plain
+from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
+from rai_toolbox.checks import as_plain, check_finite
 from rai_toolbox.optim.settings import as_loaded, as_saved
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 
-class CheckedOptimizer(Optimizer):
-    """Groups are completed and checked wherever they come from, and saved as plain data."""
+class OwnStepOptimizer(Optimizer):
+    """An optimizer whose groups are completed, checked, and saved as plain data.
 
-    _options: Mapping[str, Any] = {}
-    """Settings that a group may have beside those of `defaults`."""
+    A subclass declares the rules of its settings in `_checks`, and overrides `_step_group_`.
+    """
+
+    _checks: ClassVar[Mapping[str, Callable[[str, Any], object]]] = {}
+    """What raises, given the name and the value of a setting, if that breaks its rule."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        super().__init__(cast(Any, as_groups(params)), defaults)
+        super().__init__(cast(Any, as_groups(params)), {**defaults, "differentiable": False})
 
     def _completed(self, group: Mapping[str, Any]) -> Group:
-        """A copy of a group that has all settings, the numbers among them as plain ones."""
+        """A copy of a group that has all settings, with plain numbers."""
         return {name: as_plain(value) for name, value in group.items()}
 
     def _check_group(self, group: Group) -> None:
-        """Raise if a setting of a complete group breaks its rule; schedulers of settings ask it."""
+        """Raise if a setting of a complete group breaks its rule."""
+        for name, check in self._checks.items():
+            if name in group:
+                check(name, group[name])
 
-    def _check_together(self, groups: Sequence[Group]) -> None:
-        """Raise if the settings of two groups contradict each other."""
+    def _check_groups(self, groups: Sequence[Group]) -> None:
+        """Raise if a setting of any group breaks its rule."""
+        for group in groups:
+            self._check_group(group)
 
     @not_compiled
     def add_param_group(self, param_group: Group) -> None:
@@ -43,9 +52,40 @@ class CheckedOptimizer(Optimizer):
             `params`, and any settings. It is not modified.
         """
         group = self._completed(self.defaults | checked_group(param_group))
-        self._check_group(group)
-        self._check_together([*self.param_groups, group])
+        self._check_groups([*self.param_groups, group])
         super().add_param_group(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step for every parameter that has a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+
+        Returns
+        -------
+        float or None
+            What the closure returned.
+        """
+        loss: float | None = self._step(closure)
+        return loss
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = evaluated(closure)
+        for group in self.param_groups:
+            self._step_group_(group)
+        return loss
+
+    def _step_group_(self, group: Group) -> None:
+        raise NotImplementedError
 
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
@@ -63,20 +103,36 @@ class CheckedOptimizer(Optimizer):
         loaded = state.get("param_groups", ())  # of a checkpoint, among others
         defaults = self.__dict__.get("defaults", state.get("defaults", {}))
         present = self.__dict__.get("param_groups") or [{}] * len(loaded)
-        ours = defaults.keys() | self._options.keys()
-        groups = []
-        for now, group in zip(present, loaded, strict=False):
-            kept = {name: now[name] for name in now.keys() & ours}
-            given = as_loaded(group, device_of(group))
-            groups.append(self._completed({**defaults, **kept, **given}))
-        for group in groups:
-            self._check_group(group)
-        self._check_together(groups)
+        groups = [
+            self._completed({**defaults, **now, **as_loaded(group, device_of(group))})
+            for now, group in zip(present, loaded, strict=False)
+        ]
+        self._check_groups(groups)
         for group, full in zip(loaded, groups, strict=False):
             group.update(full)
         super().__setstate__(state)
 
 
+CheckedOptimizer = OwnStepOptimizer
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The value of a closure, computed with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def device_of(group: Mapping[str, Any]) -> torch.device | None:
     """Where the parameters of a group are; None if it has none."""
     return group["params"][0].device if group["params"] else None
+
+
+def check_lr_value(name: str, lr: Any) -> float | None:
+    """Raise unless a learning rate is finite and >= 0; None for a value on a device, not read."""
+    if isinstance(lr, Tensor):
+        if torch.compiler.is_compiling() or lr.device.type != "cpu":
+            return None
+        lr = lr.item()
+    return check_finite(name, lr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,68 @@ from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import L1Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.directions import sign_
 from rai_toolbox.optim.ball_projection import ball_of, free_, nearest_
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
-from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, check_fits
-from rai_toolbox.optim.transforms import normalize_, top_q_
-from rai_toolbox.optim.wrapper import Group, Params
+from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
+from rai_toolbox.optim.transforms import Key, Projection, Transform, normalize_, sign_, top_q_
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
+
+
+@dataclass(frozen=True)
+class SteepestStep(Transform):
+    """The steepest direction in the norm of the ball; a sparse one in an L1 ball."""
+
+    divides_by_norms = True
+
+    constraint: Key = "constraint"
+    q: Key = "q"
+    grad_scale: Key = "grad_scale"
+
+    def check(self, group: Group) -> None:  # noqa: D102
+        ball_of(group[self.constraint])
+        check_fraction(self.q, group[self.q])
+
+    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
+        return bool(getattr(group[self.constraint], "elementwise", True))
+
+    def apply_(  # noqa: D102
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        ball, k = ball_of(group[self.constraint]), group[self.param_ndim]
+        if isinstance(ball, LinfBall):
+            sign_(tensors)
+        elif isinstance(ball, L1Ball):
+            for param, grad in zip(params, tensors, strict=True):
+                shape = batch_shape_in(param, group, self.param_ndim)
+                self._free_(param, grad, group, shape)
+                top_q_(grad, _within_one(group[self.q], grad, shape), k)
+            sign_(tensors)
+            normalize_(tensors, 1, k, 0.0)
+        else:
+            normalize_(tensors, 2, k, 0.0)
+
+    def _free_(self, param: Tensor, grad: Tensor, group: Group, shape: tuple[int, ...]) -> None:
+        down = group[self.grad_scale] > 0
+        if group.get("maximize", False):
+            down = not down
+        view, copied = view_or_copy(grad, shape)
+        free_(view if down else view.neg_(), view_or_copy(param, shape)[0], group[self.constraint])
+        if not down:
+            view.neg_()
+        if copied:
+            grad.copy_(view.view(grad.shape))
+
+
+@dataclass(frozen=True)
+class BallProjection(Projection):
+    """The projection onto ball and bounds."""
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:  # noqa: D102
+        for param in tensors:
+            view, copied = view_or_copy(param, batch_shape_in(param, group, self.param_ndim))
+            nearest_(view, group[self.constraint])
+            if copied:
+                param.copy_(view.view(param.shape))
 
 
 class PGD(ParamTransformingOptimizer):
@@ -65,7 +122,8 @@ class PGD(ParamTransformingOptimizer):
     tensor([[-0.1000,  0.2000,  0.0000]], requires_grad=True)
     """
 
-    _divides_by_norms = True
+    _after = (BallProjection(),)
+    _before = (SteepestStep(),)
 
     def __init__(
         self,
@@ -80,62 +138,10 @@ class PGD(ParamTransformingOptimizer):
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
-        super().__init__(
-            params,
-            InnerOpt,
-            param_ndim=param_ndim,
-            grad_scale=grad_scale,
-            grad_bias=grad_bias,
-            defaults={"constraint": constraint, "q": q, **(defaults or {})},
-            **inner_opt_kwargs,
-        )
-
-    def _check_group(self, group: Group) -> None:
-        ball_of(group["constraint"])
-        check_fraction("q", group["q"])
-        super()._check_group(group)
-        check_fits(group["constraint"], group)
-
-    def _sees_elements(self, group: Group) -> bool:
-        return bool(group["constraint"].elementwise)
-
-    def _transform_gradients_(
-        self, params: list[Tensor], grads: list[Tensor], optim_group: Group
-    ) -> None:
-        ball, k = ball_of(optim_group["constraint"]), optim_group["param_ndim"]
-        if isinstance(ball, LinfBall):
-            sign_(grads)
-        elif isinstance(ball, L1Ball):
-            for param, grad in zip(params, grads, strict=True):
-                self._free_(param, grad, optim_group)
-                top_q_(grad, _within_one(optim_group["q"], grad, optim_group), k)
-            sign_(grads)
-            normalize_(grads, 1, k, 0.0)
-        else:
-            normalize_(grads, 2, k, 0.0)
-
-    def _free_(self, param: Tensor, grad: Tensor, group: Group) -> None:
-        shape = batch_shape_in(param, group)
-        down = group["grad_scale"] > 0
-        if group.get("maximize", False):
-            down = not down
-        seen, copied = view_or_copy(grad, shape)
-        free_(seen if down else seen.neg_(), view_or_copy(param, shape)[0], group["constraint"])
-        if not down:
-            seen.neg_()
-        if copied:
-            grad.copy_(seen.view(grad.shape))
-
-    def _project_parameters_(self, params: list[Tensor], optim_group: Group) -> None:
-        for param in params:
-            seen, copied = view_or_copy(param, batch_shape_in(param, optim_group))
-            nearest_(seen, optim_group["constraint"])
-            if copied:
-                param.copy_(seen.view(param.shape))
+        super().__init__(**constructor_arguments(locals()))
 
 
-def _within_one(q: float, grad: Tensor, group: Group) -> float:
+def _within_one(q: float, grad: Tensor, shape: tuple[int, ...]) -> float:
     """`q`, or the largest share that leaves one entry: else small sub-tensors would never move."""
-    shape = batch_shape_in(grad, group)
     size = max(1, grad.numel() // max(1, shape[0]))
     return min(q, 1 - 1 / size)

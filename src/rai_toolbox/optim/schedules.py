@@ -1,9 +1,9 @@
-"""Schedulers of any setting of a parameter group, in the manner of torch's of the learning rate."""
+"""Schedulers of any setting of parameter groups, like torch's schedulers of learning rates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
@@ -17,28 +17,27 @@ from rai_toolbox.optim.settings import as_loaded, as_saved
 from rai_toolbox.optim.wrapper import Group
 
 Schedule: TypeAlias = Callable[[int], Any]
-Path: TypeAlias = tuple[str, ...]
 
 
 class SettingScheduler:
-    """Set a setting of an optimizer's parameter groups to a value for each step.
+    """Set a setting of an optimizer's parameter groups to another value at each step.
 
-    ``setting <- values(step)``, for step 0 as soon as the scheduler is made, and for the next one
-    at each `step()`, which is to be called after that of the optimizer.
+    ``setting <- values(step)``: for step 0 when the scheduler is created, and for the next one at
+    each `step()`, which is to be called after that of the optimizer.
 
     Parameters
     ----------
     optimizer : Optimizer
-        Ours, or any other one.
+        Of this library, or any other.
     setting : str
         Name of a setting of its groups (``"epsilon"``, in chains also ``"0.clamp_max"``), or a
         path into a set or tuple that is one (``"constraint.epsilon"``, ``"betas.0"``,
         ``"constraint.ball.epsilon"``). A set is replaced by one with another setting.
     values : callable, or sequence of callable or None
-        From the number of the step, an int, to the value; a sequence has one for each group, and
-        None leaves a group alone.
+        A function from the number of the step, an int, to the value; a sequence has one for each
+        group, and None leaves a group unchanged.
     last_step : int
-        The number of the last step that is done; -1 to begin.
+        The number of the last step that was done; -1 to start.
 
     Raises
     ------
@@ -46,13 +45,13 @@ class SettingScheduler:
         If a group has no such setting, or a value breaks a rule of the optimizer or of the set.
         Also at each step, before anything is changed.
     TypeError
-        If an argument, or a value, is of the wrong type.
+        If an argument or a value has the wrong type.
 
     Notes
     -----
-    Values live in `optimizer.param_groups`, and so in its checkpoint; save `state_dict()` of the
-    scheduler, too. No device is waited for, unless a set has tensors as settings: it reads them
-    when it is made. Optimizers that are not ours do not check a value before their step.
+    Values are kept in `optimizer.param_groups`, and so in its checkpoint; save `state_dict()` of
+    the scheduler, too. Nothing synchronizes with the host, except that a set with tensors as
+    settings reads them when it is created. Other optimizers check no value before their step.
 
     Examples
     --------
@@ -76,24 +75,28 @@ class SettingScheduler:
         *,
         last_step: int = -1,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}")
         if not isinstance(setting, str):
             raise TypeError(f"`setting` must be the name of a setting, got {setting!r}")
         _check_step("last_step", last_step)
+        self.values = _for_each_group("values", values, optimizer)
+        for schedule in self.values:
+            if not callable(schedule) and (schedule is not None or values is None):
+                raise TypeError(
+                    "`values` must be a callable from the step to the value, or a sequence of one, "
+                    f"or None, for each group, got {values!r}"
+                )
+        if all(schedule is None for schedule in self.values):
+            raise ValueError(f"`values` must not be None for all groups, got {values!r}")
         self.optimizer = optimizer
         self.setting = setting
-        self.values = _per_group(values, len(optimizer.param_groups))
         self.last_step = last_step
         self.step()
 
     def step(self) -> None:
         """Set the values of the next step."""
-        following = self.last_step + 1
-        values = [
-            None if schedule is None else _own(schedule(following)) for schedule in self.values
-        ]
-        self._set(values, following)
+        step = self.last_step + 1
+        values = [None if schedule is None else schedule(step) for schedule in self.values]
+        self._set(list(map(_copied, values)), step)
 
     def get_last_value(self) -> list[Any]:
         """The values that were set last, one for each group.
@@ -101,23 +104,23 @@ class SettingScheduler:
         Returns
         -------
         list
-            None for a group that is left alone.
+            None for a group that does not change.
         """
-        return [_own(value) for value in self._last_value]
+        return list(map(_copied, self._last_value))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved, beside the state of the optimizer.
+        """What is to be saved, besides the state of the optimizer.
 
         Returns
         -------
         dict
-            Of `values`, only callable objects are in it, by their attributes; functions are not.
+            Of `values`, only the attributes of callable objects are in it; functions are not.
         """
         return {
             "setting": self.setting,
             "last_step": self.last_step,
-            "last_value": _each(as_saved, self._last_value),
-            "values": [_attributes(schedule) for schedule in self.values],
+            "last_value": _converted(as_saved, self._last_value),
+            "values": list(map(_attributes, self.values)),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -142,38 +145,28 @@ class SettingScheduler:
             )
         _check_step("last_step", state_dict["last_step"])
         for name in ("last_value", "values"):
-            if len(state_dict[name]) != len(self.values):
-                raise ValueError(
-                    f"`{name}` in `state_dict` must be of {len(self.values)} groups, got "
-                    f"{len(state_dict[name])}"
-                )
-        self._set(_each(as_loaded, state_dict["last_value"]), state_dict["last_step"])
+            _check_length(f"`{name}` in `state_dict`", state_dict[name], len(self.values))
+        self._set(_converted(as_loaded, state_dict["last_value"]), state_dict["last_step"])
         for schedule, attributes in zip(self.values, state_dict["values"], strict=True):
             if attributes is not None and _attributes(schedule) is not None:
                 schedule.__dict__.update(attributes)
 
     def _set(self, values: list[Any], step: int) -> None:
-        """Set all values of a step, once each is found to be right for its group."""
+        """Set all values of a step, after all are found to keep the rules of their groups."""
         groups = self.optimizer.param_groups
-        if len(groups) != len(self.values):
-            raise ValueError(
-                f"`values` must be of {len(groups)} groups, as many as the optimizer has, got "
-                f"{len(self.values)}"
-            )
-        todo = [
-            (group, *self._replacement(group, value, f"group {i} at step {step}"))
-            for i, (group, schedule, value) in enumerate(
-                zip(groups, self.values, values, strict=True)
-            )
-            if schedule is not None
-        ]
-        for group, name, value in todo:
-            _write(groups, group, name, value)
+        _check_length("`values`", self.values, len(groups))
+        replacements = []
+        for i, (group, schedule) in enumerate(zip(groups, self.values, strict=True)):
+            if schedule is not None:
+                name, new = self._replacement(group, values[i], f"group {i} at step {step}")
+                replacements.append((group, name, new))
+        for group, name, new in replacements:
+            _write(groups, group, name, new)
         self._last_value = values
         self.last_step = step
 
     def _replacement(self, group: Group, value: Any, where: str) -> tuple[str, Any]:
-        """What to write to a group, under which name, for the setting to have a value."""
+        """The name and the new value of the entry of a group that is, or holds, the setting."""
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         paths = _paths(settings)
         if self.setting not in paths:
@@ -181,26 +174,26 @@ class SettingScheduler:
                 f"`setting` must be one of {', '.join(paths)} (or `values` None) for {where}, got "
                 f"{self.setting!r}"
             )
-        name, *path = paths[self.setting]
+        name = _first_part(settings, self.setting)
         check = getattr(self.optimizer, "_check_group", None)
         try:
-            replacement = _replaced(group[name], tuple(path), value)
+            new = _replaced(settings, self.setting, value)[name]
             if check is not None:
-                check({**group, name: replacement})
+                check({**group, name: new})
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (`{self.setting}` of {where})") from None
-        return name, replacement
+        return name, new
 
 
 class LinearSetting(SettingScheduler):
-    """Move a setting from one value to another in equal steps, and leave it there.
+    """Change a setting linearly from one value to another, and keep it there.
 
     ``start + (end - start) * min(step / total_steps, 1)``: the warm-up.
 
     Parameters
     ----------
     start, end : float or Tensor, or sequence of these or None
-        A sequence has one for each group, and None, in both of them, leaves a group alone.
+        A sequence has one for each group, and None, in both of them, leaves a group unchanged.
     total_steps : int
         The number of steps from `start` to `end`, >= 1.
     optimizer, setting, last_step
@@ -234,59 +227,54 @@ class LinearSetting(SettingScheduler):
         *,
         last_step: int = -1,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}")
-        if type(total_steps) is not int or total_steps < 1:
-            raise ValueError(f"`total_steps` must be an int >= 1, got {total_steps!r}")
-        groups = len(optimizer.param_groups)
-        ends = zip(_ends("start", start, groups), _ends("end", end, groups), strict=True)
-        lines = [_line(first, last, total_steps) for first, last in ends]
-        super().__init__(optimizer, setting, lines, last_step=last_step)
+        starts = _for_each_group("start", start, optimizer)
+        ends = _for_each_group("end", end, optimizer)
+        schedules = []
+        for first, last in zip(starts, ends, strict=True):
+            if (first is None) != (last is None):
+                raise ValueError(
+                    "`start` and `end` must be None for the same groups, got "
+                    f"{first!r} and {last!r}"
+                )
+            schedules.append(None if first is None else _Linear(first, last, total_steps))
+        super().__init__(optimizer, setting, schedules, last_step=last_step)
 
 
-class _Line:
-    """A linear schedule; an object, so that it is saved."""
+@dataclass(eq=False)
+class _Linear:
+    """A linear schedule; an object, so that a checkpoint has its attributes."""
 
-    def __init__(self, start: float | Tensor, end: float | Tensor, total_steps: int) -> None:
-        self.start, self.end, self.total_steps = start, end, total_steps
+    start: Any
+    end: Any
+    total_steps: int
 
-    def __call__(self, step: int) -> float | Tensor:
-        if step >= self.total_steps:  # exactly there
+    def __post_init__(self) -> None:
+        if type(self.total_steps) is not int or self.total_steps < 1:
+            raise ValueError(f"`total_steps` must be an int >= 1, got {self.total_steps!r}")
+        for name in ("start", "end"):
+            check_setting(name, getattr(self, name))
+            setattr(self, name, _copied(getattr(self, name)))
+
+    def __call__(self, step: int) -> Any:
+        if step >= self.total_steps:  # without rounding
             return self.end
         return self.start + (self.end - self.start) * (step / self.total_steps)
 
 
-def _line(start: Any, end: Any, total_steps: int) -> _Line | None:
-    if (start is None) != (end is None):
-        raise ValueError(
-            f"`start` and `end` must be None for the same groups, got {start!r} and {end!r}"
-        )
-    return None if start is None else _Line(start, end, total_steps)
+def _for_each_group(name: str, given: Any, optimizer: Optimizer) -> list[Any]:
+    """A sequence of one item for each group as a list; anything else, repeated."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}")
+    groups = len(optimizer.param_groups)
+    if not isinstance(given, (list, tuple)):
+        return [given] * groups
+    _check_length(f"`{name}`", given, groups)
+    return list(given)
 
 
-def _ends(name: str, given: Any, groups: int) -> list[Any]:
-    ends = list(given) if isinstance(given, (list, tuple)) else [given] * groups
-    if len(ends) != groups:
-        raise ValueError(f"`{name}` must be of {groups} groups, got {len(ends)}")
-    for end in ends:
-        if end is not None:
-            check_setting(name, end)
-    return [_own(end) for end in ends]
-
-
-def _per_group(values: Any, groups: int) -> list[Schedule | None]:
-    listed = isinstance(values, (list, tuple))
-    schedules: list[Any] = list(values) if listed else [values] * groups
-    if not all(callable(schedule) or (listed and schedule is None) for schedule in schedules):
-        raise TypeError(
-            "`values` must be a callable from the step to the value, or a sequence of one, or "
-            f"None, for each group, got {values!r}"
-        )
-    if len(schedules) != groups:
-        raise ValueError(f"`values` must be of {groups} groups, got {len(schedules)}")
-    if all(schedule is None for schedule in schedules):
-        raise ValueError(f"`values` must not be None for all groups, got {values!r}")
-    return schedules
+def _check_length(name: str, values: Sequence[Any], groups: int) -> None:
+    if len(values) != groups:
+        raise ValueError(f"{name} must be of {groups} groups, got {len(values)}")
 
 
 def _check_step(name: str, step: object) -> None:
@@ -294,13 +282,13 @@ def _check_step(name: str, step: object) -> None:
         raise ValueError(f"`{name}` must be an int >= -1, got {step!r}")
 
 
-def _own(value: Any) -> Any:
-    """A value that nobody else writes to, and that is plain data where it can be."""
+def _copied(value: Any) -> Any:
+    """A copy of a tensor; another value as plain data, if it can be."""
     return value.detach().clone() if isinstance(value, Tensor) else as_plain(value)
 
 
-def _each(convert: Callable[[Mapping[str, Any]], dict[str, Any]], values: list[Any]) -> list[Any]:
-    return list(convert({str(i): _own(value) for i, value in enumerate(values)}).values())
+def _converted(convert: Callable[[dict[str, Any]], dict[str, Any]], values: list[Any]) -> list[Any]:
+    return list(convert({str(i): _copied(value) for i, value in enumerate(values)}).values())
 
 
 def _attributes(schedule: Schedule | None) -> dict[str, Any] | None:
@@ -311,44 +299,47 @@ def _attributes(schedule: Schedule | None) -> dict[str, Any] | None:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """The settings that a setting is made of, by name."""
+    """The entries of a dict, a set or a tuple, by name."""
     if isinstance(value, Constraint):
         return {field.name: getattr(value, field.name) for field in fields(value) if field.init}
-    return {str(i): part for i, part in enumerate(value)} if isinstance(value, tuple) else {}
+    if isinstance(value, tuple):
+        return {str(i): part for i, part in enumerate(value)}
+    return dict(value) if isinstance(value, dict) else {}
 
 
-def _paths(settings: Mapping[str, Any]) -> dict[str, Path]:
-    """All settings, and the parts of each, by their dotted names."""
-    paths: dict[str, Path] = {}
-    for name, value in settings.items():
-        paths[name] = (name,)
-        inner = _paths(_parts(value))
-        paths.update({f"{name}.{dotted}": (name, *path) for dotted, path in inner.items()})
+def _paths(value: Any) -> list[str]:
+    """The dotted names of all parts of a value, and of their parts."""
+    paths = []
+    for name, part in _parts(value).items():
+        paths += [name, *(f"{name}.{path}" for path in _paths(part))]
     return paths
 
 
-def _replaced(value: Any, path: Path, new: Any) -> Any:
-    """A value with the part at the end of a path replaced; a set checks its settings anew."""
+def _first_part(parts: Mapping[str, Any], path: str) -> str:
+    """The name at the beginning of a path; in chains, names have dots."""
+    return next(name for name in parts if path == name or path.startswith(f"{name}."))
+
+
+def _replaced(value: Any, path: str, new: Any) -> Any:
+    """A copy with the part at a path replaced; a set checks its settings again."""
     if not path:
         return new
-    first, *rest = path
     parts = _parts(value)
-    parts[first] = _replaced(parts[first], tuple(rest), new)
+    name = _first_part(parts, path)
+    parts[name] = _replaced(parts[name], path[len(name) + 1 :], new)
     if isinstance(value, Constraint):
         return type(value)._from_settings(parts)
-    return tuple(parts.values())
+    return tuple(parts.values()) if isinstance(value, tuple) else parts
 
 
 @torch.no_grad()
 def _write(groups: list[Group], group: Group, name: str, value: Any) -> None:
+    """Set a setting; in place where it is a tensor, which a captured graph may read."""
     present = group[name]
-    fits = isinstance(value, (int, float)) or (
-        isinstance(value, Tensor) and isinstance(present, Tensor) and value.shape == present.shape
-    )
-    if not (isinstance(present, Tensor) and fits):
+    same_shape = isinstance(value, Tensor) and value.shape == getattr(present, "shape", None)
+    if not (isinstance(present, Tensor) and (same_shape or isinstance(value, (int, float)))):
         group[name] = value
         return
-    # A captured graph, or a compiled step, reads it where it is; but groups can share a default.
-    if sum(other.get(name) is present for other in groups) > 1:
+    if sum(other.get(name) is present for other in groups) > 1:  # groups that share a default
         present = group[name] = present.clone()
     present.copy_(value) if isinstance(value, Tensor) else present.fill_(value)

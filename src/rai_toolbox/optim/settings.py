@@ -1,4 +1,4 @@
-"""Settings of a parameter group, and how errors call its parameters."""
+"""Settings of parameter groups: how they are given, checked, saved, and named in errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rai_toolbox.constraints.sharding import check_view
 TINY = torch.finfo(torch.float32).tiny
 """Default of every `div_by_zero_eps`."""
 
-
+_SHARED = ("params", "InnerOpt", "param_ndim", "grad_scale", "grad_bias", "defaults")
 _BOUND_REAL = "{} must bound real numbers, got {} for {}"
 
 
@@ -26,8 +26,29 @@ class REQUIRED:
     """
 
 
+def constructor_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The `locals()` of a constructor, as arguments of that of `ParamTransformingOptimizer`.
+
+    The arguments that the latter does not name are group settings: they go into `defaults`. A
+    `generator` is none, and is left out.
+    """
+    given = {k: v for k, v in named.items() if k not in ("self", "__class__", "generator")}
+    inner_opt_kwargs = given.pop("inner_opt_kwargs", {})
+    shared = {name: given.pop(name) for name in _SHARED if name in given}
+    return {
+        **shared,
+        "defaults": {**given, **(shared.get("defaults") or {})},
+        **inner_opt_kwargs,
+    }
+
+
+def base_name(name: str) -> str:
+    """A setting's name without the numbers of a chain's members: `q` for `0.1.q`."""
+    return name.rpartition(".")[2]
+
+
 def labels(group: Mapping[str, Any]) -> list[str]:
-    """How errors call the parameters of a group: by their names, where they have any."""
+    """What errors call the parameters of a group: their names, where they have any."""
     return [
         f"parameter '{name}'" if name is not None else f"parameter {i} of its group"
         for i, name in enumerate(group.get("param_names") or [None] * len(group["params"]))
@@ -35,14 +56,14 @@ def labels(group: Mapping[str, Any]) -> list[str]:
 
 
 def is_zero_on_host(value: object) -> bool:
-    """Whether a setting is 0, as far as that can be told without waiting for a device."""
+    """Whether a setting is 0, as far as that is known without synchronizing with a device."""
     if isinstance(value, Tensor):
         return value.device.type == "cpu" and value.item() == 0
     return value is not None and value == 0
 
 
 def refuse_complex(group: Mapping[str, Any], names: str) -> None:
-    """Raise if a group for whose settings `names` order matters has a complex parameter."""
+    """Raise if a group with settings that are bounds has a complex parameter."""
     for param, label in zip(group["params"], labels(group), strict=True):
         if param.is_complex():
             raise TypeError(_BOUND_REAL.format(names, param.dtype, label))
@@ -57,9 +78,9 @@ def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A group of a checkpoint as it is used: the constraint that each plain one was, on a device.
+    """A group of a checkpoint with its constraints rebuilt from plain data, on a device.
 
-    A checkpoint may have been loaded to another one than its parameters.
+    A checkpoint may have been loaded to another device than its parameters.
     """
     return {
         name: Constraint.from_plain(value).to(device)
@@ -70,7 +91,7 @@ def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -
 
 
 def check_constraint(constraint: object) -> None:
-    """Raise unless it is a constraint, or None, which is none."""
+    """Raise unless it is a constraint, or None."""
     if constraint is not None and not isinstance(constraint, Constraint):
         raise TypeError(
             f"`constraint` must be a set of rai_toolbox.constraints or None, got {constraint!r}"
@@ -78,24 +99,34 @@ def check_constraint(constraint: object) -> None:
 
 
 def with_names_apart(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group, as it is given, with its named parameters as `params` and `param_names`."""
+    """A group as it is given, with its named parameters split into `params` and `param_names`."""
     given = group["params"]
     if not given or not all(isinstance(param, tuple) for param in given):
         return dict(group)
     return {**group, "params": [p[1] for p in given], "param_names": [p[0] for p in given]}
 
 
-def batch_shape_in(param: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape `(N, d0, ...)` in which a constraint sees a parameter; (1, 1) for a number."""
-    return (1, 1) if param.ndim == 0 else batch_shape(param.shape, group["param_ndim"])
+def batch_shape_in(
+    param: Tensor, group: Mapping[str, Any], param_ndim: str = "param_ndim"
+) -> tuple[int, ...]:
+    """Shape `(N, d0, ...)` of the batch that a constraint gets; (1, 1) for a 0-d parameter.
+
+    `param_ndim` is the group's name of that setting.
+    """
+    if param.ndim == 0:
+        return (1, 1)
+    ndim = group[param_ndim]
+    return param.shape if ndim == -1 and param.ndim > 1 else batch_shape(param.shape, ndim)
 
 
-def check_fits(constraint: Constraint, group: Mapping[str, Any]) -> None:
+def check_fits(
+    constraint: Constraint, group: Mapping[str, Any], param_ndim: str = "param_ndim"
+) -> None:
     """Raise, with its name, if a parameter of a group is no batch that the constraint takes."""
     for param, label in zip(group["params"], labels(group), strict=True):
         if not isinstance(param, Tensor):
             return  # torch will refuse it
-        couples = not constraint.elementwise and group["param_ndim"] == -1
+        couples = not constraint.elementwise and group[param_ndim] == -1
         if couples and param.ndim == 1 < param.numel():
             raise ValueError(
                 "`param_ndim` must be None or 1 for a vector, whose elements would each be a "
@@ -105,7 +136,7 @@ def check_fits(constraint: Constraint, group: Mapping[str, Any]) -> None:
         if param.is_complex():
             raise TypeError(_BOUND_REAL.format("`constraint`", param.dtype, label))
         try:
-            shape = batch_shape_in(param, group)
+            shape = batch_shape_in(param, group, param_ndim)
             # (a batch of that shape without its memory, and without its ranks)
             constraint._check_batch(
                 torch.empty((), dtype=param.dtype, device=param.device).expand(shape)

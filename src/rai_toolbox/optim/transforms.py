@@ -1,22 +1,277 @@
-"""Gradient transforms: what turns a gradient into a direction, in place.
+"""Gradient transforms and projections: small values that optimizers apply to whole groups.
 
-They act on lists of tensors of one device and dtype. The sub-tensors of a tensor are its last
-``sub_ndim(tensor.ndim, param_ndim)`` dims. Non-finite values are never hidden: a NaN entry stays
-NaN, and where a norm is involved a NaN or an infinity turns its whole sub-tensor to NaN.
+Non-finite values are never hidden: a NaN entry stays NaN, and where a norm is involved a NaN or an
+infinity turns its whole sub-tensor to NaN.
 """
+# ruff: noqa: D102 (the methods are described once, in `Transform`)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor, default_generator
 
+from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
+from rai_toolbox.checks import check_bounds, check_fraction, check_non_negative
+from rai_toolbox.constraints.balls import project_l2_ball_
+from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
+from rai_toolbox.optim.settings import (
+    batch_shape_in,
+    check_constraint,
+    check_fits,
+    refuse_complex,
+)
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
+
+Key = str
+"""Name under which a group holds a setting: plain (`q`), or with a chain's number (`0.q`)."""
+
+_Self = TypeVar("_Self", bound="Transform")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What an optimizer does to the gradients, or to the parameters, of each group.
+
+    Fields of type `Key` name the settings that it reads; a chain renames them.
+    """
+
+    divides_by_norms: ClassVar[bool] = False
+    """Whether it divides by norms of rows, which see `_must_break_graph`."""
+
+    param_ndim: Key = field(default="param_ndim", kw_only=True)
+    prefix: str = field(default="", kw_only=True)
+    """Goes before the names of its state: the number of a chain's member."""
+
+    def renamed(self: _Self, names: Mapping[str, str], prefix: str) -> _Self:
+        """The same transform as a member of a chain, where settings have other names."""
+        keys = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Key"}
+        new_keys = {field: names.get(key, key) for field, key in keys.items()}
+        return replace(self, prefix=prefix + self.prefix, **new_keys)
+
+    def check(self, group: Group) -> None:
+        """Raise if one of its settings breaks its rule, or does not fit a parameter."""
+
+    def is_elementwise(self, group: Group) -> bool:
+        """Whether it acts elementwise, so that `param_ndim` has no effect."""
+        return False
+
+    def keeps_zero(self, group: Group) -> bool:
+        """Whether it is elementwise with 0 -> 0: fit for the values of sparse gradients."""
+        return False
+
+    def is_active(self, group: Group) -> bool:
+        """Whether gradients need it."""
+        return True
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        """Transform gradients, or parameters, in place."""
+        raise NotImplementedError
+
+    def apply_(
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        """`change_`, with the parameters and the optimizer for a transform that needs them."""
+        self.change_(tensors, group)
+
+    def count_step(self, group: Group) -> None:
+        """Note that the inner optimizer has taken a step: once per step and group."""
+
+    def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:
+        """Make the state that `apply_` would make, of zeros."""
+
+
+# Elementwise
+
+
+@dataclass(frozen=True)
+class _Elementwise(Transform):
+    def is_elementwise(self, group: Group) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Sign(_Elementwise):
+    """``g / |g|``, with 0 -> 0."""
+
+    def keeps_zero(self, group: Group) -> bool:
+        return True
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        sign_(tensors)
+
+
+def sign_(tensors: list[Tensor]) -> None:
+    """``g / |g|``, elementwise, with 0 -> 0; tensors of any devices and dtypes."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for some in alike.values():
+        directions.sign_(some)
+
+
+@dataclass(frozen=True)
+class Clamp(_Elementwise):
+    """``min(max(x, clamp_min), clamp_max)``."""
+
+    clamp_min: Key = "clamp_min"
+    clamp_max: Key = "clamp_max"
+
+    def check(self, group: Group) -> None:
+        lower, upper = self.clamp_min, self.clamp_max
+        check_bounds(lower, group[lower], upper, group[upper])
+        refuse_complex(group, f"`{lower}` and `{upper}`")
+
+    def keeps_zero(self, group: Group) -> bool:
+        lower, upper = group[self.clamp_min], group[self.clamp_max]
+        return (lower is None or lower <= 0) and (upper is None or upper >= 0)
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        clamp_(tensors, group[self.clamp_min], group[self.clamp_max])
+
+
+@dataclass(frozen=True)
+class Scale(_Elementwise):
+    """``setting * g``."""
+
+    setting: Key
+
+    def keeps_zero(self, group: Group) -> bool:
+        return True
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        foreach.mul_(tensors, group[self.setting])
+
+
+@dataclass(frozen=True)
+class Shift(_Elementwise):
+    """``g + setting``."""
+
+    setting: Key
+
+    def keeps_zero(self, group: Group) -> bool:
+        return bool(group[self.setting] == 0.0)
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        foreach.add_(tensors, group[self.setting])
+
+
+@dataclass(frozen=True)
+class LinfProjection(_Elementwise):
+    """``min(max(p, -epsilon), epsilon)``."""
+
+    epsilon: Key = "epsilon"
+
+    def check(self, group: Group) -> None:
+        check_non_negative(self.epsilon, group[self.epsilon])
+        refuse_complex(group, f"`{self.epsilon}`")
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        clamp_(tensors, -group[self.epsilon], group[self.epsilon])
+
+
+# Of sub-tensors
+
+
+@dataclass(frozen=True)
+class L2Projection(Transform):
+    """``p * min(1, epsilon / |p|_2)``."""
+
+    epsilon: Key = "epsilon"
+
+    def check(self, group: Group) -> None:
+        check_non_negative(self.epsilon, group[self.epsilon])
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        for x in tensors:
+            project_l2_ball_(x, group[self.epsilon], sub_ndim(x.ndim, group[self.param_ndim]))
+
+
+@dataclass(frozen=True)
+class Projection(Transform):
+    """The Euclidean projection onto a set of `rai_toolbox.constraints`; None is no set."""
+
+    constraint: Key = "constraint"
+
+    def check(self, group: Group) -> None:
+        check_constraint(group[self.constraint])
+        if group[self.constraint] is not None:
+            check_fits(group[self.constraint], group, self.param_ndim)
+
+    def is_elementwise(self, group: Group) -> bool:
+        constraint = group[
+            self.constraint
+        ]  # None, or what `check` is to refuse, constrains nothing
+        return bool(getattr(constraint, "elementwise", True))
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        if group[self.constraint] is None:
+            return
+        views = [view_or_copy(x, batch_shape_in(x, group, self.param_ndim)) for x in tensors]
+        group[self.constraint].project_each_([view for view, _ in views])
+        for x, (view, copied) in zip(tensors, views, strict=True):
+            if copied:
+                x.copy_(view.view(x.shape))
+
+
+@dataclass(frozen=True)
+class Normalize(Transform):
+    """``g / max(|g|_p, div_by_zero_eps)``."""
+
+    divides_by_norms = True
+
+    p: float
+    div_by_zero_eps: Key = "div_by_zero_eps"
+
+    def check(self, group: Group) -> None:
+        check_non_negative(self.div_by_zero_eps, group[self.div_by_zero_eps])
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        normalize_(tensors, self.p, group[self.param_ndim], group[self.div_by_zero_eps])
+
+
+@dataclass(frozen=True)
+class TopQ(Transform):
+    """Keep the largest magnitudes."""
+
+    q: Key = "q"
+    dq: Key = "dq"
+    generator: Generator | None = None
+    """Where `q` is drawn from; None is torch's own, which a copy of a transform must not copy."""
+
+    def check(self, group: Group) -> None:
+        check_fraction(self.q, group[self.q])
+        check_fraction(self.dq, group[self.dq])
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        for grad in tensors:
+            top_q_(grad, self._draw(group[self.q], group[self.dq]), group[self.param_ndim])
+
+    def _draw(self, q: float, dq: float) -> float:
+        if dq == 0:
+            return q
+        low, high = max(0.0, q - dq), min(1.0, q + dq)
+        generator = self.generator or default_generator
+        # The number of entries to keep must be known on the host.
+        draw = torch.rand((), generator=generator, device=generator.device).item()
+        return low + (high - low) * draw
+
+
+@dataclass(frozen=True)
+class LargestSign(Transform):
+    """Keep the sign of one largest magnitude: minus the linear oracle of the unit L1 ball."""
+
+    def change_(self, tensors: list[Tensor], group: Group) -> None:
+        for grad in tensors:
+            largest_sign_(grad, group[self.param_ndim])
 
 
 def normalize_(
@@ -33,16 +288,13 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
     Exactly so many; of tied entries those of the lowest indices stay. The rest becomes 0. NaN
     counts as the largest magnitude.
     """
-    if is_sharded(grad):
-        _on_whole_sub_tensors_(grad, param_ndim, lambda shard: top_q_(shard, q, param_ndim))
-        return
-    rows, copied = _rows(grad, param_ndim)
-    keep = round((1.0 - q) * rows.shape[1])
-    if keep == rows.shape[1]:
-        return
-    keep_largest_(rows, keep)
-    if copied:
-        grad.copy_(rows.view(grad.shape))
+
+    def keep_(rows: Tensor) -> None:
+        keep = round((1.0 - q) * rows.shape[1])
+        if keep != rows.shape[1]:
+            keep_largest_(rows, keep)
+
+    _on_rows_(grad, param_ndim, keep_)
 
 
 def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
@@ -51,28 +303,22 @@ def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
     That is minus the linear minimization oracle of the unit L1 ball. Of tied entries one stays,
     so that the answer is in the ball.
     """
+    _on_rows_(grad, param_ndim, directions.largest_sign_)
+
+
+def _on_rows_(grad: Tensor, param_ndim: int | None, act_: Callable[[Tensor], object]) -> None:
+    """Let `act_` change the sub-tensors as rows (N, n); those of a DTensor shard by shard."""
     if is_sharded(grad):
-        _on_whole_sub_tensors_(grad, param_ndim, lambda shard: largest_sign_(shard, param_ndim))
+
+        def on_shard(whole: Any) -> Tensor:
+            local = local_of(whole)
+            _on_rows_(local, param_ndim, act_)
+            return local
+
+        on_shards_(grad, range(grad.ndim - sub_ndim(grad.ndim, param_ndim), grad.ndim), on_shard)
         return
-    rows, copied = _rows(grad, param_ndim)
-    directions.largest_sign_(rows)
+    shape = batch_shape(grad.shape, param_ndim)
+    rows, copied = view_or_copy(grad, (shape[0], prod(shape[1:])))
+    act_(rows)
     if copied:
         grad.copy_(rows.view(grad.shape))
-
-
-def _rows(grad: Tensor, param_ndim: int | None) -> tuple[Tensor, bool]:
-    shape = batch_shape(grad.shape, param_ndim)
-    return view_or_copy(grad, (shape[0], prod(shape[1:])))
-
-
-def _on_whole_sub_tensors_(
-    grad: Tensor, param_ndim: int | None, transform_: Callable[[Tensor], None]
-) -> None:
-    """Apply what has no sharding rule to a DTensor: shard by shard, of whole sub-tensors."""
-
-    def transformed(whole: Any) -> Tensor:
-        local = local_of(whole)
-        transform_(local)
-        return local
-
-    on_shards_(grad, range(grad.ndim - sub_ndim(grad.ndim, param_ndim), grad.ndim), transformed)

@@ -7,21 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
-from rai_toolbox.optim.inner import (
-    make_inner,
-    optimizer_class,
-    own_state,
-    picklable_state,
-)
-from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, with_names_apart
+from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
+from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name, with_names_apart
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
+
+
+class MEMBER:
+    """What a chain gives as `params` to its members, which have no parameters of their own."""
 
 
 class OptimizerWrapper(Optimizer):
@@ -34,26 +34,35 @@ class OptimizerWrapper(Optimizer):
     inner_opt: Optimizer
     """The optimizer that updates the parameters."""
 
-    _shown: Tensor | None = None
-    """The parameter of which a hook is just being shown a view."""
+    _viewed: Tensor | None = None
+    """The parameter that a running hook sees a view of."""
 
-    _place: str = ""
-    """Goes before each name in the state of a parameter: the numbers of a chain's member."""
+    _prefix: str = ""
+    """Goes before the names of state: the number of a chain's member, while its hook runs."""
 
     def __init__(
         self,
-        params: Params,
+        params: Params | type[MEMBER],
         InnerOpt: type[Optimizer] | partial[Any] | Optimizer,
         *,
         settings: Mapping[str, Any],
         inner_opt_kwargs: Mapping[str, Any],
     ) -> None:
         self._settings = dict(settings)
+        # State for parameters that have none yet. It is added after the inner step, because inner
+        # optimizers take a state that is not empty for one of their own.
+        self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         if issubclass(optimizer_class(InnerOpt), OptimizerWrapper):
             raise TypeError(
                 "`InnerOpt` must not transform parameters itself (chain the two by "
                 f"ChainedParamTransformingOptimizer), got {InnerOpt!r}"
             )
+        if params is MEMBER:
+            for name, value in inner_opt_kwargs.items():
+                raise TypeError(
+                    f"`{name}` must be given to the chain, not to a member, got {value!r}"
+                )
+            return
         if isinstance(InnerOpt, Optimizer):
             if params is not None or inner_opt_kwargs:
                 given = ", ".join(["params"] * (params is not None) + list(inner_opt_kwargs))
@@ -71,8 +80,9 @@ class OptimizerWrapper(Optimizer):
         else:
             groups = [self._completed(group) for group in as_groups(params)]
             self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
-        self.inner_opt.defaults.update(self._given_settings())
-        for name in self._extra_state():  # distributed checkpoints keep only what groups name
+        given_settings = {name: v for name, v in self._settings.items() if v is not REQUIRED}
+        self.inner_opt.defaults.update(given_settings)
+        for name in self._generators():  # distributed checkpoints keep only what groups name
             for group in self.inner_opt.param_groups[:1]:
                 group.setdefault(name, None)
         # Not Optimizer.__init__: that would give this object groups and a state of its own.
@@ -80,6 +90,10 @@ class OptimizerWrapper(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""
+
+    def _generators(self) -> dict[str, Generator]:
+        """The random generators that checkpoints save, by the names of their states."""
+        return {}
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -129,7 +143,9 @@ class OptimizerWrapper(Optimizer):
         set_to_none : bool
             Set them to None rather than to zero.
         """
-        self.inner_opt.zero_grad(set_to_none=set_to_none)
+        name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"  # as torch calls it
+        with torch.autograd.profiler.record_function(name):
+            self.inner_opt.zero_grad(set_to_none=set_to_none)
 
     @not_compiled
     def state_dict(self) -> dict[str, Any]:
@@ -143,14 +159,11 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.inner_opt.state_dict()
-        state_dict = {
-            **state_dict,
-            "param_groups": [as_saved(group) for group in state_dict["param_groups"]],
-        }
-        extra = self._extra_state()
-        if extra:
-            first, *others = state_dict["param_groups"]
-            state_dict = {**state_dict, "param_groups": [{**first, **extra}, *others]}
+        groups = [as_saved(group) for group in state_dict["param_groups"]]
+        generators = self._generators()
+        if generators:
+            groups[0].update({name: g.get_state() for name, g in generators.items()})
+        state_dict = {**state_dict, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             if changed is not None:
@@ -179,31 +192,25 @@ class OptimizerWrapper(Optimizer):
         for name in ("state", "param_groups"):
             if name not in state_dict:
                 raise ValueError(f"`state_dict` must have `{name}`, got {list(state_dict)}")
-        groups, extra = self._merged(state_dict["param_groups"])
-        self._check_extra_state(extra)
+        groups, generator_states = self._merged(state_dict["param_groups"])
         self.inner_opt.load_state_dict({**state_dict, "param_groups": groups})
-        self._load_extra_state(extra)
+        for generator, state in generator_states:
+            generator.set_state(state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _extra_state(self) -> dict[str, Tensor]:
-        """What a subclass must remember outside the groups: tensors, by unique names."""
-        return {}
+    def _merged(
+        self, loaded: Sequence[Group]
+    ) -> tuple[list[Group], list[tuple[Generator, Tensor]]]:
+        """A checkpoint's groups, completed by present settings, and its states of generators.
 
-    def _check_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Raise if `_load_extra_state` would."""
-
-    def _load_extra_state(self, extra: Mapping[str, Tensor]) -> None:
-        """Restore what `_extra_state` gave; a checkpoint of another optimizer has none of it."""
-
-    def _merged(self, loaded: Sequence[Group]) -> tuple[list[Group], dict[str, Tensor]]:
-        """Groups of a checkpoint, completed by the present settings and checked; extra state."""
+        Both are checked.
+        """
         if len(loaded) != len(self.param_groups):
             raise ValueError(
                 f"`state_dict` must have {len(self.param_groups)} parameter groups, got "
                 f"{len(loaded)}"
             )
-        extra_names = [name for group in loaded[:1] for name in group if _is_extra(name)]
         merged = []
         for i, (live, new) in enumerate(zip(self.param_groups, loaded, strict=True)):
             if "params" not in new:
@@ -213,18 +220,23 @@ class OptimizerWrapper(Optimizer):
                     f"`state_dict` must have {len(live['params'])} parameters in group {i}, got "
                     f"{len(new['params'])}"
                 )
-            ours = {name: live[name] for name in self._settings}
-            group = ours | {k: None if k in extra_names else v for k, v in new.items()}
+            group = {k: None if base_name(k) == "generator_state" else v for k, v in new.items()}
             device = live["params"][0].device if live["params"] else None
-            ours = as_loaded({name: group[name] for name in self._settings}, device)
-            group.update({name: as_plain(value) for name, value in ours.items()})
+            ours = {name: group.get(name, live[name]) for name in self._settings}
+            ours = {k: as_plain(v) for k, v in as_loaded(ours, device).items()}
             names = {k: live[k] for k in ("params", "param_names") if k in live}
-            self._check_group(group | names)
-            merged.append(group)
-        extra = {name: loaded[0][name] for name in extra_names}
-        return merged, {name: value for name, value in extra.items() if value is not None}
+            self._check_group(group | ours | names)
+            merged.append(group | ours)
+        states = {name: loaded[0].get(name) for name in self._generators()} if loaded else {}
+        return merged, [
+            (generator, _checked_state(name, states[name], generator))
+            for name, generator in self._generators().items()
+            if states.get(name) is not None
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
+        if "inner_opt" not in self.__dict__:  # a chain's member
+            return own_state(self)
         inner = self.inner_opt
         return own_state(self) | {"inner_opt": (type(inner), picklable_state(inner))}
 
@@ -235,21 +247,17 @@ class OptimizerWrapper(Optimizer):
             self.inner_opt = inner_class.__new__(inner_class)
             self.inner_opt.__setstate__(inner_state)
         names = {"state", "param_groups", "defaults"} & state.keys()
-        theirs: dict[str, Any] = {name: state.pop(name) for name in names}
-        if theirs:
-            self.inner_opt.__setstate__(theirs)
-        Optimizer.__setstate__(self, state)
-
-    def _inner_class(self) -> type[Optimizer]:
-        """Class of the inner optimizer; of that of the chain, in a member of one."""
-        return getattr(self.inner_opt, "stands_for", type(self.inner_opt))
-
-    def _given_settings(self) -> dict[str, Any]:
-        return {name: v for name, v in self._settings.items() if v is not REQUIRED}
+        of_inner: dict[str, Any] = {name: state.pop(name) for name in names}
+        if of_inner:
+            self.inner_opt.__setstate__(of_inner)
+        self.__dict__.update(state)
+        if "inner_opt" in self.__dict__:
+            Optimizer.__setstate__(self, {})
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
-        """A copy of a group in which every setting has a value that keeps its rule."""
-        group = self._given_settings() | checked_group(param_group)
+        """A copy of a group, with a value for every setting, checked."""
+        given = {name: v for name, v in self._settings.items() if v is not REQUIRED}
+        group = given | checked_group(param_group)
         for name in self._settings:
             if name not in group:
                 raise TypeError(
@@ -257,13 +265,13 @@ class OptimizerWrapper(Optimizer):
                     f"group, got a group without it"
                 )
             group[name] = as_plain(group[name])
-        apart = with_names_apart(group)
-        if all(isinstance(param, Tensor) for param in apart["params"]):  # else the inner refuses
-            self._check_group(apart)
+        named = with_names_apart(group)
+        if all(isinstance(param, Tensor) for param in named["params"]):  # else the inner refuses
+            self._check_group(named)
         return group
 
     def _complete_live_groups(self, groups: Sequence[Group]) -> None:
-        """Add the settings that groups lack, in place, once all of them are found right."""
+        """Add the settings that groups lack, in place, after all of them have been checked."""
         completed = [self._completed(group) for group in groups]
         for group, full in zip(groups, completed, strict=True):
             group.update({name: full[name] for name in self._settings})
@@ -276,14 +284,14 @@ class OptimizerWrapper(Optimizer):
         return type(self).__name__
 
 
-def as_groups(params: Params) -> list[Any]:
-    """Groups, or what is to be refused as one, of what an optimizer is given as `params`."""
+def as_groups(params: Any) -> list[Any]:
+    """The groups in what an optimizer is given as `params`, which are not checked yet."""
     if params is None:
         raise TypeError("`params` must be given, unless InnerOpt is an instance; got None")
     if isinstance(params, Tensor):
         raise TypeError(
-            "`params` must be an iterable of tensors or dicts, got a tensor of shape "
-            f"{tuple(params.shape)}"
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, "
+            f"but got a tensor of shape {tuple(params.shape)}"
         )
     listed = _in_order(params)
     if not listed:
@@ -312,5 +320,13 @@ def _in_order(params: Any) -> list[Any]:
     return list(params)
 
 
-def _is_extra(name: str) -> bool:
-    return name.rpartition(".")[2] == "generator_state"
+def _checked_state(name: str, state: Any, generator: Generator) -> Tensor:
+    """The state for a generator on the host, if it takes it."""
+    try:
+        host_state: Tensor = state.cpu()
+        Generator(generator.device).set_state(host_state)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"`{name}` in `state_dict` must be that of a generator on {generator.device}: {error}"
+        ) from None
+    return host_state

@@ -1,11 +1,12 @@
-"""Perturbations of data: models of them, solvers for the worst, and robustness against it."""
+"""Perturbations of data: models of them, solvers that find the worst, and evaluations."""
 
-from rai_toolbox.perturbations.additive import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.attack import Attacked, attack
-from rai_toolbox.perturbations.color import ColorShift
-from rai_toolbox.perturbations.evaluation import evaluate_robustness
-from rai_toolbox.perturbations.gradient_ascent import ZeroGradientWarning, gradient_ascent
-from rai_toolbox.perturbations.initializers import (
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
+from rai_toolbox.perturbations.evaluation.state_file import StateFileError
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport, verify
+from rai_toolbox.perturbations.init import (
     uniform_like_l1_n_ball_,
     uniform_like_l2_n_ball_,
     uniform_like_linf_n_ball_,
@@ -20,14 +21,20 @@ from rai_toolbox.perturbations.losses import (
     targeted_dlr_loss,
 )
 from rai_toolbox.perturbations.minimum_norm import MinimumNorm, minimum_norm_attack
-from rai_toolbox.perturbations.protocol import PerturbationModel
-from rai_toolbox.perturbations.report import Examples, RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.restart import random_restart
+from rai_toolbox.perturbations.models import (
+    AdditivePerturbation,
+    AffineWarp,
+    ColorShift,
+    MaskedPerturbation,
+    PerturbationModel,
+)
 from rai_toolbox.perturbations.rivals import nearest_rivals
-from rai_toolbox.perturbations.state_file import StateFileError
+from rai_toolbox.perturbations.solvers import (
+    ZeroGradientWarning,
+    gradient_ascent,
+    random_restart,
+)
 from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
-from rai_toolbox.perturbations.verification import VerificationReport, verify
-from rai_toolbox.perturbations.warp import AffineWarp
 
 __all__ = [
     "AdditivePerturbation",

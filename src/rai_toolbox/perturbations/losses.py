@@ -1,12 +1,15 @@
-"""Losses of each datum, which an attack maximizes; and when a datum is fooled."""
+"""Losses of each example, which attacks maximize, and the predicate that an example is fooled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from rai_toolbox.perturbations.inputs import wrong
 
 __all__ = [
     "Criterion",
@@ -20,23 +23,23 @@ __all__ = [
 ]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""From what a model gives and the target to the loss of each datum, shape (N,)."""
+"""From the output of a model and the target to the loss of each example, shape (N,)."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
-    """Cross entropy of each datum, ``-log softmax(logits)[target]``.
+    """Cross entropy of each example, ``-log softmax(logits)[target]``.
 
-    It is flat where a model is very sure: there `margin_loss` still has a gradient. Toward a rival
-    it is ``log softmax(logits)[rival]``, whatever the target.
+    It saturates where a model is very confident; `margin_loss` does not. Toward a rival it is
+    ``log softmax(logits)[rival]``, and the target has no effect.
 
     Parameters
     ----------
     logits : Tensor, shape (N, K)
     target : Tensor of int, shape (N,)
     rival : Tensor of int, shape (N,), optional
-        The class that is to win, instead of any but the target.
+        The class to predict, instead of any class but the target.
 
     Returns
     -------
@@ -49,19 +52,18 @@ def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -
     >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor([0.6931])
     """
-    loss = functional.cross_entropy(
-        _wide(logits), target if rival is None else rival, reduction="none"
-    )
-    return loss if rival is None else -loss
+    wide = _wide(logits)
+    if rival is not None:
+        return -functional.cross_entropy(wide, rival, reduction="none")
+    return functional.cross_entropy(wide, target, reduction="none")
 
 
 def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
-    """By how much the best other class beats the target; above 0 the datum is fooled.
+    """The margin of the best other class over the target; above 0 the example is fooled.
 
-    ``max_{j != y} z_j - z_y`` (Carlini & Wagner, 2017). It does not saturate, whatever the scale
-    of the logits. Toward a rival t it is ``z_t - z_y``: linear on a linear model, so that its
-    maximum over a convex set is found exactly, and the largest over all rivals is the exact worst
-    margin.
+    ``max_{j != y} z_j - z_y`` (Carlini & Wagner, 2017). It does not saturate at any scale of the
+    logits. Toward a rival t it is ``z_t - z_y``. On a linear model that is linear, so an attack
+    finds its exact maximum over a convex set, and the largest of all rivals is the worst margin.
 
     Parameters
     ----------
@@ -69,7 +71,7 @@ def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> 
         With K >= 2.
     target : Tensor of int, shape (N,)
     rival : Tensor of int, shape (N,), optional
-        The class that is to win, instead of the best other one.
+        The class to predict, instead of the best other one.
 
     Returns
     -------
@@ -82,18 +84,22 @@ def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> 
     >>> margin_loss(torch.tensor([[5.0, 2.0, 3.0], [1.0, 4.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2.,  3.])
     """
-    best = _others(logits, target).amax(1) if rival is None else _of_class(logits, rival)
-    return best - _of_class(logits, target)
+    wide, own = _wide(logits), target.unsqueeze(1)
+    if rival is None:
+        largest = wide.scatter(1, own, -torch.inf).amax(1)
+    else:
+        largest = wide.gather(1, rival.unsqueeze(1)).squeeze(1)
+    return largest - wide.gather(1, own).squeeze(1)
 
 
 def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
     """The margin loss in units of the gap from the first to the third logit.
 
-    ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` with the logits in falling order ``z_(1) >=
-    z_(2) >= ...`` (Croce & Hein, 2020): it does not change with the scale of the logits, nor with
-    a shift of them. It is 0 where the three are equal. It is constant where the target has the
-    third logit: `targeted_dlr_loss` is for a target that is to rise. So is the form toward a rival
-    t, ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``.
+    ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` with the logits in descending order ``z_(1) >=
+    z_(2) >= ...`` (Croce & Hein, 2020). Scaling and shifting the logits does not change it, and it
+    is 0 where the three are equal. Where the target has the third logit, it is constant: to raise
+    the target, use `targeted_dlr_loss`, or the form toward a rival t, ``(z_t - z_y) / (z_(1) -
+    (z_(3) + z_(4)) / 2)``.
 
     Parameters
     ----------
@@ -101,7 +107,7 @@ def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Ten
         With K >= 3; K >= 4 with `rival`.
     target : Tensor of int, shape (N,)
     rival : Tensor of int, shape (N,), optional
-        The class that is to win, instead of the best other one.
+        The class to predict, instead of the best other one.
 
     Returns
     -------
@@ -119,16 +125,13 @@ def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Ten
     >>> dlr_loss(torch.tensor([[5.0, 2.0, 3.0]]), torch.tensor([0]))
     tensor([-0.6667])
     """
-    if rival is not None:
-        return _in_units_of(_targeted_gap(logits), margin_loss(logits, target, rival))
-    first, _, third = _largest(logits, 3).unbind(1)
-    return _in_units_of(first - third, margin_loss(logits, target))
+    return _in_gaps(margin_loss(logits, target, rival), logits, 3 if rival is None else 4)
 
 
 def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """The loss for an attack to minimize that wants the target to be predicted.
+    """The DLR loss of a targeted attack, which minimizes it.
 
-    ``(max_{j != t} z_j - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)`` with the logits in falling order
+    ``(max_{j != t} z_j - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)`` with the logits in descending order
     (Croce & Hein, 2020, with the best other class in place of the right one).
 
     Parameters
@@ -136,7 +139,7 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     logits : Tensor, shape (N, K)
         With K >= 4.
     target : Tensor of int, shape (N,)
-        The classes that are wanted.
+        The classes to predict.
 
     Returns
     -------
@@ -154,11 +157,11 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> targeted_dlr_loss(torch.tensor([[5.0, 2.0, 3.0, 0.0]]), torch.tensor([2]))
     tensor([0.5000])
     """
-    return _in_units_of(_targeted_gap(logits), margin_loss(logits, target))
+    return _in_gaps(margin_loss(logits, target), logits, 4)
 
 
 def rival_margin(rival: Tensor) -> Criterion:
-    """Make a loss of one rival class for each datum: `margin_loss` toward it, ``z_rival - z_y``.
+    """Make a loss of one rival class per example: `margin_loss` toward it, ``z_rival - z_y``.
 
     Parameters
     ----------
@@ -176,14 +179,11 @@ def rival_margin(rival: Tensor) -> Criterion:
     tensor([-3.])
     """
 
-    def of_rival(logits: Tensor, target: Tensor) -> Tensor:
-        return margin_loss(logits, target, rival)
-
-    return of_rival
+    return partial(margin_loss, rival=rival)
 
 
 def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
-    """The m classes with the largest logits other than the target, the likeliest first.
+    """The m classes with the largest logits other than the target, the most likely first.
 
     Parameters
     ----------
@@ -209,24 +209,22 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
     tensor([[2, 1]])
     """
     if not 1 <= m < logits.shape[1]:
-        raise ValueError(
-            f"`m` must be from 1 to {logits.shape[1] - 1}, the number of other classes, got {m!r}"
-        )
-    return _others(logits, target).topk(m, dim=1).indices
+        raise wrong("m", f"be from 1 to {logits.shape[1] - 1}, the number of other classes", m)
+    others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
+    return _wide(others).topk(m, dim=1).indices
 
 
 def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
-    """Whether the predicted class, that of the largest logit, is what an attack wants.
+    """Whether an attack succeeds: the predicted class, of the largest logit, is not the target.
 
-    Where there is a NaN among the logits, nothing is predicted: neither the right class nor a
-    wanted one.
+    With a NaN among the logits no class is predicted: neither the right one nor a target to reach.
 
     Parameters
     ----------
     logits : Tensor, shape (N, K)
     target : Tensor of int, shape (N,)
     targeted : bool
-        Whether `target` is the class that the attack wants, instead of the right one.
+        Whether `target` is the class to predict, instead of the right one.
 
     Returns
     -------
@@ -241,36 +239,19 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     (tensor([False,  True]), tensor([ True, False]))
     """
     largest, predicted = logits.max(1)  # NaN where there is one
-    nothing = largest.isnan()
-    return (predicted == target) & ~nothing if targeted else (predicted != target) | nothing
+    none = largest.isnan()
+    return (predicted == target) & ~none if targeted else (predicted != target) | none
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """Logits of autocast in float32: the losses of neighbors are to differ."""
+    """Half-precision logits in float32, so that losses of nearby points differ."""
     return logits.float() if logits.dtype in _NARROW else logits
 
 
-def _largest(logits: Tensor, number: int) -> Tensor:
+def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:
+    """A loss in units of the gap from the largest logit to the mean of the third to `number`-th."""
     if logits.shape[1] < number:
-        raise ValueError(
-            f"`logits` must have at least {number} classes, got shape {tuple(logits.shape)}"
-        )
-    return _wide(logits).topk(number, dim=1).values
-
-
-def _targeted_gap(logits: Tensor) -> Tensor:
-    first, _, third, fourth = _largest(logits, 4).unbind(1)
-    return first - (third + fourth) / 2
-
-
-def _in_units_of(gap: Tensor, loss: Tensor) -> Tensor:
+        raise wrong("logits", f"have at least {number} classes", f"shape {tuple(logits.shape)}")
+    largest = _wide(logits).topk(number, dim=1).values
+    gap = largest[:, 0] - largest[:, 2:].mean(1)
     return loss / torch.where(gap == 0, 1.0, gap)
-
-
-def _of_class(logits: Tensor, index: Tensor) -> Tensor:
-    return _wide(logits).gather(1, index.unsqueeze(1)).squeeze(1)
-
-
-def _others(logits: Tensor, target: Tensor) -> Tensor:
-    """The logits, with minus infinity in place of the target's."""
-    return _wide(logits).scatter(1, target.unsqueeze(1), -torch.inf)

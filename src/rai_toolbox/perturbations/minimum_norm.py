@@ -1,4 +1,4 @@
-"""The smallest perturbation of each datum that fools a model."""
+"""The smallest perturbation of each example that fools a model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_count, check_number
-from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.perturbations.active import column
+from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.box import DataSet, Range
-from rai_toolbox.perturbations.classes import as_classes, check_logits, extent
-from rai_toolbox.perturbations.gradient_ascent import Model, as_data, solving
+from rai_toolbox.perturbations.feasible_set import FeasibleSet
+from rai_toolbox.perturbations.inputs import Model, Range, as_classes, as_data, classifier, wrong
 from rai_toolbox.perturbations.losses import is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
+from rai_toolbox.perturbations.solve import solving
 
 __all__ = ["MinimumNorm", "minimum_norm_attack"]
 
-_ORDERS: dict[type, float] = {LinfBall: inf, L2Ball: 2, L1Ball: 1}
-_DUAL = {inf: 1, 2: 2, 1: inf}
-_RIVALS = 2  # the second in line, where the model is not linear
-_HALVINGS = 12  # of a line: each costs a forward
-_LEAST = 1e-6  # of the largest radius: where to begin on a boundary
+_DUAL = {inf: 1.0, 2: 2.0, 1: inf}
+_RIVALS = 2  # with the second nearest class, as models are not linear
+_HALVINGS = 12  # of the line to an example; each costs a forward pass
+_SMALLEST = 1e-6  # of the largest radius: where the search begins on a decision boundary
 
 
 class MinimumNorm(NamedTuple):
@@ -36,9 +34,9 @@ class MinimumNorm(NamedTuple):
     Attributes
     ----------
     data : Tensor, shape (N, ...)
-        The perturbed data; the datum itself where nothing fools, or nothing is needed to.
+        The perturbed data; the example itself where nothing fools, or where it fools as it is.
     radius : Tensor, shape (N,)
-        Their distance from the data, in float64: 0 where the datum itself fools; inf where
+        Their distance from the data, in float64: 0 where the example itself fools; inf where
         nothing was found.
     fooled : Tensor, shape (N,)
         Whether the model, called with `data`, is fooled.
@@ -54,7 +52,7 @@ def minimum_norm_attack(
     data: Tensor,
     target: Tensor,
     *,
-    ball: type[LinfBall] | type[L2Ball] | type[L1Ball],
+    ball: type[Ball],
     data_range: Range = (0.0, 1.0),
     steps: int = 40,
     search_steps: int = 12,
@@ -64,47 +62,47 @@ def minimum_norm_attack(
     mask: Tensor | None = None,
     solver: Callable[..., Any] | None = None,
 ) -> MinimumNorm:
-    r"""Find the smallest radius at which each datum can be perturbed to fool the model.
+    r"""Find the smallest perturbation of each example that fools the model.
 
     .. math::
         \min_\delta \|\delta\| \quad \text{s.t. the model is fooled by } x + \delta, \;
         \text{lower} \leq x + \delta \leq \text{upper}
 
-    It is a bisection over the radius, each datum's own, which `solver` is called at; the first one
-    is where a linear model would be fooled, and what is found is drawn as near to its datum as
-    fools, on a straight line. A radius at which the solver fails counts as one at which nothing
-    fools: the result is as good as the solver. With an exact one it exceeds the least radius by at
-    most the share `tolerance`, if there are steps enough; that of the default is so on a linear
-    model. On other models ``partial(attack, rivals=9)``, a run toward each of ten classes, may find
-    less, at some three times the cost.
+    Bisection over the radius of each example, at each of which `solver` is called. The first radius
+    is the one that fools the linearized model. What is found is moved toward its example, on a
+    straight line, as far as it still fools. A radius at which the solver fails counts as one at
+    which nothing fools, so the result is as good as the solver. With an exact solver and enough
+    search steps, it exceeds the smallest radius by at most the fraction `tolerance`; the default
+    solver is exact on a linear model. On other models ``partial(attack, rivals=9)``, a run toward
+    each of nine classes, may find less, at about three times the cost.
 
     Parameters
     ----------
     model : callable
-        Gives logits, shape (N, K).
+        From data to logits, shape (N, K).
     data : Tensor, shape (N, ...)
         Within `data_range`.
     target : Tensor, shape (N,)
-        The true classes; the wanted ones if targeted.
+        The right classes; with `targeted` the classes to predict.
     ball : type of LinfBall, L2Ball or L1Ball
-        Whose radius is searched for.
+        The norm.
     data_range : tuple of float or Tensor, optional
-        The bounds of perturbed data; None for none.
+        Lower and upper bound of all data; None for no bounds.
     steps : int
-        Steps of the solver, for each radius.
+        Number of steps of the solver at each radius.
     search_steps : int
-        Radii tried, at most; every one halves what is left, once one has fooled.
+        Largest number of radii. Once one has fooled, each further one halves the interval.
     tolerance : float
-        The share of the radius at which the search ends for a datum.
+        The search ends for an example when its interval is this fraction of the radius.
     largest : float, optional
-        The largest radius to try. By default all that the data range has, which must be finite.
+        The largest radius to try. By default what the data range allows, which must be finite.
     targeted : bool
-        Whether to be fooled means to say `target`.
+        Whether the model is fooled if it predicts `target`.
     mask : Tensor of bool, optional
         True where data may change; broadcasts against the data.
     solver : callable, optional
-        `attack`, a partial of it, or another that returns something with `data`. It is called on
-        the data that are still searched for, with `ball`, `data_range`, `steps` and
+        `attack`, a partial of it, or another function whose result has an attribute `data`. It is
+        called on the examples that are still searched, with `ball`, `data_range`, `steps` and
         ``stop_once_fooled=True``, and with `targeted` and `mask` if they are given. By default
         ``partial(attack, rivals=partial(nearest_rivals, number=2))``, or `attack` if targeted.
 
@@ -115,9 +113,9 @@ def minimum_norm_attack(
     Raises
     ------
     TypeError
-        If `ball` is no such class.
+        If `ball` is another class.
     ValueError
-        If a number is out of its range, data are outside of theirs, targets are no classes, or
+        If a number is outside its range, data are outside theirs, targets are not classes, or
         neither `largest` nor the data range bounds the search.
 
     References
@@ -138,140 +136,114 @@ def minimum_norm_attack(
     >>> found.radius.round(decimals=2)
     tensor([5.], dtype=torch.float64)
     """
-    order = _ORDERS.get(ball)
-    if order is None:
-        raise TypeError(f"`ball` must be the class LinfBall, L2Ball or L1Ball, got {ball!r}")
+    if ball not in BALLS.values():
+        raise wrong("ball", "be the class LinfBall, L2Ball or L1Ball", ball, TypeError)
     check_count("steps", steps, 1)
     check_count("search_steps", search_steps, 1)
     if not 0 < check_number("tolerance", tolerance) < 1:
-        raise ValueError(f"`tolerance` must be > 0 and < 1, got {tolerance!r}")
+        raise wrong("tolerance", "be > 0 and < 1", tolerance)
     if largest is not None and check_number("largest", largest) < 0:
-        raise ValueError(f"`largest` must be >= 0, got {largest!r}")
-
-    call: Callable[..., Any]
+        raise wrong("largest", "be >= 0", largest)
+    default = (
+        attack if targeted else partial(attack, rivals=partial(nearest_rivals, number=_RIVALS))
+    )
+    call: Callable[..., Any] = partial(solver or default, steps=steps, stop_once_fooled=True)
     if targeted:
-        call = partial(solver or attack, steps=steps, targeted=True)
-    else:
-        call = partial(
-            solver or partial(attack, rivals=partial(nearest_rivals, number=_RIVALS)), steps=steps
-        )
+        call = partial(call, targeted=True)
     with solving(model), torch.no_grad():
         data = as_data(data)
-        around = DataSet.around(data, ball(0.0), data_range, mask)
-        limit = _limit(around, order, largest)
+        allowed = FeasibleSet.around(data, ball(0.0), data_range, mask)
+        limit = _limit(allowed, ball.p, largest)
         target = as_classes(target, data)
-        logits = model(data)
-        check_logits(logits, len(data), extent(target))
-        best, fooled = data.clone(), is_fooled(logits, target, targeted)
+        best, fooled = data.clone(), is_fooled(classifier(model, target)(data), target, targeted)
         lower, upper = torch.zeros_like(limit), torch.where(fooled, 0.0, inf).to(limit)
-        first = _linear_radius(model, data, target, mask, order) * (1 + tolerance)
-        first = first.clamp(limit * _LEAST, limit)
+        first = _linear_radius(model, allowed, target, ball.p) * (1 + tolerance)
+        first = first.clamp(limit * _SMALLEST, limit)
         for _ in range(search_steps):
             done = (upper - lower <= tolerance * upper) & upper.isfinite()
             rows = (~done & (lower < limit)).nonzero().squeeze(1)
             if not len(rows):
                 break
             radius = _next_radius(lower[rows], upper[rows], first[rows], limit[rows])
-            found = _solved(call, model, around, target, radius, rows, mask)
+            part = allowed.rows(rows)
+            found = call(
+                model,
+                part.data,
+                target[rows],
+                ball=replace(part.ball, epsilon=radius),
+                data_range=None if part.lower is None else (part.lower, part.upper),
+                **({} if part.mask is None else {"mask": part.mask}),
+            ).data
             success = is_fooled(model(found), target[rows], targeted)
             hit, missed = rows[success], rows[~success]
             lower[missed] = torch.maximum(lower[missed], radius[~success])
             if len(hit):
-                near = _drawn_near(model, data[hit], found[success], target[hit], targeted)
-                length = _distance(near, data[hit], order)
+                near = _nearest_fooling(model, data[hit], found[success], target[hit], targeted)
+                length = _norm(near.double() - data[hit].double(), ball.p)
                 closer = length < upper[hit]
                 best[hit[closer]], upper[hit[closer]] = near[closer], length[closer]
         fooled = is_fooled(model(best), target, targeted)
-        best = torch.where(column(fooled, data), best, data)
+        best[~fooled] = data[~fooled]
     return MinimumNorm(best, torch.where(fooled, upper, inf), fooled)
 
 
-def _limit(around: DataSet, order: float, largest: float | None) -> Tensor:
-    """The largest radius to try for each datum: at most what takes it anywhere in the range."""
-    if around.lower is None or around.upper is None:
-        reach = torch.full_like(around.data, inf)
+def _norm(x: Tensor, p: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x.double().flatten(1), p, dim=1)
+    return norm
+
+
+def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
+    """The largest radius to try for each example: at most the one that reaches all of the range."""
+    if allowed.lower is None or allowed.upper is None:
+        reach = torch.full_like(allowed.data, inf)
     else:
-        reach = torch.maximum(around.data - around.lower, around.upper - around.data)
-    limit: Tensor = torch.linalg.vector_norm(reach.double().flatten(1), order, dim=1)
+        reach = torch.maximum(allowed.data - allowed.lower, allowed.upper - allowed.data)
+    limit = _norm(reach, p)
     if largest is None and not bool(limit.isfinite().all()):
-        raise ValueError("`largest` must be given if `data_range` leaves a side open, got None")
-    # by as much more as a sum of so many may be off
-    limit = limit * (1 + 1e-9)
+        raise wrong("largest", "be given if `data_range` leaves a side open", largest)
+    limit = limit * (1 + 1e-9)  # the rounding of a sum
     return limit if largest is None else limit.clamp(max=largest)
 
 
 def _next_radius(lower: Tensor, upper: Tensor, first: Tensor, limit: Tensor) -> Tensor:
-    """The middle of the bracket; as long as nothing has fooled, the double of the last radius."""
+    """The middle of the interval; as long as nothing has fooled, twice the last radius."""
     beyond = torch.where(lower > 0, 2 * lower, first)
     return torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)
 
 
-def _linear_radius(
-    model: Model, data: Tensor, target: Tensor, mask: Tensor | None, order: float
-) -> Tensor:
-    """The distance at which the model would be fooled if it were linear, with no data range."""
+def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float) -> Tensor:
+    """The radius that fools the linearized model, if there were no data range."""
     with torch.enable_grad():
-        seen = data.detach().clone().requires_grad_()
-        margin = margin_loss(model(seen), target)
+        x = allowed.data.detach().clone().requires_grad_()
+        margin = margin_loss(model(x), target)
         if not margin.requires_grad:
-            return torch.full((len(data),), inf, dtype=torch.float64, device=data.device)
-        (slope,) = torch.autograd.grad(margin.sum(), seen)
-    if mask is not None:
-        slope = slope * mask
-    steep = torch.linalg.vector_norm(slope.double().flatten(1), _DUAL[order], dim=1)
-    radius: Tensor = margin.detach().double().abs() / steep
+            return torch.full((len(x),), inf, dtype=torch.float64, device=x.device)
+        (gradient,) = torch.autograd.grad(margin.sum(), x)
+    if allowed.mask is not None:
+        gradient = gradient * allowed.mask
+    radius = margin.detach().double().abs() / _norm(gradient, _DUAL[p])
     return radius.nan_to_num(nan=inf, posinf=inf)
 
 
-def _drawn_near(
+def _nearest_fooling(
     model: Model, data: Tensor, found: Tensor, target: Tensor, targeted: bool
 ) -> Tensor:
-    """The point on the line to each datum, as near to it as it can be and still fools."""
+    """The nearest point on the line to each example that still fools, by bisection."""
     near, far = (torch.full((len(data),), t, device=data.device).double() for t in (0.0, 1.0))
-    best = found
+    best, column = found, (-1, *(1,) * (data.ndim - 1))
     for _ in range(_HALVINGS):
         middle = (near + far) / 2
-        share = column(middle, data)
-        # By way of float64, so that no entry leaves the interval from datum to found.
-        point = torch.lerp(data.double(), found.double(), share)
+        # In float64, so that no entry leaves the interval from data to found.
+        point = torch.lerp(data.double(), found.double(), middle.view(column))
         point = point.clamp(torch.minimum(data, found), torch.maximum(data, found)).to(data.dtype)
         fools = _surely_fooled(model(point), target, targeted)
         near, far = torch.where(fools, near, middle), torch.where(fools, middle, far)
-        best = torch.where(column(fools, data), point, best)
+        best = torch.where(fools.view(column), point, best)
     return best
 
 
 def _surely_fooled(logits: Tensor, target: Tensor, targeted: bool) -> Tensor:
-    """Fooled by more than what another batch size changes by rounding."""
+    """Fooled by more than the rounding in a batch of another size."""
     slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
     margin = margin_loss(logits, target)
     return torch.gt(-margin if targeted else margin, slack)
-
-
-def _distance(x: Tensor, y: Tensor, order: float) -> Tensor:
-    distance: Tensor = torch.linalg.vector_norm((x.double() - y.double()).flatten(1), order, dim=1)
-    return distance
-
-
-def _solved(
-    solver: Callable[..., Any],
-    model: Model,
-    around: DataSet,
-    target: Tensor,
-    radius: Tensor,
-    rows: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """What the solver makes of some of the data at radii of their own."""
-    there = around.rows(rows)
-    masked = {} if mask is None else {"mask": mask.expand(around.data.shape)[rows]}
-    found: Tensor = solver(
-        model,
-        there.data,
-        target[rows],
-        ball=replace(there.ball, epsilon=radius),
-        data_range=None if there.lower is None else (there.lower, there.upper),
-        stop_once_fooled=True,
-        **masked,
-    ).data
-    return found

@@ -1,4 +1,4 @@
-"""Which other classes an attack runs toward: those that a linear model would be fooled into."""
+"""Other classes that an attack runs toward: those with the largest linearized margins."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_count
-from rai_toolbox.perturbations.ascent import Model
-from rai_toolbox.perturbations.box import DataSet
+from rai_toolbox.perturbations.feasible_set import FeasibleSet
+from rai_toolbox.perturbations.inputs import Model
 from rai_toolbox.perturbations.losses import margin_loss, most_likely_rivals
 
-__all__ = ["Rivals", "nearest_rivals"]
+__all__ = ["ChooseClasses", "nearest_rivals"]
 
-Rivals = Callable[[Model, DataSet, Tensor], Tensor]
-"""From the model, the set of perturbed data and the target to classes, shape (N, m)."""
+ChooseClasses = Callable[[Model, FeasibleSet, Tensor], Tensor]
+"""From the model, the feasible set and the target to classes, shape (N, m)."""
 
 
 def nearest_rivals(
-    model: Model, around: DataSet, target: Tensor, *, number: int = 1, among: int = 9
+    model: Model, around: FeasibleSet, target: Tensor, *, number: int = 1, among: int = 9
 ) -> Tensor:
-    r"""The other classes with the largest margins that a linear model would have in the set.
+    r"""The other classes with the largest worst-case margins of the linearized model.
 
     .. math::
         z_j - z_y + \max_\delta \; \langle \nabla (z_j - z_y), \delta \rangle
 
-    over ball and range together, with logits and gradients at the data: exact where the model is
-    linear, so that one run toward the first finds the worst case there. Made for the argument
-    `rivals` of `attack`, also as ``partial(nearest_rivals, number=2)``.
+    over ball and range together, with logits and gradients at the data. It is exact for a linear
+    model: one run toward the first class finds the worst case. For the argument `rivals` of
+    `attack`, also as ``partial(nearest_rivals, number=2)``.
 
     Parameters
     ----------
     model : callable
-        Gives logits, shape (N, K).
-    around : DataSet
-        The data, and the set of what they may become.
+        From data to logits, shape (N, K).
+    around : FeasibleSet
+        The data, and the set that perturbed data are in.
     target : Tensor of int, shape (N,)
         The right classes.
     number : int
-        How many classes, >= 1; all there are if there are fewer.
+        Number of classes, >= 1; all of them if there are fewer.
     among : int
-        Among how many of the most likely other classes, >= 1: each takes a backward pass.
+        Number of the most likely other classes to choose from, >= 1. Each costs a backward pass.
 
     Returns
     -------
@@ -68,20 +68,20 @@ def nearest_rivals(
     """
     check_count("number", number, 1)
     check_count("among", among, 1)
-    inside = around.of_perturbations()
+    allowed = around.of_perturbations()
     with torch.enable_grad():
         data = around.data.detach().clone().requires_grad_()
         logits = model(data)
         classes = most_likely_rivals(logits.detach(), target, min(among, logits.shape[1] - 1))
-        margins = [margin_loss(logits, target, rival) for rival in classes.unbind(1)]
+        margins = [margin_loss(logits, target, other) for other in classes.unbind(1)]
     worst = []
     for margin in margins:
-        slope = torch.zeros_like(data)
+        gradient = torch.zeros_like(data)
         if margin.requires_grad:
-            (slope,) = torch.autograd.grad(
+            (gradient,) = torch.autograd.grad(
                 margin, data, torch.ones_like(margin), retain_graph=True, materialize_grads=True
             )
-        gain = (slope.double() * inside.lmo(-slope)).flatten(1).sum(1)
+        gain = (gradient.double() * allowed.lmo(-gradient)).flatten(1).sum(1)
         worst.append(margin.detach().double() + gain)
-    far = torch.stack(worst, 1).nan_to_num(nan=-inf)
-    return classes.gather(1, far.topk(min(number, classes.shape[1]), 1).indices)
+    margins_in_set = torch.stack(worst, 1).nan_to_num(nan=-inf)
+    return classes.gather(1, margins_in_set.topk(min(number, classes.shape[1]), 1).indices)

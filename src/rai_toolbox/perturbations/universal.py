@@ -1,4 +1,4 @@
-"""One perturbation for all data, by an ordinary training loop over batches."""
+"""Universal perturbations: one for all data, by an ordinary training loop over batches."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from operator import length_hint
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
 from rai_toolbox.checks import check_count
-from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.extras import Bar
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
-from rai_toolbox.perturbations.active import check_per_datum
-from rai_toolbox.perturbations.additive import AdditivePerturbation
-from rai_toolbox.perturbations.box import Range
-from rai_toolbox.perturbations.gradient_ascent import Model, as_data, solving
+from rai_toolbox.perturbations.inputs import (
+    Model,
+    Range,
+    batches,
+    check_per_example,
+    device_of,
+    radius_of,
+    wrong,
+)
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy, is_fooled
+from rai_toolbox.perturbations.models.additive import AdditivePerturbation
+from rai_toolbox.perturbations.solve import solving
 
 __all__ = ["UniversalPerturbation", "universal_perturbation"]
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 _STEP = 0.1  # of the radius, at first
 
@@ -36,9 +40,9 @@ class UniversalPerturbation(NamedTuple):
     Attributes
     ----------
     delta : Tensor, shape (...)
-        The perturbation, of the shape of one datum, in its ball.
+        The perturbation, in its ball; it has the shape of one example.
     fooled_before, fooled_after : float
-        The share of the data that fool the model, without and with the perturbation.
+        The fraction of examples that fool the model, without and with the perturbation.
     """
 
     delta: Tensor
@@ -48,9 +52,9 @@ class UniversalPerturbation(NamedTuple):
 
 def universal_perturbation(
     model: Model,
-    loader: Batches,
+    loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    ball: LinfBall | L2Ball | L1Ball,
+    ball: Ball,
     data_range: Range = (0.0, 1.0),
     epochs: int = 5,
     optimizer: Callable[..., Optimizer] | None = None,
@@ -58,39 +62,38 @@ def universal_perturbation(
     targeted: bool = False,
     progress: bool = True,
 ) -> UniversalPerturbation:
-    r"""Find one perturbation that fools a model on as many data of a loader as it can.
+    r"""Find one perturbation that fools a model on as many examples of a loader as possible.
 
     .. math::
         \max_{\|\delta\| \leq \epsilon} \; \mathbb{E}_{x, y} \,
         \ell(f(\mathrm{clip}(x + \delta)), y)
 
     The parameter `delta` of an `AdditivePerturbation`, which starts at 0, is projected onto its
-    ball after each step. There is no delta but 0 that keeps all data in the data range: this one
-    keeps to the ball, and perturbed data are clipped to the range before the model sees them.
+    ball after each step. Perturbed data are clipped to their range before the model is called, as
+    no delta but 0 keeps all data in the range.
 
     Parameters
     ----------
     model : callable
-        Gives logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
+        From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
     loader : iterable of (data, target)
-        Batches, such as a DataLoader; it is gone through ``epochs + 2`` times. They are moved to
-        the device of the model.
+        Batches, such as a DataLoader, which is iterated ``epochs + 2`` times. They are moved to the
+        device of the model.
     ball : LinfBall, L2Ball or L1Ball
-        The set of delta, with a number for `epsilon`.
+        The set of delta; its `epsilon` is a number.
     data_range : tuple of float or Tensor, optional
-        The bounds that perturbed data are clipped to; None for none.
+        The bounds to which perturbed data are clipped; None for no bounds.
     epochs : int
-        How often to go through the data.
+        Number of passes over the data.
     optimizer : callable, optional
         Called as ``optimizer(params, constraint=ball, param_ndim=None)``:
-        ``partial(ProjectedOptimizer, InnerOpt=torch.optim.Adam, lr=0.01)``, or another such. By
-        default `PGD` with a step of a tenth of `epsilon`, which falls to 0 linearly.
+        for example ``partial(ProjectedOptimizer, InnerOpt=torch.optim.Adam, lr=0.01)``. By default
+        `PGD` with a step of a tenth of `epsilon`, which decreases to 0 linearly.
     criterion : callable, optional
-        The loss of each datum, whose mean over a batch is to rise. By default `cross_entropy`,
-        to which data count that are almost fooled; `margin_loss` has a gradient also where the
-        model is so sure that cross entropy rounds to 0.
+        The loss of each example, whose mean over a batch is maximized. By default `cross_entropy`.
+        `margin_loss` has a gradient also where the cross entropy rounds to 0.
     targeted : bool
-        Whether the loss is to fall, and the model to say `target`.
+        Whether the loss is minimized, so that the model predicts `target`.
     progress : bool
         Whether to show a progress bar.
 
@@ -101,9 +104,9 @@ def universal_perturbation(
     Raises
     ------
     TypeError
-        If `loader` can be gone through once only.
+        If `loader` can be iterated once only.
     ValueError
-        If it has no data, or `epsilon` is not a number.
+        If it has no examples, or `epsilon` is not a number.
 
     References
     ----------
@@ -125,77 +128,48 @@ def universal_perturbation(
     """
     check_count("epochs", epochs, 1)
     if isinstance(loader, Iterator):
-        raise TypeError(f"`loader` must be iterable more than once, got {loader!r}")
-    if not isinstance(ball, (LinfBall, L2Ball, L1Ball)):
-        raise TypeError(f"`ball` must be a LinfBall, L2Ball or L1Ball, got {ball!r}")
-    if isinstance(ball.epsilon, Tensor) or not ball.bounded:
-        raise ValueError(f"`epsilon` of `ball` must be a finite number, got {ball!r}")
+        raise wrong("loader", "be iterable more than once", loader, TypeError)
+    radius = radius_of(ball)
     criterion = cross_entropy if criterion is None else criterion
-    device = _device(model)
+    work = (epochs + 2) * length_hint(loader)
+    with solving(model), progress_bar("universal perturbation", work, shown=progress) as bar:
 
-    total = (epochs + 2) * length_hint(loader)
-    with solving(model), progress_bar("universal perturbation", total, shown=progress) as bar:
-        passes = partial(_batches, loader, device, bar)
-        fooled, total, batches = torch.zeros((), device=device), 0, 0
-        for data, target in passes():
-            fooled = fooled + _fooled(model, data, target, targeted)
-            total, batches = total + len(data), batches + 1
-        if total == 0:
-            raise ValueError("`loader` must have data, got none")
-        before = float(fooled) / total
+        def epoch() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in batches(loader, device_of(model)):
+                yield batch
+                bar.update()
 
+        def perturbed_model(data: Tensor) -> Tensor:
+            perturbed = perturbation(data)
+            if data_range is not None:
+                low, high = (torch.as_tensor(bound).to(perturbed) for bound in data_range)
+                perturbed = perturbed.clamp(low, high)
+            return model(perturbed)
+
+        before = []
+        for data, target in epoch():
+            before.append(_fooled(model, data, target, targeted))
+        if not before:
+            raise wrong("loader", "have data", "none")
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
-        seen = partial(_seen, model, perturbation, data_range)
-        if optimizer is None:
-            step = _STEP * float(ball.epsilon)
-            made: Optimizer = PGD([perturbation.delta], constraint=ball, param_ndim=None, lr=step)
-            schedule = LinearLR(made, 1.0, 0.0, epochs * batches)
-        else:
-            made, schedule = optimizer([perturbation.delta], constraint=ball, param_ndim=None), None
+        maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
+        made = maker([perturbation.delta], constraint=ball, param_ndim=None)
+        total = epochs * len(before)
+        schedule = LinearLR(made, 1.0, 0.0, total) if optimizer is None else None
         for _ in range(epochs):
-            for data, target in passes():
+            for data, target in epoch():
                 made.zero_grad()
-                loss = criterion(seen(data), target)
-                check_per_datum("criterion", loss, data, "a universal perturbation")
+                loss = criterion(perturbed_model(data), target)
+                check_per_example("criterion", loss, data)
                 (loss if targeted else -loss).mean().backward()
                 made.step()
                 if schedule is not None:
                     schedule.step()
-
-        fooled, total = torch.zeros((), device=device), 0
-        for data, target in passes():
-            fooled = fooled + _fooled(seen, data, target, targeted)
-            total += len(data)
-    return UniversalPerturbation(perturbation.delta.detach(), before, float(fooled) / total)
-
-
-def _seen(
-    model: Model, perturbation: AdditivePerturbation, data_range: Range, data: Tensor
-) -> Tensor:
-    """What the model gives for perturbed data, clipped to their range."""
-    perturbed = perturbation(data)
-    if data_range is not None:
-        low, high = (torch.as_tensor(bound, device=data.device) for bound in data_range)
-        perturbed = perturbed.clamp(low.to(data.dtype), high.to(data.dtype))
-    return model(perturbed)
+        after = [_fooled(perturbed_model, *batch, targeted) for batch in epoch()]
+    fractions = (int(torch.cat(found).sum()) / len(torch.cat(found)) for found in (before, after))
+    return UniversalPerturbation(perturbation.delta.detach(), *fractions)
 
 
 @torch.no_grad()
 def _fooled(model: Model, data: Tensor, target: Tensor, targeted: bool) -> Tensor:
-    return is_fooled(model(data), target, targeted).sum()
-
-
-def _batches(
-    loader: Batches, device: torch.device | None, bar: Bar
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over the data that are there, on the device."""
-    for data, target in loader:
-        if len(data):
-            yield as_data(data).to(device), target.to(device)
-        bar.update()
-
-
-def _device(model: Model) -> torch.device | None:
-    """That of the model, if it has one."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((p.device for p in parameters), None)
+    return is_fooled(model(data), target, targeted)

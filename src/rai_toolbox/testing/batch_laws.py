@@ -1,10 +1,8 @@
-"""Laws about batches: rows on their own, strides, copies, what is empty or not finite, autograd."""
+"""Laws about batches: single rows, strides, empty and non-finite ones, autograd, compilation."""
 
 from __future__ import annotations
 
-import copy
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,60 +19,27 @@ from rai_toolbox.testing.trial import Trial
 
 @law
 def batched(trial: Trial) -> None:
-    """A row has the same answers in any batch, bit for bit."""
-    for x, y in trial.pairs:
+    """A row has the same answers in any batch, to within rounding."""
+    for x, _ in trial.pairs:
+        whole = _answers(trial.constraint, x.clone())
         for rows in _some_rows(len(x)):
-            constraint = _of_rows(trial.constraint, x, rows)
-            alone = constraint.project_(x[rows].clone())
-            trial.require(same_bits(alone, y[rows]), trial.length(alone - y[rows]), _ALONE, x[rows])
-            found = trial.constraint.violation(x)[rows]
-            right = found == constraint.violation(x[rows])
-            trial.require(right, found, f"`violation` {_ALONE}", x[rows])
-            if _has_lmo(constraint):
-                s, alone = trial.constraint.lmo(x)[rows], constraint.lmo(x[rows])
-                trial.require(same_bits(s, alone), trial.length(s - alone), f"`lmo` {_ALONE}")
-
-
-_ALONE = "must be as in a batch of its own"
+            alone = _answers(_of_rows(trial.constraint, x, rows), x[rows].clone())
+            _check_alike(trial, x[rows], alone, {k: y[rows] for k, y in whole.items()}, "alone")
 
 
 @law
 def strides(trial: Trial) -> None:
-    """Any strides give what contiguous ones give, bit for bit."""
-    constraint = trial.constraint
+    """Any strides, in place or not, give the same to within rounding; only `project_` writes."""
     for x, y in trial.pairs:
+        expected = {**_answers(trial.constraint, x.clone()), "project": y}
         for name, laid_out in LAYOUTS.items():
             other = laid_out(x)
-            rule = f"must be as with contiguous strides, not as {name}"
-            right = constraint.violation(other) == constraint.violation(x)
-            trial.require(right, constraint.violation(other), f"`violation` {rule}", x)
-            if _has_lmo(constraint):
-                s, expected = constraint.lmo(other), constraint.lmo(x)
-                trial.require(same_bits(s, expected), trial.length(s - expected), f"`lmo` {rule}")
+            _check_alike(trial, x, _answers(trial.constraint, other), expected, name)
+            trial.require(same_bits(other, x), trial.length(x), "x must be left alone", x)
             where = other.data_ptr()
-            if constraint.project_(other) is not other or other.data_ptr() != where:
+            if trial.constraint.project_(other) is not other or other.data_ptr() != where:
                 raise AssertionError("`project_` must return the tensor that it was given")
-            trial.require(same_bits(other, y), trial.length(other - y), rule, x)
-        if constraint.bounded:
-            blank = torch.empty_like(x)
-            drawn = constraint.sample_(blank, trial.generator())
-            other = constraint.sample_(LAYOUTS["sliced"](blank), trial.generator())
-            trial.require(same_bits(drawn, other), trial.length(other), "`sample_` as contiguous")
-
-
-@law
-def out_of_place(trial: Trial) -> None:
-    """`project` gives what `project_` gives; it, `lmo` and `violation` leave their input alone."""
-    for x, y in trial.pairs:
-        given = x.clone()
-        result = trial.constraint.project(given)
-        trial.constraint.violation(given)
-        if _has_lmo(trial.constraint):
-            trial.constraint.lmo(given)
-        trial.require(same_bits(given, x), trial.length(given - x), "x must be left alone", x)
-        trial.require(same_bits(result, y), trial.length(result - y), "must be as `project_`", x)
-        if result.data_ptr() == given.data_ptr():
-            raise AssertionError("`project` must return a new tensor")
+            _check_alike(trial, x, {"project": other}, expected, name)
 
 
 @law
@@ -90,15 +55,15 @@ def non_finite(trial: Trial) -> None:
 
 def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     constraint, (x, y), is_nan = trial.constraint, trial.pairs[0], poison != poison
-    free = ~constraint.mask.expand(x.shape) if isinstance(constraint, Masked) else at & ~at
-    hit = at & ~free
-    lost = trial.column(hit.flatten(1).any(1)) & ~free
+    unmasked = ~constraint.mask.expand(x.shape) if isinstance(constraint, Masked) else at & ~at
+    hit = at & ~unmasked
+    lost = trial.column(hit.flatten(1).any(1)) & ~unmasked
     if constraint.elementwise:
         lost = hit
     large = constraint.elementwise and not is_nan
 
-    def spoilt(clean: Tensor, found: Tensor, at_large: Tensor) -> Tensor:
-        """What is to become of the clean answer."""
+    def poisoned(clean: Tensor, found: Tensor, at_large: Tensor) -> Tensor:
+        """The answer that is expected, given the one without the poison."""
         if not large:
             return torch.where(lost, torch.nan, clean)
         unbounded = lost & (found.abs() == torch.inf)
@@ -108,7 +73,7 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     most = torch.where(at, torch.finfo(x.dtype).max * (-1 if poison < 0 else 1), x) if large else x
     rule, rows = "what is not finite must show, and only in its sub-tensor", lost.flatten(1).any(1)
     result = trial.projected(given)
-    expected = spoilt(torch.where(at & free, poison, y), result, trial.projected(most))
+    expected = poisoned(torch.where(at & unmasked, poison, y), result, trial.projected(most))
     trial.require(same_bits(result, expected), rows, rule, given)
     found = constraint.violation(given)
     shown = found >= 0 if large else found.isnan() if is_nan else found == torch.inf
@@ -116,7 +81,7 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     trial.require(right, found, f"`violation`: {rule}", given)
     if _has_lmo(constraint):
         s = constraint.lmo(given)
-        expected = spoilt(constraint.lmo(x), s, constraint.lmo(most))
+        expected = poisoned(constraint.lmo(x), s, constraint.lmo(most))
         trial.require(same_bits(s, expected), rows, f"`lmo`: {rule}", given)
 
 
@@ -124,34 +89,13 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
 def empty(trial: Trial) -> None:
     """No rows, and rows without elements, are fine; unless the set has no such point."""
     none = torch.empty((0, *trial.shape[1:]), dtype=trial.dtype)
-    constraint = _of_rows(trial.constraint, trial.batches[0], slice(0, 0))
-    _check_words(constraint, none)
     flat = torch.empty((trial.shape[0], *(0,) * (len(trial.shape) - 1)), dtype=trial.dtype)
+    _check_empty(_of_rows(trial.constraint, trial.batches[0], slice(0, 0)), none)
     try:
         trial.constraint.project_(flat)
     except ValueError:
         return  # it has no point without elements, or settings of each element
-    _check_words(trial.constraint, flat)
-
-
-@law
-def plain(trial: Trial) -> None:
-    """A set comes back from a checkpoint of plain data, and from a copy, as it was."""
-    constraint = trial.constraint
-    file = io.BytesIO()
-    torch.save(constraint.to_plain(), file)
-    file.seek(0)
-    loaded = Constraint.from_plain(torch.load(file, weights_only=True))
-    for other in (loaded, copy.deepcopy(constraint), constraint.to("cpu")):
-        if (
-            other != constraint
-            or hash(other) != hash(constraint)
-            or repr(other) != repr(constraint)
-        ):
-            raise AssertionError(f"must come back as it was, got {other!r}")
-        for x, y in trial.pairs:
-            result = other.project_(x.clone())
-            trial.require(same_bits(result, y), trial.length(result - y), "must act alike", x)
+    _check_empty(trial.constraint, flat)
 
 
 @law
@@ -210,12 +154,34 @@ def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
     return Constraint.from_plain(cut(constraint.to_plain()))
 
 
-def _check_words(constraint: Constraint, x: Tensor) -> None:
-    words: list[Callable[[Tensor], Tensor]] = [constraint.project_, constraint.project]
-    words += [constraint.lmo] if _has_lmo(constraint) else []
-    words += [constraint.sample_] if constraint.bounded else []
-    for word in words:
-        result = word(x)
+def _answers(constraint: Constraint, x: Tensor) -> dict[str, Tensor]:
+    """What the methods return that do not write to x."""
+    names = ["project", "violation"] + ["lmo"] * _has_lmo(constraint)
+    return {name: getattr(constraint, name)(x) for name in names}
+
+
+def _check_alike(
+    trial: Trial, x: Tensor, found: dict[str, Tensor], expected: dict[str, Tensor], how: str
+) -> None:
+    """Answers must be the same to within rounding; points that are equally good may differ."""
+    wide = trial.wide(x)
+    for name, answer in found.items():
+        other = expected[name]
+        error, allowed = (answer - other).abs(), 2 * trial.slack(x) + trial.coarse(x)
+        if name == "lmo":
+            error = (wide * (trial.wide(answer) - trial.wide(other))).sum(1).abs()
+            allowed = 2 * trial.slack(answer, other) * trial.length(x)
+        elif name == "project" and trial.constraint.convex:
+            error = trial.length(answer.double() - other.double())
+            allowed = 2 * trial.slack(answer, other) + trial.coarse(x)
+        elif name == "project":
+            near, nearer = (trial.length(x.double() - y.double()) for y in (answer, other))
+            error = (near - nearer).abs()
+        trial.require(error <= allowed, error, f"`{name}` must be as before, {how}", x)
+
+
+def _check_empty(constraint: Constraint, x: Tensor) -> None:
+    for result in (constraint.project(x), *([constraint.sample_(x)] if constraint.bounded else [])):
         if (result.shape, result.dtype) != (x.shape, x.dtype):
             raise AssertionError(f"must be of shape {tuple(x.shape)}, got {tuple(result.shape)}")
     if (found := constraint.violation(x)).shape != x.shape[:1] or bool((found != 0).any()):

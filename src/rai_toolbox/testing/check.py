@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.testing.laws import LAWS
+from rai_toolbox.testing.law import LAWS
 from rai_toolbox.testing.trial import Trial
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

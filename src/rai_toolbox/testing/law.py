@@ -1,4 +1,4 @@
-"""What makes a function of a trial a law: a name, under which its failures are told."""
+"""The table of laws, and what makes a function of a trial a law: a name for its failures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from rai_toolbox.testing.trial import Trial
 
 Law = Callable[[Trial], None]
 
+LAWS: dict[str, Law] = {}
+"""Each law by its name; it takes a `Trial`, and raises AssertionError where a set breaks it."""
+
 
 def law(check: Law) -> Law:
-    """A law from a function that raises where a set breaks it, whatever it raises."""
+    """Make a law of a function that raises where a set breaks it, whatever it raises."""
 
     @wraps(check)
     def named(trial: Trial) -> None:
@@ -23,4 +26,5 @@ def law(check: Law) -> Law:
             kind = type(error).__name__
             raise AssertionError(f"{check.__name__}: {kind}: {error} ({trial})") from error
 
+    LAWS[check.__name__] = named
     return named

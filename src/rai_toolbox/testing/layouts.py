@@ -1,4 +1,4 @@
-"""The same values in other strides, and comparison bit for bit whatever the strides are."""
+"""The same values in other strides, and bitwise comparison."""
 
 from __future__ import annotations
 
@@ -13,15 +13,6 @@ def _reversed(x: Tensor) -> Tensor:
     return x.permute(dims).clone(memory_format=torch.contiguous_format).permute(dims)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
-
-
-def _narrowed(x: Tensor) -> Tensor:
-    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), -7)
-    return wider[..., 2 : 2 + x.shape[-1]].copy_(x)
-
-
 def _sliced(x: Tensor) -> Tensor:
     wider = x.new_full([2 * size for size in x.shape], -7)
     return wider[(slice(None, None, 2),) * x.ndim].copy_(x)
@@ -29,8 +20,6 @@ def _sliced(x: Tensor) -> Tensor:
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reversed": _reversed,
-    "channels_last": _channels_last,
-    "narrowed": _narrowed,
     "sliced": _sliced,
 }
 """Each gives a copy of a batch, in a storage of its own."""

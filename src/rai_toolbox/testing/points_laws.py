@@ -1,4 +1,4 @@
-"""Laws about points: which are in the set, which is nearest, which is least."""
+"""Laws about points: which are in the set, nearest to a point, or lowest for a gradient."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def optimal(trial: Trial) -> None:
     """
     for index, (x, y) in enumerate(trial.pairs):
         wide_x, wide_y = trial.wide(x), trial.wide(y)
-        for z in _rivals(trial, x, y, index):
+        for z in _candidates(trial, index):
             wide_z, slack = trial.wide(z), trial.slack(y, z)
             if trial.constraint.convex:
                 gain = ((wide_x - wide_y) * (wide_z - wide_y)).sum(1)
@@ -77,19 +77,18 @@ def non_expansive(trial: Trial) -> None:
     """Projections onto a convex set are not farther apart than their points were."""
     if not trial.constraint.convex:
         return
-    eps = torch.finfo(torch.float64).eps
-    for index, (x, y) in enumerate(trial.pairs):
-        for other in _neighbors(trial, x, index):
-            y_other = trial.projected(other)
+    for (x, y), neighbors in zip(trial.pairs, trial.neighbors, strict=True):
+        for other, y_other in neighbors:
             before = _length(trial.wide(x) - trial.wide(other))
             after = _length(trial.wide(y) - trial.wide(y_other))
-            allowed = 2 * trial.slack(y, y_other) + 4 * eps * (trial.length(x) + before)
+            allowed = 2 * trial.slack(y, y_other)
+            allowed = allowed + 4 * torch.finfo(torch.float64).eps * (trial.length(x) + before)
             trial.require(after <= before + allowed, after - before, "must not be farther", x)
 
 
 @law
 def violation(trial: Trial) -> None:
-    """It is about the distance to the set; what is small beside rounding is `feasible`'s to see."""
+    """It is about the distance to the set; `feasible` checks what rounding can hide."""
     many = 4.0 * max(1, trial.batches[0][0].numel()) ** 2  # norms and directions differ by less
     for x, y in trial.pairs:
         found, moved = trial.constraint.violation(x), trial.length(x.double() - y.double())
@@ -107,7 +106,7 @@ def lmo(trial: Trial) -> None:
     if not _has_lmo(trial.constraint):
         _must_refuse(trial, "lmo")
         return
-    for index, gradient in enumerate(trial.batches):
+    for gradient in trial.batches:
         s = trial.constraint.lmo(gradient)
         if s.dtype != gradient.dtype or s.shape != gradient.shape:
             raise AssertionError(f"must be like the gradient, got {s.dtype}, {tuple(s.shape)}")
@@ -116,9 +115,8 @@ def lmo(trial: Trial) -> None:
         largest = gradient.double().flatten(1).abs().amax(1)
         unit = gradient.double() / trial.column(torch.where(largest > 0, largest, 1.0))
         steep = unit * 1e6 * trial.scale  # the projection of -steep all but minimizes
-        rivals = [s.flip(0)] if _has_one_setting(trial) else []
-        rivals += [trial.projected(trial.held(-steep)), *_members(trial, index)]
-        for z in rivals:
+        others = [s.flip(0)] if _has_one_setting(trial) else []
+        for z in [*others, trial.projected(trial.held(-steep)), *trial.members]:
             gain = (trial.wide(unit) * (trial.wide(s) - trial.wide(z))).sum(1)
             allowed = trial.slack(s, z) * _length(trial.wide(unit))
             trial.require(gain <= allowed, gain, "<g, s> must be least", gradient)
@@ -149,63 +147,48 @@ def _has_lmo(constraint: Constraint) -> bool:
     return constraint.bounded and type(constraint)._minimizer is not Constraint._minimizer
 
 
-def _must_refuse(trial: Trial, word: str) -> None:
+def _must_refuse(trial: Trial, method: str) -> None:
     try:
-        getattr(trial.constraint, word)(trial.batches[0].clone())
+        getattr(trial.constraint, method)(trial.batches[0].clone())
     except ValueError:
         return
-    raise AssertionError(f"`{word}` must raise ValueError, for it is not defined")
+    raise AssertionError(f"`{method}` must raise ValueError, for it is not defined")
 
 
 def _has_one_setting(trial: Trial) -> bool:
     """Whether each row has the same set, so that answers can be exchanged."""
-    found: list[Tensor] = []
-    trial.constraint._map(lambda _, setting: found.append(setting) or setting)  # type: ignore[func-returns-value]
-    return all(s.ndim < len(trial.shape) or len(s) == 1 for s in found)
+    several: list[str] = []
+
+    def note(name: str, setting: Tensor) -> Tensor:
+        if setting.ndim == len(trial.shape) and len(setting) > 1:
+            several.append(name)
+        return setting
+
+    trial.constraint._map(note)
+    return not several
 
 
-def _members(trial: Trial, salt: int) -> Iterator[Tensor]:
-    """Points of the set, of all of its size."""
-    yield trial.projected(torch.zeros(trial.shape, dtype=trial.dtype))
-    yield trial.projected(trial.normal(200 + salt))
-    yield trial.projected(trial.normal(230 + salt, 100.0))
-    if trial.constraint.bounded:
-        blank = torch.empty(trial.shape, dtype=trial.dtype)
-        yield trial.constraint.sample_(blank, trial.generator(260 + salt))
-
-
-def _rivals(trial: Trial, x: Tensor, y: Tensor, salt: int) -> Iterator[Tensor]:
+def _candidates(trial: Trial, index: int) -> Iterator[Tensor]:
     """Points of the set that might be nearer to x than y is."""
+    x, y = trial.pairs[index]
     if _has_lmo(trial.constraint):
         yield trial.constraint.lmo(trial.held(y.double() - x.double()))
-    yield from _members(trial, salt)
+    yield from trial.members
     yield trial.projected(-x)
     yield trial.projected(trial.held(2 * x.double() - y.double()))
-    for neighbor in _neighbors(trial, x, salt):
-        yield trial.projected(neighbor)
-    yield trial.projected(trial.held(y.double() + trial.normal(290 + salt, 1e-2).double()))
-
-
-def _neighbors(trial: Trial, x: Tensor, salt: int) -> Iterator[Tensor]:
-    """Points beside x, near and far."""
-    yield trial.held(x.double() + trial.normal(300 + salt).double())
-    yield trial.held(x.double() + trial.normal(330 + salt, 1e-3).double())
-    size = trial.column(x.double().abs().flatten(1).amax(1))
-    yield trial.held(x.double() + size * trial.normal(360 + salt).double() / trial.scale)
+    yield from (projected for _, projected in trial.neighbors[index])
+    yield trial.projected(trial.held(y.double() + trial.normal(290 + index, 1e-2).double()))
 
 
 def _inside(trial: Trial) -> Iterator[Tensor]:
-    """Points most of which are in the set: mixtures of two of it, draws, and the batches."""
+    """Points most of which are in the set: the batches, members, and mixtures of two members."""
     for index, (x, y) in enumerate(trial.pairs):
         yield x
         share = torch.rand(len(x), generator=trial.generator(400 + index), dtype=torch.float64)
         share = trial.column(share)
-        for z in _members(trial, 30 + index):
+        for z in trial.members:
             mixed = (1 - share) * y.double() + share * z.double()
-            yield z if not trial.constraint.convex else mixed.to(trial.dtype)
-    if trial.constraint.bounded:
-        blank = torch.empty(trial.shape, dtype=trial.dtype)
-        yield trial.constraint.sample_(blank, trial.generator(430))
+            yield mixed.to(trial.dtype) if trial.constraint.convex else z
 
 
 def _length(rows: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Trial:
         return x.clamp(-most, most).to(self.dtype)
 
     def projected(self, x: Tensor) -> Tensor:
-        """The projection of a batch, by the word in place."""
+        """The projection of a batch, in place."""
         return self.constraint.project_(x.clone(memory_format=torch.contiguous_format))
 
     @cached_property
@@ -79,6 +79,29 @@ class Trial:
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The batches, each with its projection."""
         return [(x, self.projected(x)) for x in self.batches]
+
+    @cached_property
+    def members(self) -> list[Tensor]:
+        """Points of the set, of all of its size."""
+        members = [self.projected(torch.zeros(self.shape, dtype=self.dtype))]
+        members += [self.projected(self.normal(200)), self.projected(self.normal(230, 100.0))]
+        if self.constraint.bounded:
+            blank = torch.empty(self.shape, dtype=self.dtype)
+            members.append(self.constraint.sample_(blank, self.generator(260)))
+        return members
+
+    @cached_property
+    def neighbors(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """For each batch other points, near its own and far, each with its projection."""
+        found = []
+        for index, x in enumerate(self.batches):
+            wide = x.double()
+            size = self.column(wide.abs().flatten(1).amax(1)) / self.scale
+            steps = (self.normal(300 + index), self.normal(330 + index, 1e-3))
+            far = wide + size * self.normal(360 + index).double()
+            points = [self.held(p) for p in (*(wide + step.double() for step in steps), far)]
+            found.append([(point, self.projected(point)) for point in points])
+        return found
 
     def _batch(self, index: int) -> Tensor:
         rows, size = self.shape[0], math.prod(self.shape[1:])
@@ -125,6 +148,10 @@ class Trial:
         relative = _SLACK * torch.finfo(self.dtype).eps + _SUMS * noise(entries) + self.tolerance
         slack: Tensor = relative * size + _SLACK * spacing(self.dtype) * entries**0.5
         return slack
+
+    def coarse(self, x: Tensor) -> Tensor:
+        """How far float64 arithmetic on rows as large as those of x may be off."""
+        return _SUMS * noise(math.prod(self.shape[1:])) * self.length(x)
 
     def require(self, right: Tensor, found: Tensor, rule: str, x: Tensor | None = None) -> None:
         """Raise unless each row is right; name the worst one, the largest `found` of the others."""

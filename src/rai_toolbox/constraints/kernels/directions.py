@@ -13,7 +13,7 @@ from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import in_blocks
 from rai_toolbox.constraints.kernels.norms import norm, scale_dtype
-from rai_toolbox.constraints.sharding import beside, is_sharded, local_of
+from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
 from rai_toolbox.foreach import mul_
 
 
@@ -52,7 +52,7 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
         return x
     length = norm(readable(x), p, ndim)
     if is_sharded(x) and not torch.is_grad_enabled():
-        _divide_(local_of(x), beside(length, x), div_by_zero_eps)
+        _divide_(local_of(x), local_part(length, x), div_by_zero_eps)
         return x
     return _divide_(x, length, div_by_zero_eps)
 

@@ -11,7 +11,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.knapsack import fill, nearest_in_section, pieces
+from rai_toolbox.constraints.kernels.box_hyperplane import fill_cheapest, nearest_with_sum
 from rai_toolbox.constraints.kernels.norms import row_scale
 from rai_toolbox.constraints.kernels.roots import root
 from rai_toolbox.constraints.kernels.rounding import noise
@@ -44,7 +44,7 @@ def nearest_in_l1(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> T
     most = torch.where(sign > 0, upper, -lower)
     one = torch.ones_like(epsilon[:1])
     outside = nearest.detach().abs().sum(1, keepdim=True) > epsilon
-    magnitude = nearest_in_section(sign * d, one, epsilon, least, most)
+    magnitude = nearest_with_sum(sign * d, one, epsilon, least, most)
     nearest = torch.where(outside, sign * magnitude, nearest)
     forced = least.sum(1, keepdim=True) >= epsilon  # there is nothing to choose
     return torch.where(forced, torch.zeros_like(d).clamp(lower, upper), nearest)
@@ -61,12 +61,10 @@ def along(
     lower, upper, goal = lower / unit, upper / unit, (epsilon > 0).to(epsilon)
 
     def f(square: Tensor) -> tuple[Tensor, Tensor]:
-        t, length, slope = square.sqrt(), torch.zeros_like(square), torch.zeros_like(square)
-        for part, low, high in pieces(direction, lower, upper):
-            moved = t * part
-            free = (moved > low) & (moved < high)
-            length = length + moved.clamp(low, high).square().sum(1, keepdim=True)
-            slope = slope - torch.where(free, part * part, 0.0).sum(1, keepdim=True)
+        moved = square.sqrt() * direction
+        free = (moved > lower) & (moved < upper)
+        length = moved.clamp(lower, upper).square().sum(1, keepdim=True)
+        slope = -torch.where(free, direction * direction, 0.0).sum(1, keepdim=True)
         short = goal - length
         hidden = short.abs() <= noise(direction.shape[1]) * (goal + length)
         return torch.where(hidden, 0.0, short), slope
@@ -101,7 +99,7 @@ def least_in_l1(g: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Ten
     start, corner = torch.zeros_like(g).clamp(lower, upper), _corner(g, lower, upper)
     room = (corner - start).abs()
     amount = epsilon - start.abs().sum(1, keepdim=True)
-    filled, _ = fill(-g.abs(), room, amount.clamp(min=0))
+    filled, _ = fill_cheapest(-g.abs(), room, amount.clamp(min=0))
     return torch.where(filled < room, start + (corner - start).sign() * filled, corner)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-ALIGNED = 8
-"""Float64 numbers in 64 bytes, where the registers of any CPU of today begin anew."""
 
 
 def noise_of(x: Tensor) -> float:
@@ -17,31 +15,10 @@ def noise_of(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps * (8 + x.shape[-2] + x.shape[-1])
 
 
-def aligned(x: Tensor) -> Tensor:
-    """`x` with zero rows and columns up to multiples of 8.
-
-    The bits that BLAS and LAPACK give depend on where in a cache line a matrix begins: without
-    these, on its place in the batch. Nonzero singular values and vectors stay as they are.
-    """
-    rows, columns = x.shape[-2:]
-    return torch.nn.functional.pad(x, (0, -columns % ALIGNED, 0, -rows % ALIGNED))
-
-
-def cut(y: Tensor, like: Tensor) -> Tensor:
-    """`y` without the rows and columns that `like` does not have."""
-    return y[..., : like.shape[-2], : like.shape[-1]]
-
-
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``U, s, V^T`` of each matrix, s falling; U and V^T with as many vectors as there are s."""
     u, values, vh = torch.linalg.svd(x, full_matrices=False)
     return u, values, vh
-
-
-def singular_values(x: Tensor) -> Tensor:
-    """The singular values of each matrix, and zeros."""
-    values: Tensor = torch.linalg.svdvals(aligned(x))
-    return values
 
 
 def recomposed(u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
@@ -53,6 +30,30 @@ def within_range(y: Tensor, dtype: torch.dtype) -> Tensor:
     """`y`, scaled down where an entry would be infinite in `dtype`: toward 0, which balls hold."""
     most = torch.finfo(dtype).max
     return y * (most / y.abs().amax((-2, -1), keepdim=True).clamp(min=most))
+
+
+@torch.no_grad()
+def rounding_margin(
+    compose: Callable[[Tensor], Tensor],
+    excess: Callable[[Tensor], Tensor],
+    most: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """How far inside the exact result must be so that it is in the set when rounded to `dtype`.
+
+    The smallest of three margins at which ``compose(margin)`` rounds into the set: 0, twice the
+    excess of the rounded result at 0, and `most`, a bound that holds for any result.
+    """
+    none = torch.zeros_like(most)
+
+    def excess_at(margin: Tensor) -> Tensor:
+        exact = compose(margin)
+        return excess(within_range(exact, dtype).to(dtype).to(exact.dtype))
+
+    over = excess_at(none)
+    little = torch.minimum(2 * over, most)
+    margin = torch.where(excess_at(little) <= 0, little, most)
+    return torch.where(over <= 0, none, margin)
 
 
 class Recomposed(torch.autograd.Function):

@@ -1,0 +1,116 @@
+"""Rows within bounds and with a given weighted sum: the nearest one, and the cheapest one.
+
+The functions take float64 tensors with two dims: rows, or settings that broadcast against them.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints.kernels.roots import Function, root
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
+
+_SHIFTS = 3  # each gains 52 bits: enough for entries 1e40 times as large as those of the result
+
+
+def nearest_with_sum(
+    x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor
+) -> Tensor:
+    """Project rows onto ``{weight . x = total, lower <= x <= upper}``; bounds may be infinite.
+
+    The result is ``clamp(x - t weight, lower, upper)``. To shift x along the weight changes no
+    result. So x is shifted by the root t found, and the root that is left is found again: then
+    the precision is that of the result, however far away x is.
+    """
+    for _ in range(_SHIFTS):
+        with torch.no_grad():
+            f = excess_of_sum(x, weight, total, lower, upper)
+            low, high = _bracket(f, x, weight, lower, upper)
+            t = root(f, low, high, torch.zeros_like(low))
+        x = x - t * weight
+    if torch.is_grad_enabled() and x.requires_grad:
+        # Newton's step, which is 0 but for rounding: it has the derivative of the root.
+        value, slope, _ = _sum_and_slope(x, weight, total, lower, upper)
+        x = x + torch.where(slope < 0, value / slope.where(slope < 0, 1.0), 0.0) * weight
+    return x.clamp(lower, upper)
+
+
+def excess_of_sum(
+    x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor
+) -> Function:
+    """``t -> weight . clamp(x - t weight, lower, upper) - total``, and its slope."""
+
+    def f(t: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope, size = _sum_and_slope(x - t * weight, weight, total, lower, upper)
+        size = size + 2 * (t * slope).abs()  # of what cancels where x is moved far
+        return torch.where(value.abs() <= noise(x.shape[1]) * size, 0.0, value), slope
+
+    return f
+
+
+def _sum_and_slope(
+    x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum less the total, its slope along -weight, and the magnitude of what was added up."""
+    terms = weight * x.clamp(lower, upper)
+    between = (x > lower) & (x < upper)
+    slope = -(weight * weight * between).sum(1, keepdim=True)
+    size = terms.abs().sum(1, keepdim=True) + total.abs()
+    return terms.sum(1, keepdim=True) - total, slope, size
+
+
+def _bracket(
+    f: Function, x: Tensor, weight: Tensor, lower: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first and the last kink; or farther, to where a line through them has its root."""
+    first = torch.where(weight > 0, upper, lower)
+    last = torch.where(weight > 0, lower, upper)
+    kinks = torch.cat([(x - first) / weight, (x - last) / weight], 1)
+    finite = kinks.isfinite()
+    low = kinks.where(finite, inf).amin(1, keepdim=True)
+    high = kinks.where(finite, -inf).amax(1, keepdim=True)
+    low, high = low.where(low <= high, 0.0), high.where(low <= high, 0.0)
+    square = (weight * weight).expand_as(x)
+    fall = -(square * first.isinf()).sum(1, keepdim=True)  # the slope before the first kink
+    rise = -(square * last.isinf()).sum(1, keepdim=True)  # the slope after the last kink
+    short, over = f(low)[0].clamp(max=0), f(high)[0].clamp(min=0)
+    return (
+        torch.where(fall < 0, low - short / fall, low),
+        torch.where(rise < 0, high - over / rise, high),
+    )
+
+
+def fill_cheapest(price: Tensor, most: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill entries up to `most` in the order of rising prices, until the amount is used.
+
+    Also returns the index of the entry that was filled last.
+    """
+    order = price.argsort(dim=1, stable=True)
+    most = torch.minimum(most, amount).gather(1, order)
+    used = most.cumsum(1)
+    before = torch.nn.functional.pad(used[:, :-1], (1, 0))
+    filled = torch.minimum((amount - before).clamp(min=0), most)
+    last = (used < amount).sum(1, keepdim=True).clamp(max=most.shape[1] - 1)
+    return torch.empty_like(filled).scatter_(1, order, filled), order.gather(1, last)
+
+
+def rounded_bounds(
+    lower: float | Tensor | None, upper: float | Tensor | None, like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Bounds rounded to `dtype`, in float64 with two dims; infinite where a side is open."""
+    low, high = -inf if lower is None else lower, inf if upper is None else upper
+    return as_rows(as_rounded(low, dtype, like), like), as_rows(as_rounded(high, dtype, like), like)
+
+
+def outside_bounds(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """How far each row is outside the bounds; 0 inside."""
+    return torch.maximum(lower - x, x - upper).clamp(min=0).amax(1)
+
+
+def as_rows(setting: float | Tensor | None, like: Tensor) -> Tensor:
+    """A setting in float64 on the device of `like`, with two dims."""
+    tensor = as_wide(setting, like)
+    return tensor if tensor.ndim == 2 else tensor.reshape(1, 1)

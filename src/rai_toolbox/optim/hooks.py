@@ -1,0 +1,145 @@
+"""The documented hooks of a user's subclass, as transforms that call them tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from rai_toolbox import foreach
+from rai_toolbox._torch import set_grad_dtype, share_memory
+from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.optim.transforms import Transform
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
+
+GRADIENT_HOOK, PARAMETER_HOOK = "_pre_step_transform_", "_post_step_transform_"
+
+NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
+"""What scales and shifts nothing, as a chain's member without such settings."""
+
+
+@dataclass(frozen=True)
+class Hook(Transform):
+    """A user's override of a documented hook, which gets a view of each tensor."""
+
+    owner: Any
+    """The optimizer that has it: the one that steps, or a chain's member."""
+
+    hook: str
+    replaced: tuple[Transform, ...]
+    """The transforms of its class, whose settings, state and counts stay."""
+
+    names: Mapping[str, str]
+    """Under which names the group holds the settings of the owner."""
+
+    def renamed(self, names: Mapping[str, str], prefix: str) -> Hook:  # noqa: D102
+        return replace(
+            super().renamed(names, prefix),
+            replaced=tuple(each.renamed(names, prefix) for each in self.replaced),
+            names={
+                own: names.get(key, key)
+                for own, key in self.names.items()
+                if own not in NEUTRAL or key in names
+            },
+        )
+
+    def check(self, group: Group) -> None:  # noqa: D102
+        for transform in without_hooks(self.replaced):
+            name = transform.param_ndim
+            if group[name] != group[self.param_ndim]:
+                raise ValueError(
+                    f"`{name}` must equal `{self.param_ndim}`, because the hooks of "
+                    f"{type(self.owner).__name__} get a view of it, got {name}={group[name]} and "
+                    f"{self.param_ndim}={group[self.param_ndim]}"
+                )
+        for transform in self.replaced:
+            transform.check(group)
+
+    def apply_(  # noqa: D102
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        if self.owner is optimizer:
+            self._call(tensors, params, group)
+            return
+        own = {own: group[key] for own, key in self.names.items()}
+        own = {**group, **NEUTRAL, **own}
+        before = dict(own)
+        lent = {
+            "inner_opt": optimizer.inner_opt,
+            "_new_state": optimizer._new_state,
+            "_viewed": optimizer._viewed,
+            "_prefix": optimizer._prefix + self.prefix,
+        }
+        for name, value in lent.items():
+            setattr(self.owner, name, value)
+        try:
+            self._call(tensors, params, own)
+        finally:
+            for name in lent:
+                delattr(self.owner, name)
+        for name, value in own.items():  # what the hook has written to its group
+            if name not in before or value is not before[name]:
+                group[self.names.get(name, name)] = value
+
+    def count_step(self, group: Group) -> None:  # noqa: D102
+        for transform in self.replaced:
+            transform.count_step(group)
+
+    def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
+        for tensor, param in zip(tensors, params, strict=True):
+            if self.hook == GRADIENT_HOOK:
+                _call_with_gradient_(self.owner, param, tensor, group)
+            else:
+                _call_with_parameter_(self.owner, param, group)
+
+
+def without_hooks(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """Transforms, with those that hooks replace in the place of the hooks."""
+    for transform in transforms:
+        if isinstance(transform, Hook):
+            yield from without_hooks(transform.replaced)
+        else:
+            yield transform
+
+
+def _call_with_gradient_(owner: Any, param: Tensor, grad: Tensor, group: Group) -> None:
+    shape = batch_shape(param.shape, group["param_ndim"])
+    grad_view, copied = view_or_copy(grad, shape)
+    view = view_or_copy(param.detach(), shape)[0]
+    if grad.dtype != param.dtype:
+        set_grad_dtype(view, grad.dtype)
+    view.grad = grad_view
+    outer = owner._viewed  # where the hook of a chain gets a view, and here a view of that
+    owner._viewed = param if outer is None else outer
+    try:
+        owner._pre_step_transform_(view, optim_group=group)
+    finally:
+        owner._viewed = outer
+    if view.grad is not grad_view:
+        raise ValueError(
+            f"{type(owner).__name__}._pre_step_transform_ must write into `param.grad` in place, "
+            "got another tensor assigned to it"
+        )
+    _check_in_place(owner, GRADIENT_HOOK, grad_view, grad, copied)
+    if copied:
+        grad.copy_(grad_view.view(grad.shape))
+
+
+def _call_with_parameter_(owner: Any, param: Tensor, group: Group) -> None:
+    view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
+    owner._post_step_transform_(view, optim_group=group)
+    _check_in_place(owner, PARAMETER_HOOK, view, param, copied)
+    if copied:
+        param.copy_(view.view(param.shape))
+
+
+def _check_in_place(owner: Any, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
+    # The tensor does not get the data that `view.data = ...` gives to a view of it.
+    if copied or view is tensor or not foreach.are_plain([tensor]):
+        return
+    if not share_memory(view, tensor):
+        raise ValueError(
+            f"{type(owner).__name__}.{hook} must write in place, got new data for `.data`"
+        )

@@ -1,0 +1,120 @@
+"""The evaluation of one batch, which only the batch and the seed determine."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.extras import Bar
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport
+from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport, compare, predict
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning
+
+__all__ = ["Batch", "Perturbed"]
+
+
+class Perturbed(Protocol):
+    """What a solver returns, of which only the perturbed data are used."""
+
+    @property
+    def data(self) -> Tensor:
+        """The perturbed data, in the shape of the originals."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The settings of an evaluation, and the data of one batch, whose name is its fingerprint."""
+
+    model: Model
+    balls: Mapping[str, list[Ball]]
+    data_range: Range
+    solver: Callable[..., Perturbed]
+    seed: int
+    data: Tensor
+    target: Tensor
+    name: str
+
+    def report(self, start: RobustnessReport, bar: Bar) -> RobustnessReport:
+        """The report of the batch; `start` has the settings."""
+        withstood, checks = {}, {}
+        with _seeded(_seed(self.seed, self.name), self.data.device):
+            before = predict(self.model, self.data, self.target)
+            for norm, balls in self.balls.items():
+                robust, found = ~before.wrong, []
+                count = robust.long() - 1
+                for ball in balls:
+                    rows, check = robust.nonzero().squeeze(1), VerificationReport()
+                    if ball.epsilon > 0 and len(rows):  # at 0, the only point is the original
+                        data, target = self.data[rows], self.target[rows]
+                        perturbed = self._perturb(data, target, ball)
+                        after = predict(self.model, perturbed, target, gradient=False)
+                        check, fooled = compare(
+                            data, perturbed, before.rows(rows), after, ball, self.data_range
+                        )
+                        robust = robust.index_fill(0, rows[fooled], False)
+                    count += robust
+                    found.append(check)
+                    bar.update()
+                withstood[norm], checks[norm] = tuple(count.tolist()), tuple(found)
+        return replace(start, withstood=withstood, checks=checks)
+
+    def examples(self, number: int) -> list[Examples]:
+        """The first data that are predicted right, perturbed in the largest ball of each norm."""
+        found = []
+        with _seeded(_seed(self.seed, self.name), self.data.device):
+            right = ~predict(self.model, self.data, self.target, gradient=False).wrong
+            rows = right.nonzero().squeeze(1)[:number]
+            data, target = self.data[rows], self.target[rows]
+            for norm, (*_, ball) in self.balls.items() if len(rows) else ():
+                perturbed = self._perturb(data, target, ball)
+                classes = predict(self.model, perturbed, target, gradient=False).classes
+                kept = (tensor.cpu() for tensor in (data, perturbed, target, classes))
+                found.append(Examples(norm, float(ball.epsilon), *kept))
+        return found
+
+    def _perturb(self, data: Tensor, target: Tensor, ball: Ball) -> Tensor:
+        """The solver's perturbed data, with random numbers that only batch and ball determine."""
+        if ball.epsilon == 0:
+            return data
+        seed = _seed(self.seed, self.name, repr(ball))
+        generator = torch.Generator().manual_seed(seed)
+        with _seeded(seed, data.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
+            settings = {"ball": ball, "data_range": self.data_range, "generator": generator}
+            found = self.solver(self.model, data, target, **settings)
+        perturbed = getattr(found, "data", None)
+        if not isinstance(perturbed, Tensor):
+            got = type(found).__name__
+            raise wrong("solver", "return an object with `data`, a tensor", got, TypeError)
+        kind, got = (f"shape {tuple(t.shape)} and {t.dtype}" for t in (data, perturbed))
+        if got != kind:
+            raise wrong("solver", f"return data of {kind}", got)
+        return perturbed.detach()
+
+
+def _seed(*values: object) -> int:
+    """A seed that only the `repr` of these values determines."""
+    text = repr(values).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Context: torch's own generators, which random models use, are seeded; restored on exit."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,77 @@
+"""Fingerprints: a few bytes that identify settings, a model or data across processes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rai_toolbox.checks import as_plain
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.sharding import complete
+
+__all__ = ["described", "fingerprint"]
+
+
+def fingerprint(*values: object) -> str:
+    """A short text that differs if any of `values` differs.
+
+    Tensors are compared by bits, dtype and shape, modules by class and `state_dict`, functions and
+    classes by name.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for value in values:
+        for piece in _pieces(value):
+            found.update(len(piece).to_bytes(8, "little"))  # so that pieces cannot run together
+            found.update(piece)
+    return found.hexdigest()
+
+
+def described(value: object) -> Any:
+    """`value` as plain data for JSON, equal for equal settings in another process."""
+    value = as_plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # strict JSON has no such number
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {fingerprint(value)}"
+    if isinstance(value, nn.Module):
+        return f"{_name(type(value))} {fingerprint(value)}"
+    if isinstance(value, Constraint):
+        return described(value.to_plain())
+    if isinstance(value, partial):
+        call = {"call": described(value.func), **described(value.keywords)}
+        return call | ({"args": described(value.args)} if value.args else {})
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    return _name(value) if hasattr(value, "__qualname__") else _name(type(value))
+
+
+def _name(named: Any) -> str:
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _pieces(value: object) -> Iterator[bytes | ctypes.Array[ctypes.c_char]]:
+    if isinstance(value, nn.Module):
+        yield _name(type(value)).encode()
+        for name, entry in value.state_dict().items():
+            yield name.encode()
+            yield from _pieces(entry)
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        whole = complete(value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
+        if whole.nbytes:  # from the memory of the tensor, as numpy may be missing
+            yield (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
+    else:
+        yield repr(described(value)).encode()

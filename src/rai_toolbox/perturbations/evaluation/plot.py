@@ -1,0 +1,121 @@
+"""Figures of robustness: accuracy against epsilon, and examples with their perturbations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from rai_toolbox.extras import require
+from rai_toolbox.perturbations.evaluation.rows import Examples, wilson_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COLORS", "WRONG", "draw_accuracy", "draw_report", "tidy"]
+
+# Colors that remain distinct for color-blind readers and in grey.
+COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
+MARKERS = "os^D"
+WRONG = "#c0152f"
+SYMBOLS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
+PANEL, CELL = 4.2, 1.0  # inches
+
+Report: TypeAlias = Any
+"""A `RobustnessReport`, whose file imports this one."""
+
+
+def draw_report(report: Report) -> Figure:
+    """A panel of accuracy per norm, and the examples below."""
+    figures = require("matplotlib.figure", extra="plots")
+    norms, examples = list(report.epsilons), report.examples
+    columns = max((len(shown.data) for shown in examples), default=0)
+    width = max(PANEL, CELL * columns + 0.6)
+    heights = [PANEL, 3 * CELL + 0.6] if examples else [PANEL]
+    figure: Figure = figures.Figure(
+        figsize=(width * len(norms), sum(heights)), dpi=120, layout="constrained"
+    )
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, norm in zip(parts[0].subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
+        draw_accuracy(axes, {"": report}, norm)
+    if examples:
+        below = parts[1].subfigures(1, len(examples), squeeze=False)[0]
+        for part, shown in zip(below, examples, strict=True):
+            _draw_examples(part, shown)
+    return figure
+
+
+def draw_accuracy(axes: Any, reports: Mapping[str, Report], norm: str) -> None:
+    """Accuracy against epsilon in balls of one norm, with a 95 % interval, one curve per report."""
+    for (name, report), color, marker in zip(reports.items(), COLORS, MARKERS, strict=False):
+        low, high = wilson_interval(round(report.clean_accuracy * len(report)), len(report))
+        points = [(0.0, report.clean_accuracy, low, high)]
+        points += [
+            (row.epsilon, row.robust_accuracy, row.low, row.high)
+            for row in report.rows()
+            if row.norm == norm
+        ]
+        epsilons, *fractions = zip(*points, strict=True)
+        middle, lows, highs = ([100 * value for value in column] for column in fractions)
+        axes.fill_between(epsilons, lows, highs, color=color, alpha=0.15, linewidth=0)
+        label = f"{name} (band: 95% interval)".strip()
+        axes.plot(epsilons, middle, color=color, marker=marker, linewidth=2, label=label)
+    axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
+    axes.set_xlabel("ε (at 0: the original data)")
+    axes.set_ylabel("classified correctly (%)")
+    axes.set_ylim(0, 100)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    tidy(axes)
+
+
+def tidy(axes: Any) -> None:
+    """No frame at the top and the right, and a light grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+
+
+def _draw_examples(figure: Any, shown: Examples) -> None:
+    """Rows of originals, changes and results, with the classes above and below."""
+    title = f"{SYMBOLS[shown.norm]}, ε = {shown.epsilon:g}; below: prediction"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    grid = figure.subplots(3, len(shown.data), squeeze=False)
+    change = shown.perturbed - shown.data
+    largest = max(float(change.abs().max()), 1e-30)
+    both = shown.data.minimum(shown.perturbed).min(), shown.data.maximum(shown.perturbed).max()
+    limits = float(both[0]), float(both[1])  # the same for originals and results
+    rows = [
+        ("original", shown.data, limits),
+        ("change", change, (-largest, largest)),
+        ("result", shown.perturbed, limits),
+    ]
+    for line, (name, data, limits) in zip(grid, rows, strict=True):
+        for axes, example in zip(line, data, strict=True):
+            _show(axes, example.detach().float().cpu(), limits, signed=name == "change")
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    pairs = zip(shown.target.tolist(), shown.reading.tolist(), strict=True)
+    for top, bottom, (target, predicted) in zip(grid[0], grid[2], pairs, strict=True):
+        wrong = predicted != target
+        top.set_title(str(target), fontsize=10)
+        bottom.set_xlabel(str(predicted), color=WRONG if wrong else "0.2", fontsize=10)
+        for spine in bottom.spines.values():
+            spine.set(color=WRONG if wrong else "0.7", linewidth=2)
+
+
+def _show(axes: Any, example: Tensor, limits: tuple[float, float], signed: bool) -> None:
+    """One example: as an image if it has the shape of one, else as a curve."""
+    low, high = limits
+    if example.ndim == 3 and example.shape[0] == 1:
+        example = example[0]
+    if example.ndim == 2:
+        colors = "RdBu_r" if signed else "gray"
+        axes.imshow(example.tolist(), cmap=colors, vmin=low, vmax=high)
+    elif example.ndim == 3 and example.shape[0] == 3:
+        scaled = (example - low) / max(high - low, 1e-30)  # no change is mid-grey
+        axes.imshow(scaled.clamp(0, 1).permute(1, 2, 0).tolist())
+    else:
+        axes.plot(example.flatten().tolist(), color=COLORS[0], linewidth=0.8)
+        axes.set_ylim(low, high if high > low else low + 1)

@@ -1,0 +1,236 @@
+"""Robustness of a model: clean and robust accuracy over the batches of a loader."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from operator import length_hint
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.sharding import is_sharded
+from rai_toolbox.extras import Bar
+from rai_toolbox.extras import progress as progress_bar
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.evaluation.batch import Batch, Perturbed
+from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.evaluation.ranks import Ranks
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.state_file import StateFile
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport
+from rai_toolbox.perturbations.inputs import (
+    Model,
+    Range,
+    batches,
+    bounds_of,
+    device_of,
+    radius_of,
+    wrong,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["evaluate_robustness"]
+
+
+def evaluate_robustness(
+    model: Model,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    balls: Iterable[Ball],
+    data_range: Range = (0.0, 1.0),
+    solver: Callable[..., Perturbed] = attack,
+    steps: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    state_file: str | PathLike[str] | None = None,
+    progress: bool = True,
+    examples: int = 4,
+    group: ProcessGroup | None = None,
+) -> RobustnessReport:
+    """Clean and robust accuracy over norms and radii, verified independently of the solver.
+
+    Robust accuracy at an epsilon is the fraction of examples that are predicted right, and for
+    which no perturbation that fools the model was found at this or a smaller epsilon of the norm.
+    It is an upper bound of the accuracy in the worst case: a better solver may find more.
+
+    Examples that are predicted wrong, or fooled at a smaller epsilon, are not attacked again. A
+    perturbation counts only if a new call of the model predicts another class, and norm and bounds
+    hold in float64. A `RobustnessWarning` reports each reason to doubt a result.
+
+    The result for an example depends on its batch and on `seed`, and not on other batches or their
+    order: random numbers are seeded by the content of the batch. So ranks can share the work, see
+    `group`, and the report is that of one process.
+
+    Parameters
+    ----------
+    model : Callable
+        From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
+    loader : Iterable
+        Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader.
+    balls : Iterable of LinfBall, L2Ball or L1Ball
+        Each has a number as radius, and no center.
+    data_range : (float or Tensor, float or Tensor), optional
+        Lower and upper bound of all data, also of perturbed ones; None for no bounds.
+    solver : Callable
+        Called as ``solver(model, data, target, ball=..., data_range=..., generator=...)``; returns
+        an object whose ``data`` are the perturbed data. To set options, pass a partial of `attack`.
+    steps : int, optional
+        If given, passed to `solver`.
+    seed : int
+        Of all random numbers. torch's own generators are restored afterwards.
+    device : torch.device or str, optional
+        The device to which data are moved. By default that of the model's parameters.
+    state_file : path, optional
+        A JSON file that is replaced after each batch. If it exists, the run resumes from it: a run
+        that was killed loses at most one batch per rank.
+    progress : bool
+        Whether to show a progress bar.
+    examples : int
+        Number of examples of the first batch to keep for `RobustnessReport.plot`, attacked again in
+        the largest ball of each norm.
+    group : ProcessGroup, optional
+        Ranks that share the work, such as ``torch.distributed.group.WORLD``. Each one calls this
+        with the same arguments (except `device`), reads all batches, attacks every k-th one, and
+        returns the whole report. The first one has the bar, the state file and the warnings. An
+        error on one rank raises on all. None: this process works alone.
+
+    Returns
+    -------
+    RobustnessReport
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is wrong, data are outside `data_range`, a class is not one of the model's, or
+        model or batches differ between ranks. A `StateFileError`, which is a ValueError, if
+        `state_file` is of another run.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import LinfBall
+    >>> from rai_toolbox.perturbations import evaluate_robustness
+    >>> data = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.8], [0.2, 0.3]])
+    >>> batches = [(data, torch.tensor([0, 0, 1, 0]))]
+    >>> balls = [LinfBall(0.05), LinfBall(0.2)]
+    >>> model = torch.nn.Identity()  # predicts the larger entry
+    >>> print(evaluate_robustness(model, batches, balls=balls, steps=10, progress=False))
+    norm  epsilon   data   clean  robust   95% interval
+    Linf     0.05      4   75.0%   75.0%  30.1% - 95.4%
+    Linf      0.2      4   75.0%   25.0%   4.6% - 69.9%
+    """
+    by_norm = _by_norm(balls)
+    check_count("examples", examples, 0)
+    check_count("seed", seed, 0)
+    if steps is not None:
+        solver = partial(solver, steps=steps)
+    start = RobustnessReport(
+        {"data_range": described(data_range), "solver": described(solver), "seed": seed},
+        {norm: tuple(map(radius_of, found)) for norm, found in by_norm.items()},
+        {norm: () for norm in by_norm},
+        {norm: (VerificationReport(),) * len(found) for norm, found in by_norm.items()},
+    )
+    ranks = Ranks.of(group)
+    state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
+    new_batch = partial(Batch, model, by_norm, data_range, solver, seed)
+    device = device_of(model) if device is None else torch.device(device)
+    shown: list[Examples] = []
+    per_batch = sum(map(len, by_norm.values()))
+
+    def unknown_batches(bar: Bar) -> Iterator[Batch]:
+        for data, target in batches(loader, device):
+            bounds_of(data, data_range)  # which checks the data
+            batch = new_batch(data, target, fingerprint(data, target))
+            if not state.position and examples:
+                shown.extend(batch.examples(examples))
+            if state.has_next(batch.name):
+                bar.update(per_batch)
+            else:
+                yield batch
+
+    total = length_hint(loader) * per_batch
+    with progress_bar("evaluating", total, shown=progress and ranks.rank == 0) as bar:
+        remaining = unknown_batches(bar)
+
+        def next_round() -> tuple[list[str], RobustnessReport]:
+            """The names of the next batches, one per rank, and the report of this rank's."""
+            if ranks.rank == 0:
+                state.save()  # inside the round, so that a failure raises on all ranks
+            names, part = list[str](), start
+            for rank, batch in enumerate(islice(remaining, ranks.size)):
+                names.append(batch.name)
+                if rank == ranks.rank:
+                    part = batch.report(start, bar)
+                else:
+                    bar.update(per_batch)
+            return names, part
+
+        names = [""]
+        while names:
+            found = ranks.gather(next_round)
+            names = found[0][0]
+            if any(others != names for others, _ in found):
+                raise wrong("loader", "give the same batches on each rank, in one order", "others")
+            state.add(names, [part for _, part in found[: len(names)]])
+    if not state.position:
+        raise wrong("loader", "give one batch at least", "none")
+    report = replace(state.finish(), examples=tuple(shown))
+    if ranks.rank == 0:
+        for line in report.warnings():
+            warnings.warn(line, RobustnessWarning, stacklevel=2)
+    return report
+
+
+def _by_norm(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
+    """The balls of each norm by ascending radius, without duplicates."""
+    found: dict[str, dict[float, Ball]] = {}
+    for ball in balls:
+        radius = radius_of(ball)
+        found.setdefault(ball.norm_name, {})[radius] = type(ball)(radius)
+    if not found:
+        raise wrong("balls", "be one ball at least", "none")
+    return {norm: [of[radius] for radius in sorted(of)] for norm, of in found.items()}
+
+
+def _shared_state(
+    ranks: Ranks, model: Model, path: Path | None, start: RobustnessReport
+) -> StateFile:
+    """The state in the file that the first rank reads, on each rank."""
+
+    def opened() -> tuple[str, StateFile | None]:
+        if ranks.size > 1:
+            _check_local(model)
+        name = fingerprint(model)
+        return name, StateFile(path, name, start) if ranks.rank == 0 else None
+
+    found = ranks.gather(opened)
+    (name, state), *_ = found
+    if any(other != name for other, _ in found):
+        raise wrong("model", "be the same on each rank, weights too", "others")
+    assert state is not None
+    return state
+
+
+def _check_local(model: Model) -> None:
+    """Raise if calls of the model communicate: ranks call it different numbers of times."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, DistributedDataParallel):
+            got = "DistributedDataParallel: give its `module`"
+            raise wrong("model", "be called by each rank for itself", got)
+        for name, tensor in module.named_parameters(recurse=False):
+            if is_sharded(tensor):
+                got = f"the sharded parameter {name!r}: do not pass `group` for a sharded model"
+                raise wrong("model", "be whole on each rank", got)

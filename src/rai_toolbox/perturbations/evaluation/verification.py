@@ -1,0 +1,252 @@
+"""Verification: perturbed data are judged without trusting the solver that made them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.perturbations.inputs import (
+    Model,
+    Range,
+    check_ball,
+    check_batch,
+    classifier,
+    wrong,
+)
+from rai_toolbox.perturbations.solve import solving
+
+__all__ = ["Prediction", "VerificationReport", "compare", "predict", "verify"]
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What is wrong with perturbed data: numbers of examples, and the largest excesses.
+
+    The sum of two reports is the report of all their examples.
+
+    Parameters
+    ----------
+    data : int
+        Number of examples.
+    fooled : int
+        Number for which the model predicts another class than the target, inside ball and range.
+    outside_ball, outside_box : int
+        Numbers outside the ball around the original, and outside the range of the data.
+    ball_excess, box_excess : float
+        The largest distance beyond the radius, and beyond a bound; 0 if there is none.
+    not_finite : int
+        Number with an infinity or NaN in the perturbed data, in the loss or in the gradient.
+    zero_gradient : int
+        Number of originals at which the gradient of the log odds against the class is exactly 0.
+        As log odds do not saturate, the model is constant there.
+    not_risen : int
+        Number for which the cross entropy is not higher than at the original.
+
+    Examples
+    --------
+    >>> from rai_toolbox.perturbations import VerificationReport
+    >>> report = VerificationReport(data=100, fooled=40, zero_gradient=25)
+    >>> for line in (report + report).warnings("Linf 0.1"):
+    ...     print(line)
+    Linf 0.1: the gradient is exactly 0 at 50 of 200 examples (25.0%): the model is flat there
+    """
+
+    data: int = 0
+    fooled: int = 0
+    outside_ball: int = 0
+    ball_excess: float = 0.0
+    outside_box: int = 0
+    box_excess: float = 0.0
+    not_finite: int = 0
+    zero_gradient: int = 0
+    not_risen: int = 0
+
+    def __add__(self, other: VerificationReport) -> VerificationReport:
+        largest = ("ball_excess", "box_excess")
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return VerificationReport(**{n: max(a, b) if n in largest else a + b for n, a, b in pairs})
+
+    @property
+    def feasible(self) -> bool:
+        """Whether all data are finite, in the ball and in the range."""
+        return self.outside_ball == self.outside_box == self.not_finite == 0
+
+    def warnings(self, of: str = "perturbed data") -> list[str]:
+        """One sentence for each kind of fault; `of` names the data."""
+        faults = [
+            (self.outside_ball, f"{{}} are outside the ball, by up to {self.ball_excess:.3g}"),
+            (self.outside_box, f"{{}} are outside the data range, by up to {self.box_excess:.3g}"),
+            (self.not_finite, "{} have an infinity or NaN in data, loss or gradient"),
+            (self.zero_gradient, "the gradient is exactly 0 at {}: the model is flat there"),
+            (self.not_risen, "the loss did not rise for {}"),
+        ]
+        return [
+            f"{of}: {text.format(f'{n} of {self.data} examples ({n / self.data:.1%})')}"
+            for n, text in faults
+            if n
+        ]
+
+    def to_plain(self) -> dict[str, Any]:
+        """The report as a dict of numbers."""
+        return asdict(self)
+
+
+class Prediction(NamedTuple):
+    """What a model predicts for each example, shape (N,) each."""
+
+    losses: Tensor
+    classes: Tensor
+    wrong: Tensor
+    zero_gradient: Tensor
+    finite: Tensor
+
+    def rows(self, rows: Tensor) -> Prediction:
+        """The prediction for some of the examples."""
+        return Prediction(*(values[rows] for values in self))
+
+
+def log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """``log((1 - p) / p)`` with the softmax p of the target, shape (N,), in float64.
+
+    It increases with the cross entropy ``-log p``, and does not saturate.
+    """
+    wide, own = logits.double(), target.unsqueeze(1)
+    return wide.scatter(1, own, -inf).logsumexp(1) - wide.gather(1, own).squeeze(1)
+
+
+def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True) -> Prediction:
+    """Call `model`, in eval mode and with frozen weights, and compare with the classes."""
+    with solving(model), torch.set_grad_enabled(gradient):
+        x = data.detach().clone().requires_grad_(gradient)
+        logits = classifier(model, target)(x)
+        target = target.clone().long()  # which autograd cannot keep if made in inference mode
+        losses = log_odds(logits, target)
+        slope = torch.zeros_like(x)
+        if losses.requires_grad:
+            (slope,) = torch.autograd.grad(losses.sum(), x, materialize_grads=True)
+    logits, losses = logits.detach(), losses.detach()
+    classes = logits.argmax(1)
+    wrong = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
+    finite = losses.isfinite() & slope.isfinite().flatten(1).all(1)
+    zero_gradient = (slope == 0).flatten(1).all(1) & finite & gradient
+    return Prediction(losses, classes, wrong, zero_gradient, finite)
+
+
+def compare(
+    data: Tensor,
+    perturbed: Tensor,
+    before: Prediction,
+    after: Prediction,
+    ball: Ball,
+    data_range: Range,
+) -> tuple[VerificationReport, Tensor]:
+    """Compare perturbed data with the originals: the report, and whether each is fooled.
+
+    A point outside ball or range fools nobody.
+    """
+    in_data = perturbed.isfinite().flatten(1).all(1)
+    ball_excess = beyond_ball(data, perturbed, ball)
+    box_excess = beyond_range(perturbed, data_range)
+    fooled = after.wrong & in_data & (ball_excess <= 0) & (box_excess <= 0)
+    finite = in_data & before.finite & after.finite
+    report = VerificationReport(
+        data=len(data),
+        fooled=int(fooled.sum()),
+        outside_ball=int((ball_excess > 0).sum()),
+        ball_excess=_largest(ball_excess),
+        outside_box=int((box_excess > 0).sum()),
+        box_excess=_largest(box_excess),
+        not_finite=int((~finite).sum()),
+        zero_gradient=int(before.zero_gradient.sum()),
+        not_risen=int((finite & ~(after.losses > before.losses)).sum()),
+    )
+    return report, fooled
+
+
+def verify(
+    model: Model,
+    data: Tensor,
+    target: Tensor,
+    perturbed: Tensor,
+    *,
+    ball: Ball,
+    data_range: Range = (0.0, 1.0),
+) -> VerificationReport:
+    """Examine perturbed data of any origin: ball and range in float64, losses by new calls.
+
+    An excess counts if it is more than the rounding of the float64 arithmetic that computes it.
+    Elementwise bounds count as rounded to the dtype of the data.
+
+    Parameters
+    ----------
+    model : Callable
+        From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
+    data, perturbed : Tensor, shape (N, ...)
+        The originals and the perturbed data.
+    target : Tensor, shape (N,)
+        The right classes.
+    ball : LinfBall or L2Ball or L1Ball
+        Without a center: it is around each original.
+    data_range : (float or Tensor, float or Tensor), optional
+        Lower and upper bound of all data; None for no bounds.
+
+    Returns
+    -------
+    VerificationReport
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a class is not one of the model's, or the ball has a center.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import LinfBall
+    >>> from rai_toolbox.perturbations import verify
+    >>> data, target = torch.tensor([[0.2, 0.1], [0.3, 0.4]]), torch.tensor([0, 1])
+    >>> perturbed = torch.tensor([[0.1, 0.2], [0.5, 0.4]])
+    >>> report = verify(torch.nn.Identity(), data, target, perturbed, ball=LinfBall(0.125))
+    >>> report.fooled, report.outside_ball, round(report.ball_excess, 6)
+    (1, 1, 0.075)
+    """
+    check_ball(ball)
+    check_batch(data, target)
+    if perturbed.shape != data.shape or not perturbed.is_floating_point():
+        got = f"{perturbed.dtype} of shape {tuple(perturbed.shape)}"
+        raise wrong("perturbed", f"be floating-point data of shape {tuple(data.shape)}", got)
+    before = predict(model, data, target)
+    after = predict(model, perturbed, target, gradient=False)
+    return compare(data, perturbed, before, after, ball, data_range)[0]
+
+
+def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
+    """The distance of each example from its original beyond the radius, shape (N,); <= 0 inside."""
+    change = (perturbed.detach().double() - data.detach().double()).flatten(1)
+    radius = torch.as_tensor(ball.epsilon, dtype=torch.float64, device=data.device).reshape(-1)
+    if ball.p == inf:
+        radius = torch.maximum(radius, radius.to(perturbed.dtype).double())
+    rounding = (change.shape[1] + 2) * 2.0**-53 * radius
+    excess = torch.linalg.vector_norm(change, ball.p, dim=1) - radius
+    return torch.where(excess <= rounding, excess.clamp(max=0), excess)
+
+
+def beyond_range(data: Tensor, data_range: Range) -> Tensor:
+    """The largest distance of an element of each example beyond a bound, shape (N,); 0 inside."""
+    wide = data.detach().double()
+    excess = torch.where(wide.isnan(), wide, 0.0)
+    if data_range is not None:
+        low, high = (torch.as_tensor(b, device=data.device).to(data.dtype) for b in data_range)
+        excess = torch.maximum(torch.maximum(low.double() - wide, wide - high.double()), excess)
+    rows = excess.flatten(1)
+    return rows.amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
+def _largest(excess: Tensor) -> float:
+    found = excess[excess.isfinite() & (excess > 0)]
+    return float(found.max()) if found.numel() else 0.0

@@ -1,0 +1,114 @@
+"""The feasible set of an attack: a ball around each example, within the range of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import inf
+
+import torch
+from torch import Tensor
+
+from rai_toolbox.constraints import BoundedBall, LinfBall
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.rounding import as_wide
+from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
+from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
+from rai_toolbox.perturbations.models.additive import check_mask
+
+__all__ = ["FeasibleSet"]
+
+
+@dataclass(frozen=True)
+class FeasibleSet:
+    """A ball around each example, within bounds.
+
+    What is optimized is the perturbation: numbers near 0 are finer than those of the data. Rounding
+    its sum with the data may leave the set, so that `project` has the last word on the sum.
+    """
+
+    data: Tensor
+    ball: Ball
+    lower: Tensor | None
+    upper: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def around(
+        cls, data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None
+    ) -> FeasibleSet:
+        """Check the settings, and expand them to the shape of the data, (N, ...)."""
+        check_ball(ball)
+        if not ball.bounded:
+            raise wrong("epsilon` of `ball", "be finite", ball)
+        if data.ndim < 2:
+            raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
+        lower, upper = bounds_of(data, data_range)
+        if mask is not None:
+            check_mask(mask)
+            mask = expanded("mask", mask, data)
+            lower = torch.where(mask, -inf if lower is None else lower, data)
+            upper = torch.where(mask, inf if upper is None else upper, data)
+        return cls(data, _per_example(ball, data), lower, upper, mask)
+
+    def rows(self, rows: Tensor) -> FeasibleSet:
+        """The set of some of the examples."""
+        epsilon = self.ball.epsilon
+        if isinstance(epsilon, Tensor) and epsilon.ndim > 0:
+            epsilon = epsilon[rows]
+        others = (None if t is None else t[rows] for t in (self.lower, self.upper, self.mask))
+        return FeasibleSet(self.data[rows], replace(self.ball, epsilon=epsilon), *others)
+
+    def zero_perturbation(self) -> AdditivePerturbation:
+        """A perturbation of 0 for each example."""
+        if self.mask is None:
+            return AdditivePerturbation(self.data)
+        return MaskedPerturbation(self.data, self.mask)
+
+    def of_perturbations(self) -> Constraint:
+        """The set of perturbations whose sums with the data are in the set, up to rounding."""
+        if self.lower is None or self.upper is None:
+            return self.ball
+        if isinstance(self.ball, LinfBall):  # elementwise: here the rounded sums are all inside
+            return BoundedBall(self.ball, *self._changes)
+        return BoundedBall(self.ball, self.lower - self.data, self.upper - self.data)
+
+    @torch.no_grad()
+    def project(self, perturbed: Tensor) -> Tensor:
+        """The nearest perturbed data that are exactly in the set."""
+        if isinstance(self.ball, LinfBall) and self.lower is not None:
+            return perturbed.clamp(*(self.data + change for change in self._changes))
+        ball = replace(self.ball, center=self.data)
+        allowed = ball if self.lower is None else BoundedBall(ball, self.lower, self.upper)
+        return allowed.project(perturbed)
+
+    @cached_property
+    def _changes(self) -> tuple[Tensor, Tensor]:
+        """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
+        assert self.lower is not None and self.upper is not None
+        return -self._reach(self.lower, -1), self._reach(self.upper, 1)
+
+    def _reach(self, bound: Tensor, sign: int) -> Tensor:
+        """The largest change toward a bound whose rounded sum is in ball and bounds."""
+        epsilon = as_wide(self.ball.epsilon, bound)
+        reach = (sign * (bound - self.data)).minimum(epsilon.to(bound.dtype))
+        end = self.data + sign * reach
+        distance = as_wide(end, bound) - as_wide(self.data, bound)
+        beyond = (sign * distance > epsilon) | (sign * end > sign * bound)
+        end = torch.where(beyond, end.nextafter(self.data), end)
+        reach = torch.where(beyond, sign * (end - self.data), reach)
+        beyond = sign * (self.data + sign * reach) > sign * end  # as the difference was rounded
+        return torch.where(beyond, reach.nextafter(torch.zeros_like(reach)), reach)
+
+
+def _per_example(ball: Ball, data: Tensor) -> Ball:
+    """The ball with radii in the shape (N, 1, ...) that sets require."""
+    epsilon = ball.epsilon
+    if not isinstance(epsilon, Tensor) or epsilon.ndim == 0:
+        return ball
+    if epsilon.numel() != len(data) or len(epsilon) != len(data):
+        rule = f"be a number or have one value for each example, shape ({len(data)},)"
+        raise wrong("epsilon", rule, f"shape {tuple(epsilon.shape)}")
+    shape = (-1, *(1,) * (data.ndim - 1))
+    return replace(ball, epsilon=epsilon.to(data.device).reshape(shape))

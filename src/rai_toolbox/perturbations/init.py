@@ -1,0 +1,113 @@
+"""Random starts: uniform in a norm ball of each sub-tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, default_generator
+
+from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.checks import check_finite
+from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+
+__all__ = ["uniform_like_l1_n_ball_", "uniform_like_l2_n_ball_", "uniform_like_linf_n_ball_"]
+
+
+def uniform_like_l1_n_ball_(
+    x: Tensor,
+    epsilon: float = 1.0,
+    param_ndim: int | None = -1,
+    generator: Generator = default_generator,
+) -> Tensor:
+    """Fill x in place with points drawn uniformly from the L1 ball of each sub-tensor.
+
+    Exponential variables divided by their sum plus one more are uniform in the simplex (Devroye,
+    1986); signs are independent.
+
+    Parameters
+    ----------
+    x : Tensor
+        Of a floating-point dtype; its values are not read.
+    epsilon : float
+        Radius, > 0.
+    param_ndim : int or None
+        Number of trailing dims of a sub-tensor, see `rai_toolbox.to_batch`.
+    generator : torch.Generator
+        On any device.
+
+    Returns
+    -------
+    Tensor
+        `x`.
+
+    Raises
+    ------
+    ValueError
+        If `epsilon` is not a finite number > 0, or `param_ndim` does not fit x.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.perturbations import uniform_like_l1_n_ball_
+    >>> x = uniform_like_l1_n_ball_(torch.empty(4, 9), 2.0, generator=torch.manual_seed(0))
+    >>> bool((x.abs().sum(1) <= 2.0).all())
+    True
+    """
+    return _fill_(x, L1Ball, epsilon, param_ndim, generator)
+
+
+def uniform_like_l2_n_ball_(
+    x: Tensor,
+    epsilon: float = 1.0,
+    param_ndim: int | None = -1,
+    generator: Generator = default_generator,
+) -> Tensor:
+    """Fill x in place with points drawn uniformly from the L2 ball of each sub-tensor.
+
+    The direction of normal variables, at the radius ``epsilon u^(1/n)`` with u uniform (Muller,
+    1959). See `uniform_like_l1_n_ball_` for the arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.perturbations import uniform_like_l2_n_ball_
+    >>> x = uniform_like_l2_n_ball_(torch.empty(4, 9), 2.0, generator=torch.manual_seed(0))
+    >>> bool((x.norm(dim=1) <= 2.0).all())
+    True
+    """
+    return _fill_(x, L2Ball, epsilon, param_ndim, generator)
+
+
+def uniform_like_linf_n_ball_(
+    x: Tensor,
+    epsilon: float = 1.0,
+    param_ndim: int | None = None,
+    generator: Generator = default_generator,
+) -> Tensor:
+    """Fill x in place with numbers drawn uniformly from [-epsilon, epsilon].
+
+    See `uniform_like_l1_n_ball_` for the arguments; `param_ndim` has no effect here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.perturbations import uniform_like_linf_n_ball_
+    >>> x = uniform_like_linf_n_ball_(torch.empty(4, 9), 2.0, generator=torch.manual_seed(0))
+    >>> bool((x.abs() <= 2.0).all())
+    True
+    """
+    return _fill_(x, LinfBall, epsilon, param_ndim, generator)
+
+
+@torch.no_grad()
+def _fill_(
+    x: Tensor, ball: Any, epsilon: float, param_ndim: int | None, generator: Generator
+) -> Tensor:
+    if check_finite("epsilon", epsilon) == 0:
+        raise ValueError(f"`epsilon` must be > 0, got {epsilon!r}")
+    batch, copied = view_or_copy(x.detach(), batch_shape(x.shape, param_ndim))
+    ball(epsilon).sample_(batch, generator)
+    if copied:
+        x.copy_(batch.view(x.shape))
+    return x

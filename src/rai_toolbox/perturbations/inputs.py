@@ -1,0 +1,170 @@
+"""Checks of the inputs of attacks and evaluations: data, classes, balls, and the model's logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rai_toolbox.checks import check_order
+from rai_toolbox.constraints import balls
+from rai_toolbox.constraints.balls import Ball
+
+Model: TypeAlias = Callable[[Tensor], Tensor]
+Range: TypeAlias = tuple[float | Tensor, float | Tensor] | None
+"""Lower and upper bound of all data; None if they are unbounded."""
+
+FLOATING = "be of a floating-point dtype (images of bytes: `data.float() / 255`)"
+
+
+def wrong(name: str, rule: str, got: object, kind: type[Exception] = ValueError) -> Exception:
+    """The error of an argument that breaks a rule: "`name` must rule, got ..."."""
+    return kind(f"`{name}` must {rule}, got {got if isinstance(got, str) else repr(got)}")
+
+
+def as_data(data: Any) -> Tensor:
+    """A floating-point tensor without history, which autograd may save."""
+    tensor = torch.as_tensor(data).detach()
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        if hasattr(data, "dtype"):
+            raise wrong("data", FLOATING, tensor.dtype, TypeError)
+        tensor = tensor.to(torch.get_default_dtype())
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def as_classes(target: Any, data: Tensor) -> Tensor:
+    """The class of each example, as an index; a copy."""
+    classes: Tensor = torch.as_tensor(target, device=data.device)
+    check_classes("target", classes)
+    check_per_example("target", classes, data)
+    return classes.detach().clone().long()
+
+
+def check_classes(name: str, classes: object) -> None:
+    """Raise unless this is a tensor of integers."""
+    dtype: Any = getattr(classes, "dtype", type(classes))
+    is_index = isinstance(dtype, torch.dtype) and dtype != torch.bool
+    if not is_index or dtype.is_floating_point or dtype.is_complex:
+        raise wrong(name, "hold classes, which are integers, in a tensor", dtype, TypeError)
+
+
+def check_per_example(name: str, value: Tensor, data: Tensor) -> None:
+    """Raise unless there is one value for each example."""
+    if value.shape != data.shape[:1]:
+        rule = f"give one value for each example, shape {tuple(data.shape[:1])}"
+        raise wrong(name, rule, f"shape {tuple(value.shape)}")
+
+
+def check_batch(data: Any, target: Any) -> None:
+    """Raise unless these are floating-point data, shape (N, ...), and the class of each example."""
+    if not isinstance(data, Tensor) or not isinstance(target, Tensor):
+        got = f"{type(data).__name__} and {type(target).__name__}"
+        raise wrong("data` and `target", "be tensors", got, TypeError)
+    if not data.is_floating_point():
+        raise wrong("data", FLOATING, data.dtype, TypeError)
+    if data.ndim < 2:
+        raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
+    check_classes("target", target)
+    check_per_example("target", target, data)
+
+
+def check_ball(ball: object) -> None:
+    """Raise unless `ball` is a ball of one of the three norms, without a center."""
+    if balls.check_ball("ball", ball).center is not None:
+        raise wrong("ball", "have no center, as each example is one", ball)
+
+
+def radius_of(ball: Ball) -> float:
+    """The radius of a ball, if it is the same finite number for all examples."""
+    check_ball(ball)
+    if isinstance(ball.epsilon, Tensor) or not ball.bounded:
+        raise wrong("epsilon` of `ball", "be a finite number", ball)
+    return float(ball.epsilon)
+
+
+def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor | None, Tensor | None]:
+    """The bounds in the shape of the data, which must be finite and within them."""
+    if not bool(data.isfinite().all()):
+        raise wrong("data", "be finite", "NaN or infinity among them")
+    if data_range is None:
+        return None, None
+    if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
+        raise wrong("data_range", "be a pair (lower, upper) or None", data_range, TypeError)
+    check_order("lower", data_range[0], "upper", data_range[1])
+    lower, upper = (
+        expanded("data_range", torch.as_tensor(bound, dtype=data.dtype), data)
+        for bound in data_range
+    )
+    outside = (data < lower) | (data > upper)
+    if bool(outside.any()):
+        at = tuple(outside.nonzero()[0].tolist())
+        low, high, value = (float(tensor[at]) for tensor in (lower, upper, data))
+        rule = f"be within `data_range`, [{low:g}, {high:g}]"
+        raise wrong("data", rule, f"{value:g} at {at}")
+    return lower, upper
+
+
+def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
+    """A setting in the shape of the data."""
+    try:
+        return setting.to(data.device).expand(data.shape)
+    except RuntimeError:
+        rule = f"broadcast against the data of shape {tuple(data.shape)}"
+        raise wrong(name, rule, f"shape {tuple(setting.shape)}") from None
+
+
+def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
+    """The model with a check of its output: logits of shape (N, K), with all classes of `target`.
+
+    Reads the target once, which synchronizes with the host.
+    """
+    wide = target.long()  # torch has no minimum of uint16
+    lowest, highest = (int(wide.min()), int(wide.max())) if wide.numel() else (0, 0)
+
+    def logits_of(data: Tensor) -> Tensor:
+        logits: Any = model(data)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            rule = f"give logits of shape ({len(data)}, K), one row per example"
+            raise wrong("model", rule, got)
+        number = logits.shape[1]
+        if number < 2:
+            rule = "give logits of two classes at least (not one number for both)"
+            raise wrong("model", rule, f"shape {tuple(logits.shape)}")
+        if lowest < 0 or highest >= number:
+            rule = f"hold classes from 0 to {number - 1}"
+            raise wrong(name, rule, lowest if lowest < 0 else highest)
+        return logits
+
+    return logits_of
+
+
+def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
+    """Whether a callable takes an argument of this name, and whether it requires it."""
+    parameters = inspect.signature(call).parameters
+    if name in parameters:
+        return True, parameters[name].default is inspect.Parameter.empty
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values()), False
+
+
+def batches(loader: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that hold examples, on the device; None leaves them on their own."""
+    for i, batch in enumerate(loader):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = f"{type(batch).__name__} as batch {i}"
+            raise wrong("loader", "give pairs (data, target)", got, TypeError)
+        data, target = batch
+        check_batch(data, target)
+        if len(data):
+            yield as_data(data).to(device or data.device), target.to(device or data.device)
+
+
+def device_of(model: object) -> torch.device | None:
+    """The device of the model's tensors; None if it has none."""
+    if not isinstance(model, nn.Module):
+        return None
+    tensors = (tensor for found in (model.parameters(), model.buffers()) for tensor in found)
+    return next((tensor.device for tensor in tensors), None)

@@ -1,0 +1,224 @@
+"""The loop of all solvers: evaluate, keep the best, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rai_toolbox.modules import evaluating, frozen
+from rai_toolbox.perturbations.best_of import BestOf
+from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
+from rai_toolbox.perturbations.losses import Criterion
+from rai_toolbox.perturbations.models.additive import AdditivePerturbation
+from rai_toolbox.perturbations.models.protocol import PerturbationModel
+
+__all__ = ["Attacked", "Objective", "Success", "copy_into", "solve", "solving"]
+
+Success = Callable[[Tensor, Tensor], Tensor]
+"""From the output of a model and the target to a bool for each example."""
+
+_FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
+"""Evaluations after which examples that have succeeded are dropped, which synchronizes."""
+
+
+class Attacked(NamedTuple):
+    """What an attack found for each example; all values are those of the rounded data.
+
+    Attributes
+    ----------
+    data : Tensor, shape (N, ...)
+        The perturbed data, exactly in the ball and the range.
+    losses : Tensor, shape (N,)
+        The criterion there.
+    fooled : Tensor of bool, shape (N,)
+        Whether the attack succeeds there.
+    zero_gradient : Tensor of bool, shape (N,)
+        Whether every run started at a zero gradient, so that the example was not attacked.
+    model_calls : int
+        Number of calls of the model, on all examples or some.
+    """
+
+    data: Tensor
+    losses: Tensor
+    fooled: Tensor
+    zero_gradient: Tensor
+    model_calls: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of each example, to maximize with the sign -1 or to minimize with the sign 1.
+
+    ``cost = sign * loss`` is what a solver minimizes. Losses are means over `samples` evaluations.
+    `success` decides whether an example has succeeded, which comes before any cost.
+    """
+
+    model: Model
+    criterion: Criterion
+    sign: float = -1.0
+    reduction_fn: Callable[[Tensor], Tensor] = torch.sum
+    samples: int = 1
+    success: Success | None = None
+
+    def evaluate(
+        self,
+        perturbation: Callable[[Tensor], Tensor],
+        data: Tensor,
+        target: Tensor,
+        rows: Tensor | None = None,
+        params: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The perturbed data, costs and success; adds the gradients of `params`.
+
+        With `rows`, costs and success are those of some examples, whose target is given.
+        """
+        losses, outputs = [], []
+        with torch.set_grad_enabled(params is not None):
+            for _ in range(self.samples):
+                perturbed = perturbation(data)
+                output = self.model(perturbed if rows is None else perturbed.index_select(0, rows))
+                loss = self.criterion(output, target)
+                if params is not None:
+                    self._backward(loss if self.samples == 1 else loss / self.samples, params)
+                losses.append(loss.detach())
+                if self.success is not None:
+                    outputs.append(output.detach())
+        with torch.no_grad():
+            cost = self.sign * (losses[0] if self.samples == 1 else torch.stack(losses).mean(0))
+            if self.success is None:
+                success = torch.zeros_like(cost, dtype=torch.bool)
+            else:
+                output = outputs[0] if self.samples == 1 else torch.stack(outputs).mean(0)
+                success = self.success(output, target)
+        return perturbed.detach(), cost, success
+
+    def _backward(self, loss: Tensor, params: list[Tensor]) -> None:
+        """Add the gradients of what is minimized to `params`, and to no other tensors."""
+        if self.reduction_fn is not torch.sum:  # the sum is differentiated without computing it
+            loss = self.reduction_fn(loss)
+            if loss.ndim != 0:
+                raise wrong("reduction_fn", "give one number", f"shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            got = "a loss that does not depend on the perturbation (is something detached?)"
+            raise wrong("model` and `criterion", "be differentiable", got)
+        torch.autograd.backward(loss, torch.full_like(loss, self.sign), inputs=params)
+
+
+def solve(
+    objective: Objective,
+    data: Tensor,
+    target: Tensor,
+    perturbation: PerturbationModel,
+    optimizer: Any,
+    steps: int,
+    use_best: bool = True,
+    stop: bool = False,
+) -> Attacked:
+    """Optimize the parameters of a perturbation, inside `solving`.
+
+    With `use_best` each example keeps its best iterate, else the last one. With `stop` it keeps the
+    first one that succeeds, and is evaluated no more.
+    """
+    params = [param for param in perturbation.parameters() if param.requires_grad]
+    if steps:
+        _check_optimizer(optimizer)
+    observe = getattr(optimizer, "observe_", None)
+    best: BestOf | None = None
+    rows, target_of_rows = None, target
+    for step in range(steps + 1):
+        for param in params:
+            param.grad = None
+        last = step == steps
+        perturbed, cost, success = objective.evaluate(
+            perturbation, data, target_of_rows, rows, None if last else params
+        )
+        if step == 0:
+            separate = parameters_per_example(perturbation, params, perturbed)
+            zero_gradient = _zero_gradient(params, perturbed, separate is not None)
+            if use_best or stop or observe is not None:
+                check_per_example("criterion", cost, perturbed)
+                check_per_example("stop_once", success, perturbed)
+            if use_best or stop:
+                best = BestOf(cost, success, separate or [perturbed], use_best, stop)
+        elif best is not None:
+            best.update_(cost, success, separate or [perturbed], rows)
+        if last:
+            break
+        if stop and best is not None and _is_check(step + 1):
+            rows = best.rows_without_success()
+            if len(rows) == 0:
+                break
+            target_of_rows = target if target.ndim == 0 else target[rows]
+        if observe is not None:
+            observe(cost if best is None else best.last_cost)
+        optimizer.step()
+    for param in params:
+        param.grad = None
+    if best is not None:
+        perturbed, cost, success = best.tensors[0], best.cost, best.success
+        if separate is not None:
+            copy_into(params, best.tensors)
+            perturbed = perturbation(data).detach()
+    calls = objective.samples * (step + 1)
+    return Attacked(perturbed, objective.sign * cost, success, zero_gradient, calls)
+
+
+@torch.no_grad()
+def copy_into(params: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Set parameters to values."""
+    for param, value in zip(params, values, strict=True):
+        param.copy_(value)
+
+
+def parameters_per_example(
+    model: PerturbationModel, params: list[Tensor], data: Tensor
+) -> list[Tensor] | None:
+    """The parameters, if each has one independent row per example."""
+    if not getattr(model, "per_datum", False) or data.ndim == 0:
+        return None
+    if isinstance(model, AdditivePerturbation) and model.delta.shape != data.shape:
+        return None
+    separate = all(param.ndim > 0 and len(param) == len(data) for param in params)
+    return params if separate else None
+
+
+def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor:
+    """Whether there are gradients, and all are 0, shape (N,): of the example, or of shared ones."""
+    grads = [param.grad for param in params if param.grad is not None and param.grad.numel()]
+    zero = torch.full(data.shape[:1], bool(grads), device=data.device)
+    for grad in grads:
+        size = grad.flatten(1).abs().amax(1) if separate and grad.ndim > 1 else grad.abs()
+        zero = zero & (size == 0 if separate else size.amax() == 0)
+    return zero
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Raise unless this can step, with gradients alone."""
+    if not callable(getattr(optimizer, "step", None)):
+        raise wrong("optimizer", "be or make what has a `step`", optimizer, TypeError)
+    inner = getattr(optimizer, "inner_opt", optimizer)  # to which a wrapper passes its closure on
+    if isinstance(inner, Optimizer) and takes(type(inner).step, "closure")[1]:
+        rule = "step by gradients alone, without a `closure`"
+        raise wrong("optimizer", rule, type(inner).__name__, TypeError)
+
+
+def _is_check(evaluations: int) -> bool:
+    return evaluations in _FIRST_CHECKS or evaluations % _CHECK_EVERY == 0
+
+
+@contextmanager
+def solving(model: object) -> Iterator[None]:
+    """Context: gradients enabled, and a module in eval mode with frozen weights; undone on exit."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if isinstance(model, nn.Module):
+            stack.enter_context(frozen(model))
+            stack.enter_context(evaluating(model))
+        yield

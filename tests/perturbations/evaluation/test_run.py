@@ -1,0 +1,358 @@
+"""The evaluation: exact on linear models, frugal, verified, and the same after an interruption."""
+
+import json
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.optim import FrankWolfe
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.evaluation import evaluate_robustness
+from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.state_file import StateFileError
+
+BALLS = [LinfBall(0.1), LinfBall(0.2), LinfBall(0.3)]
+
+
+def linear(classes=2, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(6, classes, bias=False)
+
+
+def noise(number=60, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(number, 6, generator=generator)
+
+
+MODEL = linear()
+DATA = noise()
+TARGET = MODEL(DATA).argmax(1)
+TARGET[::9] = 1 - TARGET[::9]  # misread
+
+
+class Corner:
+    """The exact worst point of a linear model with two classes in Linf balls; keeps its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model, data, target, *, ball, data_range, generator):
+        self.calls.append((ball.epsilon, data))
+        slope = model.weight.detach()[1 - target] - model.weight.detach()[target]
+        room = torch.where(slope > 0, data_range[1] - data, data - data_range[0])
+        room = room.clamp(max=ball.epsilon * (1 - 1e-6))
+        return SimpleNamespace(data=(data + slope.sign() * room).clamp(*data_range))
+
+
+def batches(size=20, data=DATA, target=TARGET):
+    return [(data[i : i + size], target[i : i + size]) for i in range(0, len(data), size)]
+
+
+def evaluated(loader=None, **changed):
+    settings = {"balls": BALLS, "solver": Corner(), "progress": False, "examples": 0} | changed
+    model = settings.pop("model", MODEL)
+    return evaluate_robustness(model, batches() if loader is None else loader, **settings)
+
+
+def worst_margins(epsilon):
+    """Logit of the other class - that of the target, at its worst: the closed form."""
+    weight = MODEL.weight.detach().double()
+    slope, x = weight[1 - TARGET] - weight[TARGET], DATA.double()
+    room = torch.where(slope > 0, 1 - x, x).clamp(max=epsilon)
+    return (slope * x).sum(1) + (slope.abs() * room).sum(1)
+
+
+@pytest.mark.parametrize("solver", [Corner(), partial(attack, optimizer=FrankWolfe, steps=20)])
+def test_robust_accuracy_is_the_closed_form_of_a_linear_model(solver):
+    report = evaluated(solver=solver)
+    assert report.clean_accuracy == (worst_margins(0) < 0).double().mean()
+    robust = [report.robust_accuracy(ball) for ball in BALLS]
+    assert robust == [(worst_margins(ball.epsilon) < 0).double().mean() for ball in BALLS]
+    assert 0 < robust[-1] < robust[0] < report.clean_accuracy < 1
+    assert report.warnings() == [] and report.feasible
+
+
+def test_only_what_is_still_robust_is_attacked():
+    solver = Corner()
+    report = evaluated(solver=solver, balls=BALLS[::-1])  # in any order
+    attacked = {ball.epsilon: 0 for ball in BALLS}
+    for epsilon, data in solver.calls:
+        attacked[epsilon] += len(data)
+    margins = [worst_margins(epsilon) for epsilon in (0, *attacked)]
+    assert list(attacked.values()) == [int((m < 0).sum()) for m in margins[:-1]]
+    assert [row.checks.data for row in report.rows()] == list(attacked.values())
+
+
+def test_accuracy_never_rises_with_epsilon_even_by_a_solver_that_gets_worse():
+    def lazy(model, data, target, **settings):
+        good = Corner()(model, data, target, **settings)
+        return good if settings["ball"].epsilon < 0.15 else SimpleNamespace(data=data)
+
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(solver=lazy)
+    said = [str(warning.message).partition(" for ")[0] for warning in caught]
+    assert said == ["Linf 0.2: the loss did not rise", "Linf 0.3: the loss did not rise"]
+    exact = evaluated().robust_accuracy(BALLS[0])
+    assert [report.robust_accuracy(ball) for ball in BALLS] == [exact] * 3
+
+
+def test_what_is_outside_fools_nobody_and_is_warned_of():
+    def cheat(model, data, target, *, ball, **settings):
+        return Corner()(model, data, target, ball=LinfBall(3 * ball.epsilon), **settings)
+
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(solver=cheat)
+    assert all(" are outside the ball, by up to " in str(warning.message) for warning in caught)
+    assert len(caught) == len(BALLS)
+    assert report.robust_accuracy(BALLS[-1]) == report.clean_accuracy
+    assert not report.feasible
+
+
+def test_the_solver_s_own_word_is_not_taken():
+    def boaster(model, data, target, **settings):
+        return SimpleNamespace(data=data, fooled=torch.ones(len(data), dtype=torch.bool))
+
+    with pytest.warns(RobustnessWarning, match="did not rise"):
+        report = evaluated(solver=boaster, balls=BALLS[-1:])
+    assert report.robust_accuracy(BALLS[-1]) == report.clean_accuracy
+
+
+def test_flat_models_are_warned_of():
+    flat = nn.Sequential(nn.Linear(6, 2), nn.Threshold(1e6, 1.0))
+    solver = partial(attack, optimizer=FrankWolfe, steps=2)
+    with pytest.warns(RobustnessWarning) as caught:
+        evaluated(model=flat, solver=solver, balls=[LinfBall(0.1)])
+    right = int((TARGET == 0).sum())
+    assert [str(w.message) for w in caught] == [
+        f"Linf 0.1: the gradient is exactly 0 at {right} of {right} examples (100.0%): "
+        "the model is flat there",
+        f"Linf 0.1: the loss did not rise for {right} of {right} examples (100.0%)",
+    ]
+
+
+def test_a_model_that_reads_nothing_is_warned_of():
+    nothing = [(DATA, 1 - MODEL(DATA).argmax(1))]
+    with pytest.warns(RobustnessWarning, match="no original is predicted right: "):
+        assert evaluated(nothing).clean_accuracy == 0
+
+
+def test_other_batches_and_their_order_do_not_matter():
+    solver = partial(attack, optimizer=FrankWolfe, steps=0, random_start=True)
+    loader = batches()
+
+    def found(loader, **changed):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RobustnessWarning)
+            return evaluated(loader, solver=solver, balls=[LinfBall(0.3), L2Ball(1)], **changed)
+
+    whole = found(loader)
+    backwards = found(loader[::-1])
+    parts = [found([batch]) for batch in loader]
+    assert RobustnessReport.merged(parts) == whole
+    assert RobustnessReport.merged(parts[::-1]) == backwards
+    seeds = {tuple(found(loader, seed=seed).withstood["Linf"]) for seed in range(4)}
+    assert len(seeds) > 1  # random numbers do matter here
+
+
+def test_random_numbers_of_models_repeat_and_the_callers_are_left_alone():
+    def restless(x):
+        return MODEL(x) + 0.3 * torch.randn(len(x), 2)
+
+    def still(model, data, target, **settings):
+        return SimpleNamespace(data=data + 0 * model(data).sum().detach())
+
+    def found():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RobustnessWarning)
+            return evaluated(model=restless, solver=still)
+
+    state = torch.get_rng_state()
+    first = found()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert found() == first
+
+
+def test_the_model_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2).eval(), nn.Dropout())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RobustnessWarning)
+        evaluated(model=model, solver=partial(attack, optimizer=FrankWolfe, steps=1))
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("ball", [L2Ball, L1Ball])
+def test_norms_have_their_own_columns(ball):
+    balls = [ball(0.3), LinfBall(0.05), ball(0), LinfBall(0.05)]  # one of them twice
+    solver = partial(attack, optimizer=FrankWolfe)
+    report = evaluated(balls=balls, solver=solver, steps=5)
+    name = ball.__name__.removesuffix("Ball")
+    assert report.epsilons == {name: (0.0, 0.3), "Linf": (0.05,)}
+    assert report.robust_accuracy(ball(0)) == report.clean_accuracy  # it has one point
+    assert report.robust_accuracy(ball(0.3)) < report.clean_accuracy
+    assert report.settings["solver"]["steps"] == 5
+
+
+def test_any_loader_will_do(capsys):
+    dataset = TensorDataset(DATA, TARGET.int())
+    expected = evaluated()
+    assert evaluated(DataLoader(dataset, batch_size=20)) == expected
+    assert evaluated(iter(batches()), progress=True) == expected
+    assert "evaluating" in capsys.readouterr().err
+    assert evaluated([*batches(), (DATA[:0], TARGET[:0])]) == expected
+    assert capsys.readouterr().err == ""
+
+
+def test_examples_are_data_that_were_read_right():
+    report = evaluated(examples=3, balls=[LinfBall(0.05), LinfBall(0.1)])
+    (shown,) = report.examples
+    rows = (worst_margins(0) < 0).nonzero().squeeze(1)[:3]
+    assert torch.equal(shown.data, DATA[rows]) and torch.equal(shown.target, TARGET[rows])
+    misread = shown.reading != shown.target
+    assert torch.equal(misread, worst_margins(0.1)[rows] > 0)
+    assert (shown.epsilon, shown.norm) == (0.1, "Linf")
+    assert 0.09 < (shown.perturbed - shown.data).abs().max() <= 0.1
+
+
+# Interruptions
+
+
+class Stop(BaseException):
+    """Neither the evaluation nor the solver may catch it."""
+
+
+@pytest.mark.parametrize("calls", range(9))  # three batches, three radii
+def test_a_run_that_was_stopped_loses_one_batch_at_most(calls, tmp_path):
+    path = tmp_path / "state.json"
+    solver = Corner()
+
+    def stopping(*args, **settings):
+        if len(solver.calls) == calls:
+            raise Stop
+        return solver(*args, **settings)
+
+    with pytest.raises(Stop):
+        evaluated(solver=Named(stopping), state_file=path)
+    again = Corner()
+    assert evaluated(solver=Named(again), state_file=path) == evaluated(solver=Named(Corner()))
+    assert len(again.calls) == 9 - 3 * (calls // 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+class Named:
+    """Solvers that count as one and the same."""
+
+    def __init__(self, solver):
+        self.solver = solver
+
+    def __call__(self, *args, **settings):
+        return self.solver(*args, **settings)
+
+
+def test_a_finished_run_is_not_done_again(tmp_path):
+    path = tmp_path / "state.json"
+    first = evaluated(state_file=path, examples=2)
+    solver = Corner()
+    again = evaluated(state_file=str(path), solver=solver, examples=2)
+    assert again == first and len(solver.calls) == 1  # for the examples
+    assert torch.equal(again.examples[0].perturbed, first.examples[0].perturbed)
+    assert json.loads(path.read_text(encoding="utf-8"))["report"]["withstood"] == {
+        "Linf": list(first.withstood["Linf"])
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 1}, "seed = 0 instead of 1"),
+        ({"data_range": (0.0, 2.0)}, r"data_range = \[0.0, 1.0\] instead of \[0.0, 2.0\]"),
+        ({"balls": BALLS[:2]}, r"epsilons.Linf = \(0.1, 0.2, 0.3\) instead of \(0.1, 0.2\)"),
+        ({"solver": partial(attack, steps=1)}, "solver = "),
+        ({"model": linear(seed=5)}, "another model or other weights"),
+        ({"loader": batches(10)}, "batch 0 of `loader` must be the one that"),
+        ({"loader": batches()[::-1]}, "same data, order and batch size"),
+        ({"loader": batches(target=1 - TARGET)}, "got another one"),
+        ({"loader": batches()[:2]}, "`loader` must have the 3 batches that .* got 2"),
+    ],
+)
+def test_another_run_is_refused_and_nothing_changes(changed, said, tmp_path):
+    path = tmp_path / "state.json"
+    evaluated(state_file=path)
+    before = path.read_bytes()
+    with pytest.raises(StateFileError, match=said):
+        evaluated(state_file=path, **changed)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "rai_toolbox evaluation 1"}', "\0"])
+def test_a_file_of_another_kind_is_refused(text, tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(StateFileError, match="`state_file` must be of this format"):
+        evaluated(state_file=path)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_fingerprints_tell_what_matters():
+    tensors = [
+        torch.zeros(4),
+        torch.zeros(2, 2),
+        torch.zeros(4, dtype=torch.int32),
+        -torch.zeros(4),
+        torch.zeros(0),
+        torch.zeros(4, dtype=torch.bfloat16),
+    ]
+    assert len({fingerprint(tensor) for tensor in tensors}) == len(tensors)
+    assert fingerprint(DATA[:, ::2]) == fingerprint(DATA[:, ::2].clone())
+    assert fingerprint(linear()) == fingerprint(linear()) != fingerprint(linear(seed=1))
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+
+
+def test_settings_are_described_as_plain_data():
+    ball = LinfBall(torch.tensor([0.5]))
+    given = {"a": partial(attack, steps=3, ball=ball), "b": (1, None, float("inf")), "c": nn.ReLU()}
+    plain = described(given)
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["a"]["call"] == "rai_toolbox.perturbations.attack.attack"
+    assert plain["a"]["steps"] == 3 and plain["b"] == [1, None, "inf"]
+    assert described(partial(attack, ball=LinfBall(torch.tensor([0.25])))) != described(
+        partial(attack, ball=ball)
+    )
+    assert "0x" not in json.dumps(described([object(), lambda x: x]))  # no addresses
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"balls": []}, ValueError, "`balls` must be one ball at least, got none"),
+        ({"balls": [0.1]}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
+        ({"balls": [LinfBall(float("inf"))]}, ValueError, "must be a finite number"),
+        ({"balls": [LinfBall(torch.ones(1))]}, ValueError, "must be a finite number"),
+        ({"balls": [LinfBall(1.0, center=0.5)]}, ValueError, "`ball` must have no center"),
+        ({"examples": -1}, ValueError, "`examples` must be >= 0, got -1"),
+        ({"seed": 0.5}, TypeError, "`seed` must be an int, got 0.5"),
+        ({"loader": []}, ValueError, "`loader` must give one batch at least, got none"),
+        ({"loader": [DATA]}, TypeError, r"pairs \(data, target\), got Tensor as batch 0"),
+        ({"loader": [(DATA.byte(), TARGET)]}, TypeError, "must be of a floating-point dtype"),
+        (
+            {"loader": [(DATA, TARGET + 1)]},
+            ValueError,
+            r"`target` must hold classes from 0 to 1, got 2",
+        ),
+        ({"loader": [(DATA + 0.5, TARGET)]}, ValueError, r"within `data_range`, \[0, 1\], got"),
+        ({"loader": [(DATA / 0, TARGET)], "data_range": None}, ValueError, "must be finite"),
+        ({"solver": lambda *a, **k: SimpleNamespace(data=DATA[:1])}, ValueError, "`solver` must"),
+        ({"solver": lambda *a, **k: None}, TypeError, "`solver` must return an object with `data`"),
+    ],
+)
+def test_bad_input_is_refused(changed, error, said):
+    with pytest.raises(error, match=said):
+        evaluated(**changed)
