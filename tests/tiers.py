@@ -22,5 +22,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _slow(value: Any, single: bool) -> Any:
+    if isinstance(value, type(pytest.param())):
+        return pytest.param(*value.values, id=value.id, marks=[*value.marks, pytest.mark.slow])
     values = value if type(value) is tuple and not single else (value,)
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -17,9 +17,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch_versions import shards_on_cpu
 
 from rai_toolbox import constraints as sets
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer, TopQGradientOptimizer
+
+pytestmark = shards_on_cpu
 
 SHAPES = [(6, 4), (5, 3), (5,)]
 SAVED, END = 4, 8

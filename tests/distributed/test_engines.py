@@ -7,9 +7,12 @@ import torch
 from engines import FEW_STEPS, STEPS, Bag, both, columns, ddp, fsdp, train, trained, whole
 from ranks import on_ranks, outcomes
 from tiers import slow_but
+from torch_versions import shards_on_cpu
 
 from rai_toolbox import constraints as sets
 from rai_toolbox import optim
+
+pytestmark = shards_on_cpu
 
 SHAPES = [(6, 4), (5, 3), (4, 3, 2, 2), (5,), (2, 3)]  # uneven shards, and less rows than ranks
 

@@ -7,9 +7,12 @@ import torch
 from engines import Bag, columns, ddp, fsdp, whole
 from ranks import on_ranks
 from tiers import slow_but
+from torch_versions import shards_on_cpu
 
 from rai_toolbox import constraints as sets
 from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
+
+pytestmark = shards_on_cpu
 
 SHAPES = [(6, 4), (5, 3), (5,)]
 

@@ -11,11 +11,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch_versions import shards_on_cpu
 
 from rai_toolbox import constraints as sets
 from rai_toolbox import to_batch
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.optim import ProjectedOptimizer
+
+pytestmark = shards_on_cpu
 
 
 def each(n, *rest):

@@ -13,6 +13,7 @@ from engines import ddp, fsdp
 from ranks import on_ranks, outcomes
 from tiers import slow_but
 from torch import nn
+from torch_versions import shards_on_cpu
 
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations import attack, evaluate_robustness
@@ -154,7 +155,7 @@ def evaluated_refused(of, loader, said, **settings):
             ("length", "`loader` must give the same batches on each rank, in one order"),
             ("settings", "must have the same settings"),
             ("ddp", "got DistributedDataParallel: give its `module`"),
-            ("shards", "got the sharded parameter 'weight'"),
+            pytest.param("shards", "got the sharded parameter 'weight'", marks=shards_on_cpu),
         ]
     ),
 )
@@ -176,5 +177,6 @@ def of_shards():
     return evaluated(fsdp(model()), batches(10)).to_json()
 
 
+@shards_on_cpu
 def test_without_a_group_ranks_do_the_same_on_the_shards_of_one_model():
     assert on_ranks(2, of_shards) == [evaluated(model(), batches(10)).to_json()] * 2

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import LBFGS, SGD, Adam
+from torch_versions import differentiates_lr, takes_grad_dtype
 
 from rai_toolbox.constraints import Affine, Box, Hyperplane, L1Ball, L2Ball, Simplex
 from rai_toolbox.optim import (
@@ -223,6 +224,7 @@ def test_a_failed_step_leaves_no_trace_in_the_state():
     assert not opt.state
 
 
+@takes_grad_dtype
 def test_the_gradient_may_have_another_dtype():
     x = normal(3, 4, dtype=torch.bfloat16).requires_grad_()
     x.grad_dtype = torch.float32
@@ -234,6 +236,7 @@ def test_the_gradient_may_have_another_dtype():
     assert L1Ball(1.0).violation(x.detach()).max() == 0
 
 
+@differentiates_lr
 def test_a_differentiable_step_can_be_differentiated():
     start = L1Ball(1.0).project(normal(1, 4)).requires_grad_()
 

@@ -8,6 +8,7 @@ import torch
 import torch._dynamo
 from bitwise import same_bits
 from torch.optim import SGD, Adam
+from torch_versions import compiles, takes_grad_dtype
 
 from rai_toolbox import foreach
 from rai_toolbox.constraints import L1Ball, L2Ball, Simplex
@@ -58,6 +59,7 @@ def test_averages_in_a_chain_with_a_hook_of_its_own_are_saved(inner):
     assert same_bits(x.detach(), y.detach())
 
 
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("chained", [False, True])
 def test_averages_begin_in_a_compiled_step(chained):
@@ -79,6 +81,7 @@ def test_averages_begin_in_a_compiled_step(chained):
     torch.testing.assert_close(x, y)
 
 
+@takes_grad_dtype
 def test_the_empty_state_for_a_checkpoint_is_of_the_dtype_of_the_parameter():
     x = normal(3, 4).bfloat16().requires_grad_()
     x.grad_dtype = torch.float32

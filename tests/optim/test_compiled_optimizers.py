@@ -11,6 +11,7 @@ import torch._dynamo
 from every_class import CASES
 from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Optimizer, lr_scheduler
+from torch_versions import compiles
 
 from rai_toolbox.constraints import (
     BoundedBall,
@@ -28,6 +29,8 @@ from rai_toolbox.optim import (
     TopQGradientOptimizer,
 )
 from rai_toolbox.optim.compile import compiled
+
+pytestmark = compiles
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch._dynamo
 from tiers import slow_but
+from torch_versions import compiles
 
 from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import APGD, PGD, ExponentiatedGradient, FrankWolfe, compiled
+
+pytestmark = compiles
 
 BALLS = [LinfBall(0.1), L2Ball(0.5), L1Ball(1.0)]
 

@@ -14,9 +14,12 @@ from engine_cases import FRANK_WOLFE, WITH_INNER, WRAPPERS, new_gradients, tenso
 from tiers import slow_but
 from torch.optim import SGD, Adam, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch_versions import compiles
 
 from rai_toolbox import optim
 from rai_toolbox.optim import ClampedParameterOptimizer, ParamTransformingOptimizer
+
+pytestmark = compiles
 
 SHAPES = (3, 2), (2, 2)
 

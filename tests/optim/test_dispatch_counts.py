@@ -9,6 +9,7 @@ import torch
 from engine_cases import WITH_INNER, WRAPPERS, recording, tensors, unbounded
 from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_versions import takes_grad_dtype
 
 from rai_toolbox.constraints import L2Ball
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
@@ -140,6 +141,7 @@ def test_foreach_is_left_open_after_a_step_that_fails():
     assert opt.param_groups[0]["foreach"] is None
 
 
+@takes_grad_dtype
 def test_a_gradient_that_torch_refuses_among_others_is_stepped_as_ever():
     params = tensors(*[(3, 2)] * 10)
     for param in params:

@@ -13,6 +13,7 @@ from engine_cases import new_gradients, tensors
 from scipy.optimize import minimize
 from tiers import slow_but
 from torch.optim import lr_scheduler
+from torch_versions import takes_grad_dtype
 
 from rai_toolbox.constraints import Simplex
 from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
@@ -267,6 +268,7 @@ def test_any_strides_give_the_same(dtype):
     assert torch.equal(x, y)
 
 
+@takes_grad_dtype
 def test_gradients_of_another_dtype_and_layout():
     x = torch.full((2, 2), 0.5, dtype=torch.float16, requires_grad=True)
     x.grad_dtype = torch.float32

@@ -10,6 +10,7 @@ import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
 from tiers import slow_but
+from torch_versions import takes_grad_dtype
 
 from rai_toolbox import to_batch
 from rai_toolbox.constraints import (
@@ -467,6 +468,7 @@ def test_any_strides_give_the_same(dtype, rule):
     assert torch.equal(*results)
 
 
+@takes_grad_dtype
 def test_gradients_of_another_dtype_and_layout():
     x = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
     x.grad_dtype = torch.float32

@@ -11,6 +11,7 @@ from every_class import CASES, TRANSFORMING, bridged, distinct, leaf
 from memory_layouts import LAYOUTS, equal_bits
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
+from torch_versions import takes_grad_dtype
 
 from rai_toolbox import optim
 
@@ -113,6 +114,7 @@ def test_several_dtypes_in_one_group(name):
 # ------------------------------------------------------------------- gradients
 
 
+@takes_grad_dtype
 @of_each_class
 def test_gradient_of_another_dtype(name):
     """A float32 gradient of a bfloat16 parameter is transformed in float32."""

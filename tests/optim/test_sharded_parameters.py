@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
 from torch.testing._internal.two_tensor import TwoTensor
+from torch_versions import shards_on_cpu
 
 RANKS = 2
 
@@ -55,6 +56,7 @@ def trained(name, **settings):
     return [p.detach() for p in module.parameters()]
 
 
+@shards_on_cpu
 @pytest.mark.parametrize(
     "name", ["ClampedParameter", "LinfProjected", "L2Projected", "L1Normed", "L2FrankWolfe"]
 )

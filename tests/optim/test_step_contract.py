@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch_versions import TORCH, differentiates_lr
 
 from rai_toolbox import optim
 from rai_toolbox.optim import (
@@ -239,7 +240,8 @@ def test_schedulers_do_what_they_do_to_the_bare_optimizer(make, on, tensor_lr):
             new_gradients(params, k)
             opt.step()
             scheduler.step()
-            yield [p.detach().clone() for p in params], scheduler.get_last_lr()
+            # (as numbers: it may give the tensor that the next step changes)
+            yield [p.detach().clone() for p in params], [float(x) for x in scheduler.get_last_lr()]
 
     def lr():
         return torch.tensor(0.1) if tensor_lr else 0.1
@@ -249,7 +251,8 @@ def test_schedulers_do_what_they_do_to_the_bare_optimizer(make, on, tensor_lr):
     wrapper = unbounded(params, Adam, lr=lr())
     on_it = wrapper if on == "wrapper" else wrapper.inner_opt
     expected = list(trajectory(bare_params, bare, bare))
-    assert len({float(lr) for _, (lr,) in expected}) > 1  # there is a schedule to follow
+    if not tensor_lr or TORCH >= (2, 9):  # before, some schedulers left tensors as they were
+        assert len({lr for _, (lr,) in expected}) > 1  # there is a schedule to follow
     for (ours, our_lr), (theirs, their_lr) in zip(
         trajectory(params, wrapper, on_it), expected, strict=True
     ):
@@ -748,6 +751,7 @@ def test_the_gradient_through_a_step_is_finite_at_zero(make):
     assert all(g.isfinite().all() for g in got)
 
 
+@differentiates_lr
 def test_meta_learning_through_two_steps():
     # d/d(lr) of the loss after two steps, against a difference quotient.
     def loss(lr):
