@@ -166,7 +166,7 @@ def test_losses_and_success_are_those_of_what_is_returned(problem, criterion, ta
     better = found.losses <= clean + 1e-6 if targeted else found.losses >= clean - 1e-6
     assert (better | found.fooled).all()
     assert found.fooled.any() and not found.fooled.all()
-    assert found.model_calls == 14
+    assert found.model_calls in (13, 14)  # one more if rounding has moved the result
 
 
 def test_who_fools_comes_before_who_has_a_larger_loss():

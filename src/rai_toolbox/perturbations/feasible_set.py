@@ -77,9 +77,21 @@ class FeasibleSet:
         """The nearest perturbed data that are exactly in the set."""
         if isinstance(self.ball, LinfBall) and self.lower is not None:
             return perturbed.clamp(*(self.data + change for change in self._changes))
+        if self._surely_holds(perturbed):
+            return perturbed
         ball = replace(self.ball, center=self.data)
         allowed = ball if self.lower is None else BoundedBall(ball, self.lower, self.upper)
         return allowed.project(perturbed)
+
+    def _surely_holds(self, perturbed: Tensor) -> bool:
+        """Whether all are inside by more than the rounding of the norms; synchronizes."""
+        change = (perturbed.double() - self.data.double()).flatten(1)
+        epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64, device=change.device)
+        epsilon = epsilon.reshape(-1) * (1 - (change.shape[1] + 2) * 2.0**-52)
+        inside = (torch.linalg.vector_norm(change, self.ball.p, dim=1) <= epsilon).all()
+        if self.lower is not None and self.upper is not None:
+            inside &= ((perturbed >= self.lower) & (perturbed <= self.upper)).all()
+        return bool(inside)
 
     @cached_property
     def _changes(self) -> tuple[Tensor, Tensor]:
