@@ -14,19 +14,19 @@ from rai_toolbox.constraints.balls import Ball, L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, row_blocks
-from rai_toolbox.constraints.kernels.box_hyperplane import (
-    as_rows,
-    outside_bounds,
-    rounded_bounds,
-)
-from rai_toolbox.constraints.kernels.offsets import (
+from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     least_in_l1,
     least_in_l2,
     least_in_linf,
     nearest_in_l1,
     nearest_in_l2,
     nearest_in_linf,
+)
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, row_blocks
+from rai_toolbox.constraints.kernels.box_hyperplane import (
+    as_rows,
+    outside_bounds,
+    rounded_bounds,
 )
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
 
@@ -224,7 +224,7 @@ class BoundedBall(Constraint):
         )
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        center, radius, lower, upper = self._beside(x, dtype)
+        center, radius, lower, upper = self._float64_settings(x, dtype)
         clamped = x.clamp(lower, upper)
         outside = self.ball._excess(clamped.detach(), dtype)[:, None] > 0
         nearest = self.__dict__["_kind"][2](x - center, lower - center, upper - center, radius)
@@ -232,17 +232,15 @@ class BoundedBall(Constraint):
         return torch.where(outside, nearest, clamped)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        center, radius, lower, upper = self._beside(gradient, dtype)
+        center, radius, lower, upper = self._float64_settings(gradient, dtype)
         least = self.__dict__["_kind"][3](gradient, lower - center, upper - center, radius)
         return self._placed(least, center, radius, lower, upper, dtype)
 
-    def _beside(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _float64_settings(
+        self, x: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Center, radius and bounds as they count, in float64, with two dims."""
-        epsilon, center, linf = (
-            self.ball.epsilon,
-            self.ball.center,
-            self.__dict__["_kind"][1] == inf,
-        )
+        epsilon, center, linf = self.ball.epsilon, self.ball.center, self.ball.p == inf
         if linf and center is None:  # then the ball is a box, whose bounds count as rounded
             epsilon = as_rounded(epsilon, dtype, x)
         radius = as_rows(epsilon, x)

@@ -70,9 +70,11 @@ def in_groups(batches: list[Tensor], act_: Callable[[Tensor], object]) -> None:
     """
     alike: dict[tuple[torch.dtype, int], list[Tensor]] = {}
     for x in batches:
+        if x.numel() == 0:
+            continue
         if x.numel() > BLOCK // 2 or len(batches) == 1 or not in_blocks(x) or needs_grad(x):
             act_(x)
-        elif x.numel() > 0:
+        else:
             alike.setdefault((x.dtype, x.numel() // len(x)), []).append(x)
     for (_, size), some in alike.items():
         height = max(1, BLOCK // max(x.numel() for x in some))

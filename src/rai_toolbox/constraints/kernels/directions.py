@@ -1,4 +1,4 @@
-"""Directions of steepest ascent in a norm: minus the linear oracles of the unit balls, in place.
+"""Steepest ascent in a norm: minus the linear minimization oracles of the unit balls, in place.
 
 Non-finite values are never hidden: a NaN entry stays NaN, and where a norm is involved a NaN or an
 infinity turns its whole sub-tensor to NaN.

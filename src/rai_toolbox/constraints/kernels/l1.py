@@ -53,7 +53,8 @@ def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:
 
 def memory_for(batches: list[Tensor]) -> Tensor | None:
     """Memory for `project_l1_rows` on each of the batches in turn, where it can do with any."""
-    size = max((min(x.numel(), max(MANY, x[:1].numel())) for x in batches), default=0)
-    if size <= BLOCK or not all(x.dtype == torch.float32 and in_blocks(x) for x in batches):
+    size = max(map(Tensor.numel, batches), default=0)
+    if size <= BLOCK or any(x.dtype != torch.float32 or not in_blocks(x) for x in batches):
         return None
+    size = max(min(x.numel(), max(MANY, x[:1].numel())) for x in batches)
     return torch.empty(2 * size, dtype=torch.float32, device="cpu")

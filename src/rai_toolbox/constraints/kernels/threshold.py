@@ -48,11 +48,12 @@ def lowered(
         above = torch.clamp(over, min=0, out=buffer)
         missed = total - wide_sum(above)
         rest = missed / above.sign_().sum(1, keepdim=True).clamp(min=1)
-    soft = over.add_(rest.to(v.dtype)).clamp_(min=0)
+    soft = over.add_(rest.to(v.dtype)).relu_()
     with torch.no_grad():
         reached = wide_sum(soft)
         factor = torch.where(reached > 0, total / reached.where(reached > 0, 1.0), 1.0)
-    return soft.mul_(factor.to(v.dtype))
+    factor = factor.to(v.dtype)
+    return soft.mul_(factor) if eager else soft * factor
 
 
 def wide_sum(rows: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def wide_sum(rows: Tensor) -> Tensor:
 
 
 def _threshold(below: Tensor, total: float | Tensor, buffer: Tensor | None) -> Tensor:
-    t, size = below.new_zeros(below[:, :1].shape) - total, below.shape[1]
+    size = below.shape[1]
+    t = torch.maximum(below.mean(1, keepdim=True) - total / size, below.new_zeros(()) - total)
     if buffer is not None and size >= 128:
         # The threshold of some entries is never above that of all; the largest of every few are
         # mostly enough.

@@ -1,7 +1,7 @@
-"""Offsets from the center of a ball, within bounds: the nearest one, and the cheapest one.
+"""Rows in balls within bounds, in float64 and for any center: the nearest, and the linear minimum.
 
-The functions see float64 tensors with two dims: offsets d or gradients g, the bounds of offsets,
-and the radius epsilon.
+The functions take float64 tensors with two dims: rows `d` of differences from the center or `g` of
+gradients, the bounds of the differences, and the radius epsilon.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def nearest_in_l2(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> T
 def nearest_in_l1(d: Tensor, lower: Tensor, upper: Tensor, epsilon: Tensor) -> Tensor:
     """Project rows onto ``{sum |z_i| <= epsilon, lower <= z <= upper}``.
 
-    Where a sign is free it is that of d; else the bounds force it. The magnitudes then have
+    Where bounds leave the sign open it is that of d. The magnitudes then have
     bounds of their own, and a given sum: they are in a section of a box.
     """
     nearest = d.clamp(lower, upper)
@@ -75,8 +75,8 @@ def along(
     if torch.is_grad_enabled() and direction.requires_grad:
         # Newton's last step: of no size, but with the derivative of the root.
         moved = t * direction
-        free = (moved > lower) & (moved < upper)
-        push = (torch.where(free, direction, 0.0).square().sum(1, keepdim=True) * 2 * t).detach()
+        between = (moved > lower) & (moved < upper)
+        push = (torch.where(between, direction, 0.0).square().sum(1, keepdim=True) * 2 * t).detach()
         over = moved.clamp(lower, upper).square().sum(1, keepdim=True) - goal
         t = t - torch.where(push > 0, over / push.where(push > 0, 1.0), 0.0)
     return (t * direction).clamp(lower, upper) * unit
