@@ -291,6 +291,7 @@ def test_large_rows_of_few_bits_are_inside_in_compiled_steps(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first use
+@pytest.mark.slow
 def test_forward_mode_goes_through_a_compiled_projection():
     x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     ball = sets.L1Ball(1.5)

@@ -1,6 +1,6 @@
-"""Sets that a tensor can be kept in, as immutable values with four words.
+"""Constraint sets: immutable values with four methods.
 
-`project_` finds the nearest point, `lmo` minimizes a linear function, `violation` tells how far
+`project_` finds the nearest point, `lmo` minimizes a linear function, `violation` measures how far
 outside a point is, `sample_` draws a point. All act on batches `(N, ...)` of sub-tensors.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain
-from rai_toolbox.constraints.kernels.blocks import row_blocks, widened
+from rai_toolbox.constraints.kernels.blocks import BLOCK, row_blocks, widened
 from rai_toolbox.constraints.sharding import METHODS, accepts_shards
 
 _SETS: dict[str, dict[str, type[Constraint]]] = {}  # by class name, then by full name
@@ -318,14 +319,15 @@ class Constraint:
             return
         if x.ndim == 0:
             x = x.unsqueeze(0)
-        for rows in row_blocks(x):
+        for rows in row_blocks(x) if x.numel() > BLOCK else [slice(0, len(x))]:
             block = x if rows.stop - rows.start >= len(x) else x[rows]
             points = readable(block)
             if not self._of_matrices:
                 points = points.reshape(len(points), -1)
-            yield block, points, self._map(lambda _, s, rows=rows: self._aligned(s, x, rows))
+            settings = partial(self._aligned, x, rows)
+            yield block, points, self._map(settings) if self._tensors else self
 
-    def _aligned(self, setting: Tensor, x: Tensor, rows: slice) -> Tensor:
+    def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
         """A setting in float64, to broadcast against the points of some rows of x."""
         setting = setting.reshape((1,) * (x.ndim - setting.ndim) + setting.shape)
         setting = widened(setting[rows] if len(setting) > 1 else setting)
@@ -339,8 +341,6 @@ class Constraint:
 
     def _map(self: _Self, change: _Change) -> _Self:
         """The set with ``change(name, setting)`` in place of each tensor setting; unchecked."""
-        if not self._tensors:
-            return self
         return self._replaced({k: _mapped(v, k, change) for k, v in self._tensors.items()})
 
     def _replaced(self: _Self, settings: dict[str, Any]) -> _Self:
@@ -364,16 +364,6 @@ class Constraint:
             raise ValueError(f"`{method}` needs a bounded set, got {self!r}")
 
     def _check_batch(self, x: Tensor) -> None:
-        self._check_kind(x)
-        for name, setting in self._tensors.items():
-            if isinstance(setting, Tensor):
-                self._check_fit(name, setting, x)
-                check_device(name, setting, x)
-            elif isinstance(setting, Constraint):
-                setting._check_batch(x)
-        self._check_shape(x.shape)
-
-    def _check_kind(self, x: Tensor) -> None:
         name = type(self).__name__
         if not x.is_floating_point():
             raise TypeError(f"{name} takes real floating-point tensors, got {x.dtype}")
@@ -385,6 +375,17 @@ class Constraint:
                 f"{name} takes a batch of shape {shape}, got {tuple(x.shape)}; "
                 f"rai_toolbox.to_batch makes one (with optimizers: `param_ndim`{hint})"
             )
+        if self._tensors:
+            self._check_tensors(x)
+        self._check_shape(x.shape)
+
+    def _check_tensors(self, x: Tensor) -> None:
+        for name, setting in self._tensors.items():
+            if isinstance(setting, Tensor):
+                self._check_fit(name, setting, x)
+                check_device(name, setting, x)
+            elif isinstance(setting, Constraint):
+                setting._check_batch(x)
 
     def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
         """Raise if a tensor setting has no shape for the batch x."""

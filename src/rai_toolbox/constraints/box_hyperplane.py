@@ -67,7 +67,7 @@ class BoxSection(Constraint):
     ------
     ValueError
         If a setting is NaN, `weight` or `total` is not finite, or ``lower > upper`` anywhere.
-        Also, as soon as the number of entries tells it, if no point of the box has the sum.
+        Also if no point of the box has the sum, once the number of entries is known.
 
     Examples
     --------
@@ -138,7 +138,7 @@ class BoxSection(Constraint):
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(gradient, dtype)
-        # From the least sum, raise the entries that cost the least per unit of the sum.
+        # From the least sum, raise the entries that cost least for what they add to the sum.
         unweighted = torch.where(gradient > 0, lower, upper).where(gradient != 0, 0.0)
         least = (
             torch.where(weight > 0, lower, upper).where(weight != 0, unweighted).clamp(lower, upper)

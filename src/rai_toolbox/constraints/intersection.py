@@ -46,7 +46,7 @@ class Intersection(Constraint):
         The relative accuracy.
     max_iterations : int
         The largest number of cycles, rounded up to tens. A projection that needs more raises a
-        RuntimeError that tells how far outside each set it ended, and writes nothing.
+        RuntimeError with the violation of each set at its end, and writes nothing.
 
     Raises
     ------

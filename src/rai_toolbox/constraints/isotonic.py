@@ -1,4 +1,4 @@
-"""Sets of an order among entries: sequences that never fall, or never rise."""
+"""Monotone sequences: entries that never fall, or never rise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from rai_toolbox.constraints.base import Constraint
 
-_PARTS = 8  # a search asks this many places at once: fewer rounds, which cost a dispatch each
+_PARTS = 8  # places that a search evaluates at once: fewer rounds, each of which is a dispatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Monotone(Constraint):
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         falls = x[:, :-1] - x[:, 1:] if self.increasing else x[:, 1:] - x[:, :-1]
-        return pad(falls, (1, 0)).amax(1)  # beside a 0: for what is inside, and for a single entry
+        return pad(falls, (1, 0)).amax(1)  # at least 0, also for a single entry
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         rising = x if self.increasing else -x
@@ -118,7 +118,7 @@ def _level(left: Tensor, right: Tensor) -> Tensor:
     sum_high, sum_low = (pad(part.cumsum(1), (1, 0)) for part in (high, low))
     minus_high = -high
 
-    def of_right(at: Tensor) -> Tensor:  # whether v is above low[at]: more is above it than below
+    def of_right(at: Tensor) -> Tensor:  # whether v is above low[at]: more is above than below
         t = low.gather(1, at)
         count = torch.searchsorted(minus_high, -t)  # of entries of `high` above t
         return sum_high.gather(1, count) - count * t > (at + 1) * t - sum_low.gather(1, at + 1)
@@ -136,9 +136,9 @@ def _level(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _count(holds: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """For how many indices into each row something holds that holds up to some index only.
+    """The number of indices of each row at which `holds` is True: all up to some index.
 
-    By bisection into `_PARTS` parts. The length of the rows is a power of two.
+    Found by bisection into `_PARTS` parts. The length of the rows is a power of two.
     """
     size = part = rows.shape[1]
     found = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
@@ -149,4 +149,4 @@ def _count(holds: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         at = (found + ends).clamp(max=size - 1)
         found = found + part * holds(at).sum(1, keepdim=True)
         if part == 1:
-            return found.clamp(max=size)  # beyond it where it held for all in the first round
+            return found.clamp(max=size)  # more if it held for all in the first round

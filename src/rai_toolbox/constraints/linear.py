@@ -154,7 +154,7 @@ class Affine(Constraint):
     ------
     ValueError
         If a setting is not finite or of the wrong shape, or the rows of the matrix are linearly
-        dependent, as far as its dtype tells.
+        dependent, to the precision of its dtype.
 
     Examples
     --------
@@ -232,7 +232,7 @@ class Affine(Constraint):
                 f"{tuple(x.shape)}, got shape {tuple(setting.shape)}"
             )
 
-    def _aligned(self, setting: Tensor, x: Tensor, rows: slice) -> Tensor:
+    def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
         setting = widened(setting).reshape(-1, setting.shape[-1] if setting.ndim else 1)
         return setting[rows] if len(setting) > 1 else setting
 

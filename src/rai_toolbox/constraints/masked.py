@@ -1,4 +1,4 @@
-"""A set for some of the entries only."""
+"""A set for some of the entries; the others are unconstrained."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rai_toolbox.constraints.base import Constraint, check_device
 
 @dataclass(frozen=True, eq=False)
 class Masked(Constraint):
-    """Some entries of every sub-tensor in a set; the others are free.
+    """Some entries of every sub-tensor in a set; the others are unconstrained.
 
-    ``{x : x[mask] in C}``; ``P(x)[mask] = P_C(x[mask])``, and all else stays as it is, bit for
-    bit, at the cost of a projection of what is selected. A set that bounds each entry for itself
-    sees its entries where they are. Any other one sees those that are selected, in their order,
-    as a batch (N, m): a tensor setting of it broadcasts against that.
+    ``{x : x[mask] in C}``; ``P(x)[mask] = P_C(x[mask])``, and all other entries do not change, at
+    the cost of a projection of the selected entries. An elementwise set is applied to the whole
+    batch. Any other set is applied to the selected entries, in their order, as a batch (N, m):
+    its tensor settings broadcast against that.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class Masked(Constraint):
         The set C, not one of matrices.
     mask : Tensor of bool, shape (...) or (1, ...) or (N, ...)
         True where an entry is constrained: a mask that all sub-tensors share, or one for each.
-        Unless the set bounds each entry for itself, it has the shape of the sub-tensor and
-        selects as many entries of one as of another.
+        Unless the set is elementwise, it has the shape of the sub-tensor and selects as many
+        entries of one as of another.
 
     Raises
     ------
@@ -64,7 +64,7 @@ class Masked(Constraint):
         object.__setattr__(self, "convex", self.constraint.convex)
         object.__setattr__(self, "elementwise", self.constraint.elementwise)
         if not self.constraint.elementwise:
-            # Both readings of the mask: of one sub-tensor, and of a batch of them.
+            # The mask is that of one sub-tensor, or that of a batch: the batch decides.
             object.__setattr__(self, "_of_one", _selected(self.mask.unsqueeze(0)))
             object.__setattr__(self, "_of_each", _selected(self.mask))
 
@@ -83,8 +83,8 @@ class Masked(Constraint):
     def violation(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
         if self.elementwise:
-            free = self.constraint.project(torch.zeros_like(x))
-            return self.constraint.violation(torch.where(self.mask, x, free))
+            inside = self.constraint.project(torch.zeros_like(x))
+            return self.constraint.violation(torch.where(self.mask, x, inside))
         index = self._index(x)
         if index.numel() == 0:
             return torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -96,15 +96,16 @@ class Masked(Constraint):
         return index.expand(len(x), -1)
 
     def _check_batch(self, x: Tensor) -> None:
-        self._check_kind(x)
-        self._check_fit("mask", self.mask, x)
-        check_device("mask", self.mask, x)
-        self._check_shape(x.shape)
+        super()._check_batch(x)
         index = None if self.elementwise else self._index(x)
         if index is None:
             self.constraint._check_batch(x)
         elif index.numel():
             self.constraint._check_batch(x.new_empty(index.shape))
+
+    def _check_tensors(self, x: Tensor) -> None:
+        self._check_fit("mask", self.mask, x)
+        check_device("mask", self.mask, x)
 
     def _check_shape(self, shape: torch.Size) -> None:
         if self.elementwise:
@@ -113,9 +114,9 @@ class Masked(Constraint):
         per_batch = len(of_mask) == len(shape)
         if (of_mask[1:] if per_batch else of_mask) != shape[1:]:
             raise ValueError(
-                "`mask` must have the shape of the sub-tensor for a set that does not bound each "
-                f"entry for itself, {tuple(shape[1:])} for the batch of shape {tuple(shape)}, "
-                f"with or without N before it, got {tuple(of_mask)}"
+                "`mask` must have the shape of the sub-tensor for a set that is not elementwise, "
+                f"{tuple(shape[1:])} for the batch of shape {tuple(shape)}, with or without N "
+                f"before it, got {tuple(of_mask)}"
             )
         if per_batch and self.__dict__["_of_each"] is None:
             counts = self.mask.flatten(1).sum(1)
@@ -135,7 +136,7 @@ class Masked(Constraint):
 
 
 def _selected(mask: Tensor) -> Tensor | None:
-    """The indices of what is True in each row, shape (N, m); None if some have more than others."""
+    """The indices of True in each row, shape (N, m); None if rows differ in their number."""
     rows = mask.flatten(1) if mask.ndim > 1 else mask.reshape(-1, 1)
     counts = rows.sum(1).tolist()
     if len(set(counts)) > 1:

@@ -35,8 +35,8 @@ class PSD(Constraint):
     (N, ..., n, n); ``P(X) = Q diag(max(s, 0)) Q^T`` for ``(X + X^T) / 2 = Q diag(s) Q^T`` (Higham
     1988), at the cost of an eigendecomposition in float64, O(n^3), which synchronizes with a GPU.
     The result is exactly symmetric, and its eigenvalues are raised by what rounding takes off. An
-    eigenvalue counts as negative if it is so beyond the rounding of float64, relative to the
-    largest.
+    eigenvalue counts as negative if it is less than what rounding to float64, relative to the
+    largest, can explain.
     The derivative is exact, also where eigenvalues are equal.
 
     Examples
@@ -67,7 +67,7 @@ class PSD(Constraint):
             above = (values >= floor).all(-1)[..., None, None]
             return torch.where(above, x, _symmetric(y))
 
-        noise = noise_of(x) / 2  # half of what is allowed, so that it still fits when seen again
+        noise = noise_of(x) / 2  # half of what `_excess` allows, so that the result is inside
         # Rounding moves a matrix Y, and so its eigenvalues, by u |Y|_F at most; twice that holds
         # for the raised matrix too, while u sqrt(n) <= 1/2.
         lost = torch.finfo(dtype).eps * sqrt(x.shape[-1]) * values[..., -1:].clamp(min=0.0)

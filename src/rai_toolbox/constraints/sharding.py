@@ -1,4 +1,4 @@
-"""Sets of tensors that are divided between ranks: the only file that knows of DTensors.
+"""Sets of tensors that are divided between ranks: the only file about DTensors.
 
 What a set couples must be whole on some rank. Where it is, as with elementwise sets or with sets of
 rows on shards of rows, each rank acts on its own shard and nothing is sent. Otherwise the tensor is
@@ -44,8 +44,8 @@ def with_whole(x: Any, coupled: Iterable[int]) -> Any:
     from torch.distributed.tensor import Placement, Replicate, Shard
 
     coupled = set(coupled)
-    free = [dim for dim, size in enumerate(x.shape) if size > 1 and dim not in coupled]
-    elsewhere: Placement = Shard(free[0]) if free else Replicate()
+    others = [dim for dim, size in enumerate(x.shape) if size > 1 and dim not in coupled]
+    elsewhere: Placement = Shard(others[0]) if others else Replicate()
     placements = tuple(
         Replicate() if p.is_partial() else elsewhere if _dim(p) in coupled else p
         for p in x.placements
@@ -99,7 +99,7 @@ def accepts_shards(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def of_any(constraint: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not is_sharded(x):
+        if type(x) in _PLAIN or not is_sharded(x):
             return method(constraint, x, *args, **kwargs)
         # (a batch of that shape without its memory)
         constraint._check_batch(torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape))

@@ -1,4 +1,4 @@
-"""Sets of sparse sub-tensors: all but a few entries are zero."""
+"""Sparse sub-tensors: all but a few entries are zero."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TopK(Constraint):
     (hard thresholding; Blumensath and Davies, 2009), at the cost of a selection. The set is not
     convex: where magnitudes tie, several points are nearest, and the one that keeps the lowest
     indices is taken. It is unbounded and has no `lmo`. The violation is the largest magnitude
-    beside the `k` that may stay.
+    after the `k` largest.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class TopK(Constraint):
 def keep_largest_(rows: Tensor, k: int) -> Tensor:
     """Keep the `k` entries of largest magnitude of each row, in place; the rest becomes 0.
 
-    See `are_largest`, which tells which. `rows` has the shape (N, n).
+    See `are_largest`. `rows` has the shape (N, n).
     """
     return rows.masked_fill_(~are_largest(rows, k), 0.0)
 

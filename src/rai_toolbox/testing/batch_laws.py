@@ -55,15 +55,15 @@ def non_finite(trial: Trial) -> None:
 
 def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     constraint, (x, y), is_nan = trial.constraint, trial.pairs[0], poison != poison
-    free = ~constraint.mask.expand(x.shape) if isinstance(constraint, Masked) else at & ~at
-    hit = at & ~free
-    lost = trial.column(hit.flatten(1).any(1)) & ~free
+    unmasked = ~constraint.mask.expand(x.shape) if isinstance(constraint, Masked) else at & ~at
+    hit = at & ~unmasked
+    lost = trial.column(hit.flatten(1).any(1)) & ~unmasked
     if constraint.elementwise:
         lost = hit
     large = constraint.elementwise and not is_nan
 
-    def spoilt(clean: Tensor, found: Tensor, at_large: Tensor) -> Tensor:
-        """What is to become of the clean answer."""
+    def poisoned(clean: Tensor, found: Tensor, at_large: Tensor) -> Tensor:
+        """The answer that is expected, given the one without the poison."""
         if not large:
             return torch.where(lost, torch.nan, clean)
         unbounded = lost & (found.abs() == torch.inf)
@@ -73,7 +73,7 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     most = torch.where(at, torch.finfo(x.dtype).max * (-1 if poison < 0 else 1), x) if large else x
     rule, rows = "what is not finite must show, and only in its sub-tensor", lost.flatten(1).any(1)
     result = trial.projected(given)
-    expected = spoilt(torch.where(at & free, poison, y), result, trial.projected(most))
+    expected = poisoned(torch.where(at & unmasked, poison, y), result, trial.projected(most))
     trial.require(same_bits(result, expected), rows, rule, given)
     found = constraint.violation(given)
     shown = found >= 0 if large else found.isnan() if is_nan else found == torch.inf
@@ -81,7 +81,7 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     trial.require(right, found, f"`violation`: {rule}", given)
     if _has_lmo(constraint):
         s = constraint.lmo(given)
-        expected = spoilt(constraint.lmo(x), s, constraint.lmo(most))
+        expected = poisoned(constraint.lmo(x), s, constraint.lmo(most))
         trial.require(same_bits(s, expected), rows, f"`lmo`: {rule}", given)
 
 

@@ -1,4 +1,4 @@
-"""The same values in other strides, and comparison bit for bit whatever the strides are."""
+"""The same values in other strides, and bitwise comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws about points: which are in the set, which is nearest, which is least."""
+"""Laws about points: which are in the set, nearest to a point, or lowest for a gradient."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def non_expansive(trial: Trial) -> None:
 
 @law
 def violation(trial: Trial) -> None:
-    """It is about the distance to the set; what is small beside rounding is `feasible`'s to see."""
+    """It is about the distance to the set; `feasible` checks what rounding can hide."""
     many = 4.0 * max(1, trial.batches[0][0].numel()) ** 2  # norms and directions differ by less
     for x, y in trial.pairs:
         found, moved = trial.constraint.violation(x), trial.length(x.double() - y.double())

@@ -1,4 +1,4 @@
-"""Roots of monotone functions, one for each row, without waiting for a device."""
+"""Roots of monotone functions, one for each row, without synchronizing with a device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def root(f: Function, low: Tensor, high: Tensor, start: Tensor | None = None) ->
     middle of the floating-point numbers of the bracket. The bracket holds fewer than 2^b of them
     (b = 64 for float64), and at the middle this number is halved: after at most b passes the
     bracket is one number, or two neighbors, whatever its ends were. So a fixed number of passes
-    is enough, and none of them needs to know a value; where reading one is free, the loop ends
-    as soon as all rows have settled. Piecewise linear functions settle within a few passes.
+    is enough, and none of them reads a value on the host; on a CPU, where reading costs nothing,
+    the loop ends as soon as all rows have converged. Piecewise linear functions converge within a
+    few passes.
 
     Parameters
     ----------
