@@ -3,9 +3,9 @@
 Each version has an environment of its own, a virtual environment with all of the packages that pip
 installs for it: 5.5 GB of disk and some minutes, once. The oldest version runs on the oldest Python
 that there is here, the newest on the newest one. The environments are in the folder of the project,
-or in that which the variable RAI_TOOLBOX_VERSIONS names; what pip
-installs is renewed when a requirement of pyproject.toml has changed. `make test-versions` runs this file; a list of versions may be given:
-`make test-versions TORCH="2.6.0 2.9.1"`.
+or in that which the variable RAI_TOOLBOX_VERSIONS names; packages are renewed when a requirement of
+pyproject.toml has changed. `make test-versions` runs this file, on these two versions or on those
+that are given: `make test-versions TORCH="2.6.0 2.9.1"`.
 """
 
 import os
