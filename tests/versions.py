@@ -3,9 +3,9 @@
 Each version has an environment of its own, a virtual environment with all of the packages that pip
 installs for it: 5.5 GB of disk and some minutes, once. The oldest version runs on the oldest Python
 that there is here, the newest on the newest one. The environments are in the folder of the project,
-or in that which the variable RAI_TOOLBOX_VERSIONS names; one is made anew when a requirement of
-pyproject.toml has changed. `make test-versions` runs this file; a list of versions may be given:
-`make test-versions TORCH="2.6.0 2.9.1"`.
+or in that which the variable RAI_TOOLBOX_VERSIONS names; packages are renewed when a requirement of
+pyproject.toml has changed. `make test-versions` runs this file, on these two versions or on those
+that are given: `make test-versions TORCH="2.6.0 2.9.1"`.
 """
 
 import os
@@ -46,9 +46,10 @@ def environment(version: str) -> Path:
     wanted = requirements()
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
-    print(f"making {folder}: about 5.5 GB", flush=True)
-    base = interpreter(oldest=version == OLDEST)
-    subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
+    if not python.exists():
+        print(f"making {folder}: about 5.5 GB", flush=True)
+        base = interpreter(oldest=version == OLDEST)
+        subprocess.run([base, "-m", "venv", folder], check=True)
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     subprocess.run([*install, f"torch=={version}", "-e", ".[test]"], cwd=ROOT, check=True)
     stamp.write_text(wanted, encoding="utf-8")

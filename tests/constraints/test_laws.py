@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from constraints.cases import CASES, DTYPES, trials
+from torch_versions import compiles
 
 from rai_toolbox import constraints
 from rai_toolbox.constraints import Constraint
@@ -64,6 +65,7 @@ COMPILED = [case for case in CASES if case.compiles]
 
 
 # torch's own code says so whenever it captures an autograd function
+@compiles
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "case",
