@@ -22,6 +22,7 @@ def sign_(tensors: list[Tensor]) -> None:
 
     The tensors are of one device and dtype.
     """
+    largest = torch.finfo(tensors[0].dtype).max
     if tensors[0].is_complex():
         for tensor in tensors:
             _sign_complex_(tensor)
@@ -31,10 +32,8 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-        return
     # two factors lift even the smallest subnormal number of any dtype beyond 1
-    largest = torch.finfo(tensors[0].dtype).max
-    if len(tensors) == 1:
+    elif len(tensors) == 1:
         tensors[0].mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
     else:
         mul_(tensors, largest)
