@@ -138,7 +138,7 @@ def test_a_step_that_cannot_be_captured_stays_eager_with_one_warning():
     step = compiled(optimizer, backend="eager")
     with pytest.warns(UserWarning, match="cannot be compiled as a whole and stays eager") as found:
         run(optimizer, step)
-    assert len(found) == 1
+    assert sum(w.category is UserWarning for w in found) == 1
     run(eager, eager.step)
     for ours, theirs in zip(
         optimizer.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True
@@ -154,7 +154,7 @@ def test_a_backend_that_fails_leaves_a_right_step_and_one_warning():
     step = compiled(optimizer, backend=broken)
     with pytest.warns(UserWarning, match="no compiler here") as found:
         run(optimizer, step)
-    assert len(found) == 1
+    assert sum(w.category is UserWarning for w in found) == 1
     run(eager, eager.step)
     assert torch.equal(optimizer.param_groups[0]["params"][0], eager.param_groups[0]["params"][0])
 
@@ -176,7 +176,7 @@ def test_a_failure_of_the_compiler_itself_leaves_a_right_step_and_one_warning():
     with pytest.warns(UserWarning, match="stays eager: .*Error") as found:
         stepped(ours, step, 1)
         stepped(ours, step, 2)
-    assert len(found) == 1
+    assert sum(w.category is UserWarning for w in found) == 1
     for k in range(3):
         stepped(theirs, eager.step, k)
     for a, b in zip(ours, theirs, strict=True):
@@ -349,7 +349,7 @@ def test_a_backend_that_leaves_something_out_is_found_out(backend):
     match = "stays eager: compiled and eager steps differ in parameter 0"
     with pytest.warns(UserWarning, match=match) as found:
         same_as_eager(make, lambda o: compiled(o, backend=backend))
-    assert len(found) == 1
+    assert sum(w.category is UserWarning for w in found) == 1
 
 
 class HeavyBall(Optimizer):
@@ -602,7 +602,7 @@ def test_a_step_that_compiles_anew_again_and_again_stays_eager():
 
     with pytest.warns(UserWarning, match="it had to be compiled 8 times") as found:
         same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=12, change=one_more)
-    assert len(found) == 1
+    assert sum(w.category is UserWarning for w in found) == 1
 
 
 @pytest.mark.parametrize(
