@@ -459,6 +459,7 @@ def test_a_scheduler_that_was_there_before(inner, wrapped):
     assert step.graphs == 1
 
 
+@pytest.mark.slow
 def test_a_group_that_is_added_later():
     def make():
         return L2ProjectedOptim(parameters(), epsilon=0.5, lr=0.1)
@@ -549,6 +550,7 @@ def test_differentiable_steps_are_eager():
     assert param.tolist() == pytest.approx([0.7, 0.7])
 
 
+@pytest.mark.slow
 def test_every_and_warmup_leave_no_trace_in_the_group():
     def make():
         return ProjectedOptimizer(
@@ -592,6 +594,7 @@ def test_a_step_that_is_replaced_later_on_the_instance_is_called():
     assert calls == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_step_that_compiles_anew_again_and_again_stays_eager():
     def make():
         return ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.5)
