@@ -28,8 +28,6 @@ from rai_toolbox.perturbations.solve import (
     solving,
 )
 
-__all__ = ["ZeroGradientWarning", "gradient_ascent", "random_restart"]
-
 OptimizerLike = Optimizer | Callable[..., Any]
 PerturbationLike = PerturbationModel | Callable[[Tensor], PerturbationModel]
 Solver = Callable[..., tuple[Tensor, Tensor]]

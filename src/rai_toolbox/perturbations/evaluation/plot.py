@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations.evaluation.rows import Examples, wilson_interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Colors that remain distinct for color-blind readers and in grey.
 COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
@@ -24,14 +21,14 @@ Report: TypeAlias = Any
 """A `RobustnessReport`, whose file imports this one."""
 
 
-def draw_report(report: Report) -> Figure:
+def draw_report(report: Report) -> Any:
     """A panel of accuracy per norm, and the examples below."""
     figures = require("matplotlib.figure", extra="plots")
     norms, examples = list(report.epsilons), report.examples
     columns = max((len(shown.data) for shown in examples), default=0)
     width = max(PANEL, CELL * columns + 0.6)
     heights = [PANEL, 3 * CELL + 0.6] if examples else [PANEL]
-    figure: Figure = figures.Figure(
+    figure = figures.Figure(
         figsize=(width * len(norms), sum(heights)), dpi=120, layout="constrained"
     )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]

@@ -240,7 +240,8 @@ class RobustnessReport:
         Requires matplotlib: ``pip install "rai-toolbox[plots]"``. The figure opens no window; write
         it with its method ``savefig``.
         """
-        return draw_report(self)
+        figure: Figure = draw_report(self)
+        return figure
 
 
 def _flat(row: Row) -> dict[str, Any]:

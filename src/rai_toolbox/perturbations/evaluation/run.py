@@ -10,9 +10,10 @@ from itertools import islice
 from operator import length_hint
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,9 +40,6 @@ from rai_toolbox.perturbations.inputs import (
     wrong,
 )
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 def evaluate_robustness(
     model: Model,
@@ -56,7 +54,7 @@ def evaluate_robustness(
     state_file: str | PathLike[str] | None = None,
     progress: bool = True,
     examples: int = 4,
-    group: ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> RobustnessReport:
     """Clean and robust accuracy over norms and radii, verified independently of the solver.
 
@@ -149,15 +147,17 @@ def evaluate_robustness(
     per_batch = sum(map(len, by_norm.values()))
 
     def unknown_batches(bar: Bar) -> Iterator[Batch]:
-        for data, target in batches(loader, device):
+        number = 0
+        for number, (data, target) in enumerate(batches(loader, device), start=1):
             bounds_of(data, data_range)  # which checks the data
             batch = new_batch(data, target, fingerprint(data, target))
-            if not state.position and examples:
+            if number == 1 and examples:
                 shown.extend(batch.examples(examples))
-            if state.has_next(batch.name):
+            if state.holds(number - 1, batch.name):
                 bar.update(per_batch)
             else:
                 yield batch
+        state.check_number(number)
 
     total = length_hint(loader) * per_batch
     with progress_bar("evaluating", total, shown=progress and ranks.rank == 0) as bar:
@@ -183,9 +183,7 @@ def evaluate_robustness(
             if any(others != names for others, _ in found):
                 raise wrong("loader", "give the same batches on each rank, in one order", "others")
             state.add(names, [part for _, part in found[: len(names)]])
-    if not state.position:
-        raise wrong("loader", "give one batch at least", "none")
-    report = replace(state.finish(), examples=tuple(shown))
+    report = replace(state.report, examples=tuple(shown))
     if ranks.rank == 0:
         for line in report.warnings():
             warnings.warn(line, RobustnessWarning, stacklevel=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
+from rai_toolbox.perturbations.inputs import wrong
 
 FORMAT = "rai_toolbox evaluation 1"
 
@@ -38,14 +39,11 @@ class StateFile:
     def __init__(self, path: Path | None, model: str, start: RobustnessReport) -> None:
         self.path, self.model = path, model
         self.report, self.batches = start, list[str]()
-        self.position, self._saved = 0, True
         if path is not None and path.exists():
             self._load(path, start)
 
-    def has_next(self, batch: str) -> bool:
-        """Whether the report holds the next batch of the loader; raise if it holds another one."""
-        index = self.position
-        self.position += 1
+    def holds(self, index: int, batch: str) -> bool:
+        """Whether the report holds this batch of the loader; raise if it holds another one."""
         if index >= len(self.batches):
             return False
         if self.batches[index] != batch:
@@ -59,23 +57,22 @@ class StateFile:
         """Add the reports of more batches."""
         self.report = RobustnessReport.merged([self.report, *parts])
         self.batches.extend(batches)
-        self._saved = self._saved and not batches
 
     def save(self) -> None:
-        """Write the file, if there is anything new."""
-        if self.path is not None and not self._saved:
+        """Write the file, if there are results."""
+        if self.path is not None and self.batches:
             plain = {"format": FORMAT, "model": self.model, "report": self.report.to_plain()}
             write_whole(self.path, json.dumps(plain | {"batches": self.batches}))
-            self._saved = True
 
-    def finish(self) -> RobustnessReport:
-        """The report; raise if `loader` had fewer batches than the file."""
-        if self.position < len(self.batches):
+    def check_number(self, number: int) -> None:
+        """Raise if `loader` had no batch, or fewer batches than the file."""
+        if number < len(self.batches):
             raise StateFileError(
                 f"`loader` must have the {len(self.batches)} batches that {self.path} was written "
-                f"for, got {self.position}"
+                f"for, got {number}"
             )
-        return self.report
+        if number == 0:
+            raise wrong("loader", "give one batch at least", "none")
 
     def _load(self, path: Path, start: RobustnessReport) -> None:
         try:
