@@ -13,8 +13,6 @@ from rai_toolbox.cli import demo, evaluate
 from rai_toolbox.cli.command import Refused
 from rai_toolbox.extras import MissingExtra
 
-__all__ = ["main", "run"]
-
 COMMANDS = {"demo": demo.COMMAND, "evaluate": evaluate.COMMAND}
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from rai_toolbox.cli import command
-from rai_toolbox.cli.command import Command, Refused, option
-from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.cli.command import Refused, option
+from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations import (
     RobustnessReport,
@@ -34,9 +34,8 @@ from rai_toolbox.perturbations import (
 )
 from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
-__all__ = ["COMMAND", "evaluate"]
-
-BALLS: dict[str, type[LinfBall | L2Ball | L1Ball]] = {"linf": LinfBall, "l2": L2Ball, "l1": L1Ball}
+NORMS = {ball.norm_name.lower(): ball for ball in BALLS.values()}
+REPEATED = {"required": True, "action": "append"}
 
 
 def evaluate(arguments: Namespace) -> int:
@@ -45,11 +44,6 @@ def evaluate(arguments: Namespace) -> int:
     1 if what the solver returned was not always finite, in its ball and in the data range. If
     `torchrun` started several processes, they share the work, and the first one writes.
     """
-    with _ranks() as group:
-        return _evaluate(arguments, group)
-
-
-def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
     require("matplotlib.figure", extra="plots")  # fail before the work starts, not after it
     norms, epsilons = arguments.norm, arguments.epsilon
     if len(norms) != len(epsilons):
@@ -59,11 +53,13 @@ def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
     lower, upper = arguments.range
     if not lower < upper:
         raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
-    balls = [
-        BALLS[norm](epsilon)
-        for norm, radii in zip(norms, epsilons, strict=True)
-        for epsilon in radii
-    ]
+    of_norms = zip(norms, epsilons, strict=True)
+    balls = [NORMS[norm](epsilon) for norm, radii in of_norms for epsilon in radii]
+    with _ranks() as group:
+        return _evaluate(arguments, balls, group)
+
+
+def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup | None) -> int:
     device = _device(arguments.device)
     model = load_model(arguments.model, arguments.weights, device)
     loader = load_data(arguments)
@@ -82,7 +78,7 @@ def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
                 model,
                 loader,
                 balls=balls,
-                data_range=(lower, upper),
+                data_range=tuple(arguments.range),
                 solver=partial(attack, restarts=arguments.restarts, rivals=arguments.rivals),
                 steps=arguments.steps,
                 seed=arguments.seed,
@@ -239,7 +235,7 @@ def _is_from(error: BaseException, folder: str) -> bool:
     return Path(__file__).parents[1] / folder in Path(frame.f_code.co_filename).parents
 
 
-COMMAND = Command(
+COMMAND = command.Command(
     evaluate,
     help="measure how robust your model is",
     description=(
@@ -255,7 +251,7 @@ COMMAND = Command(
             required=True,
             metavar="MODULE:NAME",
         ),
-        "--weights": option("a state_dict for it, saved by torch.save", type=Path, metavar="FILE"),
+        "--weights": option("a state_dict for it, saved by torch.save", Path, metavar="FILE"),
         "--data": option(
             "arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
             "that returns one of these",
@@ -264,44 +260,32 @@ COMMAND = Command(
         ),
         "--norm": option(
             "of the balls; repeat --norm and --epsilon together for several",
-            required=True,
-            action="append",
-            choices=tuple(BALLS),
+            choices=tuple(NORMS),
+            **REPEATED,
         ),
         "--epsilon": option(
-            "the radii for the preceding --norm",
-            required=True,
-            action="append",
-            nargs="+",
-            type=command.radius,
-            metavar="EPSILON",
+            "radii for the preceding --norm", command.radius, nargs="+", **REPEATED
         ),
         "--range": option(
-            "bounds of all data (default: 0 1)",
+            "of all data (default: 0 1)",
+            float,
+            (0.0, 1.0),
             nargs=2,
-            type=float,
-            default=(0.0, 1.0),
             metavar=("LOWER", "UPPER"),
         ),
-        "--divide-by": option(
-            "such as 255 for images of integers (default: 1)",
-            type=command.positive,
-            default=1.0,
-            metavar="NUMBER",
-        ),
-        "--steps": option("of each attack", type=command.count, default=100),
-        "--restarts": option("of each attack", type=command.count, default=1),
+        "--divide-by": option("such as 255 for integer images (default: 1)", command.positive, 1.0),
+        "--steps": option("of each attack", command.count, 100),
+        "--restarts": option("of each attack", command.count, 1),
         "--rivals": option(
             "attack toward each of this many of the most likely other classes: stronger, and that "
             "many times the work",
-            type=command.count,
-            metavar="NUMBER",
+            command.count,
         ),
-        "--batch-size": option("of arrays", type=command.count, default=100),
-        "--limit": option("evaluate only this many examples of arrays", type=command.count),
-        "--seed": option("of all random numbers", type=command.seed, default=0),
+        "--batch-size": option("of arrays", command.count, 100),
+        "--limit": option("evaluate only this many examples of arrays", command.count),
+        "--seed": option("of all random numbers", command.seed, 0),
         "--device": option("such as cuda", default="cpu"),
         "--out": command.OUT,
-        "--resume": option("continue an interrupted run in --out", action="store_true"),
+        "--resume": {"action": "store_true", "help": "continue an interrupted run in --out"},
     },
 )

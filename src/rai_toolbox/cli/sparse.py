@@ -23,8 +23,6 @@ from rai_toolbox.constraints import L1Ball
 from rai_toolbox.extras import Bar, progress
 from rai_toolbox.optim import ProjectedOptimizer, constrain
 
-__all__ = ["MAPPINGS", "Fit", "failures", "fit_each", "summary", "table", "to_report"]
-
 RADIUS = 16.0
 LR = 0.1
 LR_DECAY = 1e-2  # last learning rate / first learning rate

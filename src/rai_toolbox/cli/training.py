@@ -15,8 +15,6 @@ from rai_toolbox.cli.digits import Digits
 from rai_toolbox.extras import progress
 from rai_toolbox.optim import ClampedParameterOptimizer
 
-__all__ = ["Run", "accuracy", "train", "violation"]
-
 BATCH = 100
 LR = 5e-3  # at the start; it falls to 0 along a cosine
 

@@ -21,7 +21,9 @@ from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import solving
 
 _DUAL = {inf: 1.0, 2: 2.0, 1: inf}
-_RIVALS = 2  # with the second nearest class, as models are not linear
+_TOWARD_NEAREST = partial(attack, rivals=partial(nearest_rivals, number=2))
+"""The default solver; with the second nearest class, as models are not linear."""
+
 _HALVINGS = 12  # of the line to an example; each costs a forward pass
 _SMALLEST = 1e-6  # of the largest radius: where the search begins on a decision boundary
 
@@ -142,12 +144,9 @@ def minimum_norm_attack(
         raise wrong("tolerance", "be > 0 and < 1", tolerance)
     if largest is not None and check_number("largest", largest) < 0:
         raise wrong("largest", "be >= 0", largest)
-    default = (
-        attack if targeted else partial(attack, rivals=partial(nearest_rivals, number=_RIVALS))
-    )
-    call: Callable[..., Any] = partial(solver or default, steps=steps, stop_once_fooled=True)
-    if targeted:
-        call = partial(call, targeted=True)
+    solver = solver or (attack if targeted else _TOWARD_NEAREST)
+    options: dict[str, Any] = {"targeted": True} if targeted else {}
+    call: Callable[..., Any] = partial(solver, steps=steps, stop_once_fooled=True, **options)
     with solving(model), torch.no_grad():
         data = as_data(data)
         allowed = FeasibleSet.around(data, ball(0.0), data_range, mask)
@@ -162,7 +161,9 @@ def minimum_norm_attack(
             rows = (~done & (lower < limit)).nonzero().squeeze(1)
             if not len(rows):
                 break
-            radius = _next_radius(lower[rows], upper[rows], first[rows], limit[rows])
+            # The middle of the interval; as long as nothing has fooled, twice the last radius.
+            beyond = torch.where(lower > 0, 2 * lower, first)
+            radius = torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)[rows]
             part = allowed.rows(rows)
             found = call(
                 model,
@@ -203,12 +204,6 @@ def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
     return limit if largest is None else limit.clamp(max=largest)
 
 
-def _next_radius(lower: Tensor, upper: Tensor, first: Tensor, limit: Tensor) -> Tensor:
-    """The middle of the interval; as long as nothing has fooled, twice the last radius."""
-    beyond = torch.where(lower > 0, 2 * lower, first)
-    return torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)
-
-
 def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float) -> Tensor:
     """The radius that fools the linearized model, if there were no data range."""
     with torch.enable_grad():
@@ -234,14 +229,11 @@ def _nearest_fooling(
         # In float64, so that no entry leaves the interval from data to found.
         point = torch.lerp(data.double(), found.double(), middle.view(column))
         point = point.clamp(torch.minimum(data, found), torch.maximum(data, found)).to(data.dtype)
-        fools = _surely_fooled(model(point), target, targeted)
+        logits = model(point)
+        margin = margin_loss(logits, target)
+        # By more than the rounding in a batch of another size.
+        slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+        fools = torch.gt(-margin if targeted else margin, slack)
         near, far = torch.where(fools, near, middle), torch.where(fools, middle, far)
         best = torch.where(fools.view(column), point, best)
     return best
-
-
-def _surely_fooled(logits: Tensor, target: Tensor, targeted: bool) -> Tensor:
-    """Fooled by more than the rounding in a batch of another size."""
-    slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-    margin = margin_loss(logits, target)
-    return torch.gt(-margin if targeted else margin, slack)

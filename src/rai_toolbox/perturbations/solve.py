@@ -18,7 +18,7 @@ from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
 from rai_toolbox.perturbations.losses import Criterion
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
-from rai_toolbox.perturbations.models.protocol import PerturbationModel
+from rai_toolbox.perturbations.models.base import PerturbationModel
 
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""

@@ -18,7 +18,7 @@ from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, as_data, check_per_example, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
-from rai_toolbox.perturbations.models.protocol import PerturbationModel
+from rai_toolbox.perturbations.models.base import PerturbationModel
 from rai_toolbox.perturbations.solve import (
     Objective,
     Success,

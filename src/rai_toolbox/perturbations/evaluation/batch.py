@@ -14,8 +14,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import Bar
-from rai_toolbox.perturbations.evaluation.report import RobustnessReport
-from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.report import Examples, RobustnessReport
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, compare, predict
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.evaluation.rows import Examples, wilson_interval
 
 # Colors that remain distinct for color-blind readers and in grey.
 COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
@@ -17,11 +16,10 @@ WRONG = "#c0152f"
 SYMBOLS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 PANEL, CELL = 4.2, 1.0  # inches
 
-Report: TypeAlias = Any
-"""A `RobustnessReport`, whose file imports this one."""
+# `Any` stands for the classes of matplotlib, and of the report, whose file imports this one.
 
 
-def draw_report(report: Report) -> Any:
+def draw_report(report: Any) -> Any:
     """A panel of accuracy per norm, and the examples below."""
     figures = require("matplotlib.figure", extra="plots")
     norms, examples = list(report.epsilons), report.examples
@@ -41,38 +39,31 @@ def draw_report(report: Report) -> Any:
     return figure
 
 
-def draw_accuracy(axes: Any, reports: Mapping[str, Report], norm: str) -> None:
+def draw_accuracy(axes: Any, reports: Mapping[str, Any], norm: str) -> None:
     """Accuracy against epsilon in balls of one norm, with a 95 % interval, one curve per report."""
     for (name, report), color, marker in zip(reports.items(), COLORS, MARKERS, strict=False):
-        low, high = wilson_interval(round(report.clean_accuracy * len(report)), len(report))
-        points = [(0.0, report.clean_accuracy, low, high)]
-        points += [
-            (row.epsilon, row.robust_accuracy, row.low, row.high)
-            for row in report.rows()
-            if row.norm == norm
-        ]
-        epsilons, *fractions = zip(*points, strict=True)
-        middle, lows, highs = ([100 * value for value in column] for column in fractions)
-        axes.fill_between(epsilons, lows, highs, color=color, alpha=0.15, linewidth=0)
+        rows = report.rows_of(norm)
+        epsilons = [row.epsilon for row in rows]
+        low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
+        axes.fill_between(epsilons, low, high, color=color, alpha=0.15, linewidth=0)
+        accuracies = [100 * row.robust_accuracy for row in rows]
         label = f"{name} (band: 95% interval)".strip()
-        axes.plot(epsilons, middle, color=color, marker=marker, linewidth=2, label=label)
+        axes.plot(epsilons, accuracies, color=color, marker=marker, linewidth=2, label=label)
     axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
-    axes.set_xlabel("ε (at 0: the original data)")
-    axes.set_ylabel("classified correctly (%)")
-    axes.set_ylim(0, 100)
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
+    axes.set(xlabel="ε (at 0: the original data)", xlim=(0, None))
+    axes.set(ylabel="classified correctly (%)", ylim=(0, 100))
     tidy(axes)
 
 
 def tidy(axes: Any) -> None:
-    """No frame at the top and the right, and a light grid behind the data."""
+    """A legend without a frame, no lines at the top and the right, and a grid behind the data."""
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
 
 
-def _draw_examples(figure: Any, shown: Examples) -> None:
+def _draw_examples(figure: Any, shown: Any) -> None:
     """Rows of originals, changes and results, with the classes above and below."""
     title = f"{SYMBOLS[shown.norm]}, ε = {shown.epsilon:g}; below: prediction"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rai_toolbox.batch import sub_ndim
 from rai_toolbox.perturbations.inputs import wrong
-from rai_toolbox.perturbations.models.initialized import InitializedModel
+from rai_toolbox.perturbations.models.base import InitializedModel
 
 
 class AdditivePerturbation(InitializedModel):

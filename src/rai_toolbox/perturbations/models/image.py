@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rai_toolbox.checks import check_finite
 from rai_toolbox.perturbations.inputs import FLOATING, wrong
-from rai_toolbox.perturbations.models.initialized import InitializedModel
+from rai_toolbox.perturbations.models.base import InitializedModel
 
 
 class ImagePerturbation(InitializedModel):
