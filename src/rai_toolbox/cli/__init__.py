@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from rai_toolbox import __version__
 from rai_toolbox.cli import demo, evaluate
 from rai_toolbox.cli.command import Refused
 from rai_toolbox.extras import MissingExtra
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rai-toolbox",
         description="Constrained optimizers for PyTorch, shown on real data, and robustness.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
         added = commands.add_parser(
@@ -61,10 +61,3 @@ def _parser() -> argparse.ArgumentParser:
         for flag, settings in command.options.items():
             added.add_argument(flag, **settings)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("rai-toolbox")
-    except PackageNotFoundError:  # a source tree that is not installed
-        return "(not installed)"

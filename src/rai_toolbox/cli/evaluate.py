@@ -47,9 +47,8 @@ def evaluate(arguments: Namespace) -> int:
     require("matplotlib.figure", extra="plots")  # fail before the work starts, not after it
     norms, epsilons = arguments.norm, arguments.epsilon
     if len(norms) != len(epsilons):
-        raise Refused(
-            f"each --norm must be followed by its --epsilon, got {len(norms)} and {len(epsilons)}"
-        )
+        got = f"{len(norms)} and {len(epsilons)}"
+        raise Refused(f"each --norm must be followed by its --epsilon, got {got}")
     lower, upper = arguments.range
     if not lower < upper:
         raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
@@ -66,9 +65,8 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
     arguments.out.mkdir(parents=True, exist_ok=True)
     state = arguments.out / "state.json"
     if state.exists() and not arguments.resume:
-        raise Refused(
-            f"{state} is of a run that did not end: go on with it by --resume, or remove it"
-        )
+        rule = "go on with it by --resume, or remove it"
+        raise Refused(f"{state} is of a run that did not end: {rule}")
     if group is not None:
         dist.barrier(group)  # so that no rank sees a file of this run
     with warnings.catch_warnings():
@@ -108,7 +106,7 @@ def _write(report: RobustnessReport, out: Path) -> None:
 
 def load_model(path: str, weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The model at an import path, with weights from a file that contains only tensors."""
-    model: Callable[[Tensor], Tensor] = _imported("--model", path, nn.Module)
+    model: Callable[[Tensor], Tensor] = _imported("--model", path)
     if not callable(model):
         raise Refused(f"--model must give a model, got {type(model).__name__} from {path!r}")
     if isinstance(model, nn.Module):
@@ -131,44 +129,33 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
 
 def load_data(arguments: Namespace) -> Iterable[Any]:
     """Batches from an `.npz` file or an import path."""
-    if arguments.data.endswith(".npz"):
-        found: Any = _arrays(Path(arguments.data))
-    else:
-        found = _imported("--data", arguments.data, Dataset, DataLoader)
+    is_file = arguments.data.endswith(".npz")
+    found: Any = _arrays(arguments.data) if is_file else _imported("--data", arguments.data)
+    got = f"{type(found).__name__} from {arguments.data!r}"
     if isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[0], Tensor):
         data, target = found
         if len(data) != len(target):
-            raise Refused(
-                f"--data must have one target per example, got {len(data)} examples and "
-                f"{len(target)} targets"
-            )
+            got = f"{len(data)} examples and {len(target)} targets"
+            raise Refused(f"--data must have one target per example, got {got}")
         if arguments.divide_by != 1:
             data = data.to(torch.get_default_dtype()) / arguments.divide_by
         found = TensorDataset(data[: arguments.limit], target[: arguments.limit])
     elif arguments.limit is not None or arguments.divide_by != 1:
-        raise Refused(
-            "--limit and --divide-by need tensors (data, target), got "
-            f"{type(found).__name__} from {arguments.data!r}"
-        )
+        raise Refused(f"--limit and --divide-by need tensors (data, target), got {got}")
     if isinstance(found, Dataset):
         return DataLoader(found, batch_size=arguments.batch_size)
     if not isinstance(found, Iterable):
-        raise Refused(
-            "--data must give (data, target), a Dataset or batches, got "
-            f"{type(found).__name__} from {arguments.data!r}"
-        )
+        raise Refused(f"--data must give (data, target), a Dataset or batches, got {got}")
     return found
 
 
-def _arrays(path: Path) -> tuple[Tensor, Tensor]:
+def _arrays(path: str) -> tuple[Tensor, Tensor]:
     numpy = require("numpy", extra="plots")  # a dependency of matplotlib
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             if not {"data", "target"} <= set(arrays):
-                raise Refused(
-                    f"--data must hold the arrays `data` and `target`, got {sorted(arrays)} in "
-                    f"{path}"
-                )
+                got = f"{sorted(arrays)} in {path}"
+                raise Refused(f"--data must hold the arrays `data` and `target`, got {got}")
             data, target = (torch.from_numpy(arrays[name]) for name in ("data", "target"))
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise Refused(
@@ -178,8 +165,8 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor]:
     return (data.to(torch.get_default_dtype()) if data.is_floating_point() else data), target
 
 
-def _imported(flag: str, path: str, *kinds: type) -> Any:
-    """The object of one of `kinds` at `module:name`, or what the callable there returns.
+def _imported(flag: str, path: str) -> Any:
+    """The model or data at `module:name`, or what another callable there returns.
 
     The working directory is searched, too.
     """
@@ -199,7 +186,7 @@ def _imported(flag: str, path: str, *kinds: type) -> Any:
         if not hasattr(found, part):
             raise Refused(f"{flag}: {module!r} has no {name!r}, got {path!r}")
         found = getattr(found, part)
-    return found() if callable(found) and not isinstance(found, kinds) else found
+    return found() if callable(found) and not isinstance(found, (nn.Module, Dataset)) else found
 
 
 @contextmanager
@@ -267,11 +254,7 @@ COMMAND = command.Command(
             "radii for the preceding --norm", command.radius, nargs="+", **REPEATED
         ),
         "--range": option(
-            "of all data (default: 0 1)",
-            float,
-            (0.0, 1.0),
-            nargs=2,
-            metavar=("LOWER", "UPPER"),
+            "of all data (default: 0 1)", float, (0.0, 1.0), nargs=2, metavar=("LOWER", "UPPER")
         ),
         "--divide-by": option("such as 255 for integer images (default: 1)", command.positive, 1.0),
         "--steps": option("of each attack", command.count, 100),

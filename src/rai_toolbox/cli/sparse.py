@@ -68,22 +68,18 @@ def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: B
         loss = cross_entropy(fit.net(digits.images), digits.labels)
         loss.backward()
         fit.loss = loss.item()
-        fit.residuals.append(_largest(optim.kkt_residual()).item())
+        # Over weights and biases; the biases are unconstrained and count as 0.
+        fit.residuals.append(torch.stack(optim.kkt_residual()).max().item())
 
     for _ in range(steps):
         evaluate()
         optim.step()
         schedule.step()
-        largest = torch.maximum(largest, _largest(optim.violation()))  # keeps a NaN
+        largest = torch.maximum(largest, torch.stack(optim.violation()).max())  # keeps a NaN
         bar.update()
     evaluate()  # so that loss and residual are those of the final weights
     fit.violation = largest.item()
     return fit
-
-
-def _largest(of_groups: list[Tensor]) -> Tensor:
-    """Over weights and biases; the biases are unconstrained and count as 0."""
-    return torch.stack(of_groups).max()
 
 
 def _net() -> nn.Sequential:

@@ -48,7 +48,13 @@ class FeasibleSet:
             mask = expanded("mask", mask, data)
             lower = torch.where(mask, -inf if lower is None else lower, data)
             upper = torch.where(mask, inf if upper is None else upper, data)
-        return cls(data, _per_example(ball, data), lower, upper, mask)
+        if isinstance(ball.epsilon, Tensor) and ball.epsilon.ndim > 0:
+            shape = (len(data), *(1,) * (data.ndim - 1))  # that sets require
+            if ball.epsilon.numel() != len(data) or len(ball.epsilon) != len(data):
+                rule = f"be a number or have one value for each example, shape ({len(data)},)"
+                raise wrong("epsilon", rule, f"shape {tuple(ball.epsilon.shape)}")
+            ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
+        return cls(data, ball, lower, upper, mask)
 
     def rows(self, rows: Tensor) -> FeasibleSet:
         """The set of some of the examples."""
@@ -110,15 +116,3 @@ class FeasibleSet:
         reach = torch.where(beyond, sign * (end - self.data), reach)
         beyond = sign * (self.data + sign * reach) > sign * end  # as the difference was rounded
         return torch.where(beyond, reach.nextafter(torch.zeros_like(reach)), reach)
-
-
-def _per_example(ball: Ball, data: Tensor) -> Ball:
-    """The ball with radii in the shape (N, 1, ...) that sets require."""
-    epsilon = ball.epsilon
-    if not isinstance(epsilon, Tensor) or epsilon.ndim == 0:
-        return ball
-    if epsilon.numel() != len(data) or len(epsilon) != len(data):
-        rule = f"be a number or have one value for each example, shape ({len(data)},)"
-        raise wrong("epsilon", rule, f"shape {tuple(epsilon.shape)}")
-    shape = (-1, *(1,) * (data.ndim - 1))
-    return replace(ball, epsilon=epsilon.to(data.device).reshape(shape))

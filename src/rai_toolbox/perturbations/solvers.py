@@ -132,11 +132,14 @@ def gradient_ascent(
     objective = Objective(model, criterion, sign, reduction_fn, samples, stop_once)
     with solving(model):
         data = as_data(data)
+        if isinstance(optimizer, Optimizer) and not _is_model(perturbation_model):
+            rule = "be an instance, whose parameters the optimizer has, with an optimizer instance"
+            raise wrong("perturbation_model", rule, perturbation_model, TypeError)
         perturbation = _perturbation(perturbation_model, data)
         if not any(param.requires_grad for param in perturbation.parameters()):
             rule = "have parameters that require gradients"
             raise wrong("perturbation_model", rule, perturbation)
-        made = _optimizer(optimizer, perturbation, perturbation_model, optim_kwargs)
+        made = _optimizer(optimizer, perturbation, optim_kwargs)
         target, stop = _as_target(target, data), stop_once is not None
         found = solve(objective, data, target, perturbation, made, steps, use_best, stop)
     warn_of_zero_gradient(found.zero_gradient)
@@ -247,20 +250,15 @@ def _perturbation(given: Any, data: Tensor) -> PerturbationModel:
     return made
 
 
-def _optimizer(
-    given: OptimizerLike, model: PerturbationModel, of_user: object, kwargs: dict[str, Any]
-) -> Any:
-    if not isinstance(given, Optimizer):
-        if not callable(given):
-            raise wrong("optimizer", "be an Optimizer, or make one", given, TypeError)
-        return given(model.parameters(), **kwargs)
-    if not _is_model(of_user):
-        rule = "be an instance, whose parameters the optimizer has, with an optimizer instance"
-        raise wrong("perturbation_model", rule, of_user, TypeError)
-    if kwargs:
-        rule = "not be given with an optimizer instance"
-        raise wrong("optim_kwargs", rule, ", ".join(kwargs), TypeError)
-    return given
+def _optimizer(given: Any, model: PerturbationModel, kwargs: dict[str, Any]) -> Any:
+    if isinstance(given, Optimizer):
+        if kwargs:
+            rule = "not be given with an optimizer instance"
+            raise wrong("optim_kwargs", rule, ", ".join(kwargs), TypeError)
+        return given
+    if not callable(given):
+        raise wrong("optimizer", "be an Optimizer, or make one", given, TypeError)
+    return given(model.parameters(), **kwargs)
 
 
 def _arguments(solver: Solver, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Batch:
     def report(self, start: RobustnessReport, bar: Bar) -> RobustnessReport:
         """The report of the batch; `start` has the settings."""
         withstood, checks = {}, {}
-        with _seeded(_seed(self.seed, self.name), self.data.device):
+        with _seeded(self.data.device, self.seed, self.name):
             before = predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
                 robust, found = ~before.misclassified, []
@@ -60,7 +60,7 @@ class Batch:
     def examples(self, number: int) -> list[Examples]:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
         found = []
-        with _seeded(_seed(self.seed, self.name), self.data.device):
+        with _seeded(self.data.device, self.seed, self.name):
             right = ~predict(self.model, self.data, self.target, gradient=False).misclassified
             rows = right.nonzero().squeeze(1)[:number]
             data, target = self.data[rows], self.target[rows]
@@ -75,10 +75,10 @@ class Batch:
         """The solver's perturbed data, with random numbers that only batch and ball determine."""
         if ball.epsilon == 0:
             return data
-        seed = _seed(self.seed, self.name, repr(ball))
-        generator = torch.Generator().manual_seed(seed)
-        with _seeded(seed, data.device), warnings.catch_warnings():
+        seeded = _seeded(data.device, self.seed, self.name, repr(ball))
+        with seeded as seed, warnings.catch_warnings():
             warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
+            generator = torch.Generator().manual_seed(seed)
             settings = {"ball": ball, "data_range": self.data_range, "generator": generator}
             found = self.solver(self.model, data, target, **settings)
         perturbed = getattr(found, "data", None)
@@ -91,19 +91,18 @@ class Batch:
         return perturbed.detach()
 
 
-def _seed(*values: object) -> int:
-    """A seed that only the `repr` of these values determines."""
-    text = repr(values).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Context: torch's own generators, which random models use, are seeded; restored on exit."""
+def _seeded(device: torch.device, *values: object) -> Iterator[int]:
+    """Context: torch's own generators, which random models use, are seeded; restored on exit.
+
+    Only the `repr` of the values determines the seed, which it gives.
+    """
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=7).digest()
+    seed = int.from_bytes(digest, "little")
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         for index in cuda:
             with torch.cuda.device(index):
                 torch.cuda.manual_seed(seed)
-        yield
+        yield seed

@@ -219,18 +219,16 @@ class RobustnessReport:
         ValueError
             If this is something else.
         """
-        if not isinstance(plain, Mapping) or plain.get("format") != FORMAT:
-            found = plain.get("format") if isinstance(plain, Mapping) else type(plain).__name__
+        found = plain.get("format") if isinstance(plain, Mapping) else type(plain).__name__
+        if found != FORMAT:
             raise wrong("format", f"be {FORMAT!r}", repr(found))
-        return cls(
-            plain["settings"],
-            {name: tuple(found) for name, found in plain["epsilons"].items()},
-            {name: tuple(found) for name, found in plain["withstood"].items()},
-            {
-                name: tuple(VerificationReport(**check) for check in found)
-                for name, found in plain["checks"].items()
-            },
+        epsilons, withstood, checks = (
+            {norm: tuple(values) for norm, values in plain[name].items()}
+            for name in ("epsilons", "withstood", "checks")
         )
+        for norm, found in checks.items():
+            checks[norm] = tuple(VerificationReport(**check) for check in found)
+        return cls(plain["settings"], epsilons, withstood, checks)
 
     def to_json(self) -> str:
         """The report as JSON, which also has the table: `from_json` ignores it."""
