@@ -32,22 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: success; 1: a check of the run failed; 2: the run could not start; 130: interrupted.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 0
-    try:
-        return COMMANDS[arguments.command].run(arguments)
-    except (MissingExtra, OSError, Refused) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rai-toolbox",
         description="Constrained optimizers for PyTorch, shown on real data, and robustness.",
@@ -60,4 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         for flag, settings in command.options.items():
             added.add_argument(flag, **settings)
-    return parser
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except (MissingExtra, OSError, Refused) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130

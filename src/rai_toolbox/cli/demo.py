@@ -147,14 +147,8 @@ def _share(run: Run, size: float) -> float:
 def _robustness(net: nn.Module, digits: Digits, settings: Settings) -> RobustnessReport:
     balls: list[LinfBall | L2Ball] = [*map(LinfBall, LINF), *map(L2Ball, L2)]
     batches = list(zip(*(tensor.split(BATCH) for tensor in digits), strict=True))
-    return evaluate_robustness(
-        net,
-        batches,
-        balls=balls,
-        solver=partial(attack, rivals=settings.rivals),
-        steps=settings.attack_steps,
-        seed=settings.seed,
-    )
+    solver = partial(attack, rivals=settings.rivals, steps=settings.attack_steps)
+    return evaluate_robustness(net, batches, balls=balls, solver=solver, seed=settings.seed)
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -213,9 +207,7 @@ COMMAND = Command(
     ),
     options={
         "--out": command.OUT,
-        "--epochs": option(
-            "passes over the training digits (default: 12, quick: 2)", command.count
-        ),
+        "--epochs": option("passes over the digits (default: 12, quick: 2)", command.count),
         "--seed": option("of weights and batches", command.seed, 0),
         "--quick": {"action": "store_true", "help": "less of everything, in seconds"},
     },

@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -119,11 +120,9 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
         state = torch.load(weights, map_location=device, weights_only=True)
         model.load_state_dict(state)
     except (pickle.UnpicklingError, RuntimeError, TypeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise Refused(
-            f"--weights must be a state_dict of the model, saved by torch.save, got {weights}: "
-            f"{' '.join(line.strip() for line in reason[:3])}"
-        ) from error
+        got = f"{weights}: {shorten(str(error), 300)}"
+        rule = "be a state_dict of the model, saved by torch.save"
+        raise Refused(f"--weights must {rule}, got {got}") from error
     return model
 
 

@@ -53,13 +53,8 @@ def fit_each(digits: Digits, steps: int, radius: float = RADIUS) -> dict[str, Fi
 def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: Bar) -> Fit:
     fit = Fit(_net())
     groups = constrain(fit.net, {"1.weight": L1Ball(radius)})
-    optim = ProjectedOptimizer(
-        groups,
-        Adam,
-        gradient_mapping=mapping,
-        averaging=0.0,  # gradients of full batches are exact
-        lr=LR,
-    )
+    # Without averaging: gradients of full batches are exact.
+    optim = ProjectedOptimizer(groups, Adam, gradient_mapping=mapping, averaging=0.0, lr=LR)
     schedule = ExponentialLR(optim, LR_DECAY ** (1 / steps))
     largest = torch.zeros((), dtype=torch.float64)
 
