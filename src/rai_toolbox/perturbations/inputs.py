@@ -85,12 +85,12 @@ def radius_of(ball: Ball) -> float:
     return float(ball.epsilon)
 
 
-def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor | None, Tensor | None]:
+def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
     """The bounds in the shape of the data, which must be finite and within them."""
     if not bool(data.isfinite().all()):
         raise wrong("data", "be finite", "NaN or infinity among them")
     if data_range is None:
-        return None, None
+        return None
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
         raise wrong("data_range", "be a pair (lower, upper) or None", data_range, TypeError)
     check_order("lower", data_range[0], "upper", data_range[1])

@@ -170,7 +170,7 @@ def minimum_norm_attack(
                 part.data,
                 target[rows],
                 ball=replace(part.ball, epsilon=radius),
-                data_range=None if part.lower is None else (part.lower, part.upper),
+                data_range=part.bounds,
                 **({} if part.mask is None else {"mask": part.mask}),
             ).data
             success = is_fooled(model(found), target[rows], targeted)
@@ -193,10 +193,8 @@ def _norm(x: Tensor, p: float) -> Tensor:
 
 def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
     """The largest radius to try for each example: at most the one that reaches all of the range."""
-    if allowed.lower is None or allowed.upper is None:
-        reach = torch.full_like(allowed.data, inf)
-    else:
-        reach = torch.maximum(allowed.data - allowed.lower, allowed.upper - allowed.data)
+    lower, upper = allowed.bounds or (allowed.data - inf, allowed.data + inf)
+    reach = torch.maximum(allowed.data - lower, upper - allowed.data)
     limit = _norm(reach, p)
     if largest is None and not bool(limit.isfinite().all()):
         raise wrong("largest", "be given if `data_range` leaves a side open", largest)
