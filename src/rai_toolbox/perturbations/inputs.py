@@ -27,12 +27,17 @@ def wrong(name: str, rule: str, got: object, kind: type[Exception] = ValueError)
 
 def as_data(data: Any) -> Tensor:
     """A floating-point tensor without history, which autograd may save."""
-    tensor = torch.as_tensor(data).detach()
+    tensor = torch.as_tensor(data)
     if not (tensor.is_floating_point() or tensor.is_complex()):
         if hasattr(data, "dtype"):
             raise wrong("data", FLOATING, tensor.dtype, TypeError)
         tensor = tensor.to(torch.get_default_dtype())
-    return tensor.clone() if tensor.is_inference() else tensor
+    return without_history(tensor)
+
+
+def without_history(tensor: Tensor) -> Tensor:
+    """The tensor as a constant, which autograd may save: a copy if made in inference mode."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 def as_classes(target: Any, data: Tensor) -> Tensor:
