@@ -80,7 +80,7 @@ def demo(settings: Settings, out: Path) -> int:
     runs = {"bounded": bounded, "unbounded": unbounded}
     ends["training"] = perf_counter()
 
-    attacked = Digits(*(tensor[: settings.digits_attacked] for tensor in test_digits))
+    attacked = test_digits.first(settings.digits_attacked)
     robustness = {name: _robustness(run.net, attacked, settings) for name, run in runs.items()}
     ends["attacking"] = perf_counter()
 

@@ -19,6 +19,10 @@ class Digits(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    def first(self, number: int) -> Digits:
+        """The first `number` digits."""
+        return Digits(self.images[:number], self.labels[:number])
+
 
 def load_digits() -> tuple[Digits, Digits]:
     """4,000 training digits and 1,000 test digits.
