@@ -134,9 +134,8 @@ def attack(
         target = inputs.as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = inputs.classifier(model, target)
-        objective = run_objective = Objective(
-            model, criterion, sign, samples=samples, success=success
-        )
+        objective = Objective(model, criterion, sign, samples=samples, success=success)
+        run_objective = objective
         toward: Sequence[Tensor | None] = [None]
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)

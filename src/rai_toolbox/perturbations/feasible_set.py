@@ -31,10 +31,8 @@ class FeasibleSet:
     bounds: tuple[Tensor, Tensor] | None
     mask: Tensor | None
 
-    @classmethod
-    def around(
-        cls, data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None
-    ) -> FeasibleSet:
+    @staticmethod
+    def around(data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None) -> FeasibleSet:
         """Check the settings, and expand them to the shape of the data, (N, ...)."""
         check_ball(ball)
         if not ball.bounded:
@@ -53,7 +51,7 @@ class FeasibleSet:
                 rule = f"be a number or have one value for each example, shape ({len(data)},)"
                 raise wrong("epsilon", rule, f"shape {tuple(ball.epsilon.shape)}")
             ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
-        return cls(data, ball, bounds, mask)
+        return FeasibleSet(data, ball, bounds, mask)
 
     def rows(self, rows: Tensor) -> FeasibleSet:
         """The set of some of the examples."""

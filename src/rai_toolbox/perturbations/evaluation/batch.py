@@ -44,12 +44,10 @@ class Batch:
                 for ball in balls:
                     rows, check = robust.nonzero().squeeze(1), VerificationReport()
                     if ball.epsilon > 0 and len(rows):  # at 0, the only point is the original
-                        data, target = self.data[rows], self.target[rows]
-                        perturbed = self._perturb(data, target, ball)
+                        original, target = before.rows(rows), self.target[rows]
+                        perturbed = self._perturb(original.data, target, ball)
                         after = predict(self.model, perturbed, target, gradient=False)
-                        check, fooled = compare(
-                            data, perturbed, before.rows(rows), after, ball, self.data_range
-                        )
+                        check, fooled = compare(original, after, ball, self.data_range)
                         robust = robust.index_fill(0, rows[fooled], False)
                     count += robust
                     found.append(check)

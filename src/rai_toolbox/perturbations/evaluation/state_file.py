@@ -67,10 +67,8 @@ class StateFile:
     def check_number(self, number: int) -> None:
         """Raise if `loader` had no batch, or fewer batches than the file."""
         if number < len(self.batches):
-            raise StateFileError(
-                f"`loader` must have the {len(self.batches)} batches that {self.path} was written "
-                f"for, got {number}"
-            )
+            rule = f"have the {len(self.batches)} batches that {self.path} was written for"
+            raise wrong("loader", rule, number, StateFileError)
         if number == 0:
             raise wrong("loader", "give one batch at least", "none")
 
@@ -82,17 +80,15 @@ class StateFile:
             report = RobustnessReport.from_plain(plain["report"])
             model, batches = str(plain["model"]), [str(batch) for batch in plain["batches"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise StateFileError(
-                f"`state_file` must be of this format ({FORMAT!r}) or not exist yet, got {path}"
-            ) from error
+            rule = f"be of this format ({FORMAT!r}) or not exist yet"
+            raise wrong("state_file", rule, str(path), StateFileError) from error
         found, asked = ({**r.settings, "epsilons": dict(r.epsilons)} for r in (report, start))
         other = _differences(found, asked)
         if model != self.model:
             other.append("another model or other weights")
         if other:
-            raise StateFileError(
-                f"`state_file` must be of the same run, got {path}, made with {'; '.join(other)}"
-            )
+            got = f"{path}, made with {'; '.join(other)}"
+            raise wrong("state_file", "be of the same run", got, StateFileError)
         self.report, self.batches = report, batches
 
 

@@ -89,8 +89,9 @@ class VerificationReport:
 
 
 class Prediction(NamedTuple):
-    """What a model predicts for each example, shape (N,) each."""
+    """Data, shape (N, ...), and what a model predicts for each example, shape (N,) each."""
 
+    data: Tensor
     losses: Tensor
     classes: Tensor
     misclassified: Tensor
@@ -126,21 +127,17 @@ def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True
     misclassified = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
     finite = losses.isfinite() & slope.isfinite().flatten(1).all(1)
     zero_gradient = (slope == 0).flatten(1).all(1) & finite & gradient
-    return Prediction(losses, classes, misclassified, zero_gradient, finite)
+    return Prediction(data, losses, classes, misclassified, zero_gradient, finite)
 
 
 def compare(
-    data: Tensor,
-    perturbed: Tensor,
-    before: Prediction,
-    after: Prediction,
-    ball: Ball,
-    data_range: Range,
+    before: Prediction, after: Prediction, ball: Ball, data_range: Range
 ) -> tuple[VerificationReport, Tensor]:
     """Compare perturbed data with the originals: the report, and whether each is fooled.
 
     A point outside ball or range fools nobody.
     """
+    data, perturbed = before.data, after.data
     in_data = perturbed.isfinite().flatten(1).all(1)
     ball_excess = beyond_ball(data, perturbed, ball)
     box_excess = beyond_range(perturbed, data_range)
@@ -214,7 +211,7 @@ def verify(
         raise wrong("perturbed", f"be floating-point data of shape {tuple(data.shape)}", got)
     before = predict(model, data, target)
     after = predict(model, perturbed, target, gradient=False)
-    return compare(data, perturbed, before, after, ball, data_range)[0]
+    return compare(before, after, ball, data_range)[0]
 
 
 def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
