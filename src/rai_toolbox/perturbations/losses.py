@@ -230,6 +230,14 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     return (predicted == target) & ~none if targeted else (predicted != target) | none
 
 
+def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
+    """The gradient of the sum with respect to the data; 0 if it does not depend on them."""
+    if not loss.requires_grad:
+        return torch.zeros_like(data)
+    ones = torch.ones_like(loss)  # as under `no_grad` the sum would have no gradient
+    return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
+
+
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:
     """A loss in units of the gap from the largest logit to the mean of the third to `number`-th."""
     if logits.shape[1] < number:

@@ -16,7 +16,7 @@ from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, as_classes, as_data, classifier, wrong
-from rai_toolbox.perturbations.losses import is_fooled, margin_loss
+from rai_toolbox.perturbations.losses import gradient_of, is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import solving
 
@@ -207,9 +207,7 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
     with torch.enable_grad():
         x = allowed.data.detach().clone().requires_grad_()
         margin = margin_loss(model(x), target)
-        if not margin.requires_grad:
-            return torch.full((len(x),), inf, dtype=torch.float64, device=x.device)
-        (gradient,) = torch.autograd.grad(margin.sum(), x)
+        gradient = gradient_of(margin, x)
     if allowed.mask is not None:
         gradient = gradient * allowed.mask
     radius = margin.detach().double().abs() / _norm(gradient, _DUAL[p])

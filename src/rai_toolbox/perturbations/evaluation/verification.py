@@ -12,6 +12,7 @@ from torch import Tensor
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.losses import gradient_of
 from rai_toolbox.perturbations.solve import solving
 
 
@@ -119,9 +120,7 @@ def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True
         logits = inputs.classifier(model, target)(x)
         target = target.clone().long()  # which autograd cannot keep if made in inference mode
         losses = log_odds(logits, target)
-        slope = torch.zeros_like(x)
-        if losses.requires_grad:
-            (slope,) = torch.autograd.grad(losses.sum(), x, materialize_grads=True)
+        slope = gradient_of(losses, x)
     logits, losses = logits.detach(), losses.detach()
     classes = logits.argmax(1)
     misclassified = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
