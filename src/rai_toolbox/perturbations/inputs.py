@@ -99,8 +99,8 @@ def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
         raise wrong("data_range", "be a pair (lower, upper) or None", data_range, TypeError)
     check_order("lower", data_range[0], "upper", data_range[1])
-    limits = (torch.as_tensor(bound, dtype=data.dtype) for bound in data_range)
-    lower, upper = (expanded("data_range", limit, data) for limit in limits)
+    lower = expanded("data_range", torch.as_tensor(data_range[0], dtype=data.dtype), data)
+    upper = expanded("data_range", torch.as_tensor(data_range[1], dtype=data.dtype), data)
     outside = (data < lower) | (data > upper)
     if bool(outside.any()):
         at = tuple(outside.nonzero()[0].tolist())

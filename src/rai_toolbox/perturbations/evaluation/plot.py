@@ -87,8 +87,7 @@ def _draw_examples(figure: Any, shown: Any) -> None:
         wrong = predicted != target
         top.set_title(str(target), fontsize=10)
         bottom.set_xlabel(str(predicted), color=WRONG if wrong else "0.2", fontsize=10)
-        for spine in bottom.spines.values():
-            spine.set(color=WRONG if wrong else "0.7", linewidth=2)
+        bottom.spines[:].set(color=WRONG if wrong else "0.7", linewidth=2)
 
 
 def _show(axes: Any, example: Tensor, limits: tuple[float, float], signed: bool) -> None:
