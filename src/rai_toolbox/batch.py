@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["to_batch"]
 
 
-def check_param_ndim(param_ndim: object) -> int | None:
+def check_param_ndim(param_ndim: object, name: str = "param_ndim") -> int | None:
     """Return `param_ndim` if it is an int or None.
 
     Raises
@@ -20,17 +20,17 @@ def check_param_ndim(param_ndim: object) -> int | None:
     """
     if param_ndim is None or (isinstance(param_ndim, int) and not isinstance(param_ndim, bool)):
         return param_ndim
-    raise TypeError(f"`param_ndim` must be an int or None, got {param_ndim!r}")
+    raise TypeError(f"`{name}` must be an int or None, got {param_ndim!r}")
 
 
-def sub_ndim(ndim: int, param_ndim: int | None) -> int:
+def sub_ndim(ndim: int, param_ndim: int | None, name: str = "param_ndim") -> int:
     """Number of trailing dims, of a tensor with `ndim` dims, that make one sub-tensor."""
-    check_param_ndim(param_ndim)
+    check_param_ndim(param_ndim, name)
     if param_ndim is None:
         return ndim
     if abs(param_ndim) > ndim:
         raise ValueError(
-            f"`param_ndim` must be None or lie in [-{ndim}, {ndim}] "
+            f"`{name}` must be None or lie in [-{ndim}, {ndim}] "
             f"for a tensor with {ndim} dims, got {param_ndim}"
         )
     return param_ndim if param_ndim >= 0 else ndim + param_ndim

@@ -172,7 +172,7 @@ def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 2])
 def test_a_run_that_is_killed_goes_on_to_the_same_table(folder, batches):
-    command = [sys.executable, "-m", "rai_toolbox.cli", *run()]
+    command = [sys.executable, "-m", "rai_toolbox", *run()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KILLED_AFTER": f"{batches} 4"}
     killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL

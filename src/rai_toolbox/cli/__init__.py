@@ -6,14 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from rai_toolbox import __version__
 from rai_toolbox.cli import demo, evaluate
 from rai_toolbox.cli.command import Refused
 from rai_toolbox.extras import MissingExtra
-
-__all__ = ["main", "run"]
 
 COMMANDS = {"demo": demo.COMMAND, "evaluate": evaluate.COMMAND}
 
@@ -34,7 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: success; 1: a check of the run failed; 2: the run could not start; 130: interrupted.
     """
-    parser = _parser()
+    parser = argparse.ArgumentParser(
+        prog="rai-toolbox",
+        description="Constrained optimizers for PyTorch, shown on real data, and robustness.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(
+            name, help=command.help, description=command.description, epilog=command.epilog
+        )
+        for flag, settings in command.options.items():
+            added.add_argument(flag, **settings)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -47,26 +56,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rai-toolbox",
-        description="Constrained optimizers for PyTorch, shown on real data, and robustness.",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        added = commands.add_parser(
-            name, help=command.help, description=command.description, epilog=command.epilog
-        )
-        for flag, settings in command.options.items():
-            added.add_argument(flag, **settings)
-    return parser
-
-
-def _version() -> str:
-    try:
-        return version("rai-toolbox")
-    except PackageNotFoundError:  # a source tree that is not installed
-        return "(not installed)"

@@ -8,8 +8,6 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["OUT", "Command", "Refused", "count", "option", "positive", "radius", "seed"]
-
 
 class Refused(Exception):
     """The command cannot do what was asked for; the message says why."""
@@ -47,11 +45,11 @@ radius = _number(float, ">= 0 and finite", lambda number: 0 <= number < inf)
 positive = _number(float, "> 0 and finite", lambda number: 0 < number < inf)
 
 
-def option(text: str, **settings: Any) -> dict[str, Any]:
+def option(text: str, type: Any = str, default: Any = None, **settings: Any) -> dict[str, Any]:
     """Keyword arguments of `add_argument`, whose help states the default, if there is one."""
-    if "default" in settings and "(default" not in text:
+    if default is not None and "(default" not in text:
         text += " (default: %(default)s)"
-    return {"help": text, **settings}
+    return {"help": text, "type": type, "default": default, **settings}
 
 
-OUT = option("folder of the results", type=Path, default=Path("out"))
+OUT = option("folder of the results", Path, Path("out"))

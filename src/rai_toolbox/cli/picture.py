@@ -14,8 +14,6 @@ from rai_toolbox.extras import require
 from rai_toolbox.perturbations import RobustnessReport
 from rai_toolbox.perturbations.evaluation.plot import COLORS, WRONG, draw_accuracy, tidy
 
-__all__ = ["draw", "draw_sparse"]
-
 
 def draw(
     path: Path,
@@ -73,15 +71,9 @@ def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> 
     edges = [limit * (i - 0.5) / 24 for i in range(-24, 26)]  # a bin is centered on each bound
     for (name, run), color, kind in zip(runs.items(), COLORS, ("stepfilled", "step"), strict=False):
         weights = run.weights().clamp(-limit, limit)
-        axes.hist(
-            weights.numpy(),
-            bins=edges,
-            weights=[100 / len(weights)] * len(weights),
-            color=color,
-            histtype=kind,
-            linewidth=2,
-            label=name,
-        )
+        shares = [100 / len(weights)] * len(weights)
+        style = {"color": color, "histtype": kind, "linewidth": 2, "label": name}
+        axes.hist(weights.numpy(), bins=edges, weights=shares, **style)
     for side in ("clamp_min", "clamp_max"):
         axes.axvline(bound[side], color="0.2", linestyle="--", linewidth=1)
     _title(
@@ -89,10 +81,8 @@ def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> 
         f"{bound['share_of_weights_within_1_percent']:.0%} of the bounded weights end\n"
         "within 1% of a bound (dashed)",
     )
-    axes.set_xlabel("weight (larger ones: in the outermost bins)")
-    axes.set_ylabel("share of the weights (%)")
-    axes.set_xlim(edges[0], edges[-1])
-    axes.legend(frameon=False, loc="upper right")
+    axes.set(xlabel="weight (larger ones: in the outermost bins)", xlim=(edges[0], edges[-1]))
+    axes.set(ylabel="share of the weights (%)")
     tidy(axes)
 
 
@@ -116,11 +106,8 @@ def _residuals(axes: Any, runs: Mapping[str, Any], fits: Mapping[str, Fit]) -> N
         f"With the gradient mapping the KKT residual\nends at "
         f"{runs['default']['kkt_residual']:.2g}, without it at {runs['plain']['kkt_residual']:.2g}",
     )
-    axes.set_yscale("log")
-    axes.set_xlim(0, len(fits["default"].residuals) - 1)
-    axes.set_xlabel("steps (each on all training digits)")
-    axes.set_ylabel("KKT residual |W - P(W - ∇)| of the weights W")
-    axes.legend(frameon=False)
+    axes.set(xlabel="steps (each on all training digits)", xlim=(0, len(fit.residuals) - 1))
+    axes.set(ylabel="KKT residual |W - P(W - ∇)| of the weights W", yscale="log")
     tidy(axes)
 
 

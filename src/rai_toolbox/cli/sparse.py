@@ -23,8 +23,6 @@ from rai_toolbox.constraints import L1Ball
 from rai_toolbox.extras import Bar, progress
 from rai_toolbox.optim import ProjectedOptimizer, constrain
 
-__all__ = ["MAPPINGS", "Fit", "failures", "fit_each", "summary", "table", "to_report"]
-
 RADIUS = 16.0
 LR = 0.1
 LR_DECAY = 1e-2  # last learning rate / first learning rate
@@ -55,13 +53,8 @@ def fit_each(digits: Digits, steps: int, radius: float = RADIUS) -> dict[str, Fi
 def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: Bar) -> Fit:
     fit = Fit(_net())
     groups = constrain(fit.net, {"1.weight": L1Ball(radius)})
-    optim = ProjectedOptimizer(
-        groups,
-        Adam,
-        gradient_mapping=mapping,
-        averaging=0.0,  # gradients of full batches are exact
-        lr=LR,
-    )
+    # Without averaging: gradients of full batches are exact.
+    optim = ProjectedOptimizer(groups, Adam, gradient_mapping=mapping, averaging=0.0, lr=LR)
     schedule = ExponentialLR(optim, LR_DECAY ** (1 / steps))
     largest = torch.zeros((), dtype=torch.float64)
 
@@ -70,22 +63,18 @@ def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: B
         loss = cross_entropy(fit.net(digits.images), digits.labels)
         loss.backward()
         fit.loss = loss.item()
-        fit.residuals.append(_largest(optim.kkt_residual()).item())
+        # Over weights and biases; the biases are unconstrained and count as 0.
+        fit.residuals.append(torch.stack(optim.kkt_residual()).max().item())
 
     for _ in range(steps):
         evaluate()
         optim.step()
         schedule.step()
-        largest = torch.maximum(largest, _largest(optim.violation()))  # keeps a NaN
+        largest = torch.maximum(largest, torch.stack(optim.violation()).max())  # keeps a NaN
         bar.update()
     evaluate()  # so that loss and residual are those of the final weights
     fit.violation = largest.item()
     return fit
-
-
-def _largest(of_groups: list[Tensor]) -> Tensor:
-    """Over weights and biases; the biases are unconstrained and count as 0."""
-    return torch.stack(of_groups).max()
 
 
 def _net() -> nn.Sequential:

@@ -15,8 +15,6 @@ from rai_toolbox.cli.digits import Digits
 from rai_toolbox.extras import progress
 from rai_toolbox.optim import ClampedParameterOptimizer
 
-__all__ = ["Run", "accuracy", "train", "violation"]
-
 BATCH = 100
 LR = 5e-3  # at the start; it falls to 0 along a cosine
 
@@ -40,15 +38,10 @@ def train(digits: Digits, bound: float, epochs: int, seed: int) -> tuple[Run, Ru
     Both use the same batches in turn, so that their step times are measured under equal
     conditions; which one goes first alternates.
     """
-    net = _net(seed)
-    bounded = Run(
-        net,
-        ClampedParameterOptimizer(
-            net.parameters(), AdamW, lr=LR, clamp_min=-bound, clamp_max=bound
-        ),
-    )
-    net = _net(seed)
-    unbounded = Run(net, AdamW(net.parameters(), lr=LR))
+    nets = _net(seed), _net(seed)
+    params = nets[0].parameters()
+    clamped = ClampedParameterOptimizer(params, AdamW, lr=LR, clamp_min=-bound, clamp_max=bound)
+    bounded, unbounded = Run(nets[0], clamped), Run(nets[1], AdamW(nets[1].parameters(), lr=LR))
 
     largest = torch.zeros((), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

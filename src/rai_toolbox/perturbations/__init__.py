@@ -1,8 +1,11 @@
 """Perturbations of data: models of them, solvers that find the worst, and evaluations."""
 
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.report import (
+    Examples,
+    RobustnessReport,
+    RobustnessWarning,
+)
 from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import StateFileError
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, verify

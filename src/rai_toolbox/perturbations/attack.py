@@ -134,9 +134,8 @@ def attack(
         target = inputs.as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = inputs.classifier(model, target)
-        objective = run_objective = Objective(
-            model, criterion, sign, samples=samples, success=success
-        )
+        objective = Objective(model, criterion, sign, samples=samples, success=success)
+        run_objective = objective
         toward: Sequence[Tensor | None] = [None]
         if rivals is not None:
             _check_rivals(rivals, criterion, targeted)
@@ -151,8 +150,8 @@ def attack(
             if rows is not None and not len(rows):
                 break
             part = allowed if rows is None else allowed.rows(rows)
-            goal = target if rival is None else torch.stack([target, rival], 1)
-            goal = goal if rows is None else goal[rows]
+            chosen = slice(None) if rows is None else rows
+            goal = (target if rival is None else torch.stack([target, rival], 1))[chosen]
             perturbation, constraint = part.zero_perturbation(), part.of_perturbations()
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
@@ -160,12 +159,10 @@ def attack(
             found = solve(
                 run_objective, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
             )
-            perturbed, zero = found.data, found.zero_gradient
-            if rows is not None:
-                perturbed = data.index_copy(0, rows, perturbed)
-                zero = zero_gradient.index_copy(0, rows, zero)
+            perturbed = found.data if rows is None else data.index_copy(0, rows, found.data)
             best.update_(sign * found.losses, found.fooled, [perturbed], rows)
-            zero_gradient, calls = zero_gradient & zero, calls + found.model_calls
+            zero_gradient[chosen] &= found.zero_gradient
+            calls += found.model_calls
 
         perturbed, cost, fooled = allowed.project(best.tensors[0]), best.cost, best.success
         # Losses toward a rival, of a random model, or in a smaller batch are not those returned.

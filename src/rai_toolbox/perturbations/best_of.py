@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
+@dataclass
 class BestOf:
     """For each example, what to keep of several trials: one that succeeded, then the least cost.
 
@@ -25,18 +28,15 @@ class BestOf:
         Keep the first trial that succeeded, if there is one.
     """
 
-    def __init__(
-        self,
-        cost: Tensor,
-        success: Tensor,
-        tensors: list[Tensor],
-        best: bool = True,
-        stop: bool = False,
-    ) -> None:
-        self.cost = self.last_cost = cost
-        self.success = success
-        self.tensors = [tensor.detach().clone() for tensor in tensors]
-        self._best, self._stop = best, stop
+    cost: Tensor
+    success: Tensor
+    tensors: list[Tensor]
+    best: bool = True
+    stop: bool = False
+
+    def __post_init__(self) -> None:
+        self.last_cost = self.cost
+        self.tensors = [tensor.detach().clone() for tensor in self.tensors]
 
     def update_(
         self, cost: Tensor, success: Tensor, tensors: list[Tensor], rows: Tensor | None = None
@@ -51,7 +51,7 @@ class BestOf:
             success = self.success.index_copy(0, rows, success)
         self.last_cost = cost
         take = torch.ones_like(success)
-        if self._best:
+        if self.best:
             valid = take  # no NaN is kept, whatever the model predicts for it
             for tensor in tensors:
                 entries = tensor.detach().unsqueeze(-1).flatten(take.ndim)
@@ -59,7 +59,7 @@ class BestOf:
             success = success & valid
             lower = (cost < self.cost) | (self.cost.isnan() & ~cost.isnan())
             take = valid & ((success > self.success) | ((success >= self.success) & lower))
-        if self._stop:
+        if self.stop:
             take = (take | success) > self.success
         self.success = torch.where(take, success, self.success)
         self.cost = torch.where(take, cost, self.cost.to(cost.dtype))

@@ -28,35 +28,40 @@ class FeasibleSet:
 
     data: Tensor
     ball: Ball
-    lower: Tensor | None
-    upper: Tensor | None
+    bounds: tuple[Tensor, Tensor] | None
     mask: Tensor | None
 
-    @classmethod
-    def around(
-        cls, data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None
-    ) -> FeasibleSet:
+    @staticmethod
+    def around(data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None) -> FeasibleSet:
         """Check the settings, and expand them to the shape of the data, (N, ...)."""
         check_ball(ball)
         if not ball.bounded:
             raise wrong("epsilon` of `ball", "be finite", ball)
         if data.ndim < 2:
             raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
-        lower, upper = bounds_of(data, data_range)
+        bounds = bounds_of(data, data_range)
         if mask is not None:
             check_mask(mask)
             mask = expanded("mask", mask, data)
-            lower = torch.where(mask, -inf if lower is None else lower, data)
-            upper = torch.where(mask, inf if upper is None else upper, data)
-        return cls(data, _per_example(ball, data), lower, upper, mask)
+            lower, upper = bounds or (-inf, inf)
+            bounds = torch.where(mask, lower, data), torch.where(mask, upper, data)
+        if isinstance(ball.epsilon, Tensor) and ball.epsilon.ndim > 0:
+            shape = (len(data), *(1,) * (data.ndim - 1))  # that sets require
+            if ball.epsilon.numel() != len(data) or len(ball.epsilon) != len(data):
+                rule = f"be a number or have one value for each example, shape ({len(data)},)"
+                raise wrong("epsilon", rule, f"shape {tuple(ball.epsilon.shape)}")
+            ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
+        return FeasibleSet(data, ball, bounds, mask)
 
     def rows(self, rows: Tensor) -> FeasibleSet:
         """The set of some of the examples."""
         epsilon = self.ball.epsilon
         if isinstance(epsilon, Tensor) and epsilon.ndim > 0:
             epsilon = epsilon[rows]
-        others = (None if t is None else t[rows] for t in (self.lower, self.upper, self.mask))
-        return FeasibleSet(self.data[rows], replace(self.ball, epsilon=epsilon), *others)
+        ball = replace(self.ball, epsilon=epsilon)
+        bounds = None if self.bounds is None else (self.bounds[0][rows], self.bounds[1][rows])
+        mask = None if self.mask is None else self.mask[rows]
+        return FeasibleSet(self.data[rows], ball, bounds, mask)
 
     def zero_perturbation(self) -> AdditivePerturbation:
         """A perturbation of 0 for each example."""
@@ -66,21 +71,22 @@ class FeasibleSet:
 
     def of_perturbations(self) -> Constraint:
         """The set of perturbations whose sums with the data are in the set, up to rounding."""
-        if self.lower is None or self.upper is None:
+        if self.bounds is None:
             return self.ball
         if isinstance(self.ball, LinfBall):  # elementwise: here the rounded sums are all inside
             return BoundedBall(self.ball, *self._changes)
-        return BoundedBall(self.ball, self.lower - self.data, self.upper - self.data)
+        lower, upper = self.bounds
+        return BoundedBall(self.ball, lower - self.data, upper - self.data)
 
     @torch.no_grad()
     def project(self, perturbed: Tensor) -> Tensor:
         """The nearest perturbed data that are exactly in the set."""
-        if isinstance(self.ball, LinfBall) and self.lower is not None:
+        if isinstance(self.ball, LinfBall) and self.bounds is not None:
             return perturbed.clamp(*(self.data + change for change in self._changes))
         if self._surely_holds(perturbed):
             return perturbed
         ball = replace(self.ball, center=self.data)
-        allowed = ball if self.lower is None else BoundedBall(ball, self.lower, self.upper)
+        allowed = ball if self.bounds is None else BoundedBall(ball, *self.bounds)
         return allowed.project(perturbed)
 
     def _surely_holds(self, perturbed: Tensor) -> bool:
@@ -89,15 +95,15 @@ class FeasibleSet:
         epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64, device=change.device)
         epsilon = epsilon.reshape(-1) * (1 - (change.shape[1] + 2) * 2.0**-52)
         inside = (torch.linalg.vector_norm(change, self.ball.p, dim=1) <= epsilon).all()
-        if self.lower is not None and self.upper is not None:
-            inside &= ((perturbed >= self.lower) & (perturbed <= self.upper)).all()
+        if self.bounds is not None:
+            inside &= (perturbed == perturbed.clamp(*self.bounds)).all()
         return bool(inside)
 
     @cached_property
     def _changes(self) -> tuple[Tensor, Tensor]:
         """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
-        assert self.lower is not None and self.upper is not None
-        return -self._reach(self.lower, -1), self._reach(self.upper, 1)
+        assert self.bounds is not None
+        return -self._reach(self.bounds[0], -1), self._reach(self.bounds[1], 1)
 
     def _reach(self, bound: Tensor, sign: int) -> Tensor:
         """The largest change toward a bound whose rounded sum is in ball and bounds."""
@@ -110,15 +116,3 @@ class FeasibleSet:
         reach = torch.where(beyond, sign * (end - self.data), reach)
         beyond = sign * (self.data + sign * reach) > sign * end  # as the difference was rounded
         return torch.where(beyond, reach.nextafter(torch.zeros_like(reach)), reach)
-
-
-def _per_example(ball: Ball, data: Tensor) -> Ball:
-    """The ball with radii in the shape (N, 1, ...) that sets require."""
-    epsilon = ball.epsilon
-    if not isinstance(epsilon, Tensor) or epsilon.ndim == 0:
-        return ball
-    if epsilon.numel() != len(data) or len(epsilon) != len(data):
-        rule = f"be a number or have one value for each example, shape ({len(data)},)"
-        raise wrong("epsilon", rule, f"shape {tuple(epsilon.shape)}")
-    shape = (-1, *(1,) * (data.ndim - 1))
-    return replace(ball, epsilon=epsilon.to(data.device).reshape(shape))

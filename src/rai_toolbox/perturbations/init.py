@@ -11,8 +11,6 @@ from rai_toolbox.batch import batch_shape, view_or_copy
 from rai_toolbox.checks import check_finite
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 
-__all__ = ["uniform_like_l1_n_ball_", "uniform_like_l2_n_ball_", "uniform_like_linf_n_ball_"]
-
 
 def uniform_like_l1_n_ball_(
     x: Tensor,

@@ -27,12 +27,17 @@ def wrong(name: str, rule: str, got: object, kind: type[Exception] = ValueError)
 
 def as_data(data: Any) -> Tensor:
     """A floating-point tensor without history, which autograd may save."""
-    tensor = torch.as_tensor(data).detach()
+    tensor = torch.as_tensor(data)
     if not (tensor.is_floating_point() or tensor.is_complex()):
         if hasattr(data, "dtype"):
             raise wrong("data", FLOATING, tensor.dtype, TypeError)
         tensor = tensor.to(torch.get_default_dtype())
-    return tensor.clone() if tensor.is_inference() else tensor
+    return without_history(tensor)
+
+
+def without_history(tensor: Tensor) -> Tensor:
+    """The tensor as a constant, which autograd may save: a copy if made in inference mode."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 def as_classes(target: Any, data: Tensor) -> Tensor:
@@ -85,19 +90,17 @@ def radius_of(ball: Ball) -> float:
     return float(ball.epsilon)
 
 
-def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor | None, Tensor | None]:
+def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
     """The bounds in the shape of the data, which must be finite and within them."""
     if not bool(data.isfinite().all()):
         raise wrong("data", "be finite", "NaN or infinity among them")
     if data_range is None:
-        return None, None
+        return None
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
         raise wrong("data_range", "be a pair (lower, upper) or None", data_range, TypeError)
     check_order("lower", data_range[0], "upper", data_range[1])
-    lower, upper = (
-        expanded("data_range", torch.as_tensor(bound, dtype=data.dtype), data)
-        for bound in data_range
-    )
+    lower = expanded("data_range", torch.as_tensor(data_range[0], dtype=data.dtype), data)
+    upper = expanded("data_range", torch.as_tensor(data_range[1], dtype=data.dtype), data)
     outside = (data < lower) | (data > upper)
     if bool(outside.any()):
         at = tuple(outside.nonzero()[0].tolist())

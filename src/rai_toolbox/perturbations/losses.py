@@ -11,21 +11,8 @@ from torch.nn import functional
 
 from rai_toolbox.perturbations.inputs import wrong
 
-__all__ = [
-    "Criterion",
-    "cross_entropy",
-    "dlr_loss",
-    "is_fooled",
-    "margin_loss",
-    "most_likely_rivals",
-    "rival_margin",
-    "targeted_dlr_loss",
-]
-
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to the loss of each example, shape (N,)."""
-
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
@@ -52,7 +39,7 @@ def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -
     >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor([0.6931])
     """
-    wide = _wide(logits)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if rival is not None:
         return -functional.cross_entropy(wide, rival, reduction="none")
     return functional.cross_entropy(wide, target, reduction="none")
@@ -84,7 +71,8 @@ def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> 
     >>> margin_loss(torch.tensor([[5.0, 2.0, 3.0], [1.0, 4.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2.,  3.])
     """
-    wide, own = _wide(logits), target.unsqueeze(1)
+    # Of half-precision logits in float32, so that losses of nearby points differ.
+    wide, own = logits.to(torch.promote_types(logits.dtype, torch.float32)), target.unsqueeze(1)
     if rival is None:
         largest = wide.scatter(1, own, -torch.inf).amax(1)
     else:
@@ -178,7 +166,6 @@ def rival_margin(rival: Tensor) -> Criterion:
     >>> rival_margin(torch.tensor([1]))(torch.tensor([[5.0, 2.0, 3.0]]), torch.tensor([0]))
     tensor([-3.])
     """
-
     return partial(margin_loss, rival=rival)
 
 
@@ -211,7 +198,7 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
     if not 1 <= m < logits.shape[1]:
         raise wrong("m", f"be from 1 to {logits.shape[1] - 1}, the number of other classes", m)
     others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
-    return _wide(others).topk(m, dim=1).indices
+    return others.topk(m, dim=1).indices
 
 
 def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
@@ -243,15 +230,18 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     return (predicted == target) & ~none if targeted else (predicted != target) | none
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Half-precision logits in float32, so that losses of nearby points differ."""
-    return logits.float() if logits.dtype in _NARROW else logits
+def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
+    """The gradient of the sum with respect to the data; 0 if it does not depend on them."""
+    if not loss.requires_grad:
+        return torch.zeros_like(data)
+    ones = torch.ones_like(loss)  # as under `no_grad` the sum would have no gradient
+    return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
 
 
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:
     """A loss in units of the gap from the largest logit to the mean of the third to `number`-th."""
     if logits.shape[1] < number:
         raise wrong("logits", f"have at least {number} classes", f"shape {tuple(logits.shape)}")
-    largest = _wide(logits).topk(number, dim=1).values
+    largest = logits.topk(number, dim=1).values.to(loss.dtype)
     gap = largest[:, 0] - largest[:, 2:].mean(1)
     return loss / torch.where(gap == 0, 1.0, gap)

@@ -16,12 +16,14 @@ from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, as_classes, as_data, classifier, wrong
-from rai_toolbox.perturbations.losses import is_fooled, margin_loss
+from rai_toolbox.perturbations.losses import gradient_of, is_fooled, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import solving
 
 _DUAL = {inf: 1.0, 2: 2.0, 1: inf}
-_RIVALS = 2  # with the second nearest class, as models are not linear
+_TOWARD_NEAREST = partial(attack, rivals=partial(nearest_rivals, number=2))
+"""The default solver; with the second nearest class, as models are not linear."""
+
 _HALVINGS = 12  # of the line to an example; each costs a forward pass
 _SMALLEST = 1e-6  # of the largest radius: where the search begins on a decision boundary
 
@@ -142,12 +144,9 @@ def minimum_norm_attack(
         raise wrong("tolerance", "be > 0 and < 1", tolerance)
     if largest is not None and check_number("largest", largest) < 0:
         raise wrong("largest", "be >= 0", largest)
-    default = (
-        attack if targeted else partial(attack, rivals=partial(nearest_rivals, number=_RIVALS))
-    )
-    call: Callable[..., Any] = partial(solver or default, steps=steps, stop_once_fooled=True)
-    if targeted:
-        call = partial(call, targeted=True)
+    solver = solver or (attack if targeted else _TOWARD_NEAREST)
+    options: dict[str, Any] = {"targeted": True} if targeted else {}
+    call: Callable[..., Any] = partial(solver, steps=steps, stop_once_fooled=True, **options)
     with solving(model), torch.no_grad():
         data = as_data(data)
         allowed = FeasibleSet.around(data, ball(0.0), data_range, mask)
@@ -162,14 +161,16 @@ def minimum_norm_attack(
             rows = (~done & (lower < limit)).nonzero().squeeze(1)
             if not len(rows):
                 break
-            radius = _next_radius(lower[rows], upper[rows], first[rows], limit[rows])
+            # The middle of the interval; as long as nothing has fooled, twice the last radius.
+            beyond = torch.where(lower > 0, 2 * lower, first)
+            radius = torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)[rows]
             part = allowed.rows(rows)
             found = call(
                 model,
                 part.data,
                 target[rows],
                 ball=replace(part.ball, epsilon=radius),
-                data_range=None if part.lower is None else (part.lower, part.upper),
+                data_range=part.bounds,
                 **({} if part.mask is None else {"mask": part.mask}),
             ).data
             success = is_fooled(model(found), target[rows], targeted)
@@ -192,10 +193,8 @@ def _norm(x: Tensor, p: float) -> Tensor:
 
 def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
     """The largest radius to try for each example: at most the one that reaches all of the range."""
-    if allowed.lower is None or allowed.upper is None:
-        reach = torch.full_like(allowed.data, inf)
-    else:
-        reach = torch.maximum(allowed.data - allowed.lower, allowed.upper - allowed.data)
+    lower, upper = allowed.bounds or (allowed.data - inf, allowed.data + inf)
+    reach = torch.maximum(allowed.data - lower, upper - allowed.data)
     limit = _norm(reach, p)
     if largest is None and not bool(limit.isfinite().all()):
         raise wrong("largest", "be given if `data_range` leaves a side open", largest)
@@ -203,20 +202,12 @@ def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
     return limit if largest is None else limit.clamp(max=largest)
 
 
-def _next_radius(lower: Tensor, upper: Tensor, first: Tensor, limit: Tensor) -> Tensor:
-    """The middle of the interval; as long as nothing has fooled, twice the last radius."""
-    beyond = torch.where(lower > 0, 2 * lower, first)
-    return torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)
-
-
 def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float) -> Tensor:
     """The radius that fools the linearized model, if there were no data range."""
     with torch.enable_grad():
         x = allowed.data.detach().clone().requires_grad_()
         margin = margin_loss(model(x), target)
-        if not margin.requires_grad:
-            return torch.full((len(x),), inf, dtype=torch.float64, device=x.device)
-        (gradient,) = torch.autograd.grad(margin.sum(), x)
+        gradient = gradient_of(margin, x)
     if allowed.mask is not None:
         gradient = gradient * allowed.mask
     radius = margin.detach().double().abs() / _norm(gradient, _DUAL[p])
@@ -234,14 +225,11 @@ def _nearest_fooling(
         # In float64, so that no entry leaves the interval from data to found.
         point = torch.lerp(data.double(), found.double(), middle.view(column))
         point = point.clamp(torch.minimum(data, found), torch.maximum(data, found)).to(data.dtype)
-        fools = _surely_fooled(model(point), target, targeted)
+        logits = model(point)
+        margin = margin_loss(logits, target)
+        # By more than the rounding in a batch of another size.
+        slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+        fools = torch.gt(-margin if targeted else margin, slack)
         near, far = torch.where(fools, near, middle), torch.where(fools, middle, far)
         best = torch.where(fools.view(column), point, best)
     return best
-
-
-def _surely_fooled(logits: Tensor, target: Tensor, targeted: bool) -> Tensor:
-    """Fooled by more than the rounding in a batch of another size."""
-    slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-    margin = margin_loss(logits, target)
-    return torch.gt(-margin if targeted else margin, slack)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rai_toolbox.checks import check_count
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model
-from rai_toolbox.perturbations.losses import margin_loss, most_likely_rivals
+from rai_toolbox.perturbations.losses import gradient_of, margin_loss, most_likely_rivals
 
 ChooseClasses = Callable[[Model, FeasibleSet, Tensor], Tensor]
 """From the model, the feasible set and the target to classes, shape (N, m)."""
@@ -74,11 +74,7 @@ def nearest_rivals(
         margins = [margin_loss(logits, target, other) for other in classes.unbind(1)]
     worst = []
     for margin in margins:
-        gradient = torch.zeros_like(data)
-        if margin.requires_grad:
-            (gradient,) = torch.autograd.grad(
-                margin, data, torch.ones_like(margin), retain_graph=True, materialize_grads=True
-            )
+        gradient = gradient_of(margin, data)
         gain = (gradient.double() * allowed.lmo(-gradient)).flatten(1).sum(1)
         worst.append(margin.detach().double() + gain)
     margins_in_set = torch.stack(worst, 1).nan_to_num(nan=-inf)

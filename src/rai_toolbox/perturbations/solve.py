@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import has_global_step_hooks
+from rai_toolbox._torch import has_step_hooks, unhooked
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
 from rai_toolbox.perturbations.losses import Criterion
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
-from rai_toolbox.perturbations.models.protocol import PerturbationModel
+from rai_toolbox.perturbations.models.base import PerturbationModel
 
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
@@ -84,11 +84,21 @@ class Objective:
                 perturbed = perturbation(data)
                 output = self.model(perturbed if rows is None else perturbed.index_select(0, rows))
                 loss = self.criterion(output, target)
-                if params is not None:
-                    self._backward(loss if self.samples == 1 else loss / self.samples, params)
                 losses.append(loss.detach())
                 if self.success is not None:
                     outputs.append(output.detach())
+                if params is None:
+                    continue
+                if self.samples > 1:
+                    loss = loss / self.samples
+                if self.reduction_fn is not torch.sum:  # else differentiate without the sum
+                    loss = self.reduction_fn(loss)
+                    if loss.ndim != 0:
+                        raise wrong("reduction_fn", "give one number", f"shape {tuple(loss.shape)}")
+                if not loss.requires_grad:
+                    got = "a loss that does not depend on the perturbation (is something detached?)"
+                    raise wrong("model` and `criterion", "be differentiable", got)
+                torch.autograd.backward(loss, torch.full_like(loss, self.sign), inputs=params)
         with torch.no_grad():
             cost = self.sign * (losses[0] if self.samples == 1 else torch.stack(losses).mean(0))
             if self.success is None:
@@ -97,17 +107,6 @@ class Objective:
                 output = outputs[0] if self.samples == 1 else torch.stack(outputs).mean(0)
                 success = self.success(output, target)
         return perturbed.detach(), cost, success
-
-    def _backward(self, loss: Tensor, params: list[Tensor]) -> None:
-        """Add the gradients of what is minimized to `params`, and to no other tensors."""
-        if self.reduction_fn is not torch.sum:  # the sum is differentiated without computing it
-            loss = self.reduction_fn(loss)
-            if loss.ndim != 0:
-                raise wrong("reduction_fn", "give one number", f"shape {tuple(loss.shape)}")
-        if not loss.requires_grad:
-            got = "a loss that does not depend on the perturbation (is something detached?)"
-            raise wrong("model` and `criterion", "be differentiable", got)
-        torch.autograd.backward(loss, torch.full_like(loss, self.sign), inputs=params)
 
 
 def solve(
@@ -149,7 +148,8 @@ def solve(
             best.update_(cost, success, separate or [perturbed], rows)
         if last:
             break
-        if stop and best is not None and _is_check(step + 1):
+        is_check = step + 1 in _FIRST_CHECKS or (step + 1) % _CHECK_EVERY == 0
+        if stop and best is not None and is_check:
             rows = best.rows_without_success()
             if len(rows) == 0:
                 break
@@ -208,22 +208,11 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
     if isinstance(inner, Optimizer) and takes(type(inner).step, "closure")[1]:
         rule = "step by gradients alone, without a `closure`"
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
-    if not isinstance(optimizer, Optimizer) or "step" in vars(optimizer) or _has_hooks(optimizer):
-        own_step: Callable[[], object] = optimizer.step
-        return own_step
-    step: Any = type(optimizer).step
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__
-    return partial(step, optimizer)
-
-
-def _has_hooks(optimizer: Optimizer) -> bool:
-    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own) or has_global_step_hooks()
-
-
-def _is_check(evaluations: int) -> bool:
-    return evaluations in _FIRST_CHECKS or evaluations % _CHECK_EVERY == 0
+    if isinstance(optimizer, Optimizer) and "step" not in vars(optimizer):
+        if not has_step_hooks(optimizer):
+            return partial(unhooked(type(optimizer).step), optimizer)
+    own_step: Callable[[], object] = optimizer.step
+    return own_step
 
 
 @contextmanager

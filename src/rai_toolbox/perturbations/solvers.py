@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox.checks import check_count
+from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.best_of import BestOf
-from rai_toolbox.perturbations.inputs import Model, as_data, check_per_example, wrong
+from rai_toolbox.perturbations.inputs import Model, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
-from rai_toolbox.perturbations.models.protocol import PerturbationModel
+from rai_toolbox.perturbations.models.base import PerturbationModel
 from rai_toolbox.perturbations.solve import (
     Objective,
     Success,
@@ -27,8 +28,6 @@ from rai_toolbox.perturbations.solve import (
     solve,
     solving,
 )
-
-__all__ = ["ZeroGradientWarning", "gradient_ascent", "random_restart"]
 
 OptimizerLike = Optimizer | Callable[..., Any]
 PerturbationLike = PerturbationModel | Callable[[Tensor], PerturbationModel]
@@ -133,13 +132,18 @@ def gradient_ascent(
     sign = 1.0 if targeted else -1.0
     objective = Objective(model, criterion, sign, reduction_fn, samples, stop_once)
     with solving(model):
-        data = as_data(data)
+        data = inputs.as_data(data)
+        if isinstance(optimizer, Optimizer) and not _is_model(perturbation_model):
+            rule = "be an instance, whose parameters the optimizer has, with an optimizer instance"
+            raise wrong("perturbation_model", rule, perturbation_model, TypeError)
         perturbation = _perturbation(perturbation_model, data)
         if not any(param.requires_grad for param in perturbation.parameters()):
             rule = "have parameters that require gradients"
             raise wrong("perturbation_model", rule, perturbation)
-        made = _optimizer(optimizer, perturbation, perturbation_model, optim_kwargs)
-        target, stop = _as_target(target, data), stop_once is not None
+        made = _optimizer(optimizer, perturbation, optim_kwargs)
+        if not isinstance(target, Tensor):
+            target = torch.as_tensor(target, device=data.device)
+        target, stop = inputs.without_history(target), stop_once is not None
         found = solve(objective, data, target, perturbation, made, steps, use_best, stop)
     warn_of_zero_gradient(found.zero_gradient)
     return found.data, found.losses
@@ -193,7 +197,9 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
     @functools.wraps(solver, updated=())
     @torch.inference_mode(False)
     def restarted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        given = _arguments(solver, args, kwargs)
+        bound = inspect.signature(solver).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        given = {**getattr(solver, "keywords", {}), **bound.arguments, **kwargs}  # by name
         model: Any = given.get("perturbation_model")
         model = model if _is_model(model) else None
         params = [p for p in model.parameters() if p.requires_grad] if model is not None else []
@@ -202,7 +208,7 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
         data, losses = solver(*args, **kwargs)
         if repeats == 1:
             return data, losses
-        check_per_example("criterion", losses, data)
+        inputs.check_per_example("criterion", losses, data)
         params = parameters_per_example(model, params, data) or []
         failure = torch.zeros_like(losses, dtype=torch.bool)
         best = BestOf(sign * losses, failure, [data, losses, *params])
@@ -228,12 +234,6 @@ def warn_of_zero_gradient(zero: Tensor) -> None:
         )
 
 
-def _as_target(target: Any, data: Tensor) -> Tensor:
-    if not isinstance(target, Tensor):
-        return torch.as_tensor(target, device=data.device)
-    return target.detach().clone() if target.is_inference() else target.detach()
-
-
 def _is_model(given: object) -> bool:
     """Whether this is a perturbation model, rather than a class or factory of one."""
     return not isinstance(given, type) and isinstance(given, PerturbationModel)
@@ -249,27 +249,15 @@ def _perturbation(given: Any, data: Tensor) -> PerturbationModel:
     return made
 
 
-def _optimizer(
-    given: OptimizerLike, model: PerturbationModel, of_user: object, kwargs: dict[str, Any]
-) -> Any:
-    if not isinstance(given, Optimizer):
-        if not callable(given):
-            raise wrong("optimizer", "be an Optimizer, or make one", given, TypeError)
-        return given(model.parameters(), **kwargs)
-    if not _is_model(of_user):
-        rule = "be an instance, whose parameters the optimizer has, with an optimizer instance"
-        raise wrong("perturbation_model", rule, of_user, TypeError)
-    if kwargs:
-        rule = "not be given with an optimizer instance"
-        raise wrong("optim_kwargs", rule, ", ".join(kwargs), TypeError)
-    return given
-
-
-def _arguments(solver: Solver, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name: given there, bound in a partial, or defaults."""
-    bound = inspect.signature(solver).bind_partial(*args, **kwargs)
-    bound.apply_defaults()
-    return {**getattr(solver, "keywords", {}), **bound.arguments, **kwargs}
+def _optimizer(given: Any, model: PerturbationModel, kwargs: dict[str, Any]) -> Any:
+    if isinstance(given, Optimizer):
+        if kwargs:
+            rule = "not be given with an optimizer instance"
+            raise wrong("optim_kwargs", rule, ", ".join(kwargs), TypeError)
+        return given
+    if not callable(given):
+        raise wrong("optimizer", "be an Optimizer, or make one", given, TypeError)
+    return given(model.parameters(), **kwargs)
 
 
 def _restorer(model: Any, optimizer: Any) -> Callable[[], None]:

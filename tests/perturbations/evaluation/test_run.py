@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.optim import FrankWolfe
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.evaluation import evaluate_robustness
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
+from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import StateFileError
 
 BALLS = [LinfBall(0.1), LinfBall(0.2), LinfBall(0.3)]

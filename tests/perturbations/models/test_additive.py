@@ -59,7 +59,9 @@ def test_delta_ndim_counts_trailing_dims(delta_ndim, shape):
 
 @pytest.mark.parametrize("delta_ndim", [4, -4])
 def test_delta_ndim_has_a_range(delta_ndim):
-    with pytest.raises(ValueError, match=rf"`delta_ndim` must lie in \[-3, 3\].*got {delta_ndim}"):
+    with pytest.raises(
+        ValueError, match=rf"`delta_ndim` must be None or lie in \[-3, 3\].*got {delta_ndim}"
+    ):
         AdditivePerturbation((4, 3, 2), delta_ndim=delta_ndim)
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import Bar
-from rai_toolbox.perturbations.evaluation.report import RobustnessReport
-from rai_toolbox.perturbations.evaluation.rows import Examples
+from rai_toolbox.perturbations.evaluation.report import Examples, RobustnessReport
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, compare, predict
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
@@ -37,7 +36,7 @@ class Batch:
     def report(self, start: RobustnessReport, bar: Bar) -> RobustnessReport:
         """The report of the batch; `start` has the settings."""
         withstood, checks = {}, {}
-        with _seeded(_seed(self.seed, self.name), self.data.device):
+        with _seeded(self.data.device, self.seed, self.name):
             before = predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
                 robust, found = ~before.misclassified, []
@@ -45,12 +44,10 @@ class Batch:
                 for ball in balls:
                     rows, check = robust.nonzero().squeeze(1), VerificationReport()
                     if ball.epsilon > 0 and len(rows):  # at 0, the only point is the original
-                        data, target = self.data[rows], self.target[rows]
-                        perturbed = self._perturb(data, target, ball)
+                        original, target = before.rows(rows), self.target[rows]
+                        perturbed = self._perturb(original.data, target, ball)
                         after = predict(self.model, perturbed, target, gradient=False)
-                        check, fooled = compare(
-                            data, perturbed, before.rows(rows), after, ball, self.data_range
-                        )
+                        check, fooled = compare(original, after, ball, self.data_range)
                         robust = robust.index_fill(0, rows[fooled], False)
                     count += robust
                     found.append(check)
@@ -61,7 +58,7 @@ class Batch:
     def examples(self, number: int) -> list[Examples]:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
         found = []
-        with _seeded(_seed(self.seed, self.name), self.data.device):
+        with _seeded(self.data.device, self.seed, self.name):
             right = ~predict(self.model, self.data, self.target, gradient=False).misclassified
             rows = right.nonzero().squeeze(1)[:number]
             data, target = self.data[rows], self.target[rows]
@@ -76,10 +73,10 @@ class Batch:
         """The solver's perturbed data, with random numbers that only batch and ball determine."""
         if ball.epsilon == 0:
             return data
-        seed = _seed(self.seed, self.name, repr(ball))
-        generator = torch.Generator().manual_seed(seed)
-        with _seeded(seed, data.device), warnings.catch_warnings():
+        seeded = _seeded(data.device, self.seed, self.name, repr(ball))
+        with seeded as seed, warnings.catch_warnings():
             warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
+            generator = torch.Generator().manual_seed(seed)
             settings = {"ball": ball, "data_range": self.data_range, "generator": generator}
             found = self.solver(self.model, data, target, **settings)
         perturbed = getattr(found, "data", None)
@@ -92,19 +89,18 @@ class Batch:
         return perturbed.detach()
 
 
-def _seed(*values: object) -> int:
-    """A seed that only the `repr` of these values determines."""
-    text = repr(values).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Context: torch's own generators, which random models use, are seeded; restored on exit."""
+def _seeded(device: torch.device, *values: object) -> Iterator[int]:
+    """Context: torch's own generators, which random models use, are seeded; restored on exit.
+
+    Only the `repr` of the values determines the seed, which it gives.
+    """
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=7).digest()
+    seed = int.from_bytes(digest, "little")
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         for index in cuda:
             with torch.cuda.device(index):
                 torch.cuda.manual_seed(seed)
-        yield
+        yield seed

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations.evaluation.rows import Examples, wilson_interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Colors that remain distinct for color-blind readers and in grey.
 COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
@@ -20,18 +16,17 @@ WRONG = "#c0152f"
 SYMBOLS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 PANEL, CELL = 4.2, 1.0  # inches
 
-Report: TypeAlias = Any
-"""A `RobustnessReport`, whose file imports this one."""
+# `Any` stands for the classes of matplotlib, and of the report, whose file imports this one.
 
 
-def draw_report(report: Report) -> Figure:
+def draw_report(report: Any) -> Any:
     """A panel of accuracy per norm, and the examples below."""
     figures = require("matplotlib.figure", extra="plots")
     norms, examples = list(report.epsilons), report.examples
     columns = max((len(shown.data) for shown in examples), default=0)
     width = max(PANEL, CELL * columns + 0.6)
     heights = [PANEL, 3 * CELL + 0.6] if examples else [PANEL]
-    figure: Figure = figures.Figure(
+    figure = figures.Figure(
         figsize=(width * len(norms), sum(heights)), dpi=120, layout="constrained"
     )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -44,38 +39,31 @@ def draw_report(report: Report) -> Figure:
     return figure
 
 
-def draw_accuracy(axes: Any, reports: Mapping[str, Report], norm: str) -> None:
+def draw_accuracy(axes: Any, reports: Mapping[str, Any], norm: str) -> None:
     """Accuracy against epsilon in balls of one norm, with a 95 % interval, one curve per report."""
     for (name, report), color, marker in zip(reports.items(), COLORS, MARKERS, strict=False):
-        low, high = wilson_interval(round(report.clean_accuracy * len(report)), len(report))
-        points = [(0.0, report.clean_accuracy, low, high)]
-        points += [
-            (row.epsilon, row.robust_accuracy, row.low, row.high)
-            for row in report.rows()
-            if row.norm == norm
-        ]
-        epsilons, *fractions = zip(*points, strict=True)
-        middle, lows, highs = ([100 * value for value in column] for column in fractions)
-        axes.fill_between(epsilons, lows, highs, color=color, alpha=0.15, linewidth=0)
+        rows = report.rows_of(norm)
+        epsilons = [row.epsilon for row in rows]
+        low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
+        axes.fill_between(epsilons, low, high, color=color, alpha=0.15, linewidth=0)
+        accuracies = [100 * row.robust_accuracy for row in rows]
         label = f"{name} (band: 95% interval)".strip()
-        axes.plot(epsilons, middle, color=color, marker=marker, linewidth=2, label=label)
+        axes.plot(epsilons, accuracies, color=color, marker=marker, linewidth=2, label=label)
     axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
-    axes.set_xlabel("ε (at 0: the original data)")
-    axes.set_ylabel("classified correctly (%)")
-    axes.set_ylim(0, 100)
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
+    axes.set(xlabel="ε (at 0: the original data)", xlim=(0, None))
+    axes.set(ylabel="classified correctly (%)", ylim=(0, 100))
     tidy(axes)
 
 
 def tidy(axes: Any) -> None:
-    """No frame at the top and the right, and a light grid behind the data."""
+    """A legend without a frame, no lines at the top and the right, and a grid behind the data."""
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
 
 
-def _draw_examples(figure: Any, shown: Examples) -> None:
+def _draw_examples(figure: Any, shown: Any) -> None:
     """Rows of originals, changes and results, with the classes above and below."""
     title = f"{SYMBOLS[shown.norm]}, ε = {shown.epsilon:g}; below: prediction"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
@@ -99,8 +87,7 @@ def _draw_examples(figure: Any, shown: Examples) -> None:
         wrong = predicted != target
         top.set_title(str(target), fontsize=10)
         bottom.set_xlabel(str(predicted), color=WRONG if wrong else "0.2", fontsize=10)
-        for spine in bottom.spines.values():
-            spine.set(color=WRONG if wrong else "0.7", linewidth=2)
+        bottom.spines[:].set(color=WRONG if wrong else "0.7", linewidth=2)
 
 
 def _show(axes: Any, example: Tensor, limits: tuple[float, float], signed: bool) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from rai_toolbox.perturbations.inputs import wrong
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -24,7 +21,7 @@ class Ranks:
         If this process is not in the group.
     """
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group, self.rank, self.size = group, 0, 1
         if group is not None:
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -38,18 +35,15 @@ class Ranks:
         """
         if self.size == 1:
             return [act()]
-        value: T | None = None
-        error: Exception | None = None
-        try:
-            value = act()
-        except Exception as raised:
-            error = raised
-        text = None if error is None else f"{type(error).__name__}: {error}"
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (value, text), group=self.group)
-        if error is not None:
-            raise error
-        for rank, (_, text) in enumerate(found):
-            if text is not None:
-                raise RuntimeError(f"rank {rank} of {self.size} failed with {text}")
+        try:
+            result = act(), None
+        except Exception as error:
+            failed = None, f"{type(error).__name__}: {error}"
+            dist.all_gather_object(found, failed, group=self.group)
+            raise
+        dist.all_gather_object(found, result, group=self.group)
+        for rank, (_, failure) in enumerate(found):
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} of {self.size} failed with {failure}")
         return [value for value, _ in found]

@@ -7,11 +7,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from math import nan
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations.evaluation.plot import draw_report
-from rai_toolbox.perturbations.evaluation.rows import Examples, Row, fraction, wilson_interval
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 from rai_toolbox.perturbations.inputs import check_ball, wrong
 
@@ -23,6 +25,30 @@ FORMAT = "rai_toolbox robustness 1"
 
 class RobustnessWarning(UserWarning):
     """A reason to doubt a robust accuracy."""
+
+
+class Row(NamedTuple):
+    """Accuracies at one epsilon, with the 95 % interval of the robust one, and the checks."""
+
+    norm: str
+    epsilon: float
+    data: int
+    clean_accuracy: float
+    robust_accuracy: float
+    low: float
+    high: float
+    checks: VerificationReport
+
+
+class Examples(NamedTuple):
+    """Some data, their perturbations in one ball, and the predictions of the model."""
+
+    norm: str
+    epsilon: float
+    data: Tensor
+    perturbed: Tensor
+    target: Tensor
+    reading: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +120,7 @@ class RobustnessReport:
     @property
     def clean_accuracy(self) -> float:
         """The fraction of originals that are predicted right; NaN if there are none."""
-        return fraction(self._number_right(next(iter(self.epsilons)), 0), len(self))
+        return self.rows_of(next(iter(self.epsilons)))[0].robust_accuracy
 
     def robust_accuracy(self, ball: Ball) -> float:
         """The fraction of examples for which nothing was found in `ball` that fools the model.
@@ -112,14 +138,18 @@ class RobustnessReport:
 
     def rows(self) -> list[Row]:
         """The table."""
+        return [row for norm in self.epsilons for row in self.rows_of(norm)[1:]]
+
+    def rows_of(self, norm: str) -> list[Row]:
+        """The rows of a norm, after one of the originals at epsilon 0."""
+        withstood, total = self.withstood[norm], len(self)
+        epsilons, checks = (0.0, *self.epsilons[norm]), (VerificationReport(), *self.checks[norm])
+        robust = [sum(k >= number for k in withstood) for number in range(len(epsilons))]
         rows = []
-        for norm, epsilons in self.epsilons.items():
-            for i, epsilon in enumerate(epsilons):
-                robust = self._number_right(norm, i + 1)
-                accuracies = self.clean_accuracy, fraction(robust, len(self))
-                interval = wilson_interval(robust, len(self))
-                checks = self.checks[norm][i]
-                rows.append(Row(norm, epsilon, len(self), *accuracies, *interval, checks))
+        for epsilon, count, check in zip(epsilons, robust, checks, strict=True):
+            clean, here = (number / total if total else nan for number in (robust[0], count))
+            interval = wilson_interval(count, total)
+            rows.append(Row(norm, epsilon, total, clean, here, *interval, check))
         return rows
 
     @property
@@ -135,10 +165,6 @@ class RobustnessReport:
         for row in self.rows():
             found += row.checks.warnings(f"{row.norm} {row.epsilon:g}")
         return found
-
-    def _number_right(self, norm: str, number: int) -> int:
-        """The number of examples that are robust at the first `number` radii of a norm."""
-        return sum(k >= number for k in self.withstood[norm])
 
     def __str__(self) -> str:
         lines = ["norm  epsilon   data   clean  robust   95% interval"]
@@ -193,18 +219,16 @@ class RobustnessReport:
         ValueError
             If this is something else.
         """
-        if not isinstance(plain, Mapping) or plain.get("format") != FORMAT:
-            found = plain.get("format") if isinstance(plain, Mapping) else type(plain).__name__
+        found = plain.get("format") if isinstance(plain, Mapping) else type(plain).__name__
+        if found != FORMAT:
             raise wrong("format", f"be {FORMAT!r}", repr(found))
-        return cls(
-            plain["settings"],
-            {name: tuple(found) for name, found in plain["epsilons"].items()},
-            {name: tuple(found) for name, found in plain["withstood"].items()},
-            {
-                name: tuple(VerificationReport(**check) for check in found)
-                for name, found in plain["checks"].items()
-            },
+        epsilons, withstood, checks = (
+            {norm: tuple(values) for norm, values in plain[name].items()}
+            for name in ("epsilons", "withstood", "checks")
         )
+        for norm, found in checks.items():
+            checks[norm] = tuple(VerificationReport(**check) for check in found)
+        return cls(plain["settings"], epsilons, withstood, checks)
 
     def to_json(self) -> str:
         """The report as JSON, which also has the table: `from_json` ignores it."""
@@ -240,7 +264,8 @@ class RobustnessReport:
         Requires matplotlib: ``pip install "rai-toolbox[plots]"``. The figure opens no window; write
         it with its method ``savefig``.
         """
-        return draw_report(self)
+        figure: Figure = draw_report(self)
+        return figure
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -248,3 +273,14 @@ def _flat(row: Row) -> dict[str, Any]:
     plain, checks = row._asdict(), row.checks.to_plain()
     del plain["checks"]
     return plain | {"attacked": checks.pop("data")} | checks
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95 % confidence interval of the fraction ``count / total`` (Wilson, 1927)."""
+    if total == 0:
+        return 0.0, 1.0
+    z, share = 1.959963984540054, count / total
+    center = share + z**2 / (2 * total)
+    half = z * (share * (1 - share) / total + (z / (2 * total)) ** 2) ** 0.5
+    low, high = ((center + side * half) / (1 + z**2 / total) for side in (-1, 1))
+    return (0.0 if count == 0 else low), (1.0 if count == total else high)

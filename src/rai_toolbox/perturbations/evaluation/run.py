@@ -10,9 +10,10 @@ from itertools import islice
 from operator import length_hint
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,26 +22,15 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.extras import Bar
 from rai_toolbox.extras import progress as progress_bar
+from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.batch import Batch
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
-from rai_toolbox.perturbations.evaluation.rows import Examples
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
-from rai_toolbox.perturbations.inputs import (
-    Model,
-    Range,
-    batches,
-    bounds_of,
-    device_of,
-    radius_of,
-    wrong,
-)
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
 
 
 def evaluate_robustness(
@@ -56,7 +46,7 @@ def evaluate_robustness(
     state_file: str | PathLike[str] | None = None,
     progress: bool = True,
     examples: int = 4,
-    group: ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> RobustnessReport:
     """Clean and robust accuracy over norms and radii, verified independently of the solver.
 
@@ -137,27 +127,29 @@ def evaluate_robustness(
         solver = partial(solver, steps=steps)
     start = RobustnessReport(
         {"data_range": described(data_range), "solver": described(solver), "seed": seed},
-        {norm: tuple(map(radius_of, found)) for norm, found in by_norm.items()},
+        {norm: tuple(map(inputs.radius_of, found)) for norm, found in by_norm.items()},
         {norm: () for norm in by_norm},
         {norm: (VerificationReport(),) * len(found) for norm, found in by_norm.items()},
     )
     ranks = Ranks(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
     new_batch = partial(Batch, model, by_norm, data_range, solver, seed)
-    device = device_of(model) if device is None else torch.device(device)
-    shown: list[Examples] = []
+    device = inputs.device_of(model) if device is None else torch.device(device)
+    shown: list[Any] = []
     per_batch = sum(map(len, by_norm.values()))
 
     def unknown_batches(bar: Bar) -> Iterator[Batch]:
-        for data, target in batches(loader, device):
-            bounds_of(data, data_range)  # which checks the data
+        number = 0
+        for number, (data, target) in enumerate(inputs.batches(loader, device), start=1):
+            inputs.bounds_of(data, data_range)  # which checks the data
             batch = new_batch(data, target, fingerprint(data, target))
-            if not state.position and examples:
+            if number == 1 and examples:
                 shown.extend(batch.examples(examples))
-            if state.has_next(batch.name):
+            if state.holds(number - 1, batch.name):
                 bar.update(per_batch)
             else:
                 yield batch
+        state.check_number(number)
 
     total = length_hint(loader) * per_batch
     with progress_bar("evaluating", total, shown=progress and ranks.rank == 0) as bar:
@@ -183,9 +175,7 @@ def evaluate_robustness(
             if any(others != names for others, _ in found):
                 raise wrong("loader", "give the same batches on each rank, in one order", "others")
             state.add(names, [part for _, part in found[: len(names)]])
-    if not state.position:
-        raise wrong("loader", "give one batch at least", "none")
-    report = replace(state.finish(), examples=tuple(shown))
+    report = replace(state.report, examples=tuple(shown))
     if ranks.rank == 0:
         for line in report.warnings():
             warnings.warn(line, RobustnessWarning, stacklevel=2)
@@ -196,7 +186,7 @@ def _by_norm(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
     """The balls of each norm by ascending radius, without duplicates."""
     found: dict[str, dict[float, Ball]] = {}
     for ball in balls:
-        radius = radius_of(ball)
+        radius = inputs.radius_of(ball)
         found.setdefault(ball.norm_name, {})[radius] = type(ball)(radius)
     if not found:
         raise wrong("balls", "be one ball at least", "none")

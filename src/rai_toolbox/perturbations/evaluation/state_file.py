@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
+from rai_toolbox.perturbations.inputs import wrong
 
 FORMAT = "rai_toolbox evaluation 1"
 
@@ -38,14 +39,11 @@ class StateFile:
     def __init__(self, path: Path | None, model: str, start: RobustnessReport) -> None:
         self.path, self.model = path, model
         self.report, self.batches = start, list[str]()
-        self.position, self._saved = 0, True
         if path is not None and path.exists():
             self._load(path, start)
 
-    def has_next(self, batch: str) -> bool:
-        """Whether the report holds the next batch of the loader; raise if it holds another one."""
-        index = self.position
-        self.position += 1
+    def holds(self, index: int, batch: str) -> bool:
+        """Whether the report holds this batch of the loader; raise if it holds another one."""
         if index >= len(self.batches):
             return False
         if self.batches[index] != batch:
@@ -59,23 +57,20 @@ class StateFile:
         """Add the reports of more batches."""
         self.report = RobustnessReport.merged([self.report, *parts])
         self.batches.extend(batches)
-        self._saved = self._saved and not batches
 
     def save(self) -> None:
-        """Write the file, if there is anything new."""
-        if self.path is not None and not self._saved:
+        """Write the file, if there are results."""
+        if self.path is not None and self.batches:
             plain = {"format": FORMAT, "model": self.model, "report": self.report.to_plain()}
             write_whole(self.path, json.dumps(plain | {"batches": self.batches}))
-            self._saved = True
 
-    def finish(self) -> RobustnessReport:
-        """The report; raise if `loader` had fewer batches than the file."""
-        if self.position < len(self.batches):
-            raise StateFileError(
-                f"`loader` must have the {len(self.batches)} batches that {self.path} was written "
-                f"for, got {self.position}"
-            )
-        return self.report
+    def check_number(self, number: int) -> None:
+        """Raise if `loader` had no batch, or fewer batches than the file."""
+        if number < len(self.batches):
+            rule = f"have the {len(self.batches)} batches that {self.path} was written for"
+            raise wrong("loader", rule, number, StateFileError)
+        if number == 0:
+            raise wrong("loader", "give one batch at least", "none")
 
     def _load(self, path: Path, start: RobustnessReport) -> None:
         try:
@@ -85,17 +80,15 @@ class StateFile:
             report = RobustnessReport.from_plain(plain["report"])
             model, batches = str(plain["model"]), [str(batch) for batch in plain["batches"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise StateFileError(
-                f"`state_file` must be of this format ({FORMAT!r}) or not exist yet, got {path}"
-            ) from error
+            rule = f"be of this format ({FORMAT!r}) or not exist yet"
+            raise wrong("state_file", rule, str(path), StateFileError) from error
         found, asked = ({**r.settings, "epsilons": dict(r.epsilons)} for r in (report, start))
         other = _differences(found, asked)
         if model != self.model:
             other.append("another model or other weights")
         if other:
-            raise StateFileError(
-                f"`state_file` must be of the same run, got {path}, made with {'; '.join(other)}"
-            )
+            got = f"{path}, made with {'; '.join(other)}"
+            raise wrong("state_file", "be of the same run", got, StateFileError)
         self.report, self.batches = report, batches
 
 

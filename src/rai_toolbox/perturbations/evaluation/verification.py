@@ -12,6 +12,7 @@ from torch import Tensor
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.losses import gradient_of
 from rai_toolbox.perturbations.solve import solving
 
 
@@ -89,8 +90,9 @@ class VerificationReport:
 
 
 class Prediction(NamedTuple):
-    """What a model predicts for each example, shape (N,) each."""
+    """Data, shape (N, ...), and what a model predicts for each example, shape (N,) each."""
 
+    data: Tensor
     losses: Tensor
     classes: Tensor
     misclassified: Tensor
@@ -118,29 +120,23 @@ def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True
         logits = inputs.classifier(model, target)(x)
         target = target.clone().long()  # which autograd cannot keep if made in inference mode
         losses = log_odds(logits, target)
-        slope = torch.zeros_like(x)
-        if losses.requires_grad:
-            (slope,) = torch.autograd.grad(losses.sum(), x, materialize_grads=True)
+        slope = gradient_of(losses, x)
     logits, losses = logits.detach(), losses.detach()
     classes = logits.argmax(1)
     misclassified = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
     finite = losses.isfinite() & slope.isfinite().flatten(1).all(1)
     zero_gradient = (slope == 0).flatten(1).all(1) & finite & gradient
-    return Prediction(losses, classes, misclassified, zero_gradient, finite)
+    return Prediction(data, losses, classes, misclassified, zero_gradient, finite)
 
 
 def compare(
-    data: Tensor,
-    perturbed: Tensor,
-    before: Prediction,
-    after: Prediction,
-    ball: Ball,
-    data_range: Range,
+    before: Prediction, after: Prediction, ball: Ball, data_range: Range
 ) -> tuple[VerificationReport, Tensor]:
     """Compare perturbed data with the originals: the report, and whether each is fooled.
 
     A point outside ball or range fools nobody.
     """
+    data, perturbed = before.data, after.data
     in_data = perturbed.isfinite().flatten(1).all(1)
     ball_excess = beyond_ball(data, perturbed, ball)
     box_excess = beyond_range(perturbed, data_range)
@@ -214,7 +210,7 @@ def verify(
         raise wrong("perturbed", f"be floating-point data of shape {tuple(data.shape)}", got)
     before = predict(model, data, target)
     after = predict(model, perturbed, target, gradient=False)
-    return compare(data, perturbed, before, after, ball, data_range)[0]
+    return compare(before, after, ball, data_range)[0]
 
 
 def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:

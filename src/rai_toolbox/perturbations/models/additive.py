@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rai_toolbox.batch import sub_ndim
 from rai_toolbox.perturbations.inputs import wrong
-from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
+from rai_toolbox.perturbations.models.base import InitializedModel
 
 
 class AdditivePerturbation(InitializedModel):
@@ -60,9 +61,9 @@ class AdditivePerturbation(InitializedModel):
         delta_ndim: int | None = None,
         **init_fn_kwargs: Any,
     ) -> None:
-        shape, options = shape_and_options(data_or_shape, device, dtype)
-        own_shape = shape[len(shape) - _delta_ndim(delta_ndim, len(shape)) :]
-        super().__init__(own_shape, options, init_fn, init_fn_kwargs)
+        shape = tuple(getattr(data_or_shape, "shape", data_or_shape))
+        shared = len(shape) - sub_ndim(len(shape), delta_ndim, "delta_ndim")
+        super().__init__(data_or_shape, shape[shared:], init_fn, device, dtype, init_fn_kwargs)
         self.per_datum = delta_ndim is None and len(shape) > 0
 
     def forward(self, data: Tensor) -> Tensor:
@@ -127,13 +128,3 @@ def check_mask(mask: object) -> None:
     """Raise unless `mask` is a tensor of bools."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise wrong("mask", "be a tensor of bools", getattr(mask, "dtype", mask), TypeError)
-
-
-def _delta_ndim(given: int | None, ndim: int) -> int:
-    if given is None:
-        return ndim
-    if not isinstance(given, int) or isinstance(given, bool):
-        raise wrong("delta_ndim", "be an int or None", given, TypeError)
-    if abs(given) > ndim:
-        raise wrong("delta_ndim", f"lie in [-{ndim}, {ndim}] for data with {ndim} dims", given)
-    return given if given >= 0 else ndim + given

@@ -110,8 +110,7 @@ class ColorShift(ImagePerturbation):
             raise wrong("data_range", "have a lower end below its upper", data_range)
         if isinstance(data_or_shape, Tensor):
             bounds_of(data_or_shape, data_range)  # which checks the data
-        limits = {"brightness": brightness, "contrast": contrast}
-        limits |= {"saturation": saturation, "gamma": gamma}
+        limits = dict(brightness=brightness, contrast=contrast, saturation=saturation, gamma=gamma)
         super().__init__(data_or_shape, limits, init_fn, device, dtype, init_fn_kwargs)
         self.data_range = data_range
 

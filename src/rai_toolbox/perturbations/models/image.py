@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rai_toolbox.checks import check_finite
 from rai_toolbox.perturbations.inputs import FLOATING, wrong
-from rai_toolbox.perturbations.models.initialized import InitializedModel, shape_and_options
+from rai_toolbox.perturbations.models.base import InitializedModel
 
 
 class ImagePerturbation(InitializedModel):
@@ -41,10 +41,11 @@ class ImagePerturbation(InitializedModel):
         limits = {name: check_finite(name, limit) for name, limit in limits.items()}
         if isinstance(data_or_shape, Tensor):
             _check_images(data_or_shape)
-        shape, options = shape_and_options(data_or_shape, device, dtype)
+        shape = tuple(getattr(data_or_shape, "shape", data_or_shape))
         if len(shape) != 4:
             raise wrong("data_or_shape", "have the dims (N, C, H, W)", shape)
-        super().__init__((shape[0], len(limits)), options, init_fn, init_fn_kwargs)
+        shape = shape[0], len(limits)
+        super().__init__(data_or_shape, shape, init_fn, device, dtype, init_fn_kwargs)
         self.limits = limits
 
     def settings(self) -> dict[str, Tensor]:

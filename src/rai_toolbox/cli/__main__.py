@@ -1,8 +1,0 @@
-"""`python -m rai_toolbox.cli` is the command `rai-toolbox`."""
-
-from __future__ import annotations
-
-from rai_toolbox.cli import run
-
-if __name__ == "__main__":
-    run()
