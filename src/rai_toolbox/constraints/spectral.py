@@ -14,11 +14,11 @@ from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import spacing
 from rai_toolbox.constraints.kernels.svd import (
-    Recomposed,
+    composed,
+    composed_of,
+    decomposed,
     noise_of,
-    recomposed,
     rounding_margin,
-    svd,
     within_range,
 )
 from rai_toolbox.constraints.sampling import normal, uniform
@@ -42,8 +42,8 @@ class _SingularValueBall(Constraint):
         """The norm of singular values, in the last dim."""
         raise NotImplementedError
 
-    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """The nearest values of norm `radius`; which have derivative 1; whether less their mean."""
+    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest values of norm `radius`; which of them change with their own value."""
         raise NotImplementedError
 
     def _extreme(self, values: Tensor) -> Tensor:
@@ -58,17 +58,15 @@ class _SingularValueBall(Constraint):
         return torch.where(size > radius * (1 + noise_of(x)), size - radius, 0.0).squeeze(-1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(x.detach())
-        inner = self._inner(lambda r: recomposed(u, self._shrunk(values, r)[0], vh), x, dtype)
+        parts = u, values, vh = decomposed(x)
+        inner = self._inner(lambda r: composed(u, self._shrunk(values, r)[0], vh), x, dtype)
         epsilon = self._radius(x)
         radius = inner + (epsilon - epsilon.detach())  # 0, for the sake of its derivative
-        shrunk, moving, shared = self._shrunk(values, radius)
-        y = Recomposed.apply(x, u, values, vh, shrunk, moving, shared)  # type: ignore[no-untyped-call]
-        return within_range(y, dtype)
+        return within_range(composed_of(x, parts, *self._shrunk(values, radius)), dtype)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(-gradient)
-        return self._scaled(recomposed(u, self._extreme(values), vh), gradient, dtype)
+        u, values, vh = decomposed(-gradient)
+        return self._scaled(composed(u, self._extreme(values), vh), gradient, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         direction = normal(like, generator)
@@ -145,8 +143,8 @@ class SpectralBall(_SingularValueBall):
     def _norm(self, values: Tensor) -> Tensor:
         return values.amax(-1)
 
-    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
-        return torch.minimum(values, radius), values < radius, False
+    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.minimum(values, radius), values < radius
 
     def _extreme(self, values: Tensor) -> Tensor:
         return torch.ones_like(values)
@@ -186,9 +184,9 @@ class NuclearBall(_SingularValueBall):
     def _norm(self, values: Tensor) -> Tensor:
         return values.sum(-1)
 
-    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         shrunk = _l1_of_sorted(values, radius)
-        return shrunk, shrunk > 0, True
+        return shrunk, shrunk > 0
 
     def _extreme(self, values: Tensor) -> Tensor:
         first = torch.zeros_like(values)
@@ -202,4 +200,4 @@ def _l1_of_sorted(values: Tensor, radius: Tensor) -> Tensor:
     below = values - largest  # sums of these lose nothing to a large common part
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
     theta = ((below.cumsum(-1) - radius) / count).amax(-1, keepdim=True)
-    return torch.minimum((below - theta).clamp(min=0.0), values)
+    return (below - theta).clamp(min=0.0).clamp(max=values.detach())
