@@ -165,7 +165,8 @@ def _for_shard(constraint: Any, whole: Any) -> Any:
         placements = _divided_as(aligned.shape, whole)
         if all(p.is_replicate() for p in placements):
             return setting
-        return _divided(aligned, whole, placements).to_local()
+        local: Tensor = _divided(aligned, whole, placements).to_local()
+        return local
 
     return constraint._map(part)
 
