@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.testing.law import law
-from rai_toolbox.testing.layouts import same_bits
-from rai_toolbox.testing.trial import Trial
+from rai_toolbox.testing.check import law
+from rai_toolbox.testing.trial import Trial, same_bits
 
 
 @law
@@ -53,10 +52,12 @@ def optimal(trial: Trial) -> None:
             wide_z, slack = trial.wide(z), trial.slack(y, z)
             if trial.constraint.convex:
                 gain = ((wide_x - wide_y) * (wide_z - wide_y)).sum(1)
-                allowed = slack * (_length(wide_x - wide_y) + _length(wide_z - wide_y) + slack)
+                allowed = slack * (
+                    trial.length(wide_x - wide_y) + trial.length(wide_z - wide_y) + slack
+                )
                 rule = "<x - Px, z - Px> must be <= 0"
             else:
-                gain = _length(wide_x - wide_y) - _length(wide_x - wide_z)
+                gain = trial.length(wide_x - wide_y) - trial.length(wide_x - wide_z)
                 # Distances to a far point are as coarse as that point is.
                 allowed = slack + 4 * torch.finfo(torch.float64).eps * trial.length(x)
                 rule = "|x - Px| - |x - z| must be <= 0"
@@ -79,8 +80,8 @@ def non_expansive(trial: Trial) -> None:
         return
     for (x, y), neighbors in zip(trial.pairs, trial.neighbors, strict=True):
         for other, y_other in neighbors:
-            before = _length(trial.wide(x) - trial.wide(other))
-            after = _length(trial.wide(y) - trial.wide(y_other))
+            before = trial.length(trial.wide(x) - trial.wide(other))
+            after = trial.length(trial.wide(y) - trial.wide(y_other))
             allowed = 2 * trial.slack(y, y_other)
             allowed = allowed + 4 * torch.finfo(torch.float64).eps * (trial.length(x) + before)
             trial.require(after <= before + allowed, after - before, "must not be farther", x)
@@ -115,10 +116,9 @@ def lmo(trial: Trial) -> None:
         largest = gradient.double().flatten(1).abs().amax(1)
         unit = gradient.double() / trial.column(torch.where(largest > 0, largest, 1.0))
         steep = unit * 1e6 * trial.scale  # the projection of -steep all but minimizes
-        others = [s.flip(0)] if _has_one_setting(trial) else []
-        for z in [*others, trial.projected(trial.held(-steep)), *trial.members]:
+        for z in [trial.projected(trial.held(-steep)), *trial.members]:
             gain = (trial.wide(unit) * (trial.wide(s) - trial.wide(z))).sum(1)
-            allowed = trial.slack(s, z) * _length(trial.wide(unit))
+            allowed = trial.slack(s, z) * trial.length(trial.wide(unit))
             trial.require(gain <= allowed, gain, "<g, s> must be least", gradient)
 
 
@@ -155,19 +155,6 @@ def _must_refuse(trial: Trial, method: str) -> None:
     raise AssertionError(f"`{method}` must raise ValueError, for it is not defined")
 
 
-def _has_one_setting(trial: Trial) -> bool:
-    """Whether each row has the same set, so that answers can be exchanged."""
-    several: list[str] = []
-
-    def note(name: str, setting: Tensor) -> Tensor:
-        if setting.ndim == len(trial.shape) and len(setting) > 1:
-            several.append(name)
-        return setting
-
-    trial.constraint._map(note)
-    return not several
-
-
 def _candidates(trial: Trial, index: int) -> Iterator[Tensor]:
     """Points of the set that might be nearer to x than y is."""
     x, y = trial.pairs[index]
@@ -189,8 +176,3 @@ def _inside(trial: Trial) -> Iterator[Tensor]:
         for z in trial.members:
             mixed = (1 - share) * y.double() + share * z.double()
             yield mixed.to(trial.dtype) if trial.constraint.convex else z
-
-
-def _length(rows: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return length
