@@ -61,22 +61,18 @@ class PSD(Constraint):
         x = _symmetric(x)
         parts = q, values, qt = decomposed(x, symmetric=True)
 
-        def raised(y: Tensor, floor: Tensor) -> Tensor:  # what is in the cone keeps its bits
-            above = (values >= floor).all(-1)[..., None, None]
-            return torch.where(above, x, _symmetric(y))
-
         noise = noise_of(x) / 2  # half of what `_excess` allows, so that the result is inside
         # Rounding moves a matrix Y, and so its eigenvalues, by u |Y|_F at most; twice that holds
         # for the raised matrix too, while u sqrt(n) <= 1/2.
         lost = torch.finfo(dtype).eps * sqrt(x.shape[-1]) * values[..., -1:].clamp(min=0.0)
         floor = rounding_margin(
-            lambda floor: raised(composed(q, torch.maximum(values, floor), qt), floor),
+            lambda floor: _symmetric(composed(q, torch.maximum(values, floor), qt)),
             lambda y: _depth(y, noise).unsqueeze(-1),
             lost + x.shape[-1] * spacing(dtype),
             dtype,
         )
-        y = composed_of(x, parts, torch.maximum(values, floor), values > floor)
-        return within_range(raised(y, floor), dtype)
+        y = composed_of(x, parts, torch.maximum(values, floor), values > floor, symmetric=True)
+        return within_range(_symmetric(y), dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,10 +122,10 @@ def _project_(method: Any, constraint: Any, x: Tensor) -> Tensor:
 
 
 def _lmo(method: Any, constraint: Any, gradient: Any) -> Any:
-    whole = with_whole(gradient, constraint._whole_dims(gradient.shape))
-    local = method(_for_shard(constraint, whole), whole.to_local())
-    answer = _joined(local, whole.device_mesh, whole.placements, whole)
-    return answer.redistribute(placements=gradient.placements)
+    def answer_(part: Any, local: Tensor) -> Tensor:
+        return local.copy_(method(part, local))
+
+    return _project_(answer_, constraint, gradient.detach().clone())
 
 
 def _violation(method: Any, constraint: Any, x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     rule = "what is not finite must show, and only in its sub-tensor"
     for name in ["project"] + ["lmo"] * _has_lmo(constraint):
         answer = getattr(constraint, name)
-        found, clean = answer(given), torch.where(at & unmasked, poison, answer(x))
+        found = answer(given.clone())
+        clean = torch.where(at & unmasked, poison, answer(x.clone()))
         of_lost = (
             torch.where(found.isinf(), found, answer(given.nan_to_num())) if large else torch.nan
         )

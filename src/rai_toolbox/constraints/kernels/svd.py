@@ -39,10 +39,14 @@ def composed(u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
 
 
 def composed_of(
-    x: Tensor, parts: tuple[Tensor, Tensor, Tensor], f: Tensor, moving: Tensor
+    x: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    f: Tensor,
+    moving: Tensor,
+    symmetric: bool = False,
 ) -> Tensor:
     """``U diag(f) V^T`` for the `parts` U, s, V^T of x, differentiable; see `_Composed`."""
-    y: Tensor = _Composed.apply(x, *parts, f, moving)  # type: ignore[no-untyped-call]
+    y: Tensor = _Composed.apply(x, *parts, f, moving, symmetric)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -80,15 +84,13 @@ class _Composed(torch.autograd.Function):
     The values of f that are `moving` have the derivative 1 with respect to their own value of s,
     others 0. X turns U and V, which changes Y by divided differences of f (Lewis & Sendov 2001;
     Yang 2009): other than the derivatives of U and V, they have no poles where values of s are
-    equal. Eigenvalues are for symmetric X only, where U is V.
+    equal. If X is `symmetric`, U is V, and values may have any sign.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, u: Tensor, values: Tensor, vh: Tensor, f: Tensor, moving: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *tensors: Any) -> Tensor:
+        u, values, vh, f, moving, ctx.symmetric = tensors
         ctx.save_for_backward(u, values, vh, f, moving.to(f.dtype))
-        ctx.symmetric = vh.data_ptr() == u.data_ptr()
         return composed(u, f, vh)
 
     @staticmethod
@@ -101,12 +103,12 @@ class _Composed(torch.autograd.Function):
         of_f = _diagonal(even)
         core = _divided_differences(values, f, slope) * (even - torch.diag_embed(of_f))
         if ctx.symmetric:
-            return u @ core @ vh, None, None, None, of_f, None
+            return u @ core @ vh, None, None, None, of_f, None, None
         core = core + _divided_sums(values, f, slope) * odd
         # What is outside of the span of U, or of V, turns that value's vector.
         ratio = _ratio(f, values, slope)
         outer = composed(right - u @ inner, ratio, vh) + composed(u, ratio, left - inner @ vh)
-        return u @ core @ vh + outer, None, None, None, of_f, None
+        return u @ core @ vh + outer, None, None, None, of_f, None, None
 
 
 def _diagonal(x: Tensor) -> Tensor:
