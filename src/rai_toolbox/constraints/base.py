@@ -235,7 +235,9 @@ class Constraint:
         return cls(**settings)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and _equal(self.to_plain(), other.to_plain())
+        return type(self) is type(other) and all(
+            _equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        )
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -448,8 +450,4 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
         return tensors and a.device == b.device and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)

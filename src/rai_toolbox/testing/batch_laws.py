@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.masked import Masked
 from rai_toolbox.testing.check import law
-from rai_toolbox.testing.points_laws import _has_lmo
+from rai_toolbox.testing.points_laws import check_like, has_lmo
 from rai_toolbox.testing.trial import Trial, same_bits
 
 
@@ -21,7 +20,9 @@ def batched(trial: Trial) -> None:
     """A row has the same answers in any batch, to within rounding."""
     for x, _ in trial.pairs:
         whole = _answers(trial.constraint, x.clone())
-        for rows in _some_rows(len(x)):
+        step = max(1, len(x) // 8)
+        single = (slice(i, i + 1) for i in range(0, len(x), step))
+        for rows in (*single, slice(len(x) // 3, len(x))):
             alone = _answers(_of_rows(trial.constraint, x, rows), x[rows].clone())
             _check_alike(trial, x[rows], alone, {k: y[rows] for k, y in whole.items()}, "alone")
 
@@ -60,14 +61,12 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
     large = constraint.elementwise and poison == poison
     given = torch.where(at, poison, x)
     rule = "what is not finite must show, and only in its sub-tensor"
-    for name in ["project"] + ["lmo"] * _has_lmo(constraint):
+    for name in ["project"] + ["lmo"] * has_lmo(constraint):
         answer = getattr(constraint, name)
         found = answer(given.clone())
         clean = torch.where(at & unmasked, poison, answer(x.clone()))
-        of_lost = (
-            torch.where(found.isinf(), found, answer(given.nan_to_num())) if large else torch.nan
-        )
-        expected = torch.where(lost, of_lost, clean)
+        at_large = torch.where(found.isinf(), found, answer(given.nan_to_num()))
+        expected = torch.where(lost, at_large if large else torch.nan, clean)
         trial.require(same_bits(found, expected), rows, f"`{name}`: {rule}", given)
     distance = constraint.violation(given)
     shown = distance >= 0 if large else same_bits(distance, torch.full_like(distance, abs(poison)))
@@ -125,11 +124,6 @@ def compiled(trial: Trial) -> None:
 # Parts of laws
 
 
-def _some_rows(count: int) -> Iterator[slice]:
-    yield from (slice(i, i + 1) for i in range(0, count, max(1, count // 8)))
-    yield slice(count // 3, count)
-
-
 def _laid_out(x: Tensor) -> dict[str, Tensor]:
     """Copies of a batch in other strides, each in a storage of its own."""
     dims = list(range(x.ndim))[::-1]
@@ -155,7 +149,7 @@ def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
 
 def _answers(constraint: Constraint, x: Tensor) -> dict[str, Tensor]:
     """What the methods return that do not write to x."""
-    names = ["project", "violation"] + ["lmo"] * _has_lmo(constraint)
+    names = ["project", "violation"] + ["lmo"] * has_lmo(constraint)
     return {name: getattr(constraint, name)(x) for name in names}
 
 
@@ -163,12 +157,11 @@ def _check_alike(
     trial: Trial, x: Tensor, found: dict[str, Tensor], expected: dict[str, Tensor], how: str
 ) -> None:
     """Answers must be the same to within rounding; points that are equally good may differ."""
-    wide = trial.wide(x)
     for name, answer in found.items():
         other = expected[name]
         error, allowed = (answer - other).abs(), 2 * trial.slack(x) + trial.coarse(x)
         if name == "lmo":
-            error = (wide * (trial.wide(answer) - trial.wide(other))).sum(1).abs()
+            error = (trial.wide(x) * (trial.wide(answer) - trial.wide(other))).sum(1).abs()
             allowed = 2 * trial.slack(answer, other) * trial.length(x)
         elif name == "project" and trial.constraint.convex:
             error = trial.length(answer.double() - other.double())
@@ -181,8 +174,7 @@ def _check_alike(
 
 def _check_empty(constraint: Constraint, x: Tensor) -> None:
     for result in (constraint.project(x), *([constraint.sample_(x)] if constraint.bounded else [])):
-        if (result.shape, result.dtype) != (x.shape, x.dtype):
-            raise AssertionError(f"must be of shape {tuple(x.shape)}, got {tuple(result.shape)}")
+        check_like(result, x)
     if (found := constraint.violation(x)).shape != x.shape[:1] or bool((found != 0).any()):
         raise AssertionError(f"`violation` must be 0 for no elements, got {found}")
 
