@@ -37,11 +37,8 @@ def on_shards_(x: Any, coupled: Iterable[int], act_: Callable[[Any], Tensor]) ->
     whole = with_whole(x, coupled)
     local = act_(whole)
     if whole is not x or torch.is_grad_enabled():
-        x.copy_(
-            _joined(local, whole.device_mesh, whole.placements, whole).redistribute(
-                placements=x.placements
-            )
-        )
+        changed = _joined(local, whole.device_mesh, whole.placements, whole)
+        x.copy_(changed.redistribute(placements=x.placements))
     return cast(Tensor, x)
 
 

@@ -58,26 +58,22 @@ class _SingularValueBall(Constraint):
         return torch.where(size > radius * (1 + noise_of(x)), size - radius, 0.0).squeeze(-1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        parts = u, values, vh = decomposed(x)
-        inner = self._inner(lambda r: composed(u, self._shrunk(values, r)[0], vh), x, dtype)
-        epsilon = self._radius(x)
-        radius = inner + (epsilon - epsilon.detach())  # 0, for the sake of its derivative
-        return within_range(composed_of(x, parts, *self._shrunk(values, radius)), dtype)
+        parts = decomposed(x)
+        return self._at_radius(
+            lambda radius: composed_of(x, parts, *self._shrunk(parts[1], radius)), x, dtype
+        )
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         u, values, vh = decomposed(-gradient)
-        return self._scaled(composed(u, self._extreme(values), vh), gradient, dtype)
+        unit = composed(u, self._extreme(values), vh)
+        return self._at_radius(lambda radius: unit * radius.unsqueeze(-1), gradient, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         direction = normal(like, generator)
         size = self._size(direction)
         share = uniform(size, generator) ** (1 / (like.shape[-2] * like.shape[-1])) / size
-        return self._scaled(direction * share.unsqueeze(-1), direction, like.dtype)
-
-    def _scaled(self, point: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A point of the unit ball times the radius."""
-        radius = self._inner(lambda r: point * r.unsqueeze(-1), x, dtype)
-        return within_range(point * radius.unsqueeze(-1), dtype)
+        point = direction * share.unsqueeze(-1)
+        return self._at_radius(lambda radius: point * radius.unsqueeze(-1), point, like.dtype)
 
     def _radius(self, x: Tensor) -> Tensor:
         """The radius of each matrix, to broadcast against its singular values."""
@@ -85,9 +81,10 @@ class _SingularValueBall(Constraint):
             return self.epsilon[..., 0]
         return x.new_full((1,) * (x.ndim - 1), self.epsilon)
 
-    @torch.no_grad()
-    def _inner(self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A radius at which ``compose(radius)`` rounds into the ball, smaller by as little.
+    def _at_radius(
+        self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """``compose(radius)`` at a radius that is smaller by as little as rounding makes it.
 
         Rounding moves a matrix Y by at most ``u |Y|_F``, and so its norm by at most
         ``u sqrt(min(m, k)) epsilon``; subnormal numbers move by half of their spacing.
@@ -95,17 +92,17 @@ class _SingularValueBall(Constraint):
         m, k = x.shape[-2:]
         least = min(m, k)
         epsilon = self._radius(x)
-        of_float64 = epsilon * noise_of(x)
         most = epsilon * (sqrt(least) * torch.finfo(dtype).eps / 2)
         most = (most + sqrt(least * m * k) * spacing(dtype)).expand(*x.shape[:-2], 1)
 
         def radius(margin: Tensor) -> Tensor:
-            return (epsilon - of_float64 - margin).clamp(min=0.0)
+            return (epsilon * (1 - noise_of(x)) - margin).clamp(min=0.0)
 
         def excess(y: Tensor) -> Tensor:
             return (self._size(y) - epsilon).clamp(min=0.0)
 
-        return radius(rounding_margin(lambda margin: compose(radius(margin)), excess, most, dtype))
+        margin = rounding_margin(lambda m: compose(radius(m)), excess, most, dtype)
+        return within_range(compose(radius(margin)), dtype)
 
     def _size(self, x: Tensor) -> Tensor:
         return self._norm(torch.linalg.svdvals(x)).unsqueeze(-1)

@@ -65,8 +65,10 @@ def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
         answer = getattr(constraint, name)
         found = answer(given.clone())
         clean = torch.where(at & unmasked, poison, answer(x.clone()))
-        at_large = torch.where(found.isinf(), found, answer(given.nan_to_num()))
-        expected = torch.where(lost, at_large if large else torch.nan, clean)
+        of_lost: Tensor | float = torch.nan
+        if large:
+            of_lost = torch.where(found.isinf(), found, answer(given.nan_to_num()))
+        expected = torch.where(lost, of_lost, clean)
         trial.require(same_bits(found, expected), rows, f"`{name}`: {rule}", given)
     distance = constraint.violation(given)
     shown = distance >= 0 if large else same_bits(distance, torch.full_like(distance, abs(poison)))
