@@ -55,7 +55,7 @@ class Constraint:
     _for_each: ClassVar[tuple[str, ...]] = ()  # settings with one value per sub-tensor
     _is_equation: ClassVar[bool] = False  # no interior, where the projection has derivative 1
     _fixed: ClassVar[tuple[str, ...]] = ()  # settings that do not broadcast against the batch
-    _tensors: ClassVar[Mapping[str, Any]] = {}  # of each instance: settings that hold tensors
+    _tensors: ClassVar[tuple[str, ...]] = ()  # of each instance: settings that hold tensors
 
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
@@ -66,7 +66,8 @@ class Constraint:
 
     def __post_init__(self) -> None:
         settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}
-        self.__dict__.update(settings, _tensors=self._with_tensors(settings))
+        tensors = (k for k, v in settings.items() if k not in self._fixed and _holds_tensors(v))
+        self.__dict__.update(settings, _tensors=tuple(tensors))
         self._check_settings()
 
     @property
@@ -234,7 +235,9 @@ class Constraint:
         return cls(**settings)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and _equal(self.to_plain(), other.to_plain())
+        return type(self) is type(other) and all(
+            _equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        )
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -282,8 +285,8 @@ class Constraint:
     def _projected(self, points: Tensor) -> Tensor:
         wide, finite = self._finite(points)
         inside = self._excess(wide.detach(), points.dtype) <= 0
-        nearest = self._nearest(wide, points.dtype).to(points.dtype)
         inside = inside[..., None, None] if self._of_matrices else inside[..., None]
+        nearest = self._nearest(wide, points.dtype).to(points.dtype)
         result = torch.where(inside, points, nearest)
         if self._is_equation:
             result = with_value(result.detach(), nearest)
@@ -293,7 +296,7 @@ class Constraint:
         wide, _ = self._finite(points)
         excess = self._excess(wide, points.dtype)
         if not self.elementwise:
-            largest = points.abs().amax(self._dims)  # infinite or NaN where a point is not finite
+            largest = self._largest(points).reshape(excess.shape)
             excess = torch.where(largest.isfinite(), excess, largest)
         return (excess.flatten(1).amax(1) if excess.ndim > 1 else excess) + 0.0  # -0.0 is 0.0
 
@@ -305,13 +308,12 @@ class Constraint:
         wide = widened(points)
         if self.elementwise:
             return wide, torch.ones((), dtype=torch.bool, device=wide.device)
-        finite = wide.detach().abs().amax(self._dims, keepdim=True).isfinite()
+        finite = self._largest(wide.detach()).isfinite()
         return torch.where(finite, wide, 0.0), finite
 
-    @property
-    def _dims(self) -> tuple[int, ...]:
-        """The dims of a point."""
-        return (-2, -1) if self._of_matrices else (-1,)
+    def _largest(self, points: Tensor) -> Tensor:
+        """The largest magnitude of each point; infinite or NaN where a point is not finite."""
+        return points.abs().amax((-2, -1) if self._of_matrices else -1, keepdim=True)
 
     def _blocks(self: _Self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, _Self]]:
         """Blocks of rows of the batch, the points in each, and the set as it applies to these."""
@@ -341,24 +343,17 @@ class Constraint:
 
     def _map(self: _Self, change: _Change) -> _Self:
         """The set with ``change(name, setting)`` in place of each tensor setting; unchecked."""
-        return self._replaced({k: _mapped(v, k, change) for k, v in self._tensors.items()})
+        return self._replaced({k: _mapped(getattr(self, k), k, change) for k in self._tensors})
 
     def _at_rows(self: _Self, x: Tensor, at: Tensor | slice) -> _Self:
         """The set as some sub-tensors of the batch x see it; unchecked."""
-        each = len(x) > 1  # else a setting for each sub-tensor is one for all
-        return self._map(
-            lambda _, s: s[at] if each and s.ndim == x.ndim and len(s) == len(x) else s
-        )
+        return self._map(lambda _, s: s[at] if s.ndim == x.ndim and len(s) > 1 else s)
 
     def _replaced(self: _Self, settings: dict[str, Any]) -> _Self:
         """The set with some settings replaced; unchecked."""
         other = object.__new__(type(self))
-        tensors = self._with_tensors({**self._tensors, **settings})
-        other.__dict__.update({**self.__dict__, **settings, "_tensors": tensors})
+        other.__dict__.update({**self.__dict__, **settings})
         return other
-
-    def _with_tensors(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in settings.items() if k not in self._fixed and _holds_tensors(v)}
 
     def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
         """The dims of a batch of this shape that no two ranks may share."""
@@ -387,7 +382,8 @@ class Constraint:
         self._check_shape(x.shape)
 
     def _check_tensors(self, x: Tensor) -> None:
-        for name, setting in self._tensors.items():
+        for name in self._tensors:
+            setting = getattr(self, name)
             if isinstance(setting, Tensor):
                 self._check_fit(name, setting, x)
                 check_device(name, setting, x)
@@ -454,8 +450,4 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
         return tensors and a.device == b.device and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)

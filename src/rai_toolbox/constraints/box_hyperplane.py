@@ -13,7 +13,6 @@ from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
-    excess_of_sum,
     fill_cheapest,
     nearest_with_sum,
     outside_bounds,
@@ -105,32 +104,24 @@ class BoxSection(Constraint):
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
             low, high = _sums(least.reshape(1, -1), most.reshape(1, -1))
-            total = self._total()
-            edge = torch.where(total > 0, high, low)
-            times = (total / edge).ceil().where(total * edge > 0, 1.0).clamp(min=1)
-            _check_between(times * low, times * high, total)
+            _check_between(low.where(~(low < 0), -inf), high.where(~(high > 0), inf), self._total())
 
     def _check_shape(self, shape: torch.Size) -> None:
-        numbers = not any(isinstance(s, Tensor) for s in (self.weight, self.lower, self.upper))
-        known = shape[1:] if numbers else shape
-        if 0 in shape or known in self.__dict__["_feasible"]:
+        if 0 in shape or shape in self.__dict__["_feasible"]:
             return
         least, most = (
             end.expand(len(end) if end.ndim == len(shape) else 1, *shape[1:]).flatten(1)
             for end in self._least_and_most()
         )
         _check_between(*_sums(least, most), self._total())
-        self.__dict__["_feasible"].add(known)
+        self.__dict__["_feasible"].add(shape)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(x, dtype)
         terms = weight * x
-        off = (terms.sum(1, keepdim=True) - total).abs()
-        weights = weight.abs().expand(-1, x.shape[1]).sum(1, keepdim=True)
-        size = x.shape[1]
-        right = off <= resolution(terms.abs().sum(1, keepdim=True), weights, size, dtype)
-        length = torch.linalg.vector_norm(weight.expand(-1, size), dim=1, keepdim=True)
-        distance = torch.where(right, 0.0, off / length).squeeze(1)
+        off = (terms.sum(1) - total.squeeze(1)).abs()
+        right = off <= resolution(terms.abs().sum(1), weight.abs().sum(1), x.shape[1], dtype)
+        distance = torch.where(right, 0.0, off / torch.linalg.vector_norm(weight, dim=1))
         return torch.maximum(distance, outside_bounds(x, lower, upper))
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,34 +137,32 @@ class BoxSection(Constraint):
         most = torch.where(weight > 0, upper, lower).where(weight != 0, least)
         price = torch.where(weight != 0, gradient / weight, inf)
         missing = total - (weight * least).sum(1, keepdim=True)
-        filled, last = fill_cheapest(price, (weight * (most - least)).abs(), missing)
-        point = least + torch.where(weight != 0, filled / weight, 0.0)
-        point = torch.where(filled >= (weight * (most - least)).abs(), most, point)
+        room = (weight * (most - least)).abs()
+        filled, last = fill_cheapest(price, room, missing)
+        point = torch.where(filled < room, least + filled / weight, most)
         # The entry that was filled last makes up for the rounding of the sum.
-        left, _ = excess_of_sum(point, weight, total, lower, upper)(torch.zeros_like(total))
+        left = (weight * point).sum(1, keepdim=True) - total
         of_last = weight.expand_as(point).gather(1, last)
         step = torch.where(of_last != 0, left / of_last, 0.0)
         return point.scatter_add(1, last, -step).clamp(lower, upper)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
-        weight, total, lower, upper = self._rows(like, like.dtype)
+        *_, lower, upper = rows = self._rows(like, like.dtype)
         share = uniform(like, generator)
-        point = (1 - share) * lower + share * upper
-        return nearest_with_sum(point, weight, total, lower, upper)
+        return nearest_with_sum((1 - share) * lower + share * upper, *rows)
 
     def _rows(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, total and bounds in float64, with two dims."""
-        weight, total = as_rows(self.weight, x), as_rows(self.total, x).expand(len(x), 1)
+        weight = as_rows(self.weight, x).expand(-1, x.shape[1])
+        total = as_rows(self.total, x).expand(len(x), 1)
         return weight, total, *rounded_bounds(self.lower, self.upper, x, dtype)
 
     def _least_and_most(self) -> tuple[Tensor, Tensor]:
         """The least and the largest that each entry can add to the sum."""
-        sides = (
-            -inf if self.lower is None else self.lower,
-            inf if self.upper is None else self.upper,
-        )
+        low = -inf if self.lower is None else self.lower
+        high = inf if self.upper is None else self.upper
         weight, lower, upper = (
-            torch.as_tensor(s, dtype=torch.float64) for s in (self.weight, *sides)
+            torch.as_tensor(s, dtype=torch.float64) for s in (self.weight, low, high)
         )
         try:
             ends = [(weight * bound).where(weight != 0, 0.0) for bound in (lower, upper)]

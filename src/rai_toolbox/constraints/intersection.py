@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -15,7 +15,8 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import resolution
 
 _CYCLES = 10  # between two checks of convergence, each of which synchronizes with the device
-_LONGEST = 1e12  # cycles that a jump may stand for
+_HALF = _CYCLES // 2
+_SHORTEST, _LONGEST = 0.5, 1e12  # jumps, in units of what `_HALF` cycles change
 _SLOWEST = 1e-4  # smallest rate of convergence that is assumed; rounding noise looks like 0
 
 
@@ -145,53 +146,44 @@ class Intersection(Constraint):
         if bool(done.all()):
             return x
         with_origin = self._inside(torch.zeros_like(x), dtype)
-        start = y = kept = result = x
-        none = x.new_zeros(len(self.sets), *x.shape)
-        corrections = kept_corrections = jump = none
-        stride = x.new_full((len(x),), _CYCLES)
-        jumped = torch.zeros_like(done)
+        start = result = x
+        corrections = jump = none = x.new_zeros(len(self.sets), *x.shape)
+        stride = x.new_full((len(x),), _SHORTEST)
         for _ in range(0, self.max_iterations, _CYCLES):
-            round_ = self._round(y, corrections)
-            overshot = jumped & ((_along(round_.first, jump) < 0) | (_along(round_.last, jump) < 0))
-            reach = torch.maximum(_size(start), _size(round_.y))
+            jumped = corrections + jump
+            y, half, before = self._cycles(start - sum(jumped), jumped, _HALF)
+            y, after, moved = self._cycles(y, half, _HALF)
+            change = (after - half).detach()
+            left = _left(before, moved, _HALF)
+            overshot = (change * jump).sum((0, 2)) < 0
+            reach = torch.maximum(_size(start), _size(y))
             # a cone's apex would be approached forever, each time a little nearer
-            near_origin = torch.maximum(_size(round_.y), round_.left) <= self.tolerance * reach
-            end = _where(near_origin & with_origin, 0.0, round_.y)
-            settled = ~overshot & (round_.left <= self.tolerance * reach)
+            near_origin = torch.maximum(_size(y), left) <= self.tolerance * reach
+            end = _where(near_origin & with_origin, 0.0, y)
+            settled = ~overshot & (left <= self.tolerance * reach)
             found = settled & self._inside(end, dtype) & ~done
             result, done = _where(found, end, result), done | found
             if bool(done.all()):
                 return result
-            kept = _where(overshot, kept, end)
-            kept_corrections = _where(
-                settled, none, _where(overshot, kept_corrections, round_.corrections)
-            )
-            start = _where(settled, kept, start)
-            longer = torch.where(jumped, 4 * stride, stride).clamp(max=_LONGEST)
-            stride = torch.where(settled, _CYCLES, torch.where(overshot, stride / 8, longer))
-            jumped = ~(overshot | settled)
-            jump = _where(jumped, stride.unsqueeze(1) * round_.last, none)
-            corrections = kept_corrections + jump
-            y = kept - sum(jump)
+            start = _where(settled, end, start)
+            corrections = _where(settled, none, _where(overshot, corrections, after))
+            longer = torch.where(overshot, stride / 32, 4 * stride)
+            stride = torch.where(settled, _SHORTEST, longer.clamp(max=_LONGEST))
+            jump = _where(overshot | settled, none, stride.unsqueeze(1) * change)
         raise RuntimeError(self._failure(end[~done].detach()))
 
-    def _round(self, y: Tensor, corrections: Tensor) -> _Round:
-        """Some cycles: in each, one projection onto each set in turn."""
-        history, sizes = [corrections], []
-        for _ in range(_CYCLES):
+    def _cycles(self, y: Tensor, corrections: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Project onto each set in turn, `count` times; also return the moves of the last time."""
+        for _ in range(count):
             after, moved = [], y.new_zeros(len(y))
-            for member, correction in zip(self.sets, history[-1], strict=True):
+            for member, correction in zip(self.sets, corrections, strict=True):
                 corrected = y + correction
                 near = member.project(self._batch(corrected)).view(y.shape)
                 moved = moved + _size(near - y)
                 after.append(corrected - near)
                 y = near
-            history.append(torch.stack(after))
-            sizes.append(moved)
-        half = _CYCLES // 2
-        first, last = history[1] - corrections, (history[-1] - history[half]) / (_CYCLES - half)
-        left = _left(sizes[half - 1], sizes[-1], _CYCLES - half)
-        return _Round(y, history[-1], first.detach(), last.detach(), left)
+            corrections = torch.stack(after)
+        return y, corrections, moved
 
     def _inside(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return self._excess(y.detach().to(dtype).to(y.dtype), dtype) <= 0
@@ -207,24 +199,8 @@ class Intersection(Constraint):
         )
 
 
-class _Round(NamedTuple):
-    """The result of some cycles, for N rows of n elements and k sets."""
-
-    y: Tensor  # (N, n)
-    corrections: Tensor  # (k, N, n): what each set's last projection has changed
-    first: Tensor  # (k, N, n): the change of the corrections in the first cycle
-    last: Tensor  # (k, N, n): that in each of the last cycles
-    left: Tensor  # (N,): an estimate of all moves that are left
-
-
 def _where(rows: Tensor, a: Tensor | float, b: Tensor) -> Tensor:
     return torch.where(rows.unsqueeze(1), a, b)
-
-
-def _along(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of two corrections, for each row."""
-    total: Tensor = sum((a * b).sum(2))  # type: ignore[assignment]
-    return total
 
 
 def _size(rows: Tensor) -> Tensor:

@@ -54,14 +54,11 @@ class Monotone(Constraint):
         return pad(falls, (1, 0)).amax(1)  # at least 0, also for a single entry
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        rising = x if self.increasing else -x
-        if dtype == torch.float64:  # whose sums may overflow: a power of two keeps all but the
-            largest = x.detach().abs().amax(1, keepdim=True)  # last bits of subnormal numbers
-            factor = torch.where(largest > 2.0**900, 2.0**-100, 1.0)
-            rising = isotonic(rising * factor) / factor
-        else:
-            rising = isotonic(rising)
-        return rising if self.increasing else -rising
+        # Sums of large numbers may overflow: a power of two keeps all but the last bits of
+        # subnormal numbers.
+        factor = torch.where(self._largest(x.detach()) > 2.0**900, 2.0**-100, 1.0)
+        factor = factor if self.increasing else -factor
+        return isotonic(x * factor) / factor
 
 
 def isotonic(x: Tensor) -> Tensor:

@@ -49,6 +49,23 @@ class _Linear(Constraint):
         scale = row_scale(weights)
         return (weights / scale).expand(-1, x.shape[1]), as_wide(self.offset, x) / scale
 
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        weights, offset = self._terms(x)
+        gap = _dot(weights, x) - offset
+        if self._is_equation:
+            gap = gap.abs() - _rounding(weights, x, dtype)
+        # Infinite where all weights are 0, as no point has another sum.
+        distance = gap / torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+        return torch.where(gap <= 0, 0.0, distance).squeeze(1)
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        weights, offset = self._terms(x)
+        for _ in range(_PASSES):
+            inward = 0.0 if self._is_equation else _rounding(weights, x.detach(), dtype)
+            gap = _dot(weights, x) - (offset - inward)
+            x = x - gap / _dot(weights, weights) * weights
+        return x
+
 
 @dataclass(frozen=True, eq=False)
 class Hyperplane(_Linear):
@@ -81,17 +98,6 @@ class Hyperplane(_Linear):
     flat: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True
 
-    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights, offset = self._terms(x)
-        gap = (_dot(weights, x) - offset).abs() - _rounding(weights, x, dtype)
-        return _distance(gap, weights)
-
-    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights, offset = self._terms(x)
-        for _ in range(_PASSES):
-            x = _moved(x, weights, offset)
-        return x
-
 
 @dataclass(frozen=True, eq=False)
 class HalfSpace(_Linear):
@@ -122,16 +128,6 @@ class HalfSpace(_Linear):
     tensor([[0.2800, 1.0400],
             [0.0000, 0.0000]])
     """
-
-    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights, offset = self._terms(x)
-        return _distance(_dot(weights, x) - offset, weights)
-
-    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        weights, offset = self._terms(x)
-        for _ in range(_PASSES):
-            x = _moved(x, weights, offset - _rounding(weights, x.detach(), dtype))
-        return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,20 +245,6 @@ def _rounding(weights: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """How far the weighted sum may be off when `x` is rounded to `dtype`."""
     sizes = weights.abs()
     return resolution(_dot(sizes, x.abs()), sizes.sum(1, keepdim=True), x.shape[1], dtype)
-
-
-def _distance(gap: Tensor, weights: Tensor) -> Tensor:
-    """The distance to a hyperplane at which the weighted sum is off by `gap`; 0 if gap <= 0.
-
-    Infinite where all weights are 0, as no point has another sum.
-    """
-    distance = gap / torch.linalg.vector_norm(weights, dim=1, keepdim=True)
-    return torch.where(gap <= 0, 0.0, distance).squeeze(1)
-
-
-def _moved(x: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-    """`x` moved along the weights to where the weighted sum is `total`."""
-    return x - (_dot(weights, x) - total) / _dot(weights, weights) * weights
 
 
 def _with_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,11 +97,9 @@ class Masked(Constraint):
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)
-        index = None if self.elementwise else self._index(x)
-        if index is None:
-            self.constraint._check_batch(x)
-        elif index.numel():
-            self.constraint._check_batch(x.new_empty(index.shape))
+        given = x if self.elementwise else x.new_empty(self._index(x).shape)
+        if self.elementwise or given.numel():
+            self.constraint._check_batch(given)
 
     def _check_tensors(self, x: Tensor) -> None:
         self._check_fit("mask", self.mask, x)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import resolution, spacing
 from rai_toolbox.constraints.kernels.svd import (
-    Recomposed,
-    divided_differences,
+    composed,
+    composed_of,
+    decomposed,
     noise_of,
-    recomposed,
     rounding_margin,
-    svd,
     within_range,
 )
 from rai_toolbox.constraints.sampling import normal
@@ -61,24 +59,20 @@ class PSD(Constraint):
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = _symmetric(x)
-        values, q = torch.linalg.eigh(x.detach())
-
-        def raised(y: Tensor, floor: Tensor) -> Tensor:  # what is in the cone keeps its bits
-            above = (values >= floor).all(-1)[..., None, None]
-            return torch.where(above, x, _symmetric(y))
+        parts = q, values, qt = decomposed(x, symmetric=True)
 
         noise = noise_of(x) / 2  # half of what `_excess` allows, so that the result is inside
         # Rounding moves a matrix Y, and so its eigenvalues, by u |Y|_F at most; twice that holds
         # for the raised matrix too, while u sqrt(n) <= 1/2.
         lost = torch.finfo(dtype).eps * sqrt(x.shape[-1]) * values[..., -1:].clamp(min=0.0)
         floor = rounding_margin(
-            lambda floor: raised(recomposed(q, torch.maximum(values, floor), q.mT), floor),
+            lambda floor: _symmetric(composed(q, torch.maximum(values, floor), qt)),
             lambda y: _depth(y, noise).unsqueeze(-1),
             lost + x.shape[-1] * spacing(dtype),
             dtype,
         )
-        y = _Raised.apply(x, values, q, floor)  # type: ignore[no-untyped-call]
-        return within_range(raised(y, floor), dtype)
+        y = composed_of(x, parts, torch.maximum(values, floor), values > floor, symmetric=True)
+        return within_range(_symmetric(y), dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +125,8 @@ class Stiefel(Constraint):
         return torch.where(off > allowed, off, 0.0).amax((-2, -1)) / (1 + length)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(x.detach())
-        ones, zeros = torch.ones_like(values), torch.zeros_like(values)
-        y: Tensor = Recomposed.apply(x, u, values, vh, ones, zeros, False)  # type: ignore[no-untyped-call]
-        return y
+        parts = decomposed(x)
+        return composed_of(x, parts, torch.ones_like(parts[1]), torch.zeros_like(parts[1]))
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         return self._nearest(-gradient, dtype)
@@ -152,24 +144,3 @@ def _depth(x: Tensor, noise: float) -> Tensor:
     values = torch.linalg.eigvalsh(x)
     depth = -values[..., 0]
     return torch.where(depth > noise * values.abs().amax(-1), depth, 0.0)
-
-
-class _Raised(torch.autograd.Function):
-    """``Q diag(max(s, floor)) Q^T`` as a function of ``X = Q diag(s) Q^T``.
-
-    Its derivative (Loewner 1934) is made of divided differences, which other than the derivative
-    of Q have no poles where eigenvalues are equal, and is its own adjoint.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, q: Tensor, floor: Tensor) -> Tensor:
-        ctx.save_for_backward(values, q, floor)
-        return recomposed(q, torch.maximum(values, floor), q.mT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, q, floor = ctx.saved_tensors
-        slope = (values > floor).to(values.dtype)
-        differences = divided_differences(values, torch.maximum(values, floor), slope)
-        return q @ (differences * (q.mT @ grad @ q)) @ q.mT, None, None, None

@@ -3,6 +3,8 @@
 What a set couples must be whole on some rank. Where it is, as with elementwise sets or with sets of
 rows on shards of rows, each rank acts on its own shard and nothing is sent. Otherwise the tensor is
 redistributed and brought back: along another dim if there is one, so that no rank holds all of it.
+
+`torch.distributed.tensor`, which takes long to import, is there if there is a DTensor.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    import torch.distributed.tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -35,19 +37,19 @@ def on_shards_(x: Any, coupled: Iterable[int], act_: Callable[[Any], Tensor]) ->
     whole = with_whole(x, coupled)
     local = act_(whole)
     if whole is not x or torch.is_grad_enabled():
-        x.copy_(_like(local, whole).redistribute(placements=x.placements))
+        changed = _joined(local, whole.device_mesh, whole.placements, whole)
+        x.copy_(changed.redistribute(placements=x.placements))
     return cast(Tensor, x)
 
 
 def with_whole(x: Any, coupled: Iterable[int]) -> Any:
     """A sharded x, or the same numbers divided along other dims than those in `coupled`."""
-    from torch.distributed.tensor import Placement, Replicate, Shard
-
-    coupled = set(coupled)
+    tensor, coupled = torch.distributed.tensor, set(coupled)
     others = [dim for dim, size in enumerate(x.shape) if size > 1 and dim not in coupled]
-    elsewhere: Placement = Shard(others[0]) if others else Replicate()
+    everywhere = tensor.Replicate()
+    elsewhere = tensor.Shard(others[0]) if others else everywhere
     placements = tuple(
-        Replicate() if p.is_partial() else elsewhere if _dim(p) in coupled else p
+        everywhere if p.is_partial() else elsewhere if getattr(p, "dim", None) in coupled else p
         for p in x.placements
     )
     return x if placements == x.placements else x.redistribute(placements=placements)
@@ -117,36 +119,28 @@ def _project_(method: Any, constraint: Any, x: Tensor) -> Tensor:
 
 
 def _lmo(method: Any, constraint: Any, gradient: Any) -> Any:
-    whole = with_whole(gradient, constraint._whole_dims(gradient.shape))
-    answer = _like(method(_for_shard(constraint, whole), whole.to_local()), whole)
-    return answer.redistribute(placements=gradient.placements)
+    def answer_(part: Any, local: Tensor) -> Tensor:
+        return local.copy_(method(part, local))
+
+    return _project_(answer_, constraint, gradient.detach().clone())
 
 
 def _violation(method: Any, constraint: Any, x: Tensor) -> Tensor:
     """A plain tensor, the same on each rank: it is small, and x may be one of many."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
     whole = with_whole(x.detach(), constraint._whole_dims(x.shape))
     found: Tensor = method(_for_shard(constraint, whole), whole.to_local()).unsqueeze(-1)
-    mesh = whole.device_mesh
     kept = [dim for dim in range(x.ndim) if dim not in constraint.coupled_dims(x.ndim)]
-    placements: list[Any] = []
-    parts = 1
-    for size, p in zip(mesh.shape, whole.placements, strict=True):
-        if p.is_replicate():
-            placements.append(Replicate())
+    parts, placements = 1, []
+    for size, p in zip(whole.device_mesh.shape, whole.placements, strict=True):
+        if p.is_replicate() or (p.dim in kept and kept.index(p.dim) == p.dim):
+            placements.append(p)
         elif p.dim in kept:
-            moved = kept.index(p.dim)
-            placements.append(p if moved == p.dim else Shard(moved))
+            placements.append(torch.distributed.tensor.Shard(kept.index(p.dim)))
         else:  # each rank has some entries of all sub-tensors: the largest value counts
-            placements.append(Shard(len(kept)))
+            placements.append(torch.distributed.tensor.Shard(len(kept)))
             parts *= size
-    shape = torch.Size([*(x.shape[dim] for dim in kept), parts])
-    stride = torch.empty(shape, device="meta").stride()
-    spread = DTensor.from_local(
-        found, mesh, placements, run_check=False, shape=shape, stride=stride
-    )
-    return complete(spread).amax(-1)
+    like = torch.empty((*(x.shape[dim] for dim in kept), parts), device="meta")
+    return complete(_joined(found, whole.device_mesh, placements, like)).amax(-1)
 
 
 def _sample_(method: Any, constraint: Any, x: Any, generator: Generator | None = None) -> Tensor:
@@ -168,7 +162,8 @@ def _for_shard(constraint: Any, whole: Any) -> Any:
         placements = _divided_as(aligned.shape, whole)
         if all(p.is_replicate() for p in placements):
             return setting
-        return _divided(aligned, whole, placements).to_local()
+        local: Tensor = _divided(aligned, whole, placements).to_local()
+        return local
 
     return constraint._map(part)
 
@@ -178,35 +173,20 @@ def _for_shard(constraint: Any, whole: Any) -> Any:
 
 def _divided_as(shape: Sequence[int], whole: Any) -> list[Any]:
     """Placements for what broadcasts against `whole`, which divide it alike."""
-    from torch.distributed.tensor import Replicate
-
+    everywhere = torch.distributed.tensor.Replicate()
     return [
-        p if not p.is_replicate() and shape[p.dim] > 1 else Replicate() for p in whole.placements
+        p if not p.is_replicate() and shape[p.dim] > 1 else everywhere for p in whole.placements
     ]
 
 
-def _like(local: Tensor, whole: Any) -> DTensor:
-    """A DTensor of local tensors that is laid out as another one."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local,
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
+def _joined(local: Tensor, mesh: Any, placements: Sequence[Any], like: Tensor) -> Any:
+    """A DTensor of the local tensors of all ranks, in the shape and strides of `like`."""
+    return torch.distributed.tensor.DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
-def _divided(x: Tensor, like: Any, placements: Sequence[Any]) -> DTensor:
+def _divided(x: Tensor, like: Any, placements: Sequence[Any]) -> Any:
     """What every rank has all of, divided between the ranks; nothing is sent."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = like.device_mesh
-    everywhere = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=placements)
-
-
-def _dim(placement: Any) -> int | None:
-    return getattr(placement, "dim", None)
+    everywhere = [torch.distributed.tensor.Replicate()] * like.device_mesh.ndim
+    return _joined(x, like.device_mesh, everywhere, x).redistribute(placements=placements)

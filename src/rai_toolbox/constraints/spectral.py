@@ -14,11 +14,11 @@ from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import spacing
 from rai_toolbox.constraints.kernels.svd import (
-    Recomposed,
+    composed,
+    composed_of,
+    decomposed,
     noise_of,
-    recomposed,
     rounding_margin,
-    svd,
     within_range,
 )
 from rai_toolbox.constraints.sampling import normal, uniform
@@ -42,8 +42,8 @@ class _SingularValueBall(Constraint):
         """The norm of singular values, in the last dim."""
         raise NotImplementedError
 
-    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """The nearest values of norm `radius`; which have derivative 1; whether less their mean."""
+    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest values of norm `radius`; which of them change with their own value."""
         raise NotImplementedError
 
     def _extreme(self, values: Tensor) -> Tensor:
@@ -58,28 +58,22 @@ class _SingularValueBall(Constraint):
         return torch.where(size > radius * (1 + noise_of(x)), size - radius, 0.0).squeeze(-1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(x.detach())
-        inner = self._inner(lambda r: recomposed(u, self._shrunk(values, r)[0], vh), x, dtype)
-        epsilon = self._radius(x)
-        radius = inner + (epsilon - epsilon.detach())  # 0, for the sake of its derivative
-        shrunk, moving, shared = self._shrunk(values, radius)
-        y = Recomposed.apply(x, u, values, vh, shrunk, moving, shared)  # type: ignore[no-untyped-call]
-        return within_range(y, dtype)
+        parts = decomposed(x)
+        return self._at_radius(
+            lambda radius: composed_of(x, parts, *self._shrunk(parts[1], radius)), x, dtype
+        )
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = svd(-gradient)
-        return self._scaled(recomposed(u, self._extreme(values), vh), gradient, dtype)
+        u, values, vh = decomposed(-gradient)
+        unit = composed(u, self._extreme(values), vh)
+        return self._at_radius(lambda radius: unit * radius.unsqueeze(-1), gradient, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         direction = normal(like, generator)
         size = self._size(direction)
         share = uniform(size, generator) ** (1 / (like.shape[-2] * like.shape[-1])) / size
-        return self._scaled(direction * share.unsqueeze(-1), direction, like.dtype)
-
-    def _scaled(self, point: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A point of the unit ball times the radius."""
-        radius = self._inner(lambda r: point * r.unsqueeze(-1), x, dtype)
-        return within_range(point * radius.unsqueeze(-1), dtype)
+        point = direction * share.unsqueeze(-1)
+        return self._at_radius(lambda radius: point * radius.unsqueeze(-1), point, like.dtype)
 
     def _radius(self, x: Tensor) -> Tensor:
         """The radius of each matrix, to broadcast against its singular values."""
@@ -87,9 +81,10 @@ class _SingularValueBall(Constraint):
             return self.epsilon[..., 0]
         return x.new_full((1,) * (x.ndim - 1), self.epsilon)
 
-    @torch.no_grad()
-    def _inner(self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A radius at which ``compose(radius)`` rounds into the ball, smaller by as little.
+    def _at_radius(
+        self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """``compose(radius)`` at a radius that is smaller by as little as rounding makes it.
 
         Rounding moves a matrix Y by at most ``u |Y|_F``, and so its norm by at most
         ``u sqrt(min(m, k)) epsilon``; subnormal numbers move by half of their spacing.
@@ -97,17 +92,17 @@ class _SingularValueBall(Constraint):
         m, k = x.shape[-2:]
         least = min(m, k)
         epsilon = self._radius(x)
-        of_float64 = epsilon * noise_of(x)
         most = epsilon * (sqrt(least) * torch.finfo(dtype).eps / 2)
         most = (most + sqrt(least * m * k) * spacing(dtype)).expand(*x.shape[:-2], 1)
 
         def radius(margin: Tensor) -> Tensor:
-            return (epsilon - of_float64 - margin).clamp(min=0.0)
+            return (epsilon * (1 - noise_of(x)) - margin).clamp(min=0.0)
 
         def excess(y: Tensor) -> Tensor:
             return (self._size(y) - epsilon).clamp(min=0.0)
 
-        return radius(rounding_margin(lambda margin: compose(radius(margin)), excess, most, dtype))
+        margin = rounding_margin(lambda m: compose(radius(m)), excess, most, dtype)
+        return within_range(compose(radius(margin)), dtype)
 
     def _size(self, x: Tensor) -> Tensor:
         return self._norm(torch.linalg.svdvals(x)).unsqueeze(-1)
@@ -145,8 +140,8 @@ class SpectralBall(_SingularValueBall):
     def _norm(self, values: Tensor) -> Tensor:
         return values.amax(-1)
 
-    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
-        return torch.minimum(values, radius), values < radius, False
+    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.minimum(values, radius), values < radius
 
     def _extreme(self, values: Tensor) -> Tensor:
         return torch.ones_like(values)
@@ -186,9 +181,9 @@ class NuclearBall(_SingularValueBall):
     def _norm(self, values: Tensor) -> Tensor:
         return values.sum(-1)
 
-    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         shrunk = _l1_of_sorted(values, radius)
-        return shrunk, shrunk > 0, True
+        return shrunk, shrunk > 0
 
     def _extreme(self, values: Tensor) -> Tensor:
         first = torch.zeros_like(values)
@@ -202,4 +197,4 @@ def _l1_of_sorted(values: Tensor, radius: Tensor) -> Tensor:
     below = values - largest  # sums of these lose nothing to a large common part
     count = torch.arange(1, values.shape[-1] + 1, dtype=values.dtype, device=values.device)
     theta = ((below.cumsum(-1) - radius) / count).amax(-1, keepdim=True)
-    return torch.minimum((below - theta).clamp(min=0.0), values)
+    return (below - theta).clamp(min=0.0).clamp(max=values.detach())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.masked import Masked
-from rai_toolbox.testing.law import law
-from rai_toolbox.testing.layouts import LAYOUTS, same_bits
-from rai_toolbox.testing.points_laws import _has_lmo
-from rai_toolbox.testing.trial import Trial
+from rai_toolbox.testing.check import law
+from rai_toolbox.testing.points_laws import check_like, has_lmo
+from rai_toolbox.testing.trial import Trial, same_bits
 
 
 @law
@@ -22,7 +20,9 @@ def batched(trial: Trial) -> None:
     """A row has the same answers in any batch, to within rounding."""
     for x, _ in trial.pairs:
         whole = _answers(trial.constraint, x.clone())
-        for rows in _some_rows(len(x)):
+        step = max(1, len(x) // 8)
+        single = (slice(i, i + 1) for i in range(0, len(x), step))
+        for rows in (*single, slice(len(x) // 3, len(x))):
             alone = _answers(_of_rows(trial.constraint, x, rows), x[rows].clone())
             _check_alike(trial, x[rows], alone, {k: y[rows] for k, y in whole.items()}, "alone")
 
@@ -32,8 +32,7 @@ def strides(trial: Trial) -> None:
     """Any strides, in place or not, give the same to within rounding; only `project_` writes."""
     for x, y in trial.pairs:
         expected = {**_answers(trial.constraint, x.clone()), "project": y}
-        for name, laid_out in LAYOUTS.items():
-            other = laid_out(x)
+        for name, other in _laid_out(x).items():
             _check_alike(trial, x, _answers(trial.constraint, other), expected, name)
             trial.require(same_bits(other, x), trial.length(x), "x must be left alone", x)
             where = other.data_ptr()
@@ -54,35 +53,27 @@ def non_finite(trial: Trial) -> None:
 
 
 def _check_poison(trial: Trial, at: Tensor, poison: float) -> None:
-    constraint, (x, y), is_nan = trial.constraint, trial.pairs[0], poison != poison
+    constraint, x = trial.constraint, trial.pairs[0][0]
     unmasked = ~constraint.mask.expand(x.shape) if isinstance(constraint, Masked) else at & ~at
     hit = at & ~unmasked
-    lost = trial.column(hit.flatten(1).any(1)) & ~unmasked
-    if constraint.elementwise:
-        lost = hit
-    large = constraint.elementwise and not is_nan
-
-    def poisoned(clean: Tensor, found: Tensor, at_large: Tensor) -> Tensor:
-        """The answer that is expected, given the one without the poison."""
-        if not large:
-            return torch.where(lost, torch.nan, clean)
-        unbounded = lost & (found.abs() == torch.inf)
-        return torch.where(unbounded, found, torch.where(lost, at_large, clean))
-
+    rows = hit.flatten(1).any(1)
+    lost = hit if constraint.elementwise else trial.column(rows) & ~unmasked
+    large = constraint.elementwise and poison == poison
     given = torch.where(at, poison, x)
-    most = torch.where(at, torch.finfo(x.dtype).max * (-1 if poison < 0 else 1), x) if large else x
-    rule, rows = "what is not finite must show, and only in its sub-tensor", lost.flatten(1).any(1)
-    result = trial.projected(given)
-    expected = poisoned(torch.where(at & unmasked, poison, y), result, trial.projected(most))
-    trial.require(same_bits(result, expected), rows, rule, given)
-    found = constraint.violation(given)
-    shown = found >= 0 if large else found.isnan() if is_nan else found == torch.inf
-    right = torch.where(rows, shown, found == constraint.violation(x))
-    trial.require(right, found, f"`violation`: {rule}", given)
-    if _has_lmo(constraint):
-        s = constraint.lmo(given)
-        expected = poisoned(constraint.lmo(x), s, constraint.lmo(most))
-        trial.require(same_bits(s, expected), rows, f"`lmo`: {rule}", given)
+    rule = "what is not finite must show, and only in its sub-tensor"
+    for name in ["project"] + ["lmo"] * has_lmo(constraint):
+        answer = getattr(constraint, name)
+        found = answer(given.clone())
+        clean = torch.where(at & unmasked, poison, answer(x.clone()))
+        of_lost: Tensor | float = torch.nan
+        if large:
+            of_lost = torch.where(found.isinf(), found, answer(given.nan_to_num()))
+        expected = torch.where(lost, of_lost, clean)
+        trial.require(same_bits(found, expected), rows, f"`{name}`: {rule}", given)
+    distance = constraint.violation(given)
+    shown = distance >= 0 if large else same_bits(distance, torch.full_like(distance, abs(poison)))
+    right = torch.where(rows, shown, distance == constraint.violation(x))
+    trial.require(right, distance, f"`violation`: {rule}", given)
 
 
 @law
@@ -135,9 +126,13 @@ def compiled(trial: Trial) -> None:
 # Parts of laws
 
 
-def _some_rows(count: int) -> Iterator[slice]:
-    yield from (slice(i, i + 1) for i in range(0, count, max(1, count // 8)))
-    yield slice(count // 3, count)
+def _laid_out(x: Tensor) -> dict[str, Tensor]:
+    """Copies of a batch in other strides, each in a storage of its own."""
+    dims = list(range(x.ndim))[::-1]
+    backward = x.permute(dims).clone(memory_format=torch.contiguous_format).permute(dims)
+    wider = x.new_full([2 * size for size in x.shape], -7)
+    sliced = wider[(slice(None, None, 2),) * x.ndim].copy_(x)
+    return {"reversed": backward, "sliced": sliced}
 
 
 def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
@@ -156,7 +151,7 @@ def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
 
 def _answers(constraint: Constraint, x: Tensor) -> dict[str, Tensor]:
     """What the methods return that do not write to x."""
-    names = ["project", "violation"] + ["lmo"] * _has_lmo(constraint)
+    names = ["project", "violation"] + ["lmo"] * has_lmo(constraint)
     return {name: getattr(constraint, name)(x) for name in names}
 
 
@@ -164,12 +159,11 @@ def _check_alike(
     trial: Trial, x: Tensor, found: dict[str, Tensor], expected: dict[str, Tensor], how: str
 ) -> None:
     """Answers must be the same to within rounding; points that are equally good may differ."""
-    wide = trial.wide(x)
     for name, answer in found.items():
         other = expected[name]
         error, allowed = (answer - other).abs(), 2 * trial.slack(x) + trial.coarse(x)
         if name == "lmo":
-            error = (wide * (trial.wide(answer) - trial.wide(other))).sum(1).abs()
+            error = (trial.wide(x) * (trial.wide(answer) - trial.wide(other))).sum(1).abs()
             allowed = 2 * trial.slack(answer, other) * trial.length(x)
         elif name == "project" and trial.constraint.convex:
             error = trial.length(answer.double() - other.double())
@@ -182,8 +176,7 @@ def _check_alike(
 
 def _check_empty(constraint: Constraint, x: Tensor) -> None:
     for result in (constraint.project(x), *([constraint.sample_(x)] if constraint.bounded else [])):
-        if (result.shape, result.dtype) != (x.shape, x.dtype):
-            raise AssertionError(f"must be of shape {tuple(x.shape)}, got {tuple(result.shape)}")
+        check_like(result, x)
     if (found := constraint.violation(x)).shape != x.shape[:1] or bool((found != 0).any()):
         raise AssertionError(f"`violation` must be 0 for no elements, got {found}")
 

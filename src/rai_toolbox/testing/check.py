@@ -1,14 +1,37 @@
-"""One call that checks a set."""
+"""The table of laws, and one call that checks a set against them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 
 import torch
 
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.testing.law import LAWS
 from rai_toolbox.testing.trial import Trial
+
+Law = Callable[[Trial], None]
+
+LAWS: dict[str, Law] = {}
+"""Each law by its name; it takes a `Trial`, and raises AssertionError where a set breaks it."""
+
+
+def law(check: Law) -> Law:
+    """Make a law of a function that raises where a set breaks it, whatever it raises."""
+
+    @wraps(check)
+    def named(trial: Trial) -> None:
+        try:
+            check(trial)
+        except AssertionError as error:
+            raise AssertionError(f"{check.__name__}: {error} ({trial})") from None
+        except Exception as error:
+            kind = type(error).__name__
+            raise AssertionError(f"{check.__name__}: {kind}: {error} ({trial})") from error
+
+    LAWS[check.__name__] = named
+    return named
+
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints import Constraint
-from rai_toolbox.testing.law import law
-from rai_toolbox.testing.layouts import same_bits
-from rai_toolbox.testing.trial import Trial
+from rai_toolbox.testing.check import law
+from rai_toolbox.testing.trial import Trial, same_bits
 
 
 @law
 def feasible(trial: Trial) -> None:
     """What is projected is in the set, after rounding."""
     for x, y in trial.pairs:
-        if y.dtype != x.dtype or y.shape != x.shape:
-            raise AssertionError(f"dtype and shape must stay, got {y.dtype} and {tuple(y.shape)}")
+        check_like(y, x)
         violation = trial.constraint.violation(y)
         trial.require(violation == 0, violation, "`violation` of a projection must be 0", x)
 
@@ -51,12 +49,13 @@ def optimal(trial: Trial) -> None:
         wide_x, wide_y = trial.wide(x), trial.wide(y)
         for z in _candidates(trial, index):
             wide_z, slack = trial.wide(z), trial.slack(y, z)
+            moved = trial.length(wide_x - wide_y)
             if trial.constraint.convex:
                 gain = ((wide_x - wide_y) * (wide_z - wide_y)).sum(1)
-                allowed = slack * (_length(wide_x - wide_y) + _length(wide_z - wide_y) + slack)
+                allowed = slack * (moved + trial.length(wide_z - wide_y) + slack)
                 rule = "<x - Px, z - Px> must be <= 0"
             else:
-                gain = _length(wide_x - wide_y) - _length(wide_x - wide_z)
+                gain = moved - trial.length(wide_x - wide_z)
                 # Distances to a far point are as coarse as that point is.
                 allowed = slack + 4 * torch.finfo(torch.float64).eps * trial.length(x)
                 rule = "|x - Px| - |x - z| must be <= 0"
@@ -67,7 +66,7 @@ def optimal(trial: Trial) -> None:
 def accurate(trial: Trial) -> None:
     """The projection in a narrow dtype is that in float64, to within rounding."""
     for x, y in trial.pairs:
-        exact = trial.projected(x.double())
+        exact = trial.constraint.project(x.double())
         error = trial.length(y.double() - exact)
         trial.require(error <= trial.slack(y, exact), error, "must be as in float64", x)
 
@@ -79,8 +78,8 @@ def non_expansive(trial: Trial) -> None:
         return
     for (x, y), neighbors in zip(trial.pairs, trial.neighbors, strict=True):
         for other, y_other in neighbors:
-            before = _length(trial.wide(x) - trial.wide(other))
-            after = _length(trial.wide(y) - trial.wide(y_other))
+            before = trial.length(trial.wide(x) - trial.wide(other))
+            after = trial.length(trial.wide(y) - trial.wide(y_other))
             allowed = 2 * trial.slack(y, y_other)
             allowed = allowed + 4 * torch.finfo(torch.float64).eps * (trial.length(x) + before)
             trial.require(after <= before + allowed, after - before, "must not be farther", x)
@@ -92,8 +91,7 @@ def violation(trial: Trial) -> None:
     many = 4.0 * max(1, trial.batches[0][0].numel()) ** 2  # norms and directions differ by less
     for x, y in trial.pairs:
         found, moved = trial.constraint.violation(x), trial.length(x.double() - y.double())
-        if found.shape != x.shape[:1] or found.dtype != torch.float64:
-            raise AssertionError(f"must be (N,) in float64, got {found.shape}, {found.dtype}")
+        check_like(found, moved)
         trial.require(found >= 0, found, "must be >= 0", x)
         slack, rule = trial.slack(y), "must be about the distance to the set"
         trial.require(found <= many * moved + slack, found, rule, x)
@@ -103,22 +101,20 @@ def violation(trial: Trial) -> None:
 @law
 def lmo(trial: Trial) -> None:
     """Its answer is in the set, and no other point has a lower product with the gradient."""
-    if not _has_lmo(trial.constraint):
+    if not has_lmo(trial.constraint):
         _must_refuse(trial, "lmo")
         return
     for gradient in trial.batches:
         s = trial.constraint.lmo(gradient)
-        if s.dtype != gradient.dtype or s.shape != gradient.shape:
-            raise AssertionError(f"must be like the gradient, got {s.dtype}, {tuple(s.shape)}")
+        check_like(s, gradient)
         outside = trial.constraint.violation(s)
         trial.require(outside == 0, outside, "must be in the set", gradient)
         largest = gradient.double().flatten(1).abs().amax(1)
         unit = gradient.double() / trial.column(torch.where(largest > 0, largest, 1.0))
         steep = unit * 1e6 * trial.scale  # the projection of -steep all but minimizes
-        others = [s.flip(0)] if _has_one_setting(trial) else []
-        for z in [*others, trial.projected(trial.held(-steep)), *trial.members]:
+        for z in [trial.projected(-steep), *trial.members]:
             gain = (trial.wide(unit) * (trial.wide(s) - trial.wide(z))).sum(1)
-            allowed = trial.slack(s, z) * _length(trial.wide(unit))
+            allowed = trial.slack(s, z) * trial.length(trial.wide(unit))
             trial.require(gain <= allowed, gain, "<g, s> must be least", gradient)
 
 
@@ -140,10 +136,20 @@ def samples(trial: Trial) -> None:
         raise AssertionError("must differ from draw to draw")
 
 
-# Points of the set
+# Parts of laws
 
 
-def _has_lmo(constraint: Constraint) -> bool:
+def check_like(found: Tensor, expected: Tensor) -> None:
+    """Raise unless shape and dtype are as expected."""
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise AssertionError(
+            f"must be {tuple(expected.shape)} in {expected.dtype}, got {tuple(found.shape)} in "
+            f"{found.dtype}"
+        )
+
+
+def has_lmo(constraint: Constraint) -> bool:
+    """Whether the set has minimizers of linear functions."""
     return constraint.bounded and type(constraint)._minimizer is not Constraint._minimizer
 
 
@@ -155,42 +161,23 @@ def _must_refuse(trial: Trial, method: str) -> None:
     raise AssertionError(f"`{method}` must raise ValueError, for it is not defined")
 
 
-def _has_one_setting(trial: Trial) -> bool:
-    """Whether each row has the same set, so that answers can be exchanged."""
-    several: list[str] = []
-
-    def note(name: str, setting: Tensor) -> Tensor:
-        if setting.ndim == len(trial.shape) and len(setting) > 1:
-            several.append(name)
-        return setting
-
-    trial.constraint._map(note)
-    return not several
-
-
 def _candidates(trial: Trial, index: int) -> Iterator[Tensor]:
     """Points of the set that might be nearer to x than y is."""
     x, y = trial.pairs[index]
-    if _has_lmo(trial.constraint):
+    if has_lmo(trial.constraint):
         yield trial.constraint.lmo(trial.held(y.double() - x.double()))
     yield from trial.members
     yield trial.projected(-x)
-    yield trial.projected(trial.held(2 * x.double() - y.double()))
+    yield trial.projected(2 * x.double() - y.double())
     yield from (projected for _, projected in trial.neighbors[index])
-    yield trial.projected(trial.held(y.double() + trial.normal(290 + index, 1e-2).double()))
+    yield trial.projected(y.double() + trial.normal(290 + index, 1e-2).double())
 
 
 def _inside(trial: Trial) -> Iterator[Tensor]:
     """Points most of which are in the set: the batches, members, and mixtures of two members."""
     for index, (x, y) in enumerate(trial.pairs):
         yield x
-        share = torch.rand(len(x), generator=trial.generator(400 + index), dtype=torch.float64)
-        share = trial.column(share)
+        share = trial.column(torch.rand(len(x), generator=trial.generator(400 + index))).double()
         for z in trial.members:
             mixed = (1 - share) * y.double() + share * z.double()
             yield mixed.to(trial.dtype) if trial.constraint.convex else z
-
-
-def _length(rows: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return length

@@ -66,7 +66,8 @@ class Trial:
         return x.clamp(-most, most).to(self.dtype)
 
     def projected(self, x: Tensor) -> Tensor:
-        """The projection of a batch, in place."""
+        """The projection of a batch, in place; float64 is `held` in the dtype first."""
+        x = self.held(x) if x.dtype != self.dtype else x
         return self.constraint.project_(x.clone(memory_format=torch.contiguous_format))
 
     @cached_property
@@ -97,9 +98,9 @@ class Trial:
         for index, x in enumerate(self.batches):
             wide = x.double()
             size = self.column(wide.abs().flatten(1).amax(1)) / self.scale
-            steps = (self.normal(300 + index), self.normal(330 + index, 1e-3))
-            far = wide + size * self.normal(360 + index).double()
-            points = [self.held(p) for p in (*(wide + step.double() for step in steps), far)]
+            far = size * self.normal(360 + index)
+            steps = (self.normal(300 + index), self.normal(330 + index, 1e-3), far)
+            points = [self.held(wide + step) for step in steps]
             found.append([(point, self.projected(point)) for point in points])
         return found
 
@@ -116,7 +117,7 @@ class Trial:
         step = torch.where(
             kind == _BESIDE, 2 * torch.finfo(self.dtype).eps * largest, self.scale / 1e3
         )
-        off = torch.randn(self.shape, generator=self.generator(130 + index), dtype=torch.float64)
+        off = self.normal(130 + index).double() / self.scale
         beside = self.held(point + self.column(step) * off)
         at = self.column((kind == _BESIDE) | (kind == _NEAR)) & beside.isfinite()
         return torch.where(at, beside, x)
@@ -165,6 +166,12 @@ class Trial:
         if x is not None:
             message += f" at {x[worst].detach().flatten()[:12].tolist()}"
         raise AssertionError(message)
+
+
+def same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """For each row, whether its bits are the same in both: -0.0 is not 0.0, and NaN is NaN."""
+    alike = (a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()
+    return alike.reshape(len(a), -1).all(1)
 
 
 def _one_entry(normal: Tensor, each: Tensor, trial: Trial) -> Tensor:

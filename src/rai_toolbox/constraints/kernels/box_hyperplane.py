@@ -27,9 +27,8 @@ def nearest_with_sum(
     """
     for _ in range(_SHIFTS):
         with torch.no_grad():
-            f = excess_of_sum(x, weight, total, lower, upper)
-            low, high = _bracket(f, x, weight, lower, upper)
-            t = root(f, low, high, torch.zeros_like(low))
+            f = _excess_of_sum(x, weight, total, lower, upper)
+            t = root(f, *_bracket(f, x, weight, lower, upper), torch.zeros_like(total))
         x = x - t * weight
     if torch.is_grad_enabled() and x.requires_grad:
         # Newton's step, which is 0 but for rounding: it has the derivative of the root.
@@ -38,7 +37,7 @@ def nearest_with_sum(
     return x.clamp(lower, upper)
 
 
-def excess_of_sum(
+def _excess_of_sum(
     x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor
 ) -> Function:
     """``t -> weight . clamp(x - t weight, lower, upper) - total``, and its slope."""
@@ -66,16 +65,14 @@ def _bracket(
     f: Function, x: Tensor, weight: Tensor, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The first and the last kink; or farther, to where a line through them has its root."""
-    first = torch.where(weight > 0, upper, lower)
-    last = torch.where(weight > 0, lower, upper)
+    first, last = torch.where(weight > 0, upper, lower), torch.where(weight > 0, lower, upper)
     kinks = torch.cat([(x - first) / weight, (x - last) / weight], 1)
     finite = kinks.isfinite()
     low = kinks.where(finite, inf).amin(1, keepdim=True)
     high = kinks.where(finite, -inf).amax(1, keepdim=True)
     low, high = low.where(low <= high, 0.0), high.where(low <= high, 0.0)
-    square = (weight * weight).expand_as(x)
-    fall = -(square * first.isinf()).sum(1, keepdim=True)  # the slope before the first kink
-    rise = -(square * last.isinf()).sum(1, keepdim=True)  # the slope after the last kink
+    # The slopes beyond the kinks, where only entries without a bound on that side move.
+    fall, rise = (-(weight.square() * end.isinf()).sum(1, keepdim=True) for end in (first, last))
     short, over = f(low)[0].clamp(max=0), f(high)[0].clamp(min=0)
     return (
         torch.where(fall < 0, low - short / fall, low),

@@ -50,14 +50,8 @@ def root(f: Function, low: Tensor, high: Tensor, start: Tensor | None = None) ->
         if in_blocks(low) and bool((low.nextafter(high) >= high).all()):
             break
         middle = _middle(low, high)
-        value_there, slope_there = f(middle)
-        low, high = _narrowed(low, high, middle, value_there)
-        closer = value_there.abs() < value.abs()
-        value, slope = (
-            torch.where(closer, value_there, value),
-            torch.where(closer, slope_there, slope),
-        )
-        newton = torch.where(closer, middle, guess) - value / slope
+        low, high = _narrowed(low, high, middle, f(middle)[0])
+        newton = guess - value / slope
         inside = (newton > low) & (newton < high)  # not so for NaN, of a slope of 0
         guess = torch.where(inside, newton, low / 2 + high / 2)
     return low

@@ -9,21 +9,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rai_toolbox.autograd import with_value
+from rai_toolbox.constraints.kernels.blocks import needs_grad
+
 
 def noise_of(x: Tensor) -> float:
     """Relative error of the largest singular value or eigenvalue, or of the sum of all."""
     return torch.finfo(x.dtype).eps * (8 + x.shape[-2] + x.shape[-1])
 
 
-def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``U, s, V^T`` of each matrix, s falling; U and V^T with as many vectors as there are s."""
-    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+def decomposed(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """``U, s, V^T`` of each matrix: falling singular values, or rising eigenvalues if `symmetric`.
+
+    There are as many vectors as values. To autograd U and V are constants, and s depends on x.
+    """
+    if symmetric:
+        values, u = torch.linalg.eigh(x.detach())
+        vh = u.mT
+    else:
+        u, values, vh = torch.linalg.svd(x.detach(), full_matrices=False)
+    if needs_grad(x):
+        values = with_value(values, _diagonal(u.mT @ x @ vh.mT))
     return u, values, vh
 
 
-def recomposed(u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
+def composed(u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
     """``U diag(values) V^T``."""
     return (u * values.unsqueeze(-2)) @ vh
+
+
+def composed_of(
+    x: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    f: Tensor,
+    moving: Tensor,
+    symmetric: bool = False,
+) -> Tensor:
+    """``U diag(f) V^T`` for the `parts` U, s, V^T of x, differentiable; see `_Composed`."""
+    y: Tensor = _Composed.apply(x, *parts, f, moving, symmetric)  # type: ignore[no-untyped-call]
+    return y
 
 
 def within_range(y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,57 +74,48 @@ def rounding_margin(
         exact = compose(margin)
         return excess(within_range(exact, dtype).to(dtype).to(exact.dtype))
 
-    over = excess_at(none)
-    little = torch.minimum(2 * over, most)
-    margin = torch.where(excess_at(little) <= 0, little, most)
-    return torch.where(over <= 0, none, margin)
+    little = torch.minimum(2 * excess_at(none), most)
+    return torch.where(excess_at(little) <= 0, little, most)
 
 
-class Recomposed(torch.autograd.Function):
-    """``Y = U diag(f) V^T`` as a function of ``X = U diag(s) V^T``, where f is one of s.
+class _Composed(torch.autograd.Function):
+    """``Y = U diag(f) V^T`` as a function of ``X = U diag(s) V^T`` and of f, which depends on s.
 
     The values of f that are `moving` have the derivative 1 with respect to their own value of s,
-    others 0; if `shared`, the mean of all moving ones is taken off. The derivative of Y is made
-    of divided differences (Lewis & Sendov 2001; Yang 2009) and, other than those of U and V, has
-    no poles where values of s are equal. It is its own adjoint. What f depends on otherwise, such
-    as a radius, gets its part through f.
+    others 0. X turns U and V, which changes Y by divided differences of f (Lewis & Sendov 2001;
+    Yang 2009): other than the derivatives of U and V, they have no poles where values of s are
+    equal. If X is `symmetric`, U is V, and values may have any sign.
     """
 
     @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,
-        x: Tensor,
-        u: Tensor,
-        values: Tensor,
-        vh: Tensor,
-        f: Tensor,
-        moving: Tensor,
-        shared: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *tensors: Any) -> Tensor:
+        u, values, vh, f, moving, ctx.symmetric = tensors
         ctx.save_for_backward(u, values, vh, f, moving.to(f.dtype))
-        ctx.shared = shared
-        return recomposed(u, f, vh)
+        return composed(u, f, vh)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, values, vh, f, slope = ctx.saved_tensors
         right, left = grad @ vh.mT, u.mT @ grad
         inner = u.mT @ right
         even, odd = (inner + inner.mT) / 2, (inner - inner.mT) / 2
-        core = divided_differences(values, f, slope) * even + _divided_sums(values, f, slope) * odd
-        if ctx.shared:
-            moved = (slope * even.diagonal(dim1=-2, dim2=-1)).sum(-1, keepdim=True)
-            mean = moved / slope.sum(-1, keepdim=True).clamp(min=1.0)
-            core = core - torch.diag_embed(slope * mean)
+        of_f = _diagonal(even)
+        core = _divided_differences(values, f, slope) * (even - torch.diag_embed(of_f))
+        if ctx.symmetric:
+            return u @ core @ vh, None, None, None, of_f, None, None
+        core = core + _divided_sums(values, f, slope) * odd
         # What is outside of the span of U, or of V, turns that value's vector.
         ratio = _ratio(f, values, slope)
-        outer = recomposed(right - u @ inner, ratio, vh) + recomposed(u, ratio, left - inner @ vh)
-        of_f = even.diagonal(dim1=-2, dim2=-1)
+        outer = composed(right - u @ inner, ratio, vh) + composed(u, ratio, left - inner @ vh)
         return u @ core @ vh + outer, None, None, None, of_f, None, None
 
 
-def divided_differences(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
+def _diagonal(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1)
+
+
+def _divided_differences(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
     """``(f_i - f_j) / (values_i - values_j)``, which is the slope where both have the same."""
     same = slope.unsqueeze(-1) == slope.unsqueeze(-2)
     step = torch.where(same, 1.0, values.unsqueeze(-1) - values.unsqueeze(-2))
