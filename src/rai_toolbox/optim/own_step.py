@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 
 from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
 from rai_toolbox.checks import as_plain, check_finite
-from rai_toolbox.optim.settings import as_loaded, as_saved
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.optim.settings import (
+    as_loaded,
+    as_saved,
+    batch_shape_in,
+    check_fits,
+    with_names_apart,
+)
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 
@@ -34,11 +41,19 @@ class OwnStepOptimizer(Optimizer):
         """A copy of a group that has all settings, with plain numbers."""
         return {name: as_plain(value) for name, value in group.items()}
 
+    def _constraint(self, group: Group) -> Constraint | None:
+        """The set that the parameters of a group are in."""
+        constraint: Constraint | None = group["constraint"]
+        return constraint
+
     def _check_group(self, group: Group) -> None:
-        """Raise if a setting of a complete group breaks its rule."""
+        """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""
         for name, check in self._checks.items():
             if name in group:
                 check(name, group[name])
+        constraint = self._constraint(group)
+        if constraint is not None:
+            check_fits(constraint, with_names_apart(group))
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""
@@ -116,9 +131,6 @@ class OwnStepOptimizer(Optimizer):
         super().__setstate__(state)
 
 
-CheckedOptimizer = OwnStepOptimizer
-
-
 def evaluated(closure: Callable[[], Any] | None) -> Any:
     """The value of a closure, computed with gradients; None without a closure."""
     if closure is None:
@@ -139,3 +151,13 @@ def check_lr_value(name: str, lr: Any) -> float | None:
             return None
         lr = lr.item()
     return check_finite(name, lr)
+
+
+def as_batches(param: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, or zeros if it has none, as batches of sub-tensors."""
+    x, gradient = param.detach(), param.grad
+    gradient = torch.zeros_like(x) if gradient is None else gradient.detach()
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    shape = batch_shape_in(x, group)
+    return x.reshape(shape), gradient.reshape(shape)
