@@ -210,10 +210,9 @@ def _move_(param: Tensor, losses: Tensor, state: State, group: Group) -> None:
 
 def period_ending_at(step: int, steps: int, ball: Any) -> int:
     """The number of steps since the checkpoint before, if this step is one; else 0."""
+    points, period = _checkpoints(steps), ceil(_SHORTEST * steps)
     if ball.p == 1:
-        points, period = (0,), max(int(_L1_PERIOD * steps), 1)
-    else:
-        points, period = _checkpoints(steps), ceil(_SHORTEST * steps)
+        points, period = points[:1], max(int(_L1_PERIOD * steps), 1)
     if step in points[1:]:
         return step - points[points.index(step) - 1]
     beyond = step - points[-1]
@@ -325,11 +324,12 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
     else:
         direction, size = gradient, state["rate"] * 2 * ball.epsilon
         sign_([direction]) if ball.p == inf else normalize_(direction, 2, x.ndim - 1)
-    z = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
+    z: Tensor = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
     if ball.p == 1 or state["step"] == 0:
         return z
     inertia = (x - state["previous"]).mul_(1 - group["momentum"])
-    return constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
+    z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
+    return z
 
 
 def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -73,52 +73,55 @@ def constrain(
     if not entries:
         raise ValueError(f"`module` must have parameters, got {module!r}")
     groups: list[Group] = []
-    patterns_of: dict[Tensor, list[Pattern]] = {entry.param: [] for entry in entries}
     for pattern, given in settings.items():
         matches = [entry for entry in entries if entry.matches(pattern)]
-        if not matches:
-            existing: list[Pattern] = []
-            for entry in entries:
-                existing += entry.names if isinstance(pattern, str) else entry.module_types
-            raise ValueError(
-                f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
-                f"which matches none of {_listed(map(_name, existing))}"
-            )
-        kept = [m for m in matches if not (skip_bias_and_norm and m.is_bias_or_norm())]
+        kept = [entry for entry in matches if not (skip_bias_and_norm and entry.is_bias_or_norm())]
         if not kept:
+            found = f"none of {_listed(_name(k) for entry in entries for k in entry.keys(pattern))}"
+            if matches:
+                left_out = _listed(repr(entry.names[0]) for entry in matches)
+                found = f"only what `skip_bias_and_norm` leaves out: {left_out}"
             raise ValueError(
                 f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
-                "which matches only what `skip_bias_and_norm` leaves out: "
-                f"{_listed(repr(match.names[0]) for match in matches)}"
+                f"which matches {found}"
             )
-        for match in kept:
-            patterns_of[match.param].append(pattern)
-        groups.append({"params": [(match.names[0], match.param) for match in kept], **given})
+        for entry in kept:
+            entry.patterns.append(pattern)
+        groups.append({"params": [entry.named for entry in kept], **given})
     matched_twice = [
-        f"{' = '.join(map(repr, entry.names))} (by {' and '.join(map(_name, patterns))})"
-        for entry, patterns in zip(entries, patterns_of.values(), strict=True)
-        if len(patterns) > 1
+        f"{' = '.join(map(repr, entry.names))} (by {' and '.join(map(_name, entry.patterns))})"
+        for entry in entries
+        if len(entry.patterns) > 1
     ]
     if matched_twice:
         raise ValueError(
             "`constraints` must claim no parameter twice, got two claims of "
             f"{_listed(matched_twice)}"
         )
-    rest = [(entry.names[0], entry.param) for entry in entries if not patterns_of[entry.param]]
-    return [*groups, *([{"params": rest, "constraint": None}] if rest else [])]
+    rest = [entry.named for entry in entries if not entry.patterns]
+    return [*groups, {"params": rest, "constraint": None}] if rest else groups
 
 
-class _Entry(NamedTuple):
+class _Entry:
     """A parameter of a module, with all its names and the types of the modules that hold it."""
 
-    param: Tensor
-    names: list[str]
-    module_types: list[type[nn.Module]]
+    def __init__(self, param: Tensor) -> None:
+        self.param = param
+        self.names: list[str] = []
+        self.module_types: list[type[nn.Module]] = []
+        self.patterns: list[Pattern] = []  # that match it
+
+    @property
+    def named(self) -> tuple[str, Tensor]:
+        return self.names[0], self.param
+
+    def keys(self, pattern: Pattern) -> Sequence[Pattern]:
+        """What the parameter may be matched by, of the kind that the pattern is."""
+        return self.names if isinstance(pattern, str) else self.module_types
 
     def matches(self, pattern: Pattern) -> bool:
-        if isinstance(pattern, str):
-            return any(fnmatchcase(name, pattern) for name in self.names)
-        return any(issubclass(kind, pattern) for kind in self.module_types)
+        match: Callable[[Any, Any], bool] = fnmatchcase if isinstance(pattern, str) else issubclass
+        return any(match(key, pattern) for key in self.keys(pattern))
 
     def is_bias_or_norm(self) -> bool:
         is_norm = any(issubclass(kind, NORMALIZATIONS) for kind in self.module_types)
@@ -129,7 +132,7 @@ def _entries(module: nn.Module) -> list[_Entry]:
     """All parameters, each once, in the order of `named_parameters`."""
     entries: dict[Tensor, _Entry] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
-        entries.setdefault(param, _Entry(param, [], [])).names.append(name)
+        entries.setdefault(param, _Entry(param)).names.append(name)
     for owner in module.modules():
         for param in owner.parameters(recurse=False):
             if param in entries:
