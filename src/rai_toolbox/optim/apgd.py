@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rai_toolbox._torch import not_compiled
-from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import check_count, check_fraction
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
@@ -104,7 +103,6 @@ class APGD(OwnStepOptimizer):
         "steps": lambda name, value: check_count(name, value, 1),
         "momentum": check_fraction,
         "rho": check_fraction,
-        "param_ndim": lambda _, value: check_param_ndim(value),
     }
 
     _losses: Tensor | None = None
@@ -174,7 +172,7 @@ class APGD(OwnStepOptimizer):
 
     @not_compiled  # what it does depends on the number of the step: each would be compiled anew
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = evaluated(closure)
+        loss = None if closure is None else evaluated(closure)
         if self._losses is None:
             raise RuntimeError("`observe_` must be called with the losses before each `step`")
         for group in self.param_groups:
@@ -242,12 +240,11 @@ def _check_(state: State, period: int, rho: float) -> Tensor:
 
 def _check_support_(state: State, ball: Any) -> Tensor:
     """`_check_` in an L1 ball, where it is the best points that have to become sparser."""
-    support = _support(state["best"], ball)
+    support, density = _support(state["best"], ball, state["density"])
     back: Tensor = support < _SPARSER * state["support"]
     smaller = (state["rate"] / _L1_SHRINK).clamp(min=_L1_LEAST)
     state["rate"] = torch.where(back, 1.0, smaller)
-    state["density"] = _density(support, state["best"], state["density"])
-    state["support"] = support
+    state |= {"support": support, "density": density}
     return back
 
 
@@ -262,7 +259,7 @@ def _first_state(x: Tensor, gradient: Tensor, ball: Any) -> State:
     state = {"step": 0, **kept, "best_loss": worst, "rate": rate}
     if ball.p == 1:
         # A start that is sparse tells how sparse to go on; one at the center or of noise does not.
-        density = _density(_support(x, ball), x, _DENSITY).clamp(max=_DENSITY)
+        density = _support(x, ball, _DENSITY)[1].clamp(max=_DENSITY)
         return {**state, "density": density, "support": rate * x[0].numel()}
     losses = {"last_loss": -worst, "checked_loss": worst}
     return {**state, **losses, "previous": _copy(x), "falls": 0 * rate, "halved": rate}
@@ -298,15 +295,14 @@ def _put_(rows: Tensor, sources: list[Tensor], targets: list[Tensor]) -> None:
             target.index_copy_(0, at, source.index_select(0, at))
 
 
-def _support(x: Tensor, ball: Any) -> Tensor:
-    """The number of entries that are not those of the center, of each sub-tensor."""
+def _support(x: Tensor, ball: Any, otherwise: Any) -> tuple[Tensor, Tensor]:
+    """How many entries are not those of the center, and the share of them in the next direction.
+
+    A point that is the center does not tell the latter.
+    """
     offset = x if ball.center is None else x - as_rounded(ball.center, x.dtype, x)
-    return (offset != 0).sum(tuple(range(1, x.ndim)), keepdim=True).to(wide_dtype(x))
-
-
-def _density(support: Tensor, x: Tensor, otherwise: Any) -> Tensor:
-    """The share of entries in the next direction; a point that is the center does not tell it."""
-    return torch.where(support > 0, support / (_L1_SHRINK * x[0].numel()), otherwise)
+    support = (offset != 0).sum(tuple(range(1, x.ndim)), keepdim=True).to(wide_dtype(x))
+    return support, torch.where(support > 0, support / (_L1_SHRINK * x[0].numel()), otherwise)
 
 
 # The move
@@ -343,4 +339,5 @@ def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:
         largest = size.sort(dim=1, descending=True).values
     rows.masked_fill_(size < largest.gather(1, rank - 1), 0.0)
     sign_([rows])
-    return normalize_(rows, 1, 1).view(gradient.shape)
+    norm = rows.abs().sum(1, keepdim=True, dtype=torch.float32)  # exact, of entries 0 and 1
+    return rows.div_(norm.clamp(min=1)).view(gradient.shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox.batch import check_param_ndim, sub_ndim
+from rai_toolbox.batch import sub_ndim
 from rai_toolbox.checks import check_flag, check_positive
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
@@ -72,7 +72,6 @@ class ExponentiatedGradient(OwnStepOptimizer):
     _checks = {
         "lr": check_lr_value,
         "total": check_positive,
-        "param_ndim": lambda _, value: check_param_ndim(value),
         "maximize": check_flag,
     }
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rai_toolbox._torch import get_value
-from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import (
     check_count,
     check_flag,
@@ -116,7 +115,6 @@ class FrankWolfe(OwnStepOptimizer):
     _checks = {
         "lmo_scaling_factor": check_number,
         "div_by_zero_eps": check_non_negative,
-        "param_ndim": lambda _, value: check_param_ndim(value),
         "smoothness": lambda name, value: value is None or check_positive(name, value),
         "line_search": check_flag,
         "initial_step": lambda name, value: check_count(name, value, 0),
@@ -238,7 +236,7 @@ def _move_(param: Tensor, step: Tensor, group: Group) -> None:
         x, gradient = as_batches(param, group)
         _interpolate_(param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group))
     else:
-        _segment(param, group).take_short_step_(group["smoothness"])
+        _segment(param, group).take_short_step_()
 
 
 def _scheduled(step: Tensor, group: Group) -> float | Tensor:
@@ -279,14 +277,13 @@ class _Segment:
     end: Tensor
     gap: Tensor  # <gradient, start - end>, of each sub-tensor or element that the set bounds alone
     square: Tensor  # |start - end|^2, likewise
-    smoothness: float = 0.0  # of the last short step, and how far it went:
-    fraction: Tensor | float = 0.0
+    smoothness: Any
+    fraction: Any = None  # of the segment, that the last short step went
 
-    def take_short_step_(self, smoothness: float) -> None:
+    def take_short_step_(self) -> None:
         """Put the parameter where the upper bound of the loss is lowest."""
         # (two divisions, because the product of the divisors may underflow to 0)
-        length = (self.gap.clamp(min=0) / self.square / smoothness).clamp(max=1)
-        self.smoothness = smoothness
+        length = (self.gap.clamp(min=0) / self.square / self.smoothness).clamp(max=1)
         self.fraction = torch.where(self.square == 0, 0.0, length)
         _interpolate_(self.param, self.start, self.end, self.fraction)
 
@@ -310,7 +307,7 @@ def _segment(param: Tensor, group: Group) -> _Segment:
     # (a line search writes to the parameter at each trial)
     start = x.clone() if group["line_search"] else x
     gap, square = (_inner(other, offset, group) for other in (gradient, offset))
-    return _Segment(param, group, start, end, gap, square)
+    return _Segment(param, group, start, end, gap, square, group["smoothness"])
 
 
 def _inner(a: Tensor, b: Tensor, group: Group) -> Tensor:
@@ -329,12 +326,13 @@ def _search_(segments: list[_Segment], loss: Any, closure: Callable[[], Any]) ->
         return False
     square = _total(segment.square for segment in segments)
     full_step = gap / max(square, TINY)  # the smoothness with which the step is the whole segment
-    known = [segment.group["smoothness"] for segment in segments]
-    trial = [full_step if L is None else max(_DECREASE * L, full_step / 1024) for L in known]
+    for segment in segments:
+        known = segment.smoothness or full_step / _DECREASE
+        segment.smoothness = max(_DECREASE * known, full_step / 1024)
     rounding = 8 * _precision(loss, segments) * abs(value)
     for _ in range(_MOST_TRIALS):
-        for segment, smoothness in zip(segments, trial, strict=True):
-            segment.take_short_step_(smoothness)
+        for segment in segments:
+            segment.take_short_step_()
         change = _as_number(evaluated(closure)) - value
         if abs(change) <= rounding:
             change = sum(segment.change_by_gradients() for segment in segments)
@@ -344,7 +342,8 @@ def _search_(segments: list[_Segment], loss: Any, closure: Callable[[], Any]) ->
             for segment in segments:
                 segment.group["smoothness"] = segment.smoothness
             return True
-        trial = [_INCREASE * smoothness for smoothness in trial]
+        for segment in segments:
+            segment.smoothness *= _INCREASE
     for segment in segments:
         segment.param.copy_(segment.start.reshape(segment.param.shape))
     evaluated(closure)  # for the gradients there
@@ -369,12 +368,10 @@ def _precision(loss: Any, segments: list[_Segment]) -> float:
 
 
 def _gap(group: Group) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=device_of(group))
-    for param in group["params"]:
-        if param.grad is not None:
-            gap = frank_wolfe_gap(*as_batches(param, group), group["constraint"])
-            total += complete(gap).to(total)
-    return total
+    batches = [as_batches(param, group) for param in group["params"] if param.grad is not None]
+    gaps = [complete(frank_wolfe_gap(*batch, group["constraint"])) for batch in batches]
+    zero = torch.zeros((), dtype=torch.float64, device=device_of(group))
+    return sum((gap.to(zero) for gap in gaps), zero)
 
 
 # Checks

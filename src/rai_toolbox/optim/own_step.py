@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
+from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import as_plain, check_finite
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import (
@@ -51,6 +52,7 @@ class OwnStepOptimizer(Optimizer):
         for name, check in self._checks.items():
             if name in group:
                 check(name, group[name])
+        check_param_ndim(group.get("param_ndim"))
         constraint = self._constraint(group)
         if constraint is not None:
             check_fits(constraint, with_names_apart(group))
@@ -97,7 +99,7 @@ class OwnStepOptimizer(Optimizer):
         return loss
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = evaluated(closure)
+        loss = None if closure is None else evaluated(closure)
         for group in self.param_groups:
             self._step_group_(group)
         return loss
@@ -131,10 +133,8 @@ class OwnStepOptimizer(Optimizer):
         super().__setstate__(state)
 
 
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """The value of a closure, computed with gradients; None without a closure."""
-    if closure is None:
-        return None
+def evaluated(closure: Callable[[], Any]) -> Any:
+    """The value of a closure, computed with gradients."""
     with torch.enable_grad():
         return closure()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -69,75 +69,68 @@ def constrain(
     None ['0.bias']
     """
     settings = _checked(module, constraints)
-    entries = _entries(module)
-    if not entries:
+    keys = _keys(module)
+    if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")
     groups: list[Group] = []
+    claims: dict[Tensor, list[Pattern]] = {param: [] for param in keys}
     for pattern, given in settings.items():
-        matches = [entry for entry in entries if entry.matches(pattern)]
-        kept = [entry for entry in matches if not (skip_bias_and_norm and entry.is_bias_or_norm())]
+        matches = [param for param in keys if any(_matches(key, pattern) for key in keys[param])]
+        kept = [p for p in matches if not (skip_bias_and_norm and _is_bias_or_norm(keys[p]))]
         if not kept:
-            found = f"none of {_listed(_name(k) for entry in entries for k in entry.keys(pattern))}"
+            found = (
+                f"none of {_listed(_name(k) for p in keys for k in keys[p] if _alike(k, pattern))}"
+            )
             if matches:
-                left_out = _listed(repr(entry.names[0]) for entry in matches)
+                left_out = _listed(_name(keys[param][0]) for param in matches)
                 found = f"only what `skip_bias_and_norm` leaves out: {left_out}"
             raise ValueError(
                 f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
                 f"which matches {found}"
             )
-        for entry in kept:
-            entry.patterns.append(pattern)
-        groups.append({"params": [entry.named for entry in kept], **given})
-    matched_twice = [
-        f"{' = '.join(map(repr, entry.names))} (by {' and '.join(map(_name, entry.patterns))})"
-        for entry in entries
-        if len(entry.patterns) > 1
+        for param in kept:
+            claims[param].append(pattern)
+        groups.append({"params": [(keys[param][0], param) for param in kept], **given})
+    claimed_twice = [
+        f"{' = '.join(_name(key) for key in keys[param] if isinstance(key, str))} "
+        f"(by {' and '.join(map(_name, patterns))})"
+        for param, patterns in claims.items()
+        if len(patterns) > 1
     ]
-    if matched_twice:
+    if claimed_twice:
         raise ValueError(
             "`constraints` must claim no parameter twice, got two claims of "
-            f"{_listed(matched_twice)}"
+            f"{_listed(claimed_twice)}"
         )
-    rest = [entry.named for entry in entries if not entry.patterns]
+    rest = [(keys[param][0], param) for param in keys if not claims[param]]
     return [*groups, {"params": rest, "constraint": None}] if rest else groups
 
 
-class _Entry:
-    """A parameter of a module, with all its names and the types of the modules that hold it."""
-
-    def __init__(self, param: Tensor) -> None:
-        self.param = param
-        self.names: list[str] = []
-        self.module_types: list[type[nn.Module]] = []
-        self.patterns: list[Pattern] = []  # that match it
-
-    @property
-    def named(self) -> tuple[str, Tensor]:
-        return self.names[0], self.param
-
-    def keys(self, pattern: Pattern) -> Sequence[Pattern]:
-        """What the parameter may be matched by, of the kind that the pattern is."""
-        return self.names if isinstance(pattern, str) else self.module_types
-
-    def matches(self, pattern: Pattern) -> bool:
-        match: Callable[[Any, Any], bool] = fnmatchcase if isinstance(pattern, str) else issubclass
-        return any(match(key, pattern) for key in self.keys(pattern))
-
-    def is_bias_or_norm(self) -> bool:
-        is_norm = any(issubclass(kind, NORMALIZATIONS) for kind in self.module_types)
-        return is_norm or any(map(_is_bias, self.names))
-
-
-def _entries(module: nn.Module) -> list[_Entry]:
-    """All parameters, each once, in the order of `named_parameters`."""
-    entries: dict[Tensor, _Entry] = {}
+def _keys(module: nn.Module) -> dict[Tensor, list[Any]]:
+    """What a pattern may match of each parameter: its names, then types of modules that hold it."""
+    keys: dict[Tensor, list[Any]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
-        entries.setdefault(param, _Entry(param)).names.append(name)
+        keys.setdefault(param, []).append(name)
     for owner in module.modules():
         for param in owner.parameters(recurse=False):
-            if param in entries:
-                entries[param].module_types.append(type(owner))
-    return list(entries.values())
+            if param in keys:
+                keys[param].append(type(owner))
+    return keys
+
+
+def _alike(key: Pattern, pattern: Pattern) -> bool:
+    return isinstance(key, str) == isinstance(pattern, str)
+
+
+def _matches(key: Any, pattern: Any) -> bool:
+    match = fnmatchcase if isinstance(pattern, str) else issubclass
+    return _alike(key, pattern) and match(key, pattern)
+
+
+def _is_bias_or_norm(keys: list[Any]) -> bool:
+    return any(
+        _is_bias(key) if isinstance(key, str) else issubclass(key, NORMALIZATIONS) for key in keys
+    )
 
 
 def _checked(module: object, constraints: object) -> dict[Pattern, Mapping[str, Any]]:
