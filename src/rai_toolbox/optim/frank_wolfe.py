@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -186,14 +185,19 @@ class FrankWolfe(OwnStepOptimizer):
         return super()._step(closure)
 
     def _step_group_(self, group: Group) -> None:
+        for param, step in self._moving(group):
+            _move_(param, step, group)
+            step += 1
+
+    def _moving(self, group: Group) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that a step moves, and how many steps each has made.
+
+        A step of size 0 does not count: the schedule starts with the first move.
+        """
         params: list[Tensor] = []
         steps: list[Tensor] = []
         self._init_group(group, params, steps)
-        if is_zero_on_host(group["lr"]):
-            return  # such a step does not count: the schedule starts with the first move
-        for param, step in zip(params, steps, strict=True):
-            _move_(param, step, group)
-            step += 1
+        return [] if is_zero_on_host(group["lr"]) else list(zip(params, steps, strict=True))
 
     def _init_group(self, group: Group, params: list[Tensor], steps: list[Tensor]) -> None:
         # By this name torch.compile knows the method that creates the state, and runs it eagerly.
@@ -213,15 +217,11 @@ class FrankWolfe(OwnStepOptimizer):
                 return None  # the step by which a distributed checkpoint creates empty state
             raise ValueError("`closure` must be given with `line_search=True`, got None")
         loss = evaluated(closure)
-        segments = []
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            self._init_group(group, params, [])
-            if not is_zero_on_host(group["lr"]):
-                segments += [_segment(param, group) for param in params]
+        moving = [(group, *each) for group in self.param_groups for each in self._moving(group)]
+        segments = [_Segment(param, group) for group, param, _ in moving]
         if _search_(segments, loss, closure):
-            for segment in segments:
-                self.state[segment.param]["step"] += 1
+            for _, _, step in moving:
+                step += 1
         return loss
 
 
@@ -236,7 +236,7 @@ def _move_(param: Tensor, step: Tensor, group: Group) -> None:
         x, gradient = as_batches(param, group)
         _interpolate_(param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group))
     else:
-        _segment(param, group).take_short_step_()
+        _Segment(param, group).take_short_step_()
 
 
 def _scheduled(step: Tensor, group: Group) -> float | Tensor:
@@ -267,18 +267,19 @@ def _interpolate_(param: Tensor, start: Tensor, end: Tensor, a: float | Tensor) 
     param.copy_(torch.lerp(start, end, weight).reshape(param.shape))
 
 
-@dataclass(eq=False)
 class _Segment:
     """The segment from a parameter to the oracle's answer, as batches of sub-tensors."""
 
-    param: Tensor
-    group: Group
-    start: Tensor
-    end: Tensor
-    gap: Tensor  # <gradient, start - end>, of each sub-tensor or element that the set bounds alone
-    square: Tensor  # |start - end|^2, likewise
-    smoothness: Any
-    fraction: Any = None  # of the segment, that the last short step went
+    def __init__(self, param: Tensor, group: Group) -> None:
+        self.param, self.group = param, group
+        x, gradient = as_batches(param, group)
+        # (a line search writes to the parameter at each trial)
+        self.start = x.clone() if group["line_search"] else x
+        self.end = group["constraint"].lmo(gradient).to(x.dtype)
+        offset = widened(x) - widened(self.end)
+        self.gap = _inner(gradient, offset, group)
+        self.square = _inner(offset, offset, group)
+        self.smoothness = group["smoothness"]
 
     def take_short_step_(self) -> None:
         """Put the parameter where the upper bound of the loss is lowest."""
@@ -299,17 +300,6 @@ class _Segment:
         return _total([self.fraction * (slope - self.gap)]) / 2
 
 
-def _segment(param: Tensor, group: Group) -> _Segment:
-    """The segment along which a Frank-Wolfe step moves a parameter."""
-    x, gradient = as_batches(param, group)
-    end = group["constraint"].lmo(gradient).to(x.dtype)
-    offset = widened(x) - widened(end)
-    # (a line search writes to the parameter at each trial)
-    start = x.clone() if group["line_search"] else x
-    gap, square = (_inner(other, offset, group) for other in (gradient, offset))
-    return _Segment(param, group, start, end, gap, square, group["smoothness"])
-
-
 def _inner(a: Tensor, b: Tensor, group: Group) -> Tensor:
     """Inner products of sub-tensors, or products of elements that the set bounds alone."""
     products = widened(a) * widened(b)
@@ -327,8 +317,9 @@ def _search_(segments: list[_Segment], loss: Any, closure: Callable[[], Any]) ->
     square = _total(segment.square for segment in segments)
     full_step = gap / max(square, TINY)  # the smoothness with which the step is the whole segment
     for segment in segments:
-        known = segment.smoothness or full_step / _DECREASE
-        segment.smoothness = max(_DECREASE * known, full_step / 1024)
+        known = segment.smoothness
+        least = full_step / 1024
+        segment.smoothness = full_step if known is None else max(_DECREASE * known, least)
     rounding = 8 * _precision(loss, segments) * abs(value)
     for _ in range(_MOST_TRIALS):
         for segment in segments:
@@ -388,26 +379,23 @@ def check_lr(group: Group) -> None:
 def _check_step_size(group: Group) -> None:
     """Raise if two settings that choose the step size contradict each other."""
     constraint, scheduled = group["constraint"], group["use_default_lr_schedule"]
-    adaptive = [f"{k}={group[k]!r}" for k in ("line_search", "smoothness") if group.get(k)]
-    other = adaptive[0] if adaptive else f"use_default_lr_schedule={scheduled}"
     done, scaling = group["initial_step"], group["lmo_scaling_factor"]
-    contradiction = None
+    adaptive = [f"{k}={group[k]!r}" for k in ("line_search", "smoothness") if group.get(k)]
+    other = [*adaptive, "use_default_lr_schedule=False"][0]
     if adaptive and constraint is None:
-        contradiction = f"`constraint` must be given with {other}, got None"
-    elif adaptive and not scheduled:
-        contradiction = (
+        raise ValueError(f"`constraint` must be given with {other}, got None")
+    if adaptive and not scheduled:
+        raise ValueError(
             f"`use_default_lr_schedule` must be True (no constant step) with {other}, got "
             f"{scheduled!r}"
         )
-    elif done and (adaptive or not scheduled):
-        contradiction = f"`initial_step` must be 0 without the schedule ({other}), got {done!r}"
-    elif constraint is not None and scaling != 1:
-        contradiction = (
+    if done and (adaptive or not scheduled):
+        raise ValueError(f"`initial_step` must be 0 without the schedule ({other}), got {done!r}")
+    if constraint is not None and scaling != 1:
+        raise ValueError(
             "`lmo_scaling_factor` must be 1 with a constraint (or steps would lead outside), got "
             f"{scaling!r}"
         )
-    if contradiction:
-        raise ValueError(contradiction)
 
 
 def _check_oracle(constraint: Any) -> None:

@@ -72,18 +72,18 @@ def constrain(
     keys = _keys(module)
     if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")
+    left_out = {p for p in keys if skip_bias_and_norm and any(map(_is_bias_or_norm, keys[p]))}
     groups: list[Group] = []
     claims: dict[Tensor, list[Pattern]] = {param: [] for param in keys}
     for pattern, given in settings.items():
         matches = [param for param in keys if any(_matches(key, pattern) for key in keys[param])]
-        kept = [p for p in matches if not (skip_bias_and_norm and _is_bias_or_norm(keys[p]))]
+        kept = [param for param in matches if param not in left_out]
         if not kept:
-            found = (
-                f"none of {_listed(_name(k) for p in keys for k in keys[p] if _alike(k, pattern))}"
-            )
+            alike = [key for param in keys for key in keys[param] if _alike(key, pattern)]
+            found = f"none of {_listed(map(_name, alike))}"
             if matches:
-                left_out = _listed(_name(keys[param][0]) for param in matches)
-                found = f"only what `skip_bias_and_norm` leaves out: {left_out}"
+                names = _listed(_name(keys[param][0]) for param in matches)
+                found = f"only what `skip_bias_and_norm` leaves out: {names}"
             raise ValueError(
                 f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
                 f"which matches {found}"
@@ -127,10 +127,15 @@ def _matches(key: Any, pattern: Any) -> bool:
     return _alike(key, pattern) and match(key, pattern)
 
 
-def _is_bias_or_norm(keys: list[Any]) -> bool:
-    return any(
-        _is_bias(key) if isinstance(key, str) else issubclass(key, NORMALIZATIONS) for key in keys
-    )
+def _is_bias_or_norm(key: Any) -> bool:
+    """Whether it is one of torch's normalization layers, or the name of a bias.
+
+    Torch calls biases `in_proj_bias`, `bias_k`, `bias_hh_l0` and the like.
+    """
+    if not isinstance(key, str):
+        return issubclass(key, NORMALIZATIONS)
+    last = key.rpartition(".")[2]
+    return last == "bias" or last.startswith("bias_") or last.endswith("_bias")
 
 
 def _checked(module: object, constraints: object) -> dict[Pattern, Mapping[str, Any]]:
@@ -161,12 +166,6 @@ def _checked(module: object, constraints: object) -> dict[Pattern, Mapping[str, 
             raise TypeError(f"{error} for {_name(pattern)}") from None
         checked[pattern] = settings
     return checked
-
-
-def _is_bias(name: str) -> bool:
-    """Whether it is what torch calls a bias, such as `in_proj_bias`, `bias_k`, `bias_hh_l0`."""
-    last = name.rpartition(".")[2]
-    return last == "bias" or last.startswith("bias_") or last.endswith("_bias")
 
 
 def _name(pattern: Pattern) -> str:
