@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rai_toolbox import checks
 from rai_toolbox._torch import get_value
-from rai_toolbox.checks import (
-    check_count,
-    check_flag,
-    check_non_negative,
-    check_number,
-    check_positive,
-)
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
@@ -112,11 +106,11 @@ class FrankWolfe(OwnStepOptimizer):
     """
 
     _checks = {
-        "lmo_scaling_factor": check_number,
-        "div_by_zero_eps": check_non_negative,
-        "smoothness": lambda name, value: value is None or check_positive(name, value),
-        "line_search": check_flag,
-        "initial_step": lambda name, value: check_count(name, value, 0),
+        "lmo_scaling_factor": checks.check_number,
+        "div_by_zero_eps": checks.check_non_negative,
+        "smoothness": lambda name, value: value is None or checks.check_positive(name, value),
+        "line_search": checks.check_flag,
+        "initial_step": lambda name, value: checks.check_count(name, value, 0),
         "constraint": lambda _, value: _check_oracle(value),
     }
 
@@ -175,7 +169,7 @@ class FrankWolfe(OwnStepOptimizer):
         for i, group in enumerate(self.param_groups):
             if group["constraint"] is None:
                 raise ValueError(f"`gap` needs a constraint in every group, got none in group {i}")
-        return [_gap(group) for group in self.param_groups]
+        return list(map(_gap, self.param_groups))
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         for group in self.param_groups:

@@ -13,13 +13,7 @@ from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import as_plain, check_finite
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.optim.settings import (
-    as_loaded,
-    as_saved,
-    batch_shape_in,
-    check_fits,
-    with_names_apart,
-)
+from rai_toolbox.optim import settings
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 
@@ -55,7 +49,7 @@ class OwnStepOptimizer(Optimizer):
         check_param_ndim(group.get("param_ndim"))
         constraint = self._constraint(group)
         if constraint is not None:
-            check_fits(constraint, with_names_apart(group))
+            settings.check_fits(constraint, settings.with_names_apart(group))
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""
@@ -117,14 +111,17 @@ class OwnStepOptimizer(Optimizer):
             `state` and `param_groups`, in the format of every torch optimizer.
         """
         state_dict = super().state_dict()
-        return {**state_dict, "param_groups": list(map(as_saved, state_dict["param_groups"]))}
+        return {
+            **state_dict,
+            "param_groups": list(map(settings.as_saved, state_dict["param_groups"])),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state.get("param_groups", ())  # of a checkpoint, among others
         defaults = self.__dict__.get("defaults", state.get("defaults", {}))
         present = self.__dict__.get("param_groups") or [{}] * len(loaded)
         groups = [
-            self._completed({**defaults, **now, **as_loaded(group, device_of(group))})
+            self._completed({**defaults, **now, **settings.as_loaded(group, device_of(group))})
             for now, group in zip(present, loaded, strict=False)
         ]
         self._check_groups(groups)
@@ -159,5 +156,5 @@ def as_batches(param: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     gradient = torch.zeros_like(x) if gradient is None else gradient.detach()
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
-    shape = batch_shape_in(x, group)
+    shape = settings.batch_shape_in(x, group)
     return x.reshape(shape), gradient.reshape(shape)
