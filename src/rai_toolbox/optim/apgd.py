@@ -161,7 +161,8 @@ class APGD(OwnStepOptimizer):
             raise TypeError(f"`losses` must be a tensor of real numbers, got {got}")
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
-                rows = batch_shape_in(param, group)[0]
+                state = self.state.get(param)
+                rows = len(state["best"]) if state else batch_shape_in(param, group)[0]
                 if param.grad is not None and losses.numel() != rows:
                     raise ValueError(
                         f"`losses` must have one value per sub-tensor, shape ({rows},) for "
@@ -186,7 +187,7 @@ class APGD(OwnStepOptimizer):
 def _move_(param: Tensor, losses: Tensor, state: State, group: Group) -> None:
     constraint = group["constraint"]
     ball = constraint.ball if isinstance(constraint, BoundedBall) else constraint
-    x, gradient = as_batches(param, group)
+    x, gradient = as_batches(param, group, state["best"].shape if state else None)
     gradient = _copy(gradient)
     if not state:
         state.update(_first_state(x, gradient, ball))

@@ -150,11 +150,16 @@ def check_lr_value(name: str, lr: Any) -> float | None:
     return check_finite(name, lr)
 
 
-def as_batches(param: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """A parameter and its gradient, or zeros if it has none, as batches of sub-tensors."""
+def as_batches(
+    param: Tensor, group: Group, shape: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, or zeros if it has none, as batches of sub-tensors.
+
+    Their `shape` may be given, where it is known.
+    """
     x, gradient = param.detach(), param.grad
     gradient = torch.zeros_like(x) if gradient is None else gradient.detach()
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
-    shape = settings.batch_shape_in(x, group)
+    shape = settings.batch_shape_in(x, group) if shape is None else shape
     return x.reshape(shape), gradient.reshape(shape)
