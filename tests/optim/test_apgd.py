@@ -14,7 +14,7 @@ from tiers import slow_but
 
 from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall, Simplex
 from rai_toolbox.optim import APGD, PGD
-from rai_toolbox.optim.apgd_steps import period_ending_at
+from rai_toolbox.optim.apgd import period_ending_at
 
 
 def step(opt, x, objective):

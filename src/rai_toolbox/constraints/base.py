@@ -97,7 +97,9 @@ class Constraint:
         """
         self._check_batch(x)
         for block, points, constraint in self._blocks(x):
-            block.copy_(constraint._projected(points).view(block.shape))
+            nearest = constraint._projected(points)
+            if nearest is not points:  # (torch refuses to copy between other strides of the same)
+                block.copy_(nearest.view(block.shape))
         return x
 
     def project(self, x: Tensor) -> Tensor:

@@ -41,13 +41,16 @@ def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
     return (gap.abs() > distance) | beyond_it
 
 
-def _of_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
-    """A bound as it counts: rounded to the dtype; what is beyond it is infinite."""
-    if isinstance(bound, Tensor):
-        return bound.to(dtype)
-    if bound is None or abs(bound) <= torch.finfo(dtype).max:
-        return bound
-    return inf if bound > 0 else -inf
+def _of_dtype(dtype: torch.dtype, *bounds: float | Tensor | None) -> list[Any]:
+    """Bounds as they count: rounded to the dtype; what is beyond it is infinite."""
+    rounded: list[Any] = []
+    for bound in bounds:
+        if isinstance(bound, Tensor):
+            bound = bound.to(dtype)
+        elif bound is not None and abs(bound) > torch.finfo(dtype).max:
+            bound = inf if bound > 0 else -inf
+        rounded.append(bound)
+    return rounded
 
 
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
@@ -197,15 +200,14 @@ class BoundedBall(Constraint):
         )
 
     def _project_around_0_(self, x: Tensor) -> Tensor:
-        lower, upper = _of_dtype(self.lower, x.dtype), _of_dtype(self.upper, x.dtype)
+        lower, upper, epsilon = _of_dtype(x.dtype, self.lower, self.upper, self.ball.epsilon)
         if self.ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
-            epsilon = _of_dtype(self.ball.epsilon, x.dtype)
-            return clamp_between_(clamp_between_(x, lower, upper), 0.0 - epsilon, epsilon)
+            return clamp_between_(x, lower, upper).clamp_(0.0 - epsilon, epsilon)
         if x.numel() <= MANY or not in_blocks(x):
             return x.copy_(self._nearest_around_0(x, lower, upper))
         for rows in row_blocks(x, MANY):
             part, seen = x[rows], self._at_rows(x, rows)
-            lower, upper = _of_dtype(seen.lower, x.dtype), _of_dtype(seen.upper, x.dtype)
+            lower, upper = _of_dtype(x.dtype, seen.lower, seen.upper)
             part.copy_(seen._nearest_around_0(part, lower, upper))
         return x
 
@@ -292,7 +294,7 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     """
     if not isinstance(constraint, BoundedBall):
         return grad
-    lower, upper = (_of_dtype(bound, x.dtype) for bound in (constraint.lower, constraint.upper))
+    lower, upper = _of_dtype(x.dtype, constraint.lower, constraint.upper)
     if lower is not None:
         grad.masked_fill_((x <= lower) & (grad > 0), 0.0)
     if upper is not None:

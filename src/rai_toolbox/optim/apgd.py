@@ -1,37 +1,38 @@
-"""Auto-PGD: projected gradient descent that finds its step sizes."""
+"""Auto-PGD: projected gradient descent that finds its step sizes.
+
+What its state tells of sub-tensors is a column: of shape (N, 1, ...), in float64.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from functools import lru_cache, partial
+from math import ceil, inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
-from rai_toolbox.batch import check_param_ndim
-from rai_toolbox.checks import check_fraction
+from rai_toolbox._torch import not_compiled
+from rai_toolbox.checks import check_count, check_fraction
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.bounded_ball import norm_ball_of
-from rai_toolbox.optim.apgd_steps import (
-    check_,
-    empty_state,
-    moved,
-    note_,
-    period_ending_at,
-    put_,
-)
-from rai_toolbox.optim.own_step import CheckedOptimizer
-from rai_toolbox.optim.settings import (
-    batch_shape_in,
-    check_fits,
-    labels,
-    with_names_apart,
-)
+from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
+from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.directions import normalize_, sign_
+from rai_toolbox.constraints.kernels.rounding import as_rounded
+from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, evaluated
+from rai_toolbox.optim.settings import batch_shape_in, labels
 from rai_toolbox.optim.wrapper import Group, Params
 
+State = dict[str, Any]
 
-class APGD(CheckedOptimizer):
+# The figures of the papers.
+_FIRST, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06  # periods, as shares of all steps
+_L1_PERIOD, _L1_SHRINK, _L1_LEAST = 0.04, 1.5, 0.1
+_DENSITY, _SPARSER = 0.2, 0.95
+
+
+class APGD(OwnStepOptimizer):
     r"""Steepest steps in a norm ball, of a size that each sub-tensor finds for itself (Auto-PGD).
 
     .. math::
@@ -49,7 +50,8 @@ class APGD(CheckedOptimizer):
     the radius, falls by a factor of 1.5, to a tenth at least; where the best point has become
     sparser by 5 %, it begins anew, from there (Croce & Hein, 2021). There is no inertia.
 
-    The optimizer has to know the loss of each sub-tensor: call `observe_` before each step.
+    The optimizer has to know the loss of each sub-tensor: call `observe_` before each step, or in
+    the closure that `step` is given.
 
     Parameters
     ----------
@@ -71,6 +73,8 @@ class APGD(CheckedOptimizer):
     ------
     TypeError, ValueError
         If a setting breaks its rule, or does not fit a parameter.
+    RuntimeError
+        From `step`, if `observe_` was not called since the last step.
 
     Notes
     -----
@@ -94,6 +98,13 @@ class APGD(CheckedOptimizer):
     tensor([[-0.6000, -0.6000]], requires_grad=True)
     """
 
+    _checks = {
+        "constraint": lambda _, value: norm_ball_of(value),
+        "steps": lambda name, value: check_count(name, value, 1),
+        "momentum": check_fraction,
+        "rho": check_fraction,
+    }
+
     _losses: Tensor | None = None
     """What was observed since the last step."""
 
@@ -107,18 +118,7 @@ class APGD(CheckedOptimizer):
         momentum: float = 0.75,
         rho: float = 0.75,
     ) -> None:
-        defaults = {
-            "constraint": constraint,
-            "steps": steps,
-            "param_ndim": param_ndim,
-            "momentum": momentum,
-            "rho": rho,
-            "differentiable": False,
-        }
-        super().__init__(params, defaults)
-
-    def _check_group(self, group: Group) -> None:
-        _check(group)
+        super().__init__(params, locals())
 
     @not_compiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,88 +160,185 @@ class APGD(CheckedOptimizer):
             got = losses.dtype if isinstance(losses, Tensor) else repr(losses)
             raise TypeError(f"`losses` must be a tensor of real numbers, got {got}")
         for group in self.param_groups:
-            for param, label in zip(group["params"], labels(group), strict=True):
-                rows = batch_shape_in(param, group)[0]
+            for i, param in enumerate(group["params"]):
+                state = self.state.get(param)
+                rows = len(state["best"]) if state else batch_shape_in(param, group)[0]
                 if param.grad is not None and losses.numel() != rows:
                     raise ValueError(
                         f"`losses` must have one value per sub-tensor, shape ({rows},) for "
-                        f"{label} of shape {tuple(param.shape)}, got shape {tuple(losses.shape)}"
+                        f"{labels(group)[i]} of shape {tuple(param.shape)}, got shape "
+                        f"{tuple(losses.shape)}"
                     )
         self._losses = losses.detach().clone()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @not_compiled  # what it does depends on the number of the step: each would be compiled anew
-    @use_grad_for_differentiable
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step for every parameter that has a gradient.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Reevaluates the model, calls `observe_`, and returns the loss.
-
-        Returns
-        -------
-        float or None
-            What the closure returned.
-
-        Raises
-        ------
-        RuntimeError
-            If `observe_` was not called since the last step.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None if closure is None else evaluated(closure)
         if self._losses is None:
             raise RuntimeError("`observe_` must be called with the losses before each `step`")
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param.numel():
-                    _step_(param, param.grad, self._losses, self.state[param], group)
+                    _move_(param, self._losses, self.state[param], group)
         self._losses = None
         return loss
 
 
-def _step_(
-    param: Tensor, grad: Tensor, losses: Tensor, state: dict[str, Any], group: Group
-) -> None:
-    constraint, shape = group["constraint"], batch_shape_in(param, group)
-    ball = norm_ball_of(constraint)
-    x = param.detach().reshape(shape)
-    seen = (grad if grad.layout is torch.strided else grad.to_dense()).detach().reshape(shape)
-    column = (-1, *(1,) * (len(shape) - 1))
+def _move_(param: Tensor, losses: Tensor, state: State, group: Group) -> None:
+    constraint = group["constraint"]
+    ball = constraint.ball if isinstance(constraint, BoundedBall) else constraint
+    x, gradient = as_batches(param, group, state["best"].shape if state else None)
+    gradient = _copy(gradient)
     if not state:
-        state.update(empty_state(x, seen, ball))
-    # A start outside the set would be the best point of all, to go back to.
-    valid = None if state["step"] else (constraint.violation(x) <= 0).view(column)
-    note_(state, x, seen, losses.to(state["best_loss"]).view(column), valid)
+        state.update(_first_state(x, gradient, ball))
+    _note_(state, x, gradient, losses, constraint)
     period = period_ending_at(state["step"], group["steps"], ball)
     if period:
-        back = check_(state, period, group["rho"], ball)
-        x = put_(back, state["best"], x.clone())
-        seen = put_(back, state["best_gradient"], seen.clone())
-    new = moved(x, seen, state, constraint, group["momentum"])
-    if "previous" in state:
+        back = _check_support_(state, ball) if ball.p == 1 else _check_(state, period, group["rho"])
+        x = x.clone()
+        _put_(back, [state["best"], state["best_gradient"]], [x, gradient])
+    new = _moved(x, gradient, state, ball, group)
+    if ball.p != 1:
         state["previous"].copy_(x)
     param.copy_(new.view(param.shape))
     state["step"] += 1
 
 
-def _check(group: Group) -> None:
-    norm_ball_of(group["constraint"])
-    steps = group["steps"]
-    if type(steps) is not int:
-        raise TypeError(f"`steps` must be an int, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"`steps` must be >= 1, got {steps!r}")
-    for name in ("momentum", "rho"):
-        check_fraction(name, group[name])
-    check_param_ndim(group["param_ndim"])
-    check_fits(group["constraint"], with_names_apart(group))
+# Checkpoints
+
+
+def period_ending_at(step: int, steps: int, ball: Any) -> int:
+    """The number of steps since the checkpoint before, if this step is one; else 0."""
+    points, period = _checkpoints(steps), ceil(_SHORTEST * steps)
+    if ball.p == 1:
+        points, period = points[:1], max(int(_L1_PERIOD * steps), 1)
+    if step in points[1:]:
+        return step - points[points.index(step) - 1]
+    beyond = step - points[-1]
+    return period if beyond > 0 and beyond % period == 0 else 0
+
+
+@lru_cache
+def _checkpoints(steps: int) -> tuple[int, ...]:
+    """0, ``ceil(p_j steps)`` up to all: ``p_{j+1} = p_j + max(p_j - p_{j-1} - .03, .06)``."""
+    before, share, points = 0.0, _FIRST, {0}
+    while share <= 1:
+        points.add(ceil(round(share * steps, 9)))
+        before, share = share, share + max(share - before - _SHORTER, _SHORTEST)
+    return tuple(sorted(points))
+
+
+def _check_(state: State, period: int, rho: float) -> Tensor:
+    """Adapt the step sizes at a checkpoint; which sub-tensors go back to their best point."""
+    stuck = (state["halved"] == 0) & (state["checked_loss"] <= state["best_loss"])
+    back: Tensor = (state["falls"] < rho * period) | stuck
+    state["rate"] = torch.where(back, state["rate"] / 2, state["rate"])
+    state["halved"] = back.to(state["rate"])
+    state["checked_loss"] = state["best_loss"]
+    state["falls"] = torch.zeros_like(state["falls"])
+    return back
+
+
+def _check_support_(state: State, ball: Any) -> Tensor:
+    """`_check_` in an L1 ball, where it is the best points that have to become sparser."""
+    support, density = _support(state["best"], ball, state["density"])
+    back: Tensor = support < _SPARSER * state["support"]
+    smaller = (state["rate"] / _L1_SHRINK).clamp(min=_L1_LEAST)
+    state["rate"] = torch.where(back, 1.0, smaller)
+    state |= {"support": support, "density": density}
+    return back
+
+
+# The state: the best points, and what the checkpoints go by
+
+
+def _first_state(x: Tensor, gradient: Tensor, ball: Any) -> State:
+    """The state before the first step, from a start that is the best point, but of no value yet."""
+    rate = torch.ones((len(x), *(1,) * (x.ndim - 1)), dtype=wide_dtype(x), device=x.device)
+    worst = torch.full_like(rate, inf)
+    kept = {"best": _copy(x), "best_gradient": _copy(gradient)}
+    state = {"step": 0, **kept, "best_loss": worst, "rate": rate}
+    if ball.p == 1:
+        # A start that is sparse tells how sparse to go on; one at the center or of noise does not.
+        density = _support(x, ball, _DENSITY)[1].clamp(max=_DENSITY)
+        return {**state, "density": density, "support": rate * x[0].numel()}
+    losses = {"last_loss": -worst, "checked_loss": worst}
+    return {**state, **losses, "previous": _copy(x), "falls": 0 * rate, "halved": rate}
+
+
+def _note_(
+    state: State, x: Tensor, gradient: Tensor, losses: Tensor, constraint: Constraint
+) -> None:
+    """Count whether losses fall, and keep the best valid point so far, with its gradient."""
+    losses = losses.to(state["best_loss"]).view_as(state["best_loss"])
+    if "falls" in state:
+        state["falls"] = state["falls"] + (losses < state["last_loss"])
+        state["last_loss"] = losses
+    better = losses < state["best_loss"]
+    if state["step"] == 0:  # a start outside the set would be the best point of all, to go back to
+        better &= (constraint.violation(x) <= 0).view_as(better)
+    state["best_loss"] = torch.where(better, losses, state["best_loss"])
+    _put_(better, [x, gradient], [state["best"], state["best_gradient"]])
+
+
+_copy = partial(torch.clone, memory_format=torch.contiguous_format)
+
+
+def _put_(rows: Tensor, sources: list[Tensor], targets: list[Tensor]) -> None:
+    """Copy the chosen sub-tensors of some batches into others."""
+    at = None
+    if in_blocks(rows):  # where reading is free, and `where` takes as long as ten other passes
+        at = rows.flatten().nonzero().squeeze(1)
+    for source, target in zip(sources, targets, strict=True):
+        if at is None:
+            target.copy_(torch.where(rows, source, target))
+        else:
+            target.index_copy_(0, at, source.index_select(0, at))
+
+
+def _support(x: Tensor, ball: Any, otherwise: Any) -> tuple[Tensor, Tensor]:
+    """How many entries are not those of the center, and the share of them in the next direction.
+
+    A point that is the center does not tell the latter.
+    """
+    offset = x if ball.center is None else x - as_rounded(ball.center, x.dtype, x)
+    support = (offset != 0).sum(tuple(range(1, x.ndim)), keepdim=True).to(wide_dtype(x))
+    return support, torch.where(support > 0, support / (_L1_SHRINK * x[0].numel()), otherwise)
+
+
+# The move
+
+
+def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -> Tensor:
+    """The next point: a steepest step, projected, and some of the last move with it.
+
+    Changes `gradient`.
+    """
+    constraint = group["constraint"]
+    if ball.p == 1:
+        direction = _sparse_(zero_outward_(gradient, x, constraint), state["density"])
+        size = state["rate"] * ball.epsilon
+    else:
+        direction, size = gradient, state["rate"] * 2 * ball.epsilon
+        sign_([direction]) if ball.p == inf else normalize_(direction, 2, x.ndim - 1)
+    z: Tensor = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
+    if ball.p == 1 or state["step"] == 0:
+        return z
+    inertia = (x - state["previous"]).mul_(1 - group["momentum"])
+    z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
+    return z
+
+
+def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:
+    """A direction of L1 norm 1: the signs of the largest entries, as many as that share of all."""
+    rows = gradient.view(len(gradient), -1)
+    size = rows.abs()
+    rank = (share.view(-1, 1) * rows.shape[1]).long().clamp(1, rows.shape[1])
+    if in_blocks(rows):
+        largest = size.topk(int(rank.max()), dim=1).values  # which is quicker
+    else:
+        largest = size.sort(dim=1, descending=True).values
+    rows.masked_fill_(size < largest.gather(1, rank - 1), 0.0)
+    sign_([rows])
+    norm = rows.abs().sum(1, keepdim=True, dtype=torch.float32)  # exact, of entries 0 and 1
+    return rows.div_(norm.clamp(min=1)).view(gradient.shape)

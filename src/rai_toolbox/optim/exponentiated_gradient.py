@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import inf, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.batch import check_param_ndim, sub_ndim
+from rai_toolbox.batch import sub_ndim
 from rai_toolbox.checks import check_flag, check_positive
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
-from rai_toolbox.optim.settings import batch_shape_in, check_fits, is_zero_on_host, with_names_apart
+from rai_toolbox.optim.settings import batch_shape_in, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params
 
 
@@ -71,7 +72,6 @@ class ExponentiatedGradient(OwnStepOptimizer):
     _checks = {
         "lr": check_lr_value,
         "total": check_positive,
-        "param_ndim": lambda _, value: check_param_ndim(value),
         "maximize": check_flag,
     }
 
@@ -86,47 +86,41 @@ class ExponentiatedGradient(OwnStepOptimizer):
     ) -> None:
         super().__init__(params, locals())
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        check_fits(Simplex(group["total"]), with_names_apart(group))
+    def _constraint(self, group: Group) -> Simplex:
+        return Simplex(group["total"])
 
     def _step_group_(self, group: Group) -> None:
         if is_zero_on_host(group["lr"]):
             return
         for param in group["params"]:
-            if param.grad is not None:
+            if is_sharded(param) and param.grad is not None:
+                first = param.ndim - sub_ndim(param.ndim, group["param_ndim"])
+                step = partial(_stepped_shard, param.grad, group)
+                on_shards_(param, range(first, param.ndim), step)
+            elif param.grad is not None:
                 _step_(param, param.grad, group)
 
 
-def exponentiated_step(x: Tensor, exponent: Tensor, total: float) -> Tensor:
-    """``total * x exp(exponent) / sum(x exp(exponent))`` of each sub-tensor, in float64."""
-    x, exponent = widened(x), widened(exponent)
+def _stepped_shard(grad: Any, group: Group, whole: Any) -> Tensor:
+    local = local_of(whole)
+    _step_(local, grad.redistribute(placements=whole.placements).to_local(), group)
+    return local
+
+
+def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
+    if param.numel() == 0:
+        return
+    shape = batch_shape_in(param, group)
+    grad = grad if grad.layout is torch.strided else grad.to_dense()
+    x, grad = (widened(tensor).view(shape) for tensor in (param, grad))
+    rate = group["lr"] if group["maximize"] else -group["lr"]
+    # Products beyond float64 count as the largest number; an infinite gradient gives NaN.
+    largest = torch.finfo(grad.dtype).max
+    exponent = (grad * rate).clamp(-largest, largest) + (grad - grad)
     # A largest factor of 1 among the entries that count: so no overflow, and a sum that is not 0.
     exponent = torch.where((x == 0) & ~exponent.isnan(), -inf, exponent)
     dims = tuple(range(1, x.ndim))
     factor = (exponent - exponent.amax(dims, keepdim=True)).exp()
     product = torch.where((x >= 0) & (x < inf), x, nan) * factor
-    return product / product.sum(dims, keepdim=True) * total
-
-
-def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
-    if is_sharded(param):
-        first = param.ndim - sub_ndim(param.ndim, group["param_ndim"])
-        coupled = range(first, param.ndim)
-        on_shards_(param, coupled, lambda whole: _stepped_shard(whole, grad, group))
-        return
-    grad = widened(grad if grad.layout is torch.strided else grad.to_dense())
-    rate = group["lr"] if group["maximize"] else -group["lr"]
-    # Products beyond float64 count as the largest number; an infinite gradient gives NaN.
-    largest = torch.finfo(grad.dtype).max
-    exponent = (grad * rate).clamp(-largest, largest) + (grad - grad)
-    if param.numel():
-        shape = batch_shape_in(param, group)
-        x = exponentiated_step(param.reshape(shape), exponent.reshape(shape), group["total"])
-        param.copy_(x.view(param.shape))
-
-
-def _stepped_shard(whole: Any, grad: Any, group: Group) -> Tensor:
-    local = local_of(whole)
-    _step_(local, grad.redistribute(placements=whole.placements).to_local(), group)
-    return local
+    share = product / product.sum(dims, keepdim=True)
+    param.copy_((share * group["total"]).view(param.shape))

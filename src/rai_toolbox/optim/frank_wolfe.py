@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rai_toolbox import checks
 from rai_toolbox._torch import get_value
-from rai_toolbox.batch import check_param_ndim
-from rai_toolbox.checks import (
-    check_count,
-    check_flag,
-    check_non_negative,
-    check_number,
-    check_positive,
-)
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim import frank_wolfe_steps as oracle_steps
 from rai_toolbox.optim.diagnosis import frank_wolfe_gap
-from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value, device_of, evaluated
-from rai_toolbox.optim.settings import (
-    TINY,
-    check_constraint,
-    check_fits,
-    is_zero_on_host,
-    with_names_apart,
+from rai_toolbox.optim.own_step import (
+    OwnStepOptimizer,
+    as_batches,
+    check_lr_value,
+    device_of,
+    evaluated,
 )
+from rai_toolbox.optim.settings import TINY, check_constraint, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params
+
+# The factors by which the line search lowers and raises the smoothness (Pedregosa et al., 2020).
+_DECREASE, _INCREASE = 0.9, 2.0
+_MOST_TRIALS = 40
 
 
 class FrankWolfe(OwnStepOptimizer):
@@ -108,12 +106,12 @@ class FrankWolfe(OwnStepOptimizer):
     """
 
     _checks = {
-        "lmo_scaling_factor": check_number,
-        "div_by_zero_eps": check_non_negative,
-        "param_ndim": lambda _, value: check_param_ndim(value),
-        "smoothness": lambda name, value: value is None or check_positive(name, value),
-        "line_search": check_flag,
-        "initial_step": lambda name, value: check_count(name, value, 0),
+        "lmo_scaling_factor": checks.check_number,
+        "div_by_zero_eps": checks.check_non_negative,
+        "smoothness": lambda name, value: value is None or checks.check_positive(name, value),
+        "line_search": checks.check_flag,
+        "initial_step": lambda name, value: checks.check_count(name, value, 0),
+        "constraint": lambda _, value: _check_oracle(value),
     }
 
     def __init__(
@@ -144,10 +142,6 @@ class FrankWolfe(OwnStepOptimizer):
         super()._check_group(group)
         check_lr(group)
         _check_step_size(group)
-        constraint = group["constraint"]
-        if constraint is not None:
-            _check_oracle(constraint)
-            check_fits(constraint, with_names_apart(group))
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         super()._check_groups(groups)
@@ -175,7 +169,7 @@ class FrankWolfe(OwnStepOptimizer):
         for i, group in enumerate(self.param_groups):
             if group["constraint"] is None:
                 raise ValueError(f"`gap` needs a constraint in every group, got none in group {i}")
-        return [_gap(group) for group in self.param_groups]
+        return list(map(_gap, self.param_groups))
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         for group in self.param_groups:
@@ -185,11 +179,19 @@ class FrankWolfe(OwnStepOptimizer):
         return super()._step(closure)
 
     def _step_group_(self, group: Group) -> None:
+        for param, step in self._moving(group):
+            _move_(param, step, group)
+            step += 1
+
+    def _moving(self, group: Group) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that a step moves, and how many steps each has made.
+
+        A step of size 0 does not count: the schedule starts with the first move.
+        """
         params: list[Tensor] = []
         steps: list[Tensor] = []
         self._init_group(group, params, steps)
-        for param, step in zip(params, steps, strict=True):
-            _move_(param, step, group)
+        return [] if is_zero_on_host(group["lr"]) else list(zip(params, steps, strict=True))
 
     def _init_group(self, group: Group, params: list[Tensor], steps: list[Tensor]) -> None:
         # By this name torch.compile knows the method that creates the state, and runs it eagerly.
@@ -209,40 +211,26 @@ class FrankWolfe(OwnStepOptimizer):
                 return None  # the step by which a distributed checkpoint creates empty state
             raise ValueError("`closure` must be given with `line_search=True`, got None")
         loss = evaluated(closure)
-        segments = []
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            self._init_group(group, params, [])
-            if not is_zero_on_host(group["lr"]):
-                segments += [oracle_steps.segment_of(param, group) for param in params]
-        if oracle_steps.line_search_(segments, loss, closure):
-            for segment in segments:
-                self.state[segment.param]["step"] += 1
+        moving = [(group, *each) for group in self.param_groups for each in self._moving(group)]
+        segments = [_Segment(param, group) for group, param, _ in moving]
+        if _search_(segments, loss, closure):
+            for _, _, step in moving:
+                step += 1
         return loss
 
 
-def _gap(group: Group) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=device_of(group))
-    for param in group["params"]:
-        if param.grad is not None:
-            constraint, x, gradient = oracle_steps.as_batches(param, group)
-            total += complete(frank_wolfe_gap(x, gradient, constraint)).to(total)
-    return total
+# Steps
 
 
 def _move_(param: Tensor, step: Tensor, group: Group) -> None:
-    if group["constraint"] is None:
+    constraint = group["constraint"]
+    if constraint is None:
         _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
     elif group["smoothness"] is None:
-        constraint, x, gradient = oracle_steps.as_batches(param, group)
-        oracle_steps.interpolate_(
-            param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group)
-        )
-    elif not is_zero_on_host(group["lr"]):
-        segment = oracle_steps.segment_of(param, group)
-        segment.go_(segment.short_step(group["smoothness"]))
-    if torch.compiler.is_compiling() or not is_zero_on_host(group["lr"]):
-        step += 1  # a step of size 0 does not count: the schedule starts with the first move
+        x, gradient = as_batches(param, group)
+        _interpolate_(param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group))
+    else:
+        _Segment(param, group).take_short_step_()
 
 
 def _scheduled(step: Tensor, group: Group) -> float | Tensor:
@@ -266,6 +254,114 @@ def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:
         param.add_(grad, alpha=weight)
 
 
+def _interpolate_(param: Tensor, start: Tensor, end: Tensor, a: float | Tensor) -> None:
+    """Put a parameter at a fraction `a` of the segment from `start` to `end`."""
+    # Unlike (1 - a) start + a end, this never rounds to a point outside a box, and is `end` at 1.
+    weight = a.to(start) if isinstance(a, Tensor) else a
+    param.copy_(torch.lerp(start, end, weight).reshape(param.shape))
+
+
+class _Segment:
+    """The segment from a parameter to the oracle's answer, as batches of sub-tensors."""
+
+    def __init__(self, param: Tensor, group: Group) -> None:
+        self.param, self.group = param, group
+        x, gradient = as_batches(param, group)
+        # (a line search writes to the parameter at each trial)
+        self.start = x.clone() if group["line_search"] else x
+        self.end = group["constraint"].lmo(gradient).to(x.dtype)
+        offset = widened(x) - widened(self.end)
+        self.gap = _inner(gradient, offset, group)
+        self.square = _inner(offset, offset, group)
+        self.smoothness = group["smoothness"]
+
+    def take_short_step_(self) -> None:
+        """Put the parameter where the upper bound of the loss is lowest."""
+        # (two divisions, because the product of the divisors may underflow to 0)
+        length = (self.gap.clamp(min=0) / self.square / self.smoothness).clamp(max=1)
+        self.fraction = torch.where(self.square == 0, 0.0, length)
+        _interpolate_(self.param, self.start, self.end, self.fraction)
+
+    def bound(self) -> float:
+        """The upper bound of the change of the loss in the last step."""
+        a = self.fraction
+        return _total([a * (a * self.square * (self.smoothness / 2) - self.gap)])
+
+    def change_by_gradients(self) -> float:
+        """The change of a quadratic loss, from the gradients at both ends of the last step."""
+        _, gradient = as_batches(self.param, self.group)
+        slope = _inner(gradient, widened(self.end) - widened(self.start), self.group)
+        return _total([self.fraction * (slope - self.gap)]) / 2
+
+
+def _inner(a: Tensor, b: Tensor, group: Group) -> Tensor:
+    """Inner products of sub-tensors, or products of elements that the set bounds alone."""
+    products = widened(a) * widened(b)
+    if group["constraint"].elementwise:
+        return products
+    return products.sum(tuple(range(1, a.ndim)), keepdim=True)
+
+
+def _search_(segments: list[_Segment], loss: Any, closure: Callable[[], Any]) -> bool:
+    """Take the short step with the first smoothness whose bound holds; whether anything moved."""
+    value = _as_number(loss)
+    gap = _total(segment.gap for segment in segments)
+    if gap <= 0:  # there is nothing to gain, or no gradient
+        return False
+    square = _total(segment.square for segment in segments)
+    full_step = gap / max(square, TINY)  # the smoothness with which the step is the whole segment
+    for segment in segments:
+        known = segment.smoothness
+        least = full_step / 1024
+        segment.smoothness = full_step if known is None else max(_DECREASE * known, least)
+    rounding = 8 * _precision(loss, segments) * abs(value)
+    for _ in range(_MOST_TRIALS):
+        for segment in segments:
+            segment.take_short_step_()
+        change = _as_number(evaluated(closure)) - value
+        if abs(change) <= rounding:
+            change = sum(segment.change_by_gradients() for segment in segments)
+        if not isfinite(value + gap):  # nothing can be compared, and NaN is not to be hidden
+            return True
+        if change <= sum(segment.bound() for segment in segments):
+            for segment in segments:
+                segment.group["smoothness"] = segment.smoothness
+            return True
+        for segment in segments:
+            segment.smoothness *= _INCREASE
+    for segment in segments:
+        segment.param.copy_(segment.start.reshape(segment.param.shape))
+    evaluated(closure)  # for the gradients there
+    return False
+
+
+def _as_number(loss: Any) -> float:
+    if loss is None:
+        raise TypeError("`closure` must return the loss with `line_search=True`, got None")
+    return float(complete(loss.detach()) if isinstance(loss, Tensor) else loss)
+
+
+def _total(tensors: Iterable[Tensor]) -> float:
+    return sum(float(complete(tensor.sum())) for tensor in tensors)
+
+
+def _precision(loss: Any, segments: list[_Segment]) -> float:
+    """The relative precision of a loss; of the parameters, if it is a number."""
+    is_tensor = isinstance(loss, Tensor) and loss.is_floating_point()
+    tensors = [loss] if is_tensor else [segment.param for segment in segments]
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+
+
+def _gap(group: Group) -> Tensor:
+    batches = [as_batches(param, group) for param in group["params"] if param.grad is not None]
+    gaps = [complete(frank_wolfe_gap(*batch, group["constraint"])) for batch in batches]
+    zero = torch.zeros((), dtype=torch.float64, device=device_of(group))
+    return sum((gap.to(zero) for gap in gaps), zero)
+
+
+# Checks
+
+
 def check_lr(group: Group) -> None:
     """Raise if `lr` is out of its range; a value on a device is not read."""
     lr = group["lr"]
@@ -276,23 +372,20 @@ def check_lr(group: Group) -> None:
 
 def _check_step_size(group: Group) -> None:
     """Raise if two settings that choose the step size contradict each other."""
-    adaptive = [
-        f"{name}={group[name]!r}" for name in ("line_search", "smoothness") if group.get(name)
-    ]
-    scheduled = group["use_default_lr_schedule"]
-    if adaptive and group["constraint"] is None:
-        raise ValueError(f"`constraint` must be given with {adaptive[0]}, got None")
+    constraint, scheduled = group["constraint"], group["use_default_lr_schedule"]
+    done, scaling = group["initial_step"], group["lmo_scaling_factor"]
+    adaptive = [f"{k}={group[k]!r}" for k in ("line_search", "smoothness") if group.get(k)]
+    other = [*adaptive, "use_default_lr_schedule=False"][0]
+    if adaptive and constraint is None:
+        raise ValueError(f"`constraint` must be given with {other}, got None")
     if adaptive and not scheduled:
         raise ValueError(
-            f"`use_default_lr_schedule` must be True (no constant step) with {adaptive[0]}, got "
+            f"`use_default_lr_schedule` must be True (no constant step) with {other}, got "
             f"{scheduled!r}"
         )
-    done = group["initial_step"]
     if done and (adaptive or not scheduled):
-        other = adaptive[0] if adaptive else "use_default_lr_schedule=False"
         raise ValueError(f"`initial_step` must be 0 without the schedule ({other}), got {done!r}")
-    scaling = group["lmo_scaling_factor"]
-    if group["constraint"] is not None and scaling != 1:
+    if constraint is not None and scaling != 1:
         raise ValueError(
             "`lmo_scaling_factor` must be 1 with a constraint (or steps would lead outside), got "
             f"{scaling!r}"
@@ -301,6 +394,8 @@ def _check_step_size(group: Group) -> None:
 
 def _check_oracle(constraint: Any) -> None:
     check_constraint(constraint)
+    if constraint is None:
+        return
     if not (constraint.convex and constraint.bounded):
         raise ValueError(f"`constraint` must be convex and bounded, got {constraint!r}")
     if type(constraint)._minimizer is Constraint._minimizer:

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
+from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import as_plain, check_finite
-from rai_toolbox.optim.settings import as_loaded, as_saved
+from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.optim import settings
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
 
@@ -34,11 +36,20 @@ class OwnStepOptimizer(Optimizer):
         """A copy of a group that has all settings, with plain numbers."""
         return {name: as_plain(value) for name, value in group.items()}
 
+    def _constraint(self, group: Group) -> Constraint | None:
+        """The set that the parameters of a group are in."""
+        constraint: Constraint | None = group["constraint"]
+        return constraint
+
     def _check_group(self, group: Group) -> None:
-        """Raise if a setting of a complete group breaks its rule."""
+        """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""
         for name, check in self._checks.items():
             if name in group:
                 check(name, group[name])
+        check_param_ndim(group.get("param_ndim"))
+        constraint = self._constraint(group)
+        if constraint is not None:
+            settings.check_fits(constraint, settings.with_names_apart(group))
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""
@@ -82,7 +93,7 @@ class OwnStepOptimizer(Optimizer):
         return loss
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = evaluated(closure)
+        loss = None if closure is None else evaluated(closure)
         for group in self.param_groups:
             self._step_group_(group)
         return loss
@@ -100,14 +111,17 @@ class OwnStepOptimizer(Optimizer):
             `state` and `param_groups`, in the format of every torch optimizer.
         """
         state_dict = super().state_dict()
-        return {**state_dict, "param_groups": list(map(as_saved, state_dict["param_groups"]))}
+        return {
+            **state_dict,
+            "param_groups": list(map(settings.as_saved, state_dict["param_groups"])),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state.get("param_groups", ())  # of a checkpoint, among others
         defaults = self.__dict__.get("defaults", state.get("defaults", {}))
         present = self.__dict__.get("param_groups") or [{}] * len(loaded)
         groups = [
-            self._completed({**defaults, **now, **as_loaded(group, device_of(group))})
+            self._completed({**defaults, **now, **settings.as_loaded(group, device_of(group))})
             for now, group in zip(present, loaded, strict=False)
         ]
         self._check_groups(groups)
@@ -116,13 +130,8 @@ class OwnStepOptimizer(Optimizer):
         super().__setstate__(state)
 
 
-CheckedOptimizer = OwnStepOptimizer
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """The value of a closure, computed with gradients; None without a closure."""
-    if closure is None:
-        return None
+def evaluated(closure: Callable[[], Any]) -> Any:
+    """The value of a closure, computed with gradients."""
     with torch.enable_grad():
         return closure()
 
@@ -139,3 +148,18 @@ def check_lr_value(name: str, lr: Any) -> float | None:
             return None
         lr = lr.item()
     return check_finite(name, lr)
+
+
+def as_batches(
+    param: Tensor, group: Group, shape: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A parameter and its gradient, or zeros if it has none, as batches of sub-tensors.
+
+    Their `shape` may be given, where it is known.
+    """
+    x, gradient = param.detach(), param.grad
+    gradient = torch.zeros_like(x) if gradient is None else gradient.detach()
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    shape = settings.batch_shape_in(x, group) if shape is None else shape
+    return x.reshape(shape), gradient.reshape(shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -69,72 +69,73 @@ def constrain(
     None ['0.bias']
     """
     settings = _checked(module, constraints)
-    entries = _entries(module)
-    if not entries:
+    keys = _keys(module)
+    if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")
+    left_out = {p for p in keys if skip_bias_and_norm and any(map(_is_bias_or_norm, keys[p]))}
     groups: list[Group] = []
-    patterns_of: dict[Tensor, list[Pattern]] = {entry.param: [] for entry in entries}
+    claims: dict[Tensor, list[Pattern]] = {param: [] for param in keys}
     for pattern, given in settings.items():
-        matches = [entry for entry in entries if entry.matches(pattern)]
-        if not matches:
-            existing: list[Pattern] = []
-            for entry in entries:
-                existing += entry.names if isinstance(pattern, str) else entry.module_types
-            raise ValueError(
-                f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
-                f"which matches none of {_listed(map(_name, existing))}"
-            )
-        kept = [m for m in matches if not (skip_bias_and_norm and m.is_bias_or_norm())]
+        matches = [param for param in keys if any(_matches(key, pattern) for key in keys[param])]
+        kept = [param for param in matches if param not in left_out]
         if not kept:
+            alike = [key for param in keys for key in keys[param] if _alike(key, pattern)]
+            found = f"none of {_listed(map(_name, alike))}"
+            if matches:
+                names = _listed(_name(keys[param][0]) for param in matches)
+                found = f"only what `skip_bias_and_norm` leaves out: {names}"
             raise ValueError(
                 f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
-                "which matches only what `skip_bias_and_norm` leaves out: "
-                f"{_listed(repr(match.names[0]) for match in matches)}"
+                f"which matches {found}"
             )
-        for match in kept:
-            patterns_of[match.param].append(pattern)
-        groups.append({"params": [(match.names[0], match.param) for match in kept], **given})
-    matched_twice = [
-        f"{' = '.join(map(repr, entry.names))} (by {' and '.join(map(_name, patterns))})"
-        for entry, patterns in zip(entries, patterns_of.values(), strict=True)
+        for param in kept:
+            claims[param].append(pattern)
+        groups.append({"params": [(keys[param][0], param) for param in kept], **given})
+    claimed_twice = [
+        f"{' = '.join(_name(key) for key in keys[param] if isinstance(key, str))} "
+        f"(by {' and '.join(map(_name, patterns))})"
+        for param, patterns in claims.items()
         if len(patterns) > 1
     ]
-    if matched_twice:
+    if claimed_twice:
         raise ValueError(
             "`constraints` must claim no parameter twice, got two claims of "
-            f"{_listed(matched_twice)}"
+            f"{_listed(claimed_twice)}"
         )
-    rest = [(entry.names[0], entry.param) for entry in entries if not patterns_of[entry.param]]
-    return [*groups, *([{"params": rest, "constraint": None}] if rest else [])]
+    rest = [(keys[param][0], param) for param in keys if not claims[param]]
+    return [*groups, {"params": rest, "constraint": None}] if rest else groups
 
 
-class _Entry(NamedTuple):
-    """A parameter of a module, with all its names and the types of the modules that hold it."""
-
-    param: Tensor
-    names: list[str]
-    module_types: list[type[nn.Module]]
-
-    def matches(self, pattern: Pattern) -> bool:
-        if isinstance(pattern, str):
-            return any(fnmatchcase(name, pattern) for name in self.names)
-        return any(issubclass(kind, pattern) for kind in self.module_types)
-
-    def is_bias_or_norm(self) -> bool:
-        is_norm = any(issubclass(kind, NORMALIZATIONS) for kind in self.module_types)
-        return is_norm or any(map(_is_bias, self.names))
-
-
-def _entries(module: nn.Module) -> list[_Entry]:
-    """All parameters, each once, in the order of `named_parameters`."""
-    entries: dict[Tensor, _Entry] = {}
+def _keys(module: nn.Module) -> dict[Tensor, list[Any]]:
+    """What a pattern may match of each parameter: its names, then types of modules that hold it."""
+    keys: dict[Tensor, list[Any]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
-        entries.setdefault(param, _Entry(param, [], [])).names.append(name)
+        keys.setdefault(param, []).append(name)
     for owner in module.modules():
         for param in owner.parameters(recurse=False):
-            if param in entries:
-                entries[param].module_types.append(type(owner))
-    return list(entries.values())
+            if param in keys:
+                keys[param].append(type(owner))
+    return keys
+
+
+def _alike(key: Pattern, pattern: Pattern) -> bool:
+    return isinstance(key, str) == isinstance(pattern, str)
+
+
+def _matches(key: Any, pattern: Any) -> bool:
+    match = fnmatchcase if isinstance(pattern, str) else issubclass
+    return _alike(key, pattern) and match(key, pattern)
+
+
+def _is_bias_or_norm(key: Any) -> bool:
+    """Whether it is one of torch's normalization layers, or the name of a bias.
+
+    Torch calls biases `in_proj_bias`, `bias_k`, `bias_hh_l0` and the like.
+    """
+    if not isinstance(key, str):
+        return issubclass(key, NORMALIZATIONS)
+    last = key.rpartition(".")[2]
+    return last == "bias" or last.startswith("bias_") or last.endswith("_bias")
 
 
 def _checked(module: object, constraints: object) -> dict[Pattern, Mapping[str, Any]]:
@@ -165,12 +166,6 @@ def _checked(module: object, constraints: object) -> dict[Pattern, Mapping[str, 
             raise TypeError(f"{error} for {_name(pattern)}") from None
         checked[pattern] = settings
     return checked
-
-
-def _is_bias(name: str) -> bool:
-    """Whether it is what torch calls a bias, such as `in_proj_bias`, `bias_k`, `bias_hh_l0`."""
-    last = name.rpartition(".")[2]
-    return last == "bias" or last.startswith("bias_") or last.endswith("_bias")
 
 
 def _name(pattern: Pattern) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
@@ -44,27 +43,22 @@ class SteepestStep(Transform):
         p, k = norm_ball_of(group[self.constraint]).p, group[self.param_ndim]
         if p == 1:
             for param, grad in zip(params, tensors, strict=True):
-                shape = batch_shape_in(param, group, self.param_ndim)
-                self._zero_outward_(param, grad, group, shape)
-                top_q_(grad, _within_one(group[self.q], grad, shape), k)
+                self._sparsify_(param, grad, group)
         if p != 2:
             sign_(tensors)
         if p != inf:
             normalize_(tensors, p, k, 0.0)
 
-    def _zero_outward_(
-        self, param: Tensor, grad: Tensor, group: Group, shape: tuple[int, ...]
-    ) -> None:
-        """Zero the entries that the step would follow out of a bound."""
-        view, copied = view_or_copy(grad, shape)
-        descends = (group[self.grad_scale] > 0) != group.get("maximize", False)
-        if not descends:
-            view.neg_()
-        zero_outward_(view, view_or_copy(param, shape)[0], group[self.constraint])
-        if not descends:
-            view.neg_()
-        if copied:
-            grad.copy_(view.view(grad.shape))
+    def _sparsify_(self, param: Tensor, grad: Tensor, group: Group) -> None:
+        """Keep the largest entries, of those that the step does not follow out of a bound."""
+        shape = batch_shape_in(param, group, self.param_ndim)
+        sign = 1 if (group[self.grad_scale] > 0) != group.get("maximize", False) else -1
+        x, down = param.reshape(shape), grad.reshape(shape) * sign
+        kept = zero_outward_(down, x, group[self.constraint]) * sign
+        grad.copy_(kept.reshape(grad.shape))
+        # At least one entry: else small sub-tensors would never move.
+        size = max(1, grad.numel() // max(1, shape[0]))
+        top_q_(grad, min(group[self.q], 1 - 1 / size), group[self.param_ndim])
 
 
 class PGD(ParamTransformingOptimizer):
@@ -128,9 +122,3 @@ class PGD(ParamTransformingOptimizer):
         **inner_opt_kwargs: Any,
     ) -> None:
         super().__init__(**constructor_arguments(locals()))
-
-
-def _within_one(q: float, grad: Tensor, shape: tuple[int, ...]) -> float:
-    """`q`, or the largest share that leaves one entry: else small sub-tensors would never move."""
-    size = max(1, grad.numel() // max(1, shape[0]))
-    return min(q, 1 - 1 / size)

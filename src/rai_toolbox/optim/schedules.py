@@ -155,18 +155,20 @@ class SettingScheduler:
         """Set all values of a step, after all are found to keep the rules of their groups."""
         groups = self.optimizer.param_groups
         _check_length("`values`", self.values, len(groups))
-        replacements = []
-        for i, (group, schedule) in enumerate(zip(groups, self.values, strict=True)):
-            if schedule is not None:
-                name, new = self._replacement(group, values[i], f"group {i} at step {step}")
-                replacements.append((group, name, new))
-        for group, name, new in replacements:
-            _write(groups, group, name, new)
+        changed = [
+            group
+            if schedule is None
+            else self._changed(group, values[i], f"group {i} at step {step}")
+            for i, (group, schedule) in enumerate(zip(groups, self.values, strict=True))
+        ]
+        for group, new in zip(groups, changed, strict=True):
+            for name in [name for name in new if new[name] is not group[name]]:
+                _write(groups, group, name, new[name])
         self._last_value = values
         self.last_step = step
 
-    def _replacement(self, group: Group, value: Any, where: str) -> tuple[str, Any]:
-        """The name and the new value of the entry of a group that is, or holds, the setting."""
+    def _changed(self, group: Group, value: Any, where: str) -> Group:
+        """A copy of a group with another value of the setting, checked."""
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         paths = _paths(settings)
         if self.setting not in paths:
@@ -174,15 +176,13 @@ class SettingScheduler:
                 f"`setting` must be one of {', '.join(paths)} (or `values` None) for {where}, got "
                 f"{self.setting!r}"
             )
-        name = _first_part(settings, self.setting)
-        check = getattr(self.optimizer, "_check_group", None)
+        check = getattr(self.optimizer, "_check_group", lambda group: None)
         try:
-            new = _replaced(settings, self.setting, value)[name]
-            if check is not None:
-                check({**group, name: new})
+            changed = {**group, **_replaced(settings, self.setting, value)}
+            check(changed)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (`{self.setting}` of {where})") from None
-        return name, new
+        return changed
 
 
 class LinearSetting(SettingScheduler):
@@ -315,17 +315,12 @@ def _paths(value: Any) -> list[str]:
     return paths
 
 
-def _first_part(parts: Mapping[str, Any], path: str) -> str:
-    """The name at the beginning of a path; in chains, names have dots."""
-    return next(name for name in parts if path == name or path.startswith(f"{name}."))
-
-
 def _replaced(value: Any, path: str, new: Any) -> Any:
     """A copy with the part at a path replaced; a set checks its settings again."""
     if not path:
         return new
     parts = _parts(value)
-    name = _first_part(parts, path)
+    name = next(name for name in parts if f"{path}.".startswith(f"{name}."))  # may have dots
     parts[name] = _replaced(parts[name], path[len(name) + 1 :], new)
     if isinstance(value, Constraint):
         return type(value)._from_settings(parts)

@@ -58,7 +58,8 @@ def labels(group: Mapping[str, Any]) -> list[str]:
 def is_zero_on_host(value: object) -> bool:
     """Whether a setting is 0, as far as that is known without synchronizing with a device."""
     if isinstance(value, Tensor):
-        return value.device.type == "cpu" and value.item() == 0
+        known = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        return known and value.item() == 0
     return value is not None and value == 0
 
 
