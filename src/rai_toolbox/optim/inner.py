@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
-
-Closure = Callable[[], Any]
+from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, unhooked
 
 
 def optimizer_class(InnerOpt: object) -> type[Optimizer]:
@@ -47,7 +46,7 @@ def make_inner(
     return inner
 
 
-def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
+def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
     """Step the inner optimizer as a part of another optimizer's step.
 
     Torch gives each optimizer class a `step` that runs the global step hooks; those belong to the
@@ -56,11 +55,13 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     args: tuple[Any, ...] = () if closure is None else (closure,)
     own = inner.__dict__.get("step")
     if own is not None:
-        scheduled = getattr(own, "_wrapped_by_lr_sched", False)
-        if not (scheduled and own.__wrapped__ is type(inner).step):
+        if not (is_wrapped_by_scheduler(own) and own.__wrapped__ is type(inner).step):
             return own(*args)  # a user has replaced it
-        inner._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper does
-    step = _unhooked_step(type(inner))
+        mark_stepped(inner)  # as the scheduler's wrapper does
+    step: Any = unhooked(type(inner).step)
+    if torch.compiler.is_compiling():
+        # Without the decorator that switches grad mode, and so would break the graph.
+        step = getattr(step, "__wrapped__", step)
     args = (inner, *args)
     kwargs: dict[str, Any] = {}
     for pre_hook in inner._optimizer_step_pre_hooks.values():
@@ -104,16 +105,6 @@ def _may_be_together(params: list[Tensor]) -> bool:
     grads = [grad for grad in [param.grad for param in params] if grad is not None]
     plain = foreach.are_plain(params) and foreach.are_plain(grads)
     return plain and torch.float16 not in {grad.dtype for grad in grads}
-
-
-def _unhooked_step(cls: Any) -> Any:
-    step = cls.step
-    while getattr(step, "hooked", False):  # dynamo may have wrapped it again, with its attributes
-        step = step.__wrapped__
-    if torch.compiler.is_compiling():
-        # Without the decorator that switches grad mode, and so would break the graph.
-        step = getattr(step, "__wrapped__", step)
-    return step
 
 
 def picklable_state(optimizer: Optimizer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, default_generator
 
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
-from rai_toolbox.checks import check_bounds, check_fraction, check_non_negative
+from rai_toolbox.checks import check_fraction, check_non_negative, check_number, check_order
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
@@ -127,7 +127,14 @@ class Clamp(_Elementwise):
 
     def check(self, group: Group) -> None:
         lower, upper = self.clamp_min, self.clamp_max
-        check_bounds(lower, group[lower], upper, group[upper])
+        given = [name for name in (lower, upper) if group[name] is not None]
+        if not given:
+            raise ValueError(
+                f"`{lower}` or `{upper}` must be given, got {lower}=None and {upper}=None"
+            )
+        for name in given:
+            check_number(name, group[name])
+        check_order(lower, group[lower], upper, group[upper])
         refuse_complex(group, f"`{lower}` and `{upper}`")
 
     def keeps_zero(self, group: Group) -> bool:
