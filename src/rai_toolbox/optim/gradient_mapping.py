@@ -51,10 +51,10 @@ class GradientMapping(Transform):
         return bool(getattr(group[self.constraint], "elementwise", True))  # None is, too
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
-        if self.is_elementwise(group):
-            return False
         wanted = group[self.gradient_mapping]
-        return not issubclass(self.inner, _STEP_ALONG_GRADIENTS) if wanted is None else bool(wanted)
+        if wanted is None:
+            wanted = not issubclass(self.inner, _STEP_ALONG_GRADIENTS)
+        return wanted and not self.is_elementwise(group)
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
@@ -150,14 +150,12 @@ def map_gradient_(
     """
     dtype = torch.promote_types(scale_dtype(x), grad.dtype)
     x = x.to(dtype)
-
-    def downhill(gradient: Tensor) -> Tensor:
+    downhill = []
+    for gradient in (readable(grad),) if average is None else (readable(grad), average):
         down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
-        return down + weight_decay * x if weight_decay != 0.0 else down
-
-    down = downhill(readable(grad))
-    e = step_size(x, down, constraint, reach=reach, lr=lr)
-    y = x - e * (down if average is None else downhill(average))
+        downhill.append(down + weight_decay * x if weight_decay != 0.0 else down)
+    e = step_size(x, downhill[0], constraint, reach=reach, lr=lr)
+    y = x - e * downhill[-1]
     pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
     return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
 

@@ -69,7 +69,7 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
         if changed is not None:
             args, kwargs = changed
     # (not with a closure, which would see the changed groups)
-    together = _plain_sgd(inner) if closure is None else []
+    together = _plain_groups(inner) if type(inner) is SGD and closure is None else []
     for group in together:
         group["foreach"] = True
     try:
@@ -82,8 +82,8 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
     return result
 
 
-def _plain_sgd(inner: Optimizer) -> list[dict[str, Any]]:
-    """Groups in which a step is one operator on each parameter, or one on all by `foreach=True`.
+def _plain_groups(inner: SGD) -> list[dict[str, Any]]:
+    """Groups in which SGD is one operator on each parameter, or one on all by `foreach=True`.
 
     Torch's own choice on CPU is a loop in Python. With any of these settings, and in other
     optimizers, it would take a copy of all parameters, or round otherwise.
@@ -91,7 +91,7 @@ def _plain_sgd(inner: Optimizer) -> list[dict[str, Any]]:
     more = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
     return [
         group
-        for group in (inner.param_groups if type(inner) is SGD else [])
+        for group in inner.param_groups
         if group["foreach"] is None and not any(group[name] for name in more)
         if len(group["params"]) > 1 and _may_be_together(group["params"])
     ]

@@ -154,6 +154,9 @@ class Scale(_Elementwise):
     def keeps_zero(self, group: Group) -> bool:
         return True
 
+    def is_active(self, group: Group) -> bool:
+        return isinstance(group[self.setting], Tensor) or group[self.setting] != 1.0
+
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.mul_(tensors, group[self.setting])
 
@@ -164,8 +167,8 @@ class Shift(_Elementwise):
 
     setting: Key
 
-    def keeps_zero(self, group: Group) -> bool:
-        return bool(group[self.setting] == 0.0)
+    def is_active(self, group: Group) -> bool:
+        return bool(group[self.setting] != 0.0)
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.add_(tensors, group[self.setting])
@@ -214,19 +217,21 @@ class Projection(Transform):
             check_fits(group[self.constraint], group, self.param_ndim)
 
     def is_elementwise(self, group: Group) -> bool:
-        constraint = group[
-            self.constraint
-        ]  # None, or what `check` is to refuse, constrains nothing
-        return bool(getattr(constraint, "elementwise", True))
+        # (None, or what `check` is to refuse, constrains nothing)
+        return bool(getattr(group[self.constraint], "elementwise", True))
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         if group[self.constraint] is None:
             return
-        views = [view_or_copy(x, batch_shape_in(x, group, self.param_ndim)) for x in tensors]
-        group[self.constraint].project_each_([view for view, _ in views])
-        for x, (view, copied) in zip(tensors, views, strict=True):
+        views, copies = [], []
+        for x in tensors:
+            view, copied = view_or_copy(x, batch_shape_in(x, group, self.param_ndim))
+            views.append(view)
             if copied:
-                x.copy_(view.view(x.shape))
+                copies.append((x, view))
+        group[self.constraint].project_each_(views)
+        for x, view in copies:
+            x.copy_(view.view(x.shape))
 
 
 @dataclass(frozen=True)
