@@ -282,7 +282,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if grad.layout is not torch.strided:
                 grad = self._sparse_values(param, grad, group, transforms)
             elif (
-                torch.is_grad_enabled()  # differentiable steps leave the graph's tensors as they are
+                torch.is_grad_enabled()  # differentiable steps leave tensors of the graph alone
                 or 0 in grad.stride()  # an expanded view
                 or (grad.is_complex() and grad.is_conj())
             ):
