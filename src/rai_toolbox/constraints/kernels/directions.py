@@ -25,8 +25,7 @@ def sign_(tensors: list[Tensor]) -> None:
     if tensors[0].is_complex():
         for tensor in tensors:
             _sign_complex_(tensor)
-        return
-    if torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
+    elif torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
         for tensor in tensors:
             signs = tensor.detach().clone()
             with torch.no_grad():

@@ -107,8 +107,7 @@ def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(x, p, dims, keepdim=True, dtype=dtype)
         return length
     scale = _power_of_two(x.abs().amax(dims, keepdim=True))  # there is no wider type
-    # (contiguous, so that it is added up in the same order whatever the strides are)
-    length = torch.linalg.vector_norm((x / scale).contiguous(), p, dims, keepdim=True)
+    length = torch.linalg.vector_norm(x / scale, p, dims, keepdim=True)
     return length * scale
 
 
