@@ -35,11 +35,7 @@ def constructor_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
     given = {k: v for k, v in named.items() if k not in ("self", "__class__", "generator")}
     inner_opt_kwargs = given.pop("inner_opt_kwargs", {})
     shared = {name: given.pop(name) for name in _SHARED if name in given}
-    return {
-        **shared,
-        "defaults": {**given, **(shared.get("defaults") or {})},
-        **inner_opt_kwargs,
-    }
+    return {**shared, "defaults": {**given, **(shared.get("defaults") or {})}, **inner_opt_kwargs}
 
 
 def base_name(name: str) -> str:

@@ -23,12 +23,7 @@ from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
-from rai_toolbox.optim.settings import (
-    batch_shape_in,
-    check_constraint,
-    check_fits,
-    refuse_complex,
-)
+from rai_toolbox.optim.settings import batch_shape_in, check_constraint, check_fits, refuse_complex
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 Key = str

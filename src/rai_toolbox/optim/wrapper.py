@@ -301,10 +301,7 @@ def checked_group(param_group: Any) -> Group:
     if "params" not in param_group:
         raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
     params = param_group["params"]
-    return {
-        **param_group,
-        "params": [params] if isinstance(params, Tensor) else _in_order(params),
-    }
+    return {**param_group, "params": [params] if isinstance(params, Tensor) else _in_order(params)}
 
 
 def _in_order(params: Any) -> list[Any]:
