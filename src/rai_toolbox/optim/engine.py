@@ -143,7 +143,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return {**group, **dict.fromkeys(names, -1)}
 
     def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
         for name in self._settings:  # those of a chain's members, too
             if base_name(name) in NEUTRAL:
                 check_number(name, group[name])

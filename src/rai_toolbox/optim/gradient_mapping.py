@@ -89,20 +89,18 @@ class GradientMapping(Transform):
         self, grads: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> list[Tensor | None]:
         """Averages of gradients, the present ones included; None where it is the gradient."""
-        past, name = self._past(group), self._name(optimizer)
+        past, name, states = self._past(group), self._name(optimizer), optimizer.inner_opt.state
         if past == 0.0:
             return [None] * len(params)
         if optimizer._viewed is not None:  # by a hook, which gets one parameter at a time
             params = [optimizer._viewed]
-        if torch.compiler.is_compiling() and not all(
-            name in optimizer.state.get(param, ()) for param in params
-        ):
+        if torch.compiler.is_compiling() and any(name not in states.get(p, ()) for p in params):
             # The compiler would not look again at the state, once the inner has made its own.
             graph_break()
         averages: list[Tensor | None] = []
         for grad, param in zip(grads, params, strict=True):
             grad = grad.to(param.dtype).reshape(param.shape)  # as checkpoints hold it
-            state = optimizer.state.get(param, {})
+            state = states.get(param, {})
             if name not in state:
                 state = optimizer._new_state.setdefault(param, {})
             if name not in state:

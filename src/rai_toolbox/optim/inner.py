@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
@@ -89,22 +88,14 @@ def _plain_groups(inner: SGD) -> list[dict[str, Any]]:
     optimizers, it would take a copy of all parameters, or round otherwise.
     """
     more = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
-    return [
-        group
-        for group in inner.param_groups
-        if group["foreach"] is None and not any(group[name] for name in more)
-        if len(group["params"]) > 1 and _may_be_together(group["params"])
-    ]
-
-
-def _may_be_together(params: list[Tensor]) -> bool:
-    """Whether torch takes parameters and their gradients together, which must be plain.
-
-    It does not take gradients of float16, which parameters of any dtype may have.
-    """
-    grads = [grad for grad in [param.grad for param in params] if grad is not None]
-    plain = foreach.are_plain(params) and foreach.are_plain(grads)
-    return plain and torch.float16 not in {grad.dtype for grad in grads}
+    found = []
+    for group in inner.param_groups:
+        if len(group["params"]) > 1 and group["foreach"] is None and not any(map(group.get, more)):
+            grads = [param.grad for param in group["params"] if param.grad is not None]
+            plain = foreach.are_plain(group["params"]) and foreach.are_plain(grads)
+            if plain and torch.float16 not in {grad.dtype for grad in grads}:  # torch refuses it
+                found.append(group)
+    return found
 
 
 def picklable_state(optimizer: Optimizer) -> dict[str, Any]:
