@@ -16,11 +16,10 @@ from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim import diagnosis
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
-from rai_toolbox.optim.frank_wolfe_steps import as_batches
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.own_step import device_of
-from rai_toolbox.optim.settings import REQUIRED, constructor_arguments
+from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -221,8 +220,11 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
 
 def _batches(group: Group, gradients: bool) -> Iterator[tuple[Tensor, Tensor, Constraint]]:
     """Each parameter, or each that has a gradient; its gradient as the inner descends; its set."""
+    constraint = diagnosis.UNCONSTRAINED if group["constraint"] is None else group["constraint"]
     for param in group["params"]:
         if param.numel() > 0 and (param.grad is not None or not gradients):
-            constraint, x, gradient = as_batches(param, group)
-            downhill = -gradient if group.get("maximize", False) else gradient
-            yield x, downhill, diagnosis.UNCONSTRAINED if constraint is None else constraint
+            grad = param.grad if gradients else torch.zeros_like(param)
+            grad = grad.to_dense() if grad.is_sparse else grad
+            downhill = -grad if group.get("maximize", False) else grad
+            shape = batch_shape_in(param, group)
+            yield param.detach().reshape(shape), downhill.detach().reshape(shape), constraint
