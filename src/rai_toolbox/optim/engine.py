@@ -239,11 +239,15 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return evaluate
 
     def _pre_step(self) -> None:
-        transforms = (*self._transforms(GRADIENT_HOOK), _SCALE, _SHIFT)
+        transforms = self._transforms(GRADIENT_HOOK)
         todo = []
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
+            if group["grad_scale"] != 1.0:
+                active.append(_SCALE)
+            if group["grad_bias"] != 0.0:
+                active.append(_SHIFT)
             if active:
                 todo.append((active, *self._gradients(group, active, seen), group))
         for active, params, grads, group in todo:  # all gradients have been checked

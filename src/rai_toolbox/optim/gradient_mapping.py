@@ -10,12 +10,11 @@ from torch.optim import ASGD, LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.autograd import readable
-from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
-from rai_toolbox.optim.settings import batch_shape_in
+from rai_toolbox.optim.settings import batch_in
 from rai_toolbox.optim.transforms import Key, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
@@ -24,6 +23,7 @@ _STEP_ALONG_GRADIENTS = (SGD, ASGD)
 # Their weight decay is no part of the gradient; so it is in groups with `decoupled_weight_decay`.
 _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _AVERAGING = 0.9
+_STATE = "gradient_average"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GradientMapping(Transform):
         wanted = group[self.gradient_mapping]
         if wanted is None:
             wanted = not issubclass(self.inner, _STEP_ALONG_GRADIENTS)
-        return wanted and not self.is_elementwise(group)
+        return wanted and not getattr(group[self.constraint], "elementwise", True)
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
@@ -64,34 +64,35 @@ class GradientMapping(Transform):
             return
         decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
         for grad, param, average in zip(tensors, params, averages, strict=True):
-            shape = batch_shape_in(param, group, self.param_ndim)
-            grad_view, copied = view_or_copy(grad, shape)
+            x, _ = batch_in(param, group, self.param_ndim)
+            view, copied = batch_in(grad, group, self.param_ndim)
             map_gradient_(
-                grad_view,
-                view_or_copy(param, shape)[0],
+                view,
+                x,
                 group[self.constraint],
-                average=None if average is None else average.reshape(shape),
+                average=None if average is None else average.reshape(x.shape),
                 reach=group[self.reach],
                 lr=group.get("lr", 1.0),
                 weight_decay=0.0 if decoupled else group.get("weight_decay", 0.0),
                 maximize=group.get("maximize", False),
             )
             if copied:
-                grad.copy_(grad_view.view(grad.shape))
+                grad.copy_(view.view(grad.shape))
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
         if self.is_active(group) and self._past(group) != 0.0:
             for param in group["params"]:
                 if param.grad is not None:
-                    optimizer.state[param][self._name(optimizer)] = torch.zeros_like(param)
+                    optimizer.state[param][self.prefix + _STATE] = torch.zeros_like(param)
 
     def _averages(
         self, grads: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> list[Tensor | None]:
         """Averages of gradients, the present ones included; None where it is the gradient."""
-        past, name, states = self._past(group), self._name(optimizer), optimizer.inner_opt.state
+        past, states = self._past(group), optimizer.inner_opt.state
         if past == 0.0:
             return [None] * len(params)
+        name = f"{optimizer._prefix}{self.prefix}{_STATE}"
         if optimizer._viewed is not None:  # by a hook, which gets one parameter at a time
             params = [optimizer._viewed]
         if torch.compiler.is_compiling() and any(name not in states.get(p, ()) for p in params):
@@ -119,9 +120,6 @@ class GradientMapping(Transform):
             return given
         exact = group[self.constraint].flat or issubclass(self.inner, LBFGS)
         return 0.0 if exact else _AVERAGING
-
-    def _name(self, optimizer: OptimizerWrapper) -> str:
-        return f"{optimizer._prefix}{self.prefix}gradient_average"
 
 
 def map_gradient_(

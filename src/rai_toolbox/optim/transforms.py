@@ -23,7 +23,7 @@ from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
-from rai_toolbox.optim.settings import batch_shape_in, check_constraint, check_fits, refuse_complex
+from rai_toolbox.optim.settings import batch_in, check_constraint, check_fits, refuse_complex
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 Key = str
@@ -149,9 +149,6 @@ class Scale(_Elementwise):
     def keeps_zero(self, group: Group) -> bool:
         return True
 
-    def is_active(self, group: Group) -> bool:
-        return isinstance(group[self.setting], Tensor) or group[self.setting] != 1.0
-
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.mul_(tensors, group[self.setting])
 
@@ -162,8 +159,8 @@ class Shift(_Elementwise):
 
     setting: Key
 
-    def is_active(self, group: Group) -> bool:
-        return bool(group[self.setting] != 0.0)
+    def keeps_zero(self, group: Group) -> bool:
+        return bool(group[self.setting] == 0.0)
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.add_(tensors, group[self.setting])
@@ -220,7 +217,7 @@ class Projection(Transform):
             return
         views, copies = [], []
         for x in tensors:
-            view, copied = view_or_copy(x, batch_shape_in(x, group, self.param_ndim))
+            view, copied = batch_in(x, group, self.param_ndim)
             views.append(view)
             if copied:
                 copies.append((x, view))
