@@ -16,7 +16,7 @@ from rai_toolbox.checks import check_number
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
-from rai_toolbox.optim.transforms import Scale, Shift, Transform
+from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 _SCALE, _SHIFT = Scale("grad_scale"), Shift("grad_bias")
@@ -178,11 +178,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 )
 
     def _generators(self) -> dict[str, Generator]:
-        found = {
-            f"{transform.prefix}generator_state": getattr(transform, "generator", None)
-            for transform in without_hooks(self._before)
+        return {
+            f"{each.prefix}generator_state": each.generator
+            for each in without_hooks(self._before)
+            if isinstance(each, TopQ) and each.generator is not None
         }
-        return {name: generator for name, generator in found.items() if generator is not None}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -204,20 +204,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         float or None
             What the closure returned.
         """
-        if closure is None:
-            # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
-            if not torch.compiler.is_compiling() and self._initializes_state():
-                step_inner(self.inner_opt, None)
-                for group in self.param_groups:
-                    for transform in without_hooks(self._before):
-                        transform.init_state(group, self)
-                return None
-            self._pre_step()
-            if torch.compiler.is_compiling() and self._must_break_graph():
-                graph_break()
-            loss: float | None = step_inner(self.inner_opt, None)
+        # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
+        compiling = torch.compiler.is_compiling()
+        if closure is not None:
+            closure = self._transforming(closure)
+        elif not compiling and self._initializes_state():
+            step_inner(self.inner_opt, None)
+            for group in self.param_groups:
+                for transform in without_hooks(self._before):
+                    transform.init_state(group, self)
+            return None
         else:
-            loss = step_inner(self.inner_opt, self._transforming(closure))
+            self._pre_step()
+            if compiling and self._must_break_graph():
+                graph_break()
+        loss: float | None = step_inner(self.inner_opt, closure)
         self._post_step()
         return loss
 

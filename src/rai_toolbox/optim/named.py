@@ -396,9 +396,7 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
     @property
     def generator(self) -> Generator:
         """What `q` is drawn from."""
-        (transform,) = self._before
-        assert isinstance(transform, transforms.TopQ)
-        return transform.generator or default_generator
+        return self._generators().get("generator_state", default_generator)
 
 
 class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
