@@ -165,10 +165,9 @@ def step_size(
     is not followed far. Where x is 0, which has no scale, e is `lr`.
     """
     dims, wide = constraint.coupled_dims(x.ndim), wide_dtype(x)
-    if torch.is_grad_enabled():  # both are changed in place before this is differentiated
-        x, gradient = x.clone(), gradient.clone()
-    length = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=wide)
-    slope = torch.linalg.vector_norm(gradient, 2, dims, keepdim=True, dtype=wide)
+    # (both are changed in place before this is differentiated)
+    length = torch.linalg.vector_norm(readable(x), 2, dims, keepdim=True, dtype=wide)
+    slope = torch.linalg.vector_norm(readable(gradient), 2, dims, keepdim=True, dtype=wide)
     e = torch.where(length > 0, reach * length / torch.where(slope > 0, slope, 1.0), lr)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)

@@ -97,7 +97,7 @@ class Hook(Transform):
                 if tensor.dtype != param.dtype:
                     set_grad_dtype(shown, tensor.dtype)
                 shown.grad = view
-            outer = self.owner._viewed  # where a chain has a hook: `param` is a view of that
+            outer = self.owner._viewed  # set if `param` is a view that a hook of a chain got
             self.owner._viewed = param if outer is None else outer
             try:
                 getattr(self.owner, self.hook)(shown, optim_group=group)

@@ -160,9 +160,8 @@ class OptimizerWrapper(Optimizer):
             pre_hook(self)
         state_dict = self.inner_opt.state_dict()
         groups = [as_saved(group) for group in state_dict["param_groups"]]
-        generators = self._generators()
-        if generators:
-            groups[0].update({name: g.get_state() for name, g in generators.items()})
+        for group in groups[:1]:
+            group.update({name: g.get_state() for name, g in self._generators().items()})
         state_dict = {**state_dict, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
