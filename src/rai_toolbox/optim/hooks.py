@@ -63,8 +63,7 @@ class Hook(Transform):
         if self.owner is optimizer:
             self._call(tensors, params, group)
             return
-        own = {own: group[key] for own, key in self.names.items()}
-        own = {**group, **NEUTRAL, **own}
+        own = {**group, **NEUTRAL, **{name: group[key] for name, key in self.names.items()}}
         before = dict(own)
         lent = {
             "inner_opt": optimizer.inner_opt,
