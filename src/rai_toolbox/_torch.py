@@ -83,13 +83,10 @@ foreach_clamp_min_: Callable[..., Any] = torch._foreach_clamp_min_
 foreach_mul_: Callable[..., Any] = torch._foreach_mul_
 
 
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are views of the same memory."""
-    is_alias_of: Callable[[Tensor, Tensor], bool] | None
-    is_alias_of = getattr(torch._C, "_is_alias_of", None)
-    if is_alias_of is not None:
-        return bool(is_alias_of(a, b))
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+share_memory: Callable[[Tensor, Tensor], bool] = getattr(
+    torch._C, "_is_alias_of", lambda a, b: True
+)
+"""Whether two tensors are views of the same memory, as far as torch can tell."""
 
 
 # Tracing and function transforms

@@ -22,8 +22,8 @@ def as_plain(value: Any) -> Any:
         return value  # for its check to refuse
 
 
-def check_number(name: str, value: object) -> float:
-    """Return `value` if it is a real number other than NaN."""
+def check_number(name: str, value: object, least: float = -inf, finite: bool = False) -> float:
+    """Return `value` if it is a real number, not NaN, >= `least`, and finite if asked."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
     try:
@@ -32,22 +32,21 @@ def check_number(name: str, value: object) -> float:
         raise ValueError(f"`{name}` must not exceed the range of a float, got {value!r}") from None
     if isnan(number):
         raise ValueError(f"`{name}` must not be NaN, got {value!r}")
+    if number < least:
+        raise ValueError(f"`{name}` must be >= {least:g}, got {value!r}")
+    if finite and isinf(number):
+        raise ValueError(f"`{name}` must be finite, got {value!r}")
     return number
 
 
 def check_finite(name: str, value: object) -> float:
     """Return `value` if it is a finite number >= 0."""
-    check_non_negative(name, value)
-    number = check_number(name, value)
-    if isinf(number):
-        raise ValueError(f"`{name}` must be finite, got {value!r}")
-    return number
+    return check_number(name, value, 0, finite=True)
 
 
-def check_non_negative(name: str, value: object) -> None:
-    """Raise unless `value` is a number >= 0."""
-    if check_number(name, value) < 0:
-        raise ValueError(f"`{name}` must be >= 0, got {value!r}")
+def check_non_negative(name: str, value: object) -> float:
+    """Return `value` if it is a number >= 0."""
+    return check_number(name, value, 0)
 
 
 def check_positive(name: str, value: object) -> float:
@@ -78,22 +77,6 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"`{name}` must be >= {least}, got {value}")
 
 
-def check_bounds(lower_name: str, lower: object, upper_name: str, upper: object) -> None:
-    """Raise unless at least one bound is given, and the lower one is <= the upper one."""
-    if lower is None and upper is None:
-        raise ValueError(
-            f"`{lower_name}` or `{upper_name}` must be given, got {lower_name}=None and "
-            f"{upper_name}=None"
-        )
-    low = -inf if lower is None else check_number(lower_name, lower)
-    high = inf if upper is None else check_number(upper_name, upper)
-    if low > high:
-        raise ValueError(
-            f"`{lower_name}` must be <= `{upper_name}`, got {lower_name}={lower!r} and "
-            f"{upper_name}={upper!r}"
-        )
-
-
 def check_setting(name: str, value: object, least: float = -inf, finite: bool = True) -> None:
     """Raise unless `value` is a number or a real tensor, not NaN, >= `least`, and finite if asked.
 
@@ -101,48 +84,43 @@ def check_setting(name: str, value: object, least: float = -inf, finite: bool = 
     they are created.
     """
     if not isinstance(value, Tensor):
-        number = check_number(name, value)
-        if number < least:
-            raise ValueError(f"`{name}` must be >= {least:g}, got {value!r}")
-        if finite and isinf(number):
-            raise ValueError(f"`{name}` must be finite, got {value!r}")
+        check_number(name, value, least, finite)
         return
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"`{name}` must hold real numbers, got a tensor of {value.dtype}")
-    _check_all(name, value, ~value.isnan(), "not be NaN")
-    _check_all(name, value, value >= least, f"be >= {least:g}")
-    if finite:
-        _check_all(name, value, value.isfinite(), "be finite")
+    for valid, rule in (
+        (~value.isnan(), "not be NaN"),
+        (value >= least, f"be >= {least:g}"),
+        (value.isfinite() | (not finite), "be finite"),
+    ):
+        if not bool(valid.all()):
+            at = _first_invalid(valid)
+            raise ValueError(f"`{name}` must {rule}, got {value[at].item()!r} at {at}")
 
 
-def check_order(lower_name: str, lower: object, upper_name: str, upper: object) -> None:
+def check_order(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
     """Raise unless lower <= upper, elementwise; each a number, a tensor, or None for no bound."""
     if lower is None or upper is None:
         return
-    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
-        check_bounds(lower_name, lower, upper_name, upper)
-        return
-    low, high = torch.as_tensor(lower), torch.as_tensor(upper)
     try:
-        valid = low <= high
+        valid = torch.as_tensor(lower <= upper)
     except RuntimeError:
+        shapes = " and ".join(str(tuple(torch.as_tensor(x).shape)) for x in (lower, upper))
         raise ValueError(
             f"`{lower_name}` and `{upper_name}` must broadcast against each other, got shapes "
-            f"{tuple(low.shape)} and {tuple(high.shape)}"
+            f"{shapes}"
         ) from None
     if not bool(valid.all()):
         at = _first_invalid(valid)
-        found = [bound.expand(valid.shape)[at].item() for bound in (low, high)]
-        raise ValueError(
-            f"`{lower_name}` must be <= `{upper_name}`, got {lower_name}={found[0]!r} and "
-            f"{upper_name}={found[1]!r} at {at}"
+        low, high = (
+            bound.expand(valid.shape)[at].item() if isinstance(bound, Tensor) else bound
+            for bound in (lower, upper)
         )
-
-
-def _check_all(name: str, value: Tensor, valid: Tensor, rule: str) -> None:
-    if not bool(valid.all()):
-        at = _first_invalid(valid)
-        raise ValueError(f"`{name}` must {rule}, got {value[at].item()!r} at {at}")
+        where = f" at {at}" if at else ""
+        raise ValueError(
+            f"`{lower_name}` must be <= `{upper_name}`, got {lower_name}={low!r} and "
+            f"{upper_name}={high!r}{where}"
+        )
 
 
 def _first_invalid(valid: Tensor) -> tuple[int, ...]:

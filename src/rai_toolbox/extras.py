@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 __all__ = ["Bar", "MissingExtra", "progress", "require"]
 
@@ -26,16 +26,11 @@ def require(module: str, extra: str) -> Any:
         ) from error
 
 
-class Bar(Protocol):
-    """A progress bar."""
+class Bar:
+    """A progress bar; this one shows nothing. The bars of tqdm have the same method."""
 
     def update(self, n: float = 1) -> object:
         """Count `n` more units as done."""
-
-
-class _Silent:
-    def update(self, n: float = 1) -> None:
-        pass
 
 
 @contextmanager
@@ -45,13 +40,13 @@ def progress(title: str, total: int, shown: bool = True) -> Iterator[Bar]:
     A total of 0 means that it is not known.
     """
     if not shown:
-        yield _Silent()
+        yield Bar()
         return
     try:
         from tqdm import tqdm
     except ImportError:
         sys.stderr.write(f"{title} ...\n")
-        yield _Silent()
+        yield Bar()
         return
     # (in a log file each update is a new line)
     interval = 0.1 if sys.stderr.isatty() else 5.0

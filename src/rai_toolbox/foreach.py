@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rai_toolbox._torch import foreach_add_, foreach_mul_
-from rai_toolbox.autograd import below_autograd
 
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 
@@ -43,16 +42,6 @@ def mul_(tensors: list[Tensor], factor: float) -> None:
         foreach_mul_(tensors, factor)
     else:
         for tensor in tensors:
-            tensor.mul_(factor)
-
-
-def mul_each_(tensors: list[Tensor], factors: list[Tensor]) -> None:
-    """Multiply every tensor by its factor, in place."""
-    if together(tensors):
-        with below_autograd():
-            foreach_mul_(tensors, factors)
-    else:
-        for tensor, factor in zip(tensors, factors, strict=True):
             tensor.mul_(factor)
 
 

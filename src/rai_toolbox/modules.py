@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, ExitStack
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -213,16 +213,10 @@ class evaluating(_Switch):
         self._modules = modules
 
     def _switch(self) -> Callable[[], None]:
-        before = [(sub, sub.training) for module in self._modules for sub in module.modules()]
-
-        def restore() -> None:
-            for sub, training in before:
-                sub.training = training
-
-        try:
+        with ExitStack() as undo:
+            for module in self._modules:
+                for sub in module.modules():
+                    undo.callback(setattr, sub, "training", sub.training)
             for module in self._modules:
                 module.eval()
-        except BaseException:
-            restore()
-            raise
-        return restore
+            return undo.pop_all().close

@@ -353,25 +353,33 @@ ClampedParameterOptimizer [FrankWolfe](
 Parameter Group 0
     clamp_max: 3.0
     clamp_min: None
+    constraint: None
     differentiable: False
     div_by_zero_eps: 1.1754943508222875e-38
     grad_bias: 0.0
     grad_scale: 1.0
+    initial_step: 0
+    line_search: False
     lmo_scaling_factor: 1.0
     lr: 1.0
     param_ndim: None
+    smoothness: None
     use_default_lr_schedule: True
 
 Parameter Group 1
     clamp_max: 3.0
     clamp_min: -1
+    constraint: None
     differentiable: False
     div_by_zero_eps: 1.1754943508222875e-38
     grad_bias: 0.0
     grad_scale: 1.0
+    initial_step: 0
+    line_search: False
     lmo_scaling_factor: 1.0
     lr: 1.0
     param_ndim: None
+    smoothness: None
     use_default_lr_schedule: True
 )"""
     )

@@ -11,13 +11,14 @@ from typing import Any
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
+from rai_toolbox.optim.hooks import NEUTRAL
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import base_name
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params
 
 # Settings that the chain has itself: without a number they are the chain's. A member scales and
 # shifts only if it was given a scale or a bias.
-_OF_CHAIN: dict[str, Any] = {"param_ndim": None, "grad_scale": 1.0, "grad_bias": 0.0}
+_OF_CHAIN: dict[str, Any] = {"param_ndim": None, **NEUTRAL}
 
 
 class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import (
-    compile_apart,
-    graph_breaks,
-    is_wrapped_by_scheduler,
-    lookup_backend,
-    mark_stepped,
-    unhooked,
-    without_grad_mode,
-)
+from rai_toolbox import _torch
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
@@ -107,12 +99,14 @@ class _CompiledStep:
         self._has_state = False
         self._may_compile = False  # in the present step
         self._has_run = False  # a graph, in the present step
-        self._backend = lookup_backend(backend)
+        self._backend = _torch.lookup_backend(backend)
         # Hooks run outside the graph: what they do is not compiled in, and not done twice.
         self._hooked_step = Optimizer.profile_hook_step(self._step)
-        self._eager_step = unhooked(type(optimizer).step)
-        traced_step = without_grad_mode(self._eager_step)
-        self._graph_step = compile_apart(lambda: traced_step(optimizer), backend=self._compile)
+        self._eager_step = _torch.unhooked(type(optimizer).step)
+        traced_step = _torch.without_grad_mode(self._eager_step)
+        self._graph_step = _torch.compile_apart(
+            lambda: traced_step(optimizer), backend=self._compile
+        )
 
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is not None:
@@ -120,12 +114,12 @@ class _CompiledStep:
         if self._is_eager or not self._has_state or not self._can_be_compiled():
             self._has_state = True
             return self.optimizer.step()
-        mark_stepped(self.optimizer)
+        _torch.mark_stepped(self.optimizer)
         return self._hooked_step(self.optimizer)
 
     def _can_be_compiled(self) -> bool:
         own = vars(self.optimizer).get("step")
-        if own is not None and not is_wrapped_by_scheduler(own):
+        if own is not None and not _torch.is_wrapped_by_scheduler(own):
             return False  # somebody has replaced the step of this instance
         # Torch's formulas for tensor learning rates, such as Adam's, divide by them.
         return not any(
@@ -176,7 +170,7 @@ class _CompiledStep:
             constraint = group.get("constraint")
             if _is_slow_to_trace(constraint):
                 return f"it takes minutes to trace the projection of {type(constraint).__name__}"
-        graphs_before, breaks_before = self.graphs, graph_breaks()
+        graphs_before, breaks_before = self.graphs, _torch.graph_breaks()
         self._may_compile = True
         try:
             self._run()
@@ -185,7 +179,7 @@ class _CompiledStep:
             return f"{type(cause).__name__}: {cause}".partition("\n")[0]
         finally:
             self._may_compile = False
-        for reason, count in graph_breaks().items():
+        for reason, count in _torch.graph_breaks().items():
             if count > breaks_before.get(reason, 0):
                 return reason.strip().partition("\n")[0]
         return "" if self.graphs > graphs_before else "nothing of it could be captured"

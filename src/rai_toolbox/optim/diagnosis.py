@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.gradient_mapping import step_size
+
+UNCONSTRAINED = Box(-inf, inf)
+"""What None as a constraint stands for."""
 
 
 def kkt_residual(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
@@ -32,5 +38,7 @@ def active_mask(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
 
 def frank_wolfe_gap(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
     """``<gradient, x - lmo(gradient)>``, an upper bound on f(x) - min f if f is convex."""
+    if constraint is UNCONSTRAINED:
+        return x.new_tensor(inf)
     gradient = widened(gradient)
     return (gradient * (widened(x) - constraint.lmo(gradient))).sum()

@@ -16,7 +16,7 @@ from rai_toolbox.checks import check_number
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
-from rai_toolbox.optim.transforms import Scale, Shift, Transform
+from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 _SCALE, _SHIFT = Scale("grad_scale"), Shift("grad_bias")
@@ -143,7 +143,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return {**group, **dict.fromkeys(names, -1)}
 
     def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
         for name in self._settings:  # those of a chain's members, too
             if base_name(name) in NEUTRAL:
                 check_number(name, group[name])
@@ -179,11 +178,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 )
 
     def _generators(self) -> dict[str, Generator]:
-        found = {
-            f"{transform.prefix}generator_state": getattr(transform, "generator", None)
-            for transform in without_hooks(self._before)
+        return {
+            f"{each.prefix}generator_state": each.generator
+            for each in without_hooks(self._before)
+            if isinstance(each, TopQ) and each.generator is not None
         }
-        return {name: generator for name, generator in found.items() if generator is not None}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -205,20 +204,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         float or None
             What the closure returned.
         """
-        if closure is None:
-            # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
-            if not torch.compiler.is_compiling() and self._initializes_state():
-                step_inner(self.inner_opt, None)
-                for group in self.param_groups:
-                    for transform in without_hooks(self._before):
-                        transform.init_state(group, self)
-                return None
-            self._pre_step()
-            if torch.compiler.is_compiling() and self._must_break_graph():
-                graph_break()
-            loss: float | None = step_inner(self.inner_opt, None)
+        # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
+        compiling = torch.compiler.is_compiling()
+        if closure is not None:
+            closure = self._transforming(closure)
+        elif not compiling and self._initializes_state():
+            step_inner(self.inner_opt, None)
+            for group in self.param_groups:
+                for transform in without_hooks(self._before):
+                    transform.init_state(group, self)
+            return None
         else:
-            loss = step_inner(self.inner_opt, self._transforming(closure))
+            self._pre_step()
+            if compiling and self._must_break_graph():
+                graph_break()
+        loss: float | None = step_inner(self.inner_opt, closure)
         self._post_step()
         return loss
 
@@ -243,44 +243,57 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         transforms = self._transforms(GRADIENT_HOOK)
         todo = []
         seen: set[int] = set()
-        for group in self.param_groups:
+        for group in self.inner_opt.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
             if group["grad_scale"] != 1.0:
                 active.append(_SCALE)
             if group["grad_bias"] != 0.0:
                 active.append(_SHIFT)
             if active:
-                params = [param for param in group["params"] if param.grad is not None]
-                if not torch.compiler.is_compiling():
-                    params = _with_own_gradient(params, seen)
-                if params:
-                    todo.append((active, self._gradients(params, group, active), params, group))
-        for active, grads, params, group in todo:  # all gradients have been checked
-            for transform in active:
-                transform.apply_(grads, params, group, self)
+                todo.append((active, *self._gradients(group, active, seen), group))
+        for active, params, grads, group in todo:  # all gradients have been checked
+            if params:
+                for transform in active:
+                    transform.apply_(grads, params, group, self)
 
     def _post_step(self) -> None:
         for param, new_state in self._new_state.items():
             self.state[param].update(new_state)
         self._new_state.clear()
         transforms = self._transforms(PARAMETER_HOOK)
-        for group in self.param_groups:
+        for group in self.inner_opt.param_groups:
             for transform in transforms:
                 transform.count_step(group)
                 transform.apply_(group["params"], group["params"], group, self)
 
     def _gradients(
-        self, params: list[Tensor], group: Group, transforms: list[Transform]
-    ) -> list[Tensor]:
-        """The tensors to transform: writable gradients, and the values of sparse ones."""
-        grads: list[Any] = [param.grad for param in params]
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        self, group: Group, transforms: list[Transform], seen: set[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters with gradients, and the tensors to transform, which are writable.
+
+        Parameters may share a gradient, which is transformed once: `seen` holds those before.
+        """
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        for param in group["params"]:
+            grad: Any = param.grad
+            if grad is None:
+                continue
+            if not torch.compiler.is_compiling():
+                if id(grad) in seen:
+                    continue
+                seen.add(id(grad))
             if grad.layout is not torch.strided:
-                grads[i] = self._sparse_values(param, grad, group, transforms)
-            elif torch.is_grad_enabled() or not _is_writable(grad):
-                # (differentiable steps leave the graph's own tensor as it is)
-                grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
-        return grads
+                grad = self._sparse_values(param, grad, group, transforms)
+            elif (
+                torch.is_grad_enabled()  # differentiable steps leave tensors of the graph alone
+                or 0 in grad.stride()  # an expanded view
+                or (grad.is_complex() and grad.is_conj())
+            ):
+                grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
+            params.append(param)
+            grads.append(grad)
+        return params, grads
 
     def _sparse_values(
         self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]
@@ -319,21 +332,3 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         after = [each.renamed(names, prefix) for each in self._transforms(PARAMETER_HOOK)]
         before += [each.renamed(names, "") for each in (_SCALE, _SHIFT) if each.setting in names]
         return before, after
-
-
-def _is_writable(grad: Tensor) -> bool:
-    """Whether each element can be written to: not of a conjugate view, nor of an expanded one."""
-    return 0 not in grad.stride() and not (grad.is_complex() and grad.is_conj())
-
-
-def _with_own_gradient(params: list[Tensor], seen: set[int]) -> list[Tensor]:
-    """The parameters whose gradients are not in `seen`, which they are added to.
-
-    Parameters may share a gradient, which is transformed once.
-    """
-    own = []
-    for param in params:
-        if id(param.grad) not in seen:
-            seen.add(id(param.grad))
-            own.append(param)
-    return own

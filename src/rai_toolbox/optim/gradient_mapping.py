@@ -10,12 +10,11 @@ from torch.optim import ASGD, LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.autograd import readable
-from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
-from rai_toolbox.optim.settings import batch_shape_in
+from rai_toolbox.optim.settings import batch_in
 from rai_toolbox.optim.transforms import Key, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
@@ -24,6 +23,7 @@ _STEP_ALONG_GRADIENTS = (SGD, ASGD)
 # Their weight decay is no part of the gradient; so it is in groups with `decoupled_weight_decay`.
 _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _AVERAGING = 0.9
+_STATE = "gradient_average"
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class GradientMapping(Transform):
         return bool(getattr(group[self.constraint], "elementwise", True))  # None is, too
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
-        if self.is_elementwise(group):
-            return False
         wanted = group[self.gradient_mapping]
-        return not issubclass(self.inner, _STEP_ALONG_GRADIENTS) if wanted is None else bool(wanted)
+        if wanted is None:
+            wanted = not issubclass(self.inner, _STEP_ALONG_GRADIENTS)
+        return wanted and not getattr(group[self.constraint], "elementwise", True)
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
@@ -64,45 +64,44 @@ class GradientMapping(Transform):
             return
         decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
         for grad, param, average in zip(tensors, params, averages, strict=True):
-            shape = batch_shape_in(param, group, self.param_ndim)
-            grad_view, copied = view_or_copy(grad, shape)
+            x, _ = batch_in(param, group, self.param_ndim)
+            view, copied = batch_in(grad, group, self.param_ndim)
             map_gradient_(
-                grad_view,
-                view_or_copy(param, shape)[0],
+                view,
+                x,
                 group[self.constraint],
-                average=None if average is None else average.reshape(shape),
+                average=None if average is None else average.reshape(x.shape),
                 reach=group[self.reach],
                 lr=group.get("lr", 1.0),
                 weight_decay=0.0 if decoupled else group.get("weight_decay", 0.0),
                 maximize=group.get("maximize", False),
             )
             if copied:
-                grad.copy_(grad_view.view(grad.shape))
+                grad.copy_(view.view(grad.shape))
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
         if self.is_active(group) and self._past(group) != 0.0:
             for param in group["params"]:
                 if param.grad is not None:
-                    optimizer.state[param][self._name(optimizer)] = torch.zeros_like(param)
+                    optimizer.state[param][self.prefix + _STATE] = torch.zeros_like(param)
 
     def _averages(
         self, grads: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> list[Tensor | None]:
         """Averages of gradients, the present ones included; None where it is the gradient."""
-        past, name = self._past(group), self._name(optimizer)
+        past, states = self._past(group), optimizer.inner_opt.state
         if past == 0.0:
             return [None] * len(params)
+        name = f"{optimizer._prefix}{self.prefix}{_STATE}"
         if optimizer._viewed is not None:  # by a hook, which gets one parameter at a time
             params = [optimizer._viewed]
-        if torch.compiler.is_compiling() and not all(
-            name in optimizer.state.get(param, ()) for param in params
-        ):
+        if torch.compiler.is_compiling() and any(name not in states.get(p, ()) for p in params):
             # The compiler would not look again at the state, once the inner has made its own.
             graph_break()
         averages: list[Tensor | None] = []
         for grad, param in zip(grads, params, strict=True):
             grad = grad.to(param.dtype).reshape(param.shape)  # as checkpoints hold it
-            state = optimizer.state.get(param, {})
+            state = states.get(param, {})
             if name not in state:
                 state = optimizer._new_state.setdefault(param, {})
             if name not in state:
@@ -121,9 +120,6 @@ class GradientMapping(Transform):
             return given
         exact = group[self.constraint].flat or issubclass(self.inner, LBFGS)
         return 0.0 if exact else _AVERAGING
-
-    def _name(self, optimizer: OptimizerWrapper) -> str:
-        return f"{optimizer._prefix}{self.prefix}gradient_average"
 
 
 def map_gradient_(
@@ -150,14 +146,12 @@ def map_gradient_(
     """
     dtype = torch.promote_types(scale_dtype(x), grad.dtype)
     x = x.to(dtype)
-
-    def downhill(gradient: Tensor) -> Tensor:
+    downhill = []
+    for gradient in (readable(grad),) if average is None else (readable(grad), average):
         down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
-        return down + weight_decay * x if weight_decay != 0.0 else down
-
-    down = downhill(readable(grad))
-    e = step_size(x, down, constraint, reach=reach, lr=lr)
-    y = x - e * (down if average is None else downhill(average))
+        downhill.append(down + weight_decay * x if weight_decay != 0.0 else down)
+    e = step_size(x, downhill[0], constraint, reach=reach, lr=lr)
+    y = x - e * downhill[-1]
     pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
     return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
 
@@ -171,10 +165,9 @@ def step_size(
     is not followed far. Where x is 0, which has no scale, e is `lr`.
     """
     dims, wide = constraint.coupled_dims(x.ndim), wide_dtype(x)
-    if torch.is_grad_enabled():  # both are changed in place before this is differentiated
-        x, gradient = x.clone(), gradient.clone()
-    length = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=wide)
-    slope = torch.linalg.vector_norm(gradient, 2, dims, keepdim=True, dtype=wide)
+    # (both are changed in place before this is differentiated)
+    length = torch.linalg.vector_norm(readable(x), 2, dims, keepdim=True, dtype=wide)
+    slope = torch.linalg.vector_norm(readable(gradient), 2, dims, keepdim=True, dtype=wide)
     e = torch.where(length > 0, reach * length / torch.where(slope > 0, slope, 1.0), lr)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)

@@ -63,8 +63,7 @@ class Hook(Transform):
         if self.owner is optimizer:
             self._call(tensors, params, group)
             return
-        own = {own: group[key] for own, key in self.names.items()}
-        own = {**group, **NEUTRAL, **own}
+        own = {**group, **NEUTRAL, **{name: group[key] for name, key in self.names.items()}}
         before = dict(own)
         lent = {
             "inner_opt": optimizer.inner_opt,
@@ -89,10 +88,34 @@ class Hook(Transform):
 
     def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
         for tensor, param in zip(tensors, params, strict=True):
+            shape = batch_shape(param.shape, group["param_ndim"])
+            view, copied = view_or_copy(tensor, shape)
+            shown = view
             if self.hook == GRADIENT_HOOK:
-                _call_with_gradient_(self.owner, param, tensor, group)
-            else:
-                _call_with_parameter_(self.owner, param, group)
+                shown = view_or_copy(param.detach(), shape)[0]
+                if tensor.dtype != param.dtype:
+                    set_grad_dtype(shown, tensor.dtype)
+                shown.grad = view
+            outer = self.owner._viewed  # set if `param` is a view that a hook of a chain got
+            self.owner._viewed = param if outer is None else outer
+            try:
+                getattr(self.owner, self.hook)(shown, optim_group=group)
+            finally:
+                self.owner._viewed = outer
+            if self.hook == GRADIENT_HOOK and shown.grad is not view:
+                raise ValueError(
+                    f"{type(self.owner).__name__}.{self.hook} must write into `param.grad` in "
+                    "place, got another tensor assigned to it"
+                )
+            if copied:
+                tensor.copy_(view.view(tensor.shape))
+            elif view is not tensor and foreach.are_plain([tensor]):
+                # (the tensor does not get the data that `view.data = ...` gives to a view of it)
+                if not share_memory(view, tensor):
+                    raise ValueError(
+                        f"{type(self.owner).__name__}.{self.hook} must write in place, got new "
+                        "data for `.data`"
+                    )
 
 
 def without_hooks(transforms: Iterable[Transform]) -> Iterator[Transform]:
@@ -102,44 +125,3 @@ def without_hooks(transforms: Iterable[Transform]) -> Iterator[Transform]:
             yield from without_hooks(transform.replaced)
         else:
             yield transform
-
-
-def _call_with_gradient_(owner: Any, param: Tensor, grad: Tensor, group: Group) -> None:
-    shape = batch_shape(param.shape, group["param_ndim"])
-    grad_view, copied = view_or_copy(grad, shape)
-    view = view_or_copy(param.detach(), shape)[0]
-    if grad.dtype != param.dtype:
-        set_grad_dtype(view, grad.dtype)
-    view.grad = grad_view
-    outer = owner._viewed  # where the hook of a chain gets a view, and here a view of that
-    owner._viewed = param if outer is None else outer
-    try:
-        owner._pre_step_transform_(view, optim_group=group)
-    finally:
-        owner._viewed = outer
-    if view.grad is not grad_view:
-        raise ValueError(
-            f"{type(owner).__name__}._pre_step_transform_ must write into `param.grad` in place, "
-            "got another tensor assigned to it"
-        )
-    _check_in_place(owner, GRADIENT_HOOK, grad_view, grad, copied)
-    if copied:
-        grad.copy_(grad_view.view(grad.shape))
-
-
-def _call_with_parameter_(owner: Any, param: Tensor, group: Group) -> None:
-    view, copied = view_or_copy(param, batch_shape(param.shape, group["param_ndim"]))
-    owner._post_step_transform_(view, optim_group=group)
-    _check_in_place(owner, PARAMETER_HOOK, view, param, copied)
-    if copied:
-        param.copy_(view.view(param.shape))
-
-
-def _check_in_place(owner: Any, hook: str, view: Tensor, tensor: Tensor, copied: bool) -> None:
-    # The tensor does not get the data that `view.data = ...` gives to a view of it.
-    if copied or view is tensor or not foreach.are_plain([tensor]):
-        return
-    if not share_memory(view, tensor):
-        raise ValueError(
-            f"{type(owner).__name__}.{hook} must write in place, got new data for `.data`"
-        )

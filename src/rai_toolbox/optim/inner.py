@@ -8,12 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
-
-Closure = Callable[[], Any]
+from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, unhooked
 
 
 def optimizer_class(InnerOpt: object) -> type[Optimizer]:
@@ -47,7 +45,7 @@ def make_inner(
     return inner
 
 
-def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
+def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
     """Step the inner optimizer as a part of another optimizer's step.
 
     Torch gives each optimizer class a `step` that runs the global step hooks; those belong to the
@@ -56,11 +54,13 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     args: tuple[Any, ...] = () if closure is None else (closure,)
     own = inner.__dict__.get("step")
     if own is not None:
-        scheduled = getattr(own, "_wrapped_by_lr_sched", False)
-        if not (scheduled and own.__wrapped__ is type(inner).step):
+        if not (is_wrapped_by_scheduler(own) and own.__wrapped__ is type(inner).step):
             return own(*args)  # a user has replaced it
-        inner._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper does
-    step = _unhooked_step(type(inner))
+        mark_stepped(inner)  # as the scheduler's wrapper does
+    step: Any = unhooked(type(inner).step)
+    if torch.compiler.is_compiling():
+        # Without the decorator that switches grad mode, and so would break the graph.
+        step = getattr(step, "__wrapped__", step)
     args = (inner, *args)
     kwargs: dict[str, Any] = {}
     for pre_hook in inner._optimizer_step_pre_hooks.values():
@@ -68,7 +68,7 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
         if changed is not None:
             args, kwargs = changed
     # (not with a closure, which would see the changed groups)
-    together = _plain_sgd(inner) if closure is None else []
+    together = _plain_groups(inner) if type(inner) is SGD and closure is None else []
     for group in together:
         group["foreach"] = True
     try:
@@ -81,39 +81,21 @@ def step_inner(inner: Optimizer, closure: Closure | None) -> Any:
     return result
 
 
-def _plain_sgd(inner: Optimizer) -> list[dict[str, Any]]:
-    """Groups in which a step is one operator on each parameter, or one on all by `foreach=True`.
+def _plain_groups(inner: SGD) -> list[dict[str, Any]]:
+    """Groups in which SGD is one operator on each parameter, or one on all by `foreach=True`.
 
     Torch's own choice on CPU is a loop in Python. With any of these settings, and in other
     optimizers, it would take a copy of all parameters, or round otherwise.
     """
     more = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
-    return [
-        group
-        for group in (inner.param_groups if type(inner) is SGD else [])
-        if group["foreach"] is None and not any(group[name] for name in more)
-        if len(group["params"]) > 1 and _may_be_together(group["params"])
-    ]
-
-
-def _may_be_together(params: list[Tensor]) -> bool:
-    """Whether torch takes parameters and their gradients together, which must be plain.
-
-    It does not take gradients of float16, which parameters of any dtype may have.
-    """
-    grads = [grad for grad in [param.grad for param in params] if grad is not None]
-    plain = foreach.are_plain(params) and foreach.are_plain(grads)
-    return plain and torch.float16 not in {grad.dtype for grad in grads}
-
-
-def _unhooked_step(cls: Any) -> Any:
-    step = cls.step
-    while getattr(step, "hooked", False):  # dynamo may have wrapped it again, with its attributes
-        step = step.__wrapped__
-    if torch.compiler.is_compiling():
-        # Without the decorator that switches grad mode, and so would break the graph.
-        step = getattr(step, "__wrapped__", step)
-    return step
+    found = []
+    for group in inner.param_groups:
+        if len(group["params"]) > 1 and group["foreach"] is None and not any(map(group.get, more)):
+            grads = [param.grad for param in group["params"] if param.grad is not None]
+            plain = foreach.are_plain(group["params"]) and foreach.are_plain(grads)
+            if plain and torch.float16 not in {grad.dtype for grad in grads}:  # torch refuses it
+                found.append(group)
+    return found
 
 
 def picklable_state(optimizer: Optimizer) -> dict[str, Any]:

@@ -10,21 +10,11 @@ from torch import Generator, Tensor, default_generator
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_finite
+from rai_toolbox.optim import transforms
 from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_lr
 from rai_toolbox.optim.settings import REQUIRED, TINY, constructor_arguments
-from rai_toolbox.optim.transforms import (
-    Clamp,
-    L2Projection,
-    LargestSign,
-    LinfProjection,
-    Normalize,
-    Scale,
-    Sign,
-    TopQ,
-    Transform,
-)
 from rai_toolbox.optim.wrapper import Group, Params
 
 
@@ -79,7 +69,7 @@ class ClampedParameterOptimizer(_ClampingOptimizer):
     tensor([0.5000, 3.0000], requires_grad=True)
     """
 
-    _after = (Clamp(),)
+    _after = (transforms.Clamp(),)
 
 
 class ClampedGradientOptimizer(_ClampingOptimizer):
@@ -112,7 +102,7 @@ class ClampedGradientOptimizer(_ClampingOptimizer):
     (tensor([-0.5000,  3.0000]), tensor([ 1.5000, -2.0000], requires_grad=True))
     """
 
-    _before = (Clamp(),)
+    _before = (transforms.Clamp(),)
 
 
 class SignedGradientOptim(ParamTransformingOptimizer):
@@ -138,7 +128,7 @@ class SignedGradientOptim(ParamTransformingOptimizer):
     (tensor([-1.,  1.]), tensor([-0.5000,  0.5000], requires_grad=True))
     """
 
-    _before: tuple[Transform, ...] = (Sign(),)
+    _before: tuple[transforms.Transform, ...] = (transforms.Sign(),)
 
     def __init__(
         self,
@@ -205,7 +195,7 @@ class L1NormedGradientOptim(_NormedGradientOptim):
 
     p: ClassVar[float] = 1
 
-    _before: tuple[Transform, ...] = (Normalize(p),)
+    _before: tuple[transforms.Transform, ...] = (transforms.Normalize(p),)
 
 
 class L2NormedGradientOptim(_NormedGradientOptim):
@@ -240,7 +230,7 @@ class L2NormedGradientOptim(_NormedGradientOptim):
 
     p: ClassVar[float] = 2
 
-    _before: tuple[Transform, ...] = (Normalize(p),)
+    _before: tuple[transforms.Transform, ...] = (transforms.Normalize(p),)
 
 
 class L2ProjectedOptim(L2NormedGradientOptim):
@@ -277,7 +267,7 @@ class L2ProjectedOptim(L2NormedGradientOptim):
     tensor([-0.7885,  0.1353], requires_grad=True)
     """
 
-    _after = (L2Projection(),)
+    _after = (transforms.L2Projection(),)
 
     def __init__(
         self,
@@ -326,7 +316,7 @@ class LinfProjectedOptim(SignedGradientOptim):
     tensor([-1.8000,  1.5000], requires_grad=True)
     """
 
-    _after = (LinfProjection(),)
+    _after = (transforms.LinfProjection(),)
 
     def __init__(
         self,
@@ -398,15 +388,15 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
     ) -> None:
         if not isinstance(generator, Generator):
             raise TypeError(f"`generator` must be a torch.Generator, got {generator!r}")
-        self._before = (TopQ(generator=None if generator is default_generator else generator),)
+        self._before = (
+            transforms.TopQ(generator=None if generator is default_generator else generator),
+        )
         super().__init__(**constructor_arguments(locals()))
 
     @property
     def generator(self) -> Generator:
         """What `q` is drawn from."""
-        (transform,) = self._before
-        assert isinstance(transform, TopQ)
-        return transform.generator or default_generator
+        return self._generators().get("generator_state", default_generator)
 
 
 class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
@@ -532,7 +522,7 @@ class L1FrankWolfe(_FrankWolfeOnBall):
     tensor([ 0.0000, -1.8000], requires_grad=True)
     """
 
-    _before = (LargestSign(), Scale("epsilon"))
+    _before = (transforms.LargestSign(), transforms.Scale("epsilon"))
 
 
 class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
@@ -570,7 +560,7 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
     tensor([-0.8050, -1.6100], requires_grad=True)
     """
 
-    _before = (Normalize(2), Scale("epsilon"))
+    _before = (transforms.Normalize(2), transforms.Scale("epsilon"))
 
 
 class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
@@ -608,7 +598,7 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
     tensor([-1.8000, -1.8000], requires_grad=True)
     """
 
-    _before = (Sign(), Scale("epsilon"))
+    _before = (transforms.Sign(), transforms.Scale("epsilon"))
 
 
 class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
@@ -649,7 +639,7 @@ class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
     tensor([ 0.0000, -0.9000, -0.9000], requires_grad=True)
     """
 
-    _before = (Scale("epsilon"),)
+    _before = (transforms.Scale("epsilon"),)
 
     def __init__(
         self,

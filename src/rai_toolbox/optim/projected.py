@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from typing import Any
 
 import torch
@@ -13,18 +12,16 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim import diagnosis
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
+from rai_toolbox.optim.own_step import device_of
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
-
-_UNCONSTRAINED = Box(-inf, inf)  # what None stands for
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,13 @@ class PeriodicProjection(Projection):
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
-        if group[self.every] != 1 or group[self.warmup] != 0:
-            after_warmup = group[self.steps_taken] - group[self.warmup]
-            if after_warmup <= 0 or after_warmup % group[self.every] != 0:
-                return
-        self.change_(tensors, group)
+        every, warmup = group[self.every], group[self.warmup]
+        after_warmup = group[self.steps_taken] - warmup
+        if (every, warmup) == (1, 0) or (after_warmup > 0 and after_warmup % every == 0):
+            self.change_(tensors, group)
 
     def count_step(self, group: Group) -> None:  # noqa: D102
-        if group[self.every] != 1 or group[self.warmup] != 0:
+        if (group[self.every], group[self.warmup]) != (1, 0):  # else the count has no effect
             group[self.steps_taken] += 1
 
 
@@ -168,7 +164,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         list of Tensor
             One number per group, without synchronizing with the host; as the methods below.
         """
-        return self._of_groups(lambda x, c: c.violation(x).amax(), torch.amax)
+        return self._of_groups(lambda x, _, c: c.violation(x).amax(), torch.amax, gradients=False)
 
     def kkt_residual(self) -> list[Tensor]:
         """How far each group is from a stationary point: ``|p - P(p - g)|``.
@@ -181,7 +177,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_groups(diagnosis.kkt_residual, torch.linalg.vector_norm, gradients=True)
+        return self._of_groups(diagnosis.kkt_residual, torch.linalg.vector_norm)
 
     def active_fraction(self) -> list[Tensor]:
         """Share of a group's sub-tensors that a small step along -g takes out of their set.
@@ -192,11 +188,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_groups(
-            lambda x, g, c: diagnosis.active_mask(x, g, c).double().flatten(),
-            torch.mean,
-            gradients=True,
-        )
+        return self._of_groups(diagnosis.active_mask, torch.mean)
 
     def frank_wolfe_gap(self) -> list[Tensor]:
         """``<g, p - lmo(g)>`` of each group: for convex losses, an upper bound on f(p) - min f.
@@ -208,40 +200,31 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_groups(
-            lambda x, g, c: (
-                x.new_tensor(inf) if c is _UNCONSTRAINED else diagnosis.frank_wolfe_gap(x, g, c)
-            ),
-            torch.sum,
-            gradients=True,
-        )
+        return self._of_groups(diagnosis.frank_wolfe_gap, torch.sum)
 
     @torch.no_grad()
     def _of_groups(
-        self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor], gradients: bool = False
+        self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor], gradients: bool = True
     ) -> list[Tensor]:
         """The total of what `of` finds for each parameter of a group, in float64."""
         found = []
         for group in self.param_groups:
-            device = group["params"][0].device if group["params"] else None
+            device = device_of(group)
             values = [
-                complete(of(*batches)).to(device, torch.float64).reshape(-1)
+                complete(of(*batches)).to(device, torch.float64).flatten()
                 for batches in _batches(group, gradients)
             ]
             found.append(total(torch.cat(values or [torch.zeros(1, device=device).double()])))
         return found
 
 
-def _batches(group: Group, gradients: bool) -> Iterator[tuple[Any, ...]]:
-    """Each parameter as a batch, and if asked its gradient as the inner descends; and its set."""
-    constraint = _UNCONSTRAINED if group["constraint"] is None else group["constraint"]
+def _batches(group: Group, gradients: bool) -> Iterator[tuple[Tensor, Tensor, Constraint]]:
+    """Each parameter, or each that has a gradient; its gradient as the inner descends; its set."""
+    constraint = diagnosis.UNCONSTRAINED if group["constraint"] is None else group["constraint"]
     for param in group["params"]:
-        shape = batch_shape_in(param, group)
-        if param.numel() == 0 or (gradients and param.grad is None):
-            continue
-        if not gradients:
-            yield param.detach().reshape(shape), constraint
-            continue
-        grad = param.grad.detach().to_dense() if param.grad.is_sparse else param.grad
-        downhill = -grad if group.get("maximize", False) else grad
-        yield param.detach().reshape(shape), downhill.reshape(shape), constraint
+        if param.numel() > 0 and (param.grad is not None or not gradients):
+            grad = param.grad if gradients else torch.zeros_like(param)
+            grad = grad.to_dense() if grad.is_sparse else grad
+            downhill = -grad if group.get("maximize", False) else grad
+            shape = batch_shape_in(param, group)
+            yield param.detach().reshape(shape), downhill.detach().reshape(shape), constraint

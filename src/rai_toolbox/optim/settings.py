@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox.batch import batch_shape
+from rai_toolbox.batch import batch_shape, view_or_copy
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import check_view
 
@@ -35,11 +35,7 @@ def constructor_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
     given = {k: v for k, v in named.items() if k not in ("self", "__class__", "generator")}
     inner_opt_kwargs = given.pop("inner_opt_kwargs", {})
     shared = {name: given.pop(name) for name in _SHARED if name in given}
-    return {
-        **shared,
-        "defaults": {**given, **(shared.get("defaults") or {})},
-        **inner_opt_kwargs,
-    }
+    return {**shared, "defaults": {**given, **(shared.get("defaults") or {})}, **inner_opt_kwargs}
 
 
 def base_name(name: str) -> str:
@@ -116,8 +112,16 @@ def batch_shape_in(
     """
     if param.ndim == 0:
         return (1, 1)
-    ndim = group[param_ndim]
-    return param.shape if ndim == -1 and param.ndim > 1 else batch_shape(param.shape, ndim)
+    return batch_shape(param.shape, group[param_ndim])
+
+
+def batch_in(
+    tensor: Tensor, group: Mapping[str, Any], param_ndim: str = "param_ndim"
+) -> tuple[Tensor, bool]:
+    """A parameter, or its gradient, as the batch that a constraint gets; and if it is a copy."""
+    if group[param_ndim] == -1 and tensor.ndim > 1:
+        return tensor, False
+    return view_or_copy(tensor, batch_shape_in(tensor, group, param_ndim))
 
 
 def check_fits(

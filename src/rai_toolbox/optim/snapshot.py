@@ -44,15 +44,11 @@ class Snapshot:
     def difference(self, others: Mapping[str, Tensor]) -> str:
         """Name a value that is another one in `others` than now, by more than rounding."""
         present = dict(_named_values(self._optimizer))
-        names = [
-            *(others.keys() ^ present.keys()),
-            *(
-                name
-                for name in others.keys() & present.keys()
-                if not _agree(self._values.get(name), present[name], others[name])
-            ),
-        ]
-        return min(names, default="")
+        differing = others.keys() ^ present.keys()
+        for name in others.keys() & present.keys():
+            if not _agree(self._values.get(name), present[name], others[name]):
+                differing.add(name)
+        return min(differing, default="")
 
 
 def copies(optimizer: Optimizer) -> dict[str, Tensor]:

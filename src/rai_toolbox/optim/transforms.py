@@ -17,18 +17,13 @@ from torch import Generator, Tensor, default_generator
 
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
-from rai_toolbox.checks import check_bounds, check_fraction, check_non_negative
+from rai_toolbox.checks import check_fraction, check_non_negative, check_number, check_order
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
-from rai_toolbox.optim.settings import (
-    batch_shape_in,
-    check_constraint,
-    check_fits,
-    refuse_complex,
-)
+from rai_toolbox.optim.settings import batch_in, check_constraint, check_fits, refuse_complex
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 Key = str
@@ -127,7 +122,14 @@ class Clamp(_Elementwise):
 
     def check(self, group: Group) -> None:
         lower, upper = self.clamp_min, self.clamp_max
-        check_bounds(lower, group[lower], upper, group[upper])
+        given = [name for name in (lower, upper) if group[name] is not None]
+        if not given:
+            raise ValueError(
+                f"`{lower}` or `{upper}` must be given, got {lower}=None and {upper}=None"
+            )
+        for name in given:
+            check_number(name, group[name])
+        check_order(lower, group[lower], upper, group[upper])
         refuse_complex(group, f"`{lower}` and `{upper}`")
 
     def keeps_zero(self, group: Group) -> bool:
@@ -207,19 +209,21 @@ class Projection(Transform):
             check_fits(group[self.constraint], group, self.param_ndim)
 
     def is_elementwise(self, group: Group) -> bool:
-        constraint = group[
-            self.constraint
-        ]  # None, or what `check` is to refuse, constrains nothing
-        return bool(getattr(constraint, "elementwise", True))
+        # (None, or what `check` is to refuse, constrains nothing)
+        return bool(getattr(group[self.constraint], "elementwise", True))
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         if group[self.constraint] is None:
             return
-        views = [view_or_copy(x, batch_shape_in(x, group, self.param_ndim)) for x in tensors]
-        group[self.constraint].project_each_([view for view, _ in views])
-        for x, (view, copied) in zip(tensors, views, strict=True):
+        views, copies = [], []
+        for x in tensors:
+            view, copied = batch_in(x, group, self.param_ndim)
+            views.append(view)
             if copied:
-                x.copy_(view.view(x.shape))
+                copies.append((x, view))
+        group[self.constraint].project_each_(views)
+        for x, view in copies:
+            x.copy_(view.view(x.shape))
 
 
 @dataclass(frozen=True)

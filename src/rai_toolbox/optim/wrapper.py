@@ -160,9 +160,8 @@ class OptimizerWrapper(Optimizer):
             pre_hook(self)
         state_dict = self.inner_opt.state_dict()
         groups = [as_saved(group) for group in state_dict["param_groups"]]
-        generators = self._generators()
-        if generators:
-            groups[0].update({name: g.get_state() for name, g in generators.items()})
+        for group in groups[:1]:
+            group.update({name: g.get_state() for name, g in self._generators().items()})
         state_dict = {**state_dict, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
@@ -227,18 +226,17 @@ class OptimizerWrapper(Optimizer):
             names = {k: live[k] for k in ("params", "param_names") if k in live}
             self._check_group(group | ours | names)
             merged.append(group | ours)
-        states = {name: loaded[0].get(name) for name in self._generators()} if loaded else {}
         return merged, [
-            (generator, _checked_state(name, states[name], generator))
+            (generator, _checked_state(name, loaded[0][name], generator))
             for name, generator in self._generators().items()
-            if states.get(name) is not None
+            if loaded and loaded[0].get(name) is not None
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        if "inner_opt" not in self.__dict__:  # a chain's member
-            return own_state(self)
-        inner = self.inner_opt
-        return own_state(self) | {"inner_opt": (type(inner), picklable_state(inner))}
+        state = own_state(self)
+        if "inner_opt" in state:  # a chain's member has none
+            state["inner_opt"] = (type(self.inner_opt), picklable_state(self.inner_opt))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -246,13 +244,9 @@ class OptimizerWrapper(Optimizer):
             inner_class, inner_state = state.pop("inner_opt")
             self.inner_opt = inner_class.__new__(inner_class)
             self.inner_opt.__setstate__(inner_state)
-        names = {"state", "param_groups", "defaults"} & state.keys()
-        of_inner: dict[str, Any] = {name: state.pop(name) for name in names}
-        if of_inner:
-            self.inner_opt.__setstate__(of_inner)
-        self.__dict__.update(state)
-        if "inner_opt" in self.__dict__:
             Optimizer.__setstate__(self, {})
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
         """A copy of a group, with a value for every setting, checked."""
@@ -306,10 +300,7 @@ def checked_group(param_group: Any) -> Group:
     if "params" not in param_group:
         raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
     params = param_group["params"]
-    return {
-        **param_group,
-        "params": [params] if isinstance(params, Tensor) else _in_order(params),
-    }
+    return {**param_group, "params": [params] if isinstance(params, Tensor) else _in_order(params)}
 
 
 def _in_order(params: Any) -> list[Any]:
