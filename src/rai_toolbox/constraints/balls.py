@@ -21,7 +21,7 @@ from rai_toolbox.constraints.kernels.blocks import (
     widened,
 )
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
-from rai_toolbox.constraints.kernels.l1 import memory_for, project_l1_rows, project_l1_rows_
+from rai_toolbox.constraints.kernels.l1 import project_l1_rows, project_l1_rows_
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
@@ -265,16 +265,15 @@ class L1Ball(_Ball):
             return
         for x in batches:
             self._check_batch(x)
-        memory = memory_for(batches)
-        in_groups(batches, lambda x: self._project_rows_(x, memory))
+        in_groups(batches, self._project_rows_)
 
-    def _project_rows_(self, x: Tensor, memory: Tensor | None) -> None:
+    def _project_rows_(self, x: Tensor) -> None:
         if not in_blocks(x) or needs_grad(x):
             super().project_(x)
             return
         for part in [x] if x.numel() <= MANY else [x[rows] for rows in row_blocks(x, MANY)]:
             rows = part.reshape(len(part), -1)
-            project_l1_rows_(rows, self.epsilon, memory)
+            project_l1_rows_(rows, self.epsilon)
             if rows.data_ptr() != part.data_ptr():
                 part.copy_(rows.view(part.shape))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, wide_dtype
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
 from rai_toolbox.constraints.kernels.threshold import lower_, lowered, wide_sum
 
@@ -27,21 +29,17 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
     return torch.where(length <= epsilon, x, nearest)
 
 
-def project_l1_rows_(x: Tensor, epsilon: float | Tensor, memory: Tensor | None = None) -> Tensor:
-    """`project_l1_rows`, in place, of a plain tensor on the CPU.
-
-    `memory` of float32, twice the size of x, spares new memory, which is slow to touch.
-    """
+def project_l1_rows_(x: Tensor, epsilon: float | Tensor) -> Tensor:
+    """`project_l1_rows`, in place, of a plain tensor on the CPU."""
     dtype = _working_dtype(x, epsilon)
-    if memory is None or dtype != torch.float32:
-        memory = x.new_empty(2 * x.numel(), dtype=dtype)
-    values, buffer = memory[: 2 * x.numel()].view(2, *x.shape)
-    torch.abs(x, out=values) if x.dtype == dtype else values.copy_(x).abs_()
+    # One piece of memory: the allocator keeps it, where it would give back two and fetch them anew.
+    values, buffer = x.new_empty((2, *x.shape), dtype=dtype)
+    values.copy_(x).abs_() if x.dtype != dtype else torch.abs(x, out=values)
     rough, error = values.sum(1, keepdim=True), x.shape[1] * torch.finfo(dtype).eps
     if bool((rough * (1 + error) < epsilon).all()):
         return x
-    finite = rough.isfinite()
-    if not bool(((rough * (1 - error) > epsilon) & finite).all()):
+    finite = None
+    if not bool(((rough * (1 - error) > epsilon) & (rough < inf)).all()):
         length = wide_sum(values)
         finite = length.isfinite()
         outside = ~(finite & (length <= epsilon))
@@ -51,7 +49,7 @@ def project_l1_rows_(x: Tensor, epsilon: float | Tensor, memory: Tensor | None =
             return x.index_copy_(0, at, project_l1_rows_(x[at], some)) if len(at) else x
     nearest = _rounded_down(lower_(values, _goal(values, epsilon), buffer), x.dtype)
     torch.copysign(nearest, x, out=x)
-    return x if bool(finite.all()) else x.masked_fill_(~finite, torch.nan)
+    return x if finite is None else x.masked_fill_(~finite, torch.nan)
 
 
 def _goal(values: Tensor, epsilon: float | Tensor) -> float | Tensor:
@@ -69,12 +67,3 @@ def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:
     else:
         fits = 1 / _FAR < epsilon < _FAR
     return torch.promote_types(x.dtype, torch.float32) if fits else wide_dtype(x)
-
-
-def memory_for(batches: list[Tensor]) -> Tensor | None:
-    """Memory for `project_l1_rows_` on each of the batches in turn, where they are large."""
-    size = max(map(Tensor.numel, batches), default=0)
-    if size <= BLOCK or not all(map(in_blocks, batches)):
-        return None
-    size = max(min(x.numel(), max(MANY, x[:1].numel())) for x in batches)
-    return torch.empty(2 * size, dtype=torch.float32, device="cpu")

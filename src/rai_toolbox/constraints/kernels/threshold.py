@@ -10,6 +10,7 @@ from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad,
 
 _GROUPS = 4  # of entries; the search begins with the largest of each few
 _WIDE = 128  # entries of a row for which that pays
+_FIRST_STEPS = 3
 
 
 def lowered(v: Tensor, total: float | Tensor) -> Tensor:
@@ -47,14 +48,15 @@ def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
     """`lowered`, in place, of a plain tensor on the CPU; `buffer` is memory in the shape of v."""
     v.sub_(v.amax(1, keepdim=True))
     goal = torch.as_tensor(total, dtype=v.dtype, device=v.device).expand(len(v), 1)
-    some = v
-    if v.shape[1] >= _WIDE:
-        # The threshold of some entries is never above that of all.
+    if v.shape[1] < _WIDE:
+        t = _least(v, goal)
+    else:  # the threshold of some entries is never above that of all
         size = v.shape[1] // _GROUPS
         some = v[:, : _GROUPS * size].unflatten(1, (_GROUPS, size)).amax(1)
-    t = _least(some, goal)
-    if some is not v:
-        t, _ = _settled(some, t, goal, torch.empty_like(some))
+        t = _least(some, goal)
+        over = torch.empty_like(some)
+        for _ in range(_FIRST_STEPS):
+            t = _stepped(some, t, goal, _number_above(some, t, over), over)
     t, number = _settled(v, t, goal, buffer)
     over = v.sub_(t)
     missed = total - wide_sum(torch.clamp(over, min=0, out=buffer))
@@ -74,9 +76,9 @@ def _last_factor(soft: Tensor, total: float | Tensor) -> Tensor:
 def wide_sum(rows: Tensor) -> Tensor:
     """Sums of rows in float64, shape (N, 1); converted some rows at a time."""
     dtype = wide_dtype(rows)
-    if rows.numel() <= BLOCK // 4 or rows.dtype == dtype or not in_blocks(rows):
+    if rows.numel() <= BLOCK or rows.dtype == dtype or not in_blocks(rows):
         return rows.sum(1, keepdim=True, dtype=dtype)
-    height = max(1, BLOCK // 4 // rows.shape[1])
+    height = max(1, BLOCK // rows.shape[1])
     return torch.cat([some.sum(1, keepdim=True, dtype=dtype) for some in rows.split(height)])
 
 
@@ -90,8 +92,7 @@ def _settled(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor
     """The threshold that is right for the entries above it, from one below; their number."""
     number = _number_above(v, t, buffer)
     while True:
-        excess = torch.sub(v, t, out=buffer).relu_().sum(1, keepdim=True) - goal
-        t = torch.maximum(t, t + excess / number.clamp(min=1))
+        t = _stepped(v, t, goal, number, buffer)
         before, number = number, _number_above(v, t, buffer)
         moving = number < before
         count = int(moving.count_nonzero())
@@ -101,6 +102,12 @@ def _settled(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor
             at = moving.view(-1).nonzero().view(-1)
             t[at], number[at] = _settled(v[at], t[at], goal[at], buffer[:count])
             return t, number
+
+
+def _stepped(v: Tensor, t: Tensor, goal: Tensor, number: Tensor, buffer: Tensor) -> Tensor:
+    """The threshold that is right for the `number` of entries above t."""
+    excess = torch.sub(v, t, out=buffer).relu_().sum(1, keepdim=True).sub_(goal)
+    return t + excess.div_(number.clamp(min=1)).clamp_(min=0)
 
 
 def _number_above(v: Tensor, t: Tensor, buffer: Tensor) -> Tensor:
