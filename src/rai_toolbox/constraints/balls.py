@@ -13,6 +13,7 @@ from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
     MANY,
     in_blocks,
     in_groups,
@@ -265,15 +266,18 @@ class L1Ball(_Ball):
             return
         for x in batches:
             self._check_batch(x)
-        in_groups(batches, self._project_rows_)
+        most = max(map(Tensor.numel, batches), default=0)
+        size = 2 * min(most, MANY) if most > BLOCK and len(batches) > 1 else 0
+        memory = torch.empty(size, dtype=torch.float32, device="cpu")
+        in_groups(batches, lambda x: self._project_rows_(x, memory))
 
-    def _project_rows_(self, x: Tensor) -> None:
+    def _project_rows_(self, x: Tensor, memory: Tensor) -> None:
         if not in_blocks(x) or needs_grad(x):
             super().project_(x)
             return
         for part in [x] if x.numel() <= MANY else [x[rows] for rows in row_blocks(x, MANY)]:
             rows = part.reshape(len(part), -1)
-            project_l1_rows_(rows, self.epsilon)
+            project_l1_rows_(rows, self.epsilon, memory)
             if rows.data_ptr() != part.data_ptr():
                 part.copy_(rows.view(part.shape))
 

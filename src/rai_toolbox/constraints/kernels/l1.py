@@ -29,11 +29,16 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
     return torch.where(length <= epsilon, x, nearest)
 
 
-def project_l1_rows_(x: Tensor, epsilon: float | Tensor) -> Tensor:
-    """`project_l1_rows`, in place, of a plain tensor on the CPU."""
+def project_l1_rows_(x: Tensor, epsilon: float | Tensor, memory: Tensor | None = None) -> Tensor:
+    """`project_l1_rows`, in place, of a plain tensor on the CPU.
+
+    `memory`, of float32 and twice the size of x, spares new memory, which is slow to touch.
+    """
     dtype = _working_dtype(x, epsilon)
-    # One piece of memory: the allocator keeps it, where it would give back two and fetch them anew.
-    values, buffer = x.new_empty((2, *x.shape), dtype=dtype)
+    if memory is None or dtype != memory.dtype or len(memory) < 2 * x.numel():
+        # (one piece: the allocator keeps that, but gives two back to the system)
+        memory = x.new_empty(2 * x.numel(), dtype=dtype)
+    values, buffer = memory[: 2 * x.numel()].view(2, *x.shape)
     values.copy_(x).abs_() if x.dtype != dtype else torch.abs(x, out=values)
     rough, error = values.sum(1, keepdim=True), x.shape[1] * torch.finfo(dtype).eps
     if bool((rough * (1 + error) < epsilon).all()):

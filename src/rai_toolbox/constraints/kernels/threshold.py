@@ -76,9 +76,9 @@ def _last_factor(soft: Tensor, total: float | Tensor) -> Tensor:
 def wide_sum(rows: Tensor) -> Tensor:
     """Sums of rows in float64, shape (N, 1); converted some rows at a time."""
     dtype = wide_dtype(rows)
-    if rows.numel() <= BLOCK or rows.dtype == dtype or not in_blocks(rows):
+    if rows.numel() <= BLOCK // 2 or rows.dtype == dtype or not in_blocks(rows):
         return rows.sum(1, keepdim=True, dtype=dtype)
-    height = max(1, BLOCK // rows.shape[1])
+    height = max(1, BLOCK // 2 // rows.shape[1])
     return torch.cat([some.sum(1, keepdim=True, dtype=dtype) for some in rows.split(height)])
 
 
