@@ -13,6 +13,7 @@ from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
     MANY,
     in_blocks,
     in_groups,
@@ -21,7 +22,7 @@ from rai_toolbox.constraints.kernels.blocks import (
     widened,
 )
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
-from rai_toolbox.constraints.kernels.l1 import memory_for, project_l1_rows
+from rai_toolbox.constraints.kernels.l1 import project_l1_rows, project_l1_rows_
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
@@ -265,17 +266,20 @@ class L1Ball(_Ball):
             return
         for x in batches:
             self._check_batch(x)
-        memory = memory_for(batches)
+        most = max(map(Tensor.numel, batches), default=0)
+        size = 2 * min(most, MANY) if most > BLOCK and len(batches) > 1 else 0
+        memory = torch.empty(size, dtype=torch.float32, device="cpu")
         in_groups(batches, lambda x: self._project_rows_(x, memory))
 
-    def _project_rows_(self, x: Tensor, memory: Tensor | None) -> None:
+    def _project_rows_(self, x: Tensor, memory: Tensor) -> None:
         if not in_blocks(x) or needs_grad(x):
             super().project_(x)
             return
         for part in [x] if x.numel() <= MANY else [x[rows] for rows in row_blocks(x, MANY)]:
-            some = None if memory is None else memory[: 2 * part.numel()]
-            found = project_l1_rows(part.reshape(len(part), -1), self.epsilon, some)
-            part.copy_(found.view(part.shape))
+            rows = part.reshape(len(part), -1)
+            project_l1_rows_(rows, self.epsilon, memory)
+            if rows.data_ptr() != part.data_ptr():
+                part.copy_(rows.view(part.shape))
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(self._from_center(x.to(dtype)), 1, 1)
