@@ -136,7 +136,7 @@ class BoxSection(Constraint):
         )
         most = torch.where(weight > 0, upper, lower).where(weight != 0, least)
         price = torch.where(weight != 0, gradient / weight, inf)
-        missing = total - (weight * least).sum(1, keepdim=True)
+        missing = (total - (weight * least).sum(1, keepdim=True)).clamp(min=0)
         room = (weight * (most - least)).abs()
         filled, last = fill_cheapest(price, room, missing)
         point = torch.where(filled < room, least + filled / weight, most)
