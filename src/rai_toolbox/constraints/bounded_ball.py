@@ -41,13 +41,19 @@ def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
     return (gap.abs() > distance) | beyond_it
 
 
-def _of_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
+def _in_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
     """A bound as it counts: rounded to the dtype; what is beyond it is infinite."""
     if isinstance(bound, Tensor):
         return bound.to(dtype)
     if bound is None or abs(bound) <= torch.finfo(dtype).max:
         return bound
     return inf if bound > 0 else -inf
+
+
+def _larger(a: float | Tensor, b: float | Tensor) -> Any:
+    if isinstance(a, Tensor):
+        return a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
@@ -117,6 +123,7 @@ class BoundedBall(Constraint):
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
         self.__dict__["_kind"] = kind
+        self.__dict__["_known"] = None, None  # a dtype, and the settings as they count in it
         self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
         gap, epsilon = self._gap(), torch.as_tensor(self.ball.epsilon, dtype=torch.float64)
         self.__dict__["_apart"] = bool((gap > 0).any())
@@ -170,9 +177,18 @@ class BoundedBall(Constraint):
         if batch not in self.__dict__["_met"]:
             self._check_batch(x)
             self.__dict__["_met"].add(batch)
-        if self._needs_float64(x):
+        eager = in_blocks(x)
+        if (  # only the general projection, in float64, will do
+            x.dtype not in (torch.float32, torch.float64)
+            or self.ball.center is not None
+            or self.__dict__["_apart"]
+            or (torch.is_grad_enabled() and x.requires_grad)
+            or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
+            or x.numel() == 0
+            or x.device.type == "mps"
+        ):
             return super().project_(x)
-        if in_blocks(x) and isfinite(x.sum().item()):
+        if eager and isfinite(x.sum().item()):
             return self._project_around_0_(x)
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
         return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
@@ -183,30 +199,30 @@ class BoundedBall(Constraint):
         self.ball.sample_(x, generator)
         return self.project_(x)
 
-    def _needs_float64(self, x: Tensor) -> bool:
-        """Whether only the general projection, in float64, will do, whatever the values are."""
-        return (
-            x.dtype not in (torch.float32, torch.float64)
-            or self.ball.center is not None
-            or self.__dict__["_apart"]
-            or (torch.is_grad_enabled() and x.requires_grad)
-            or function_transforms_active()
-            or forward_ad_level() >= 0
-            or x.numel() == 0
-            or x.device.type == "mps"
-        )
+    def _settings_in(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+        """Bounds and radius as they count in `dtype`; those of a Linf ball are within it."""
+        key, known = self.__dict__["_known"]
+        if key == dtype and known[0] is self._tensors:  # (sets with other settings have another)
+            found: tuple[Any, Any, Any] = known[1]
+            return found
+        lower, upper = _in_dtype(self.lower, dtype), _in_dtype(self.upper, dtype)
+        epsilon = _in_dtype(self.ball.epsilon, dtype)
+        if self.ball.p == inf:
+            lower = -epsilon if lower is None else _larger(lower, -epsilon)
+            upper = epsilon if upper is None else -_larger(-upper, -epsilon)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_known"] = dtype, (self._tensors, (lower, upper, epsilon))
+        return lower, upper, epsilon
 
     def _project_around_0_(self, x: Tensor) -> Tensor:
-        lower, upper = _of_dtype(self.lower, x.dtype), _of_dtype(self.upper, x.dtype)
-        if self.ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
-            epsilon = _of_dtype(self.ball.epsilon, x.dtype)
-            return clamp_between_(clamp_between_(x, lower, upper), 0.0 - epsilon, epsilon)
+        lower, upper, _ = self._settings_in(x.dtype)
+        if self.ball.p == inf:
+            return clamp_between_(x, lower, upper)
         if x.numel() <= MANY or not in_blocks(x):
             return x.copy_(self._nearest_around_0(x, lower, upper))
         for rows in row_blocks(x, MANY):
-            part, seen = x[rows], self._at_rows(x, rows)
-            lower, upper = _of_dtype(seen.lower, x.dtype), _of_dtype(seen.upper, x.dtype)
-            part.copy_(seen._nearest_around_0(part, lower, upper))
+            seen = self._at_rows(x, rows)
+            x[rows].copy_(seen._nearest_around_0(x[rows], *seen._settings_in(x.dtype)[:2]))
         return x
 
     def _nearest_around_0(self, x: Tensor, lower: Any, upper: Any) -> Tensor:
@@ -292,7 +308,7 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     """
     if not isinstance(constraint, BoundedBall):
         return grad
-    lower, upper = (_of_dtype(bound, x.dtype) for bound in (constraint.lower, constraint.upper))
+    lower, upper = _in_dtype(constraint.lower, x.dtype), _in_dtype(constraint.upper, x.dtype)
     if lower is not None:
         grad.masked_fill_((x <= lower) & (grad > 0), 0.0)
     if upper is not None:
