@@ -28,17 +28,7 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
     outside_bounds,
     rounded_bounds,
 )
-from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
-
-
-def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
-    """Whether ``|point - center| > distance`` exactly: what rounding takes off counts (Knuth)."""
-    minus = -center
-    gap = point + minus
-    part = gap - point
-    lost = (point - (gap - part)) + (minus - part)
-    beyond_it = (gap.abs() == distance) & (gap.sign() * lost > 0)
-    return (gap.abs() > distance) | beyond_it
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, is_farther, noise
 
 
 def _in_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
@@ -56,6 +46,7 @@ def _larger(a: float | Tensor, b: float | Tensor) -> Any:
     return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
+# By the class of the ball: the order of its norm, its projection and its linear oracle.
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
     (LinfBall, inf, nearest_in_linf, least_in_linf),
     (L2Ball, 2, nearest_in_l2, least_in_l2),
@@ -282,7 +273,7 @@ class BoundedBall(Constraint):
         largest = torch.finfo(dtype).max
         rounded = (center + offset).clamp(-largest, largest).to(dtype)
         seen = rounded.detach()
-        away = _farther(seen.to(offset.dtype), center, offset.detach().abs())
+        away = is_farther(seen.to(offset.dtype), center, offset.detach().abs())
         # By a difference, which is exact: autograd has no derivative of `nextafter`.
         back = torch.where(away, seen.nextafter(center.to(dtype).expand_as(seen)) - seen, 0.0)
         return (rounded + back).to(offset.dtype).clamp(lower, upper)
