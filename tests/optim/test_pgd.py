@@ -252,10 +252,11 @@ class Passes(TorchDispatchMode):
 def test_an_linf_step_within_bounds_is_a_few_passes():
     (x,) = tensors((16, 40))
     opt = PGD([x], constraint=BoundedBall(LinfBall(0.1), *bounds((16, 40))), lr=0.01)
+    opt.step()  # which intersects the ball and the bounds, once
     with Passes(x.numel()) as mode:
         opt.step()
     sign = ["mul_", "mul_", "clamp_"]
-    assert mode.names == [*sign, "add_", "clamp_", "clamp_"]
+    assert mode.names == [*sign, "add_", "clamp_"]
     assert sum("_record_function" not in name for name in mode.all) <= 8
 
 

@@ -28,31 +28,25 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
     outside_bounds,
     rounded_bounds,
 )
-from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, is_farther, noise
 
 
-def _farther(point: Tensor, center: Tensor, distance: Tensor) -> Tensor:
-    """Whether ``|point - center| > distance`` exactly: what rounding takes off counts (Knuth)."""
-    minus = -center
-    gap = point + minus
-    part = gap - point
-    lost = (point - (gap - part)) + (minus - part)
-    beyond_it = (gap.abs() == distance) & (gap.sign() * lost > 0)
-    return (gap.abs() > distance) | beyond_it
+def _in_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
+    """A bound as it counts: rounded to the dtype; what is beyond it is infinite."""
+    if isinstance(bound, Tensor):
+        return bound.to(dtype)
+    if bound is None or abs(bound) <= torch.finfo(dtype).max:
+        return bound
+    return inf if bound > 0 else -inf
 
 
-def _of_dtype(dtype: torch.dtype, *bounds: float | Tensor | None) -> list[Any]:
-    """Bounds as they count: rounded to the dtype; what is beyond it is infinite."""
-    rounded: list[Any] = []
-    for bound in bounds:
-        if isinstance(bound, Tensor):
-            bound = bound.to(dtype)
-        elif bound is not None and abs(bound) > torch.finfo(dtype).max:
-            bound = inf if bound > 0 else -inf
-        rounded.append(bound)
-    return rounded
+def _larger(a: float | Tensor, b: float | Tensor) -> Any:
+    if isinstance(a, Tensor):
+        return a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
+# By the class of the ball: the order of its norm, its projection and its linear oracle.
 _KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
     (LinfBall, inf, nearest_in_linf, least_in_linf),
     (L2Ball, 2, nearest_in_l2, least_in_l2),
@@ -120,6 +114,7 @@ class BoundedBall(Constraint):
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
         self.__dict__["_kind"] = kind
+        self.__dict__["_known"] = (None,) * 4, None  # settings, and these as they count in a dtype
         self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
         gap, epsilon = self._gap(), torch.as_tensor(self.ball.epsilon, dtype=torch.float64)
         self.__dict__["_apart"] = bool((gap > 0).any())
@@ -173,9 +168,18 @@ class BoundedBall(Constraint):
         if batch not in self.__dict__["_met"]:
             self._check_batch(x)
             self.__dict__["_met"].add(batch)
-        if self._needs_float64(x):
+        eager = in_blocks(x)
+        if (  # only the general projection, in float64, will do
+            x.dtype not in (torch.float32, torch.float64)
+            or self.ball.center is not None
+            or self.__dict__["_apart"]
+            or (torch.is_grad_enabled() and x.requires_grad)
+            or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
+            or x.numel() == 0
+            or x.device.type == "mps"
+        ):
             return super().project_(x)
-        if in_blocks(x) and isfinite(x.sum().item()):
+        if eager and isfinite(x.sum().item()):
             return self._project_around_0_(x)
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
         return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
@@ -186,29 +190,35 @@ class BoundedBall(Constraint):
         self.ball.sample_(x, generator)
         return self.project_(x)
 
-    def _needs_float64(self, x: Tensor) -> bool:
-        """Whether only the general projection, in float64, will do, whatever the values are."""
-        return (
-            x.dtype not in (torch.float32, torch.float64)
-            or self.ball.center is not None
-            or self.__dict__["_apart"]
-            or (torch.is_grad_enabled() and x.requires_grad)
-            or function_transforms_active()
-            or forward_ad_level() >= 0
-            or x.numel() == 0
-            or x.device.type == "mps"
-        )
+    def _settings_in(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+        """Bounds and radius as they count in `dtype`; those of a Linf ball are within it."""
+        settings = (dtype, self.lower, self.upper, self.ball.epsilon)
+        known, found = self.__dict__["_known"]
+        if (  # (a copy of the set with other settings has the same `__dict__` otherwise)
+            known[0] is settings[0]
+            and known[1] is settings[1]
+            and known[2] is settings[2]
+            and known[3] is settings[3]
+        ):
+            return found  # type: ignore[no-any-return]
+        lower, upper = _in_dtype(self.lower, dtype), _in_dtype(self.upper, dtype)
+        epsilon = _in_dtype(self.ball.epsilon, dtype)
+        if self.ball.p == inf:
+            lower = -epsilon if lower is None else _larger(lower, -epsilon)
+            upper = epsilon if upper is None else -_larger(-upper, -epsilon)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_known"] = settings, (lower, upper, epsilon)
+        return lower, upper, epsilon
 
     def _project_around_0_(self, x: Tensor) -> Tensor:
-        lower, upper, epsilon = _of_dtype(x.dtype, self.lower, self.upper, self.ball.epsilon)
-        if self.ball.p == inf:  # both hold 0, so that one clamp after the other is both at once
-            return clamp_between_(x, lower, upper).clamp_(0.0 - epsilon, epsilon)
+        lower, upper, _ = self._settings_in(x.dtype)
+        if self.ball.p == inf:
+            return clamp_between_(x, lower, upper)
         if x.numel() <= MANY or not in_blocks(x):
             return x.copy_(self._nearest_around_0(x, lower, upper))
         for rows in row_blocks(x, MANY):
-            part, seen = x[rows], self._at_rows(x, rows)
-            lower, upper = _of_dtype(x.dtype, seen.lower, seen.upper)
-            part.copy_(seen._nearest_around_0(part, lower, upper))
+            seen = self._at_rows(x, rows)
+            x[rows].copy_(seen._nearest_around_0(x[rows], *seen._settings_in(x.dtype)[:2]))
         return x
 
     def _nearest_around_0(self, x: Tensor, lower: Any, upper: Any) -> Tensor:
@@ -268,7 +278,7 @@ class BoundedBall(Constraint):
         largest = torch.finfo(dtype).max
         rounded = (center + offset).clamp(-largest, largest).to(dtype)
         seen = rounded.detach()
-        away = _farther(seen.to(offset.dtype), center, offset.detach().abs())
+        away = is_farther(seen.to(offset.dtype), center, offset.detach().abs())
         # By a difference, which is exact: autograd has no derivative of `nextafter`.
         back = torch.where(away, seen.nextafter(center.to(dtype).expand_as(seen)) - seen, 0.0)
         return (rounded + back).to(offset.dtype).clamp(lower, upper)
@@ -294,7 +304,7 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     """
     if not isinstance(constraint, BoundedBall):
         return grad
-    lower, upper = _of_dtype(x.dtype, constraint.lower, constraint.upper)
+    lower, upper = _in_dtype(constraint.lower, x.dtype), _in_dtype(constraint.upper, x.dtype)
     if lower is not None:
         grad.masked_fill_((x <= lower) & (grad > 0), 0.0)
     if upper is not None:

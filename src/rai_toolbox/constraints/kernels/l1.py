@@ -43,18 +43,21 @@ def project_l1_rows_(x: Tensor, epsilon: float | Tensor, memory: Tensor | None =
     rough, error = values.sum(1, keepdim=True), x.shape[1] * torch.finfo(dtype).eps
     if bool((rough * (1 + error) < epsilon).all()):
         return x
-    finite = None
+    part, at, finite = x, None, None
     if not bool(((rough * (1 - error) > epsilon) & (rough < inf)).all()):
         length = wide_sum(values)
         finite = length.isfinite()
-        outside = ~(finite & (length <= epsilon))
-        at = outside.view(-1).nonzero().view(-1)
-        if len(at) < len(x):
-            some = epsilon[at] if isinstance(epsilon, Tensor) and len(epsilon) > 1 else epsilon
-            return x.index_copy_(0, at, project_l1_rows_(x[at], some)) if len(at) else x
+        at = (~finite | (length > epsilon)).view(-1).nonzero().view(-1)
+        if len(at) == 0:
+            return x
+        part, values, buffer, finite = x[at], values[at], buffer[: len(at)], finite[at]
+        if isinstance(epsilon, Tensor) and len(epsilon) > 1:
+            epsilon = epsilon[at]
     nearest = _rounded_down(lower_(values, _goal(values, epsilon), buffer), x.dtype)
-    torch.copysign(nearest, x, out=x)
-    return x if finite is None else x.masked_fill_(~finite, torch.nan)
+    torch.copysign(nearest, part, out=part)
+    if at is None or finite is None:
+        return x
+    return x.index_copy_(0, at, part.masked_fill_(~finite, torch.nan))
 
 
 def _goal(values: Tensor, epsilon: float | Tensor) -> float | Tensor:

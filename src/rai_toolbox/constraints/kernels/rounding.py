@@ -47,6 +47,14 @@ def resolution(terms: Tensor, weights: float | Tensor, size: int, dtype: torch.d
     return (torch.finfo(dtype).eps + 4 * noise(size)) * terms + spacing(dtype) * weights
 
 
+def is_farther(point: Tensor, anchor: float | Tensor, distance: Tensor) -> Tensor:
+    """Whether ``|point - anchor| > distance`` exactly: what rounding takes off counts (Knuth)."""
+    gap = point - anchor
+    part = gap - point
+    lost = (point - (gap - part)) - (anchor + part)
+    return (gap.abs() > distance) | ((gap.abs() == distance) & (gap.sign() * lost > 0))
+
+
 def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """``anchor + offset`` in `dtype`: rounded to nearest, but never farther than the offset.
 
@@ -55,11 +63,7 @@ def offset_from(anchor: float | Tensor, offset: Tensor, dtype: torch.dtype) -> T
     """
     rounded = (anchor + offset).to(dtype)
     seen, distance = rounded.detach(), offset.detach().abs()
-    wide = seen.to(offset.dtype)
-    gap = wide - anchor
-    of_wide = gap + anchor  # what that has lost in rounding tells where the gap is a tie (Knuth)
-    lost = (wide - of_wide) - (anchor - (of_wide - gap))
-    away = (gap.abs() > distance) | ((gap.abs() == distance) & (lost * gap > 0))
+    away = is_farther(seen.to(offset.dtype), anchor, distance)
     target = torch.as_tensor(anchor, dtype=dtype, device=offset.device).expand_as(rounded)
     nearer = seen.nextafter(target)
     moved = rounded + torch.where(away, nearer - seen, 0.0)

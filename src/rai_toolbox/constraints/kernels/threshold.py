@@ -56,13 +56,15 @@ def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
         t = _least(some, goal)
         over = torch.empty_like(some)
         for _ in range(_FIRST_STEPS):
-            t = _stepped(some, t, goal, _number_above(some, t, over), over)
+            number = torch.gt(some, t, out=over).sum(1, keepdim=True)
+            t = _stepped(some, t, goal, number, over)
     t, number = _settled(v, t, goal, buffer)
     over = v.sub_(t)
     missed = total - wide_sum(torch.clamp(over, min=0, out=buffer))
     over.add_((missed / number.clamp(min=1)).to(v.dtype)).relu_()
     # Where no entry has come or gone the sum is right.
-    right = (_number_above(over, torch.zeros_like(t), buffer) == number) & (missed.abs() <= goal)
+    kept = torch.gt(over, torch.zeros_like(t), out=buffer).sum(1, keepdim=True)
+    right = (kept == number) & (missed.abs() <= goal)
     return v if bool(right.all()) else v.mul_(_last_factor(v, total))
 
 
@@ -90,10 +92,10 @@ def _least(below: Tensor, goal: float | Tensor) -> Tensor:
 
 def _settled(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """The threshold that is right for the entries above it, from one below; their number."""
-    number = _number_above(v, t, buffer)
+    number = torch.gt(v, t, out=buffer).sum(1, keepdim=True)
     while True:
         t = _stepped(v, t, goal, number, buffer)
-        before, number = number, _number_above(v, t, buffer)
+        before, number = number, torch.gt(v, t, out=buffer).sum(1, keepdim=True)
         moving = number < before
         count = int(moving.count_nonzero())
         if count == 0:
@@ -108,10 +110,6 @@ def _stepped(v: Tensor, t: Tensor, goal: Tensor, number: Tensor, buffer: Tensor)
     """The threshold that is right for the `number` of entries above t."""
     excess = torch.sub(v, t, out=buffer).relu_().sum(1, keepdim=True).sub_(goal)
     return t + excess.div_(number.clamp(min=1)).clamp_(min=0)
-
-
-def _number_above(v: Tensor, t: Tensor, buffer: Tensor) -> Tensor:
-    return torch.gt(v, t, out=buffer).sum(1, keepdim=True)
 
 
 def _newton(v: Tensor, t: Tensor, goal: float | Tensor) -> Tensor:
