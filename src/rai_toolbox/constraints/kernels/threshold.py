@@ -65,7 +65,7 @@ def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
     # Where no entry has come or gone the sum is right.
     kept = torch.gt(over, torch.zeros_like(t), out=buffer).sum(1, keepdim=True)
     right = (kept == number) & (missed.abs() <= goal)
-    return v if bool(right.all()) else v.mul_(_last_factor(v, total))
+    return v if bool(right.all()) else v.mul_(_last_factor(v, total).masked_fill_(right, 1.0))
 
 
 @torch.no_grad()
@@ -93,8 +93,9 @@ def _least(below: Tensor, goal: float | Tensor) -> Tensor:
 def _settled(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """The threshold that is right for the entries above it, from one below; their number."""
     number = torch.gt(v, t, out=buffer).sum(1, keepdim=True)
-    while True:
-        t = _stepped(v, t, goal, number, buffer)
+    moving = number >= 0
+    while True:  # (a row's bits do not depend on the other rows)
+        t = torch.where(moving, _stepped(v, t, goal, number, buffer), t)
         before, number = number, torch.gt(v, t, out=buffer).sum(1, keepdim=True)
         moving = number < before
         count = int(moving.count_nonzero())
