@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import ClassVar
 
@@ -156,10 +157,14 @@ class MinMaxNorm(Constraint):
 
     def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
         """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
-        low, high, missed = self._range(x, x[0].numel(), x.dtype)
-        off = torch.maximum(length - self.max_norm, self.min_norm - length)
-        goal = torch.minimum(torch.maximum(length, low), high)
-        return torch.where(off <= missed, 1.0, goal / divisor)
+        least, most, size = self.min_norm, self.max_norm, x[0].numel()
+        off = torch.maximum(length - most, least - length)
+        if not in_blocks(x) or isinstance(least, Tensor) or isinstance(most, Tensor):
+            low, high, missed = self._range(x, size, x.dtype)
+            goal = torch.minimum(torch.maximum(length, low), high)
+            return torch.where(off <= missed, 1.0, goal / divisor)
+        of_numbers = _range_of_numbers(least, most, self.p, size, x.dtype)
+        return torch.where(off <= of_numbers[2], 1.0, length.clamp(*of_numbers[:2]) / divisor)
 
     def violation(self, x: Tensor) -> Tensor:  # noqa: D102
         if self.dim is None:
@@ -291,6 +296,16 @@ class MinMaxNorm(Constraint):
         share = least + (1 - least) * uniform(like[:, :1], generator)
         radius = high * share ** (1 / size)
         return self._nearest(normalize_(direction, self.p, 1) * radius, like.dtype)
+
+
+@lru_cache
+def _range_of_numbers(
+    least: float, most: float, p: float, size: int, dtype: torch.dtype
+) -> tuple[float, float, float]:
+    """`MinMaxNorm._range` as numbers, for settings that are numbers."""
+    like = torch.empty(0, dtype=torch.float64, device="cpu")
+    low, high, missed = MinMaxNorm(least, most, p)._range(like, size, dtype)
+    return low.item(), high.item(), missed.item()
 
 
 @dataclass(frozen=True, eq=False)
