@@ -14,7 +14,7 @@ demo: .venv/.stamp  ## train and attack a small net on real digits; figures go t
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=300 --numprocesses=auto
 
-test: .venv/.stamp  ## run the tests but the slow ones, and the examples of the docs (5 minutes)
+test: .venv/.stamp  ## run the tests but the slow ones, and the examples of the docs (4 minutes)
 	$(PYTEST) -m "not slow"
 
 test-all: .venv/.stamp  ## run all tests (15 minutes on 2 cores)
