@@ -1,7 +1,5 @@
 """`python -m rai_toolbox` is the command `rai-toolbox`."""
 
-from __future__ import annotations
-
 from rai_toolbox.cli import run
 
 if __name__ == "__main__":

@@ -7,20 +7,12 @@ from math import prod
 
 from torch import Tensor
 
-__all__ = ["to_batch"]
 
-
-def check_param_ndim(param_ndim: object, name: str = "param_ndim") -> int | None:
-    """Return `param_ndim` if it is an int or None.
-
-    Raises
-    ------
-    TypeError
-        For anything else, bools included.
-    """
-    if param_ndim is None or (isinstance(param_ndim, int) and not isinstance(param_ndim, bool)):
-        return param_ndim
-    raise TypeError(f"`{name}` must be an int or None, got {param_ndim!r}")
+def check_param_ndim(param_ndim: object, name: str = "param_ndim") -> None:
+    """Raise unless `param_ndim` is an int, which a bool is not, or None."""
+    is_int = isinstance(param_ndim, int) and not isinstance(param_ndim, bool)
+    if param_ndim is not None and not is_int:
+        raise TypeError(f"`{name}` must be an int or None, got {param_ndim!r}")
 
 
 def sub_ndim(ndim: int, param_ndim: int | None, name: str = "param_ndim") -> int:
@@ -38,8 +30,7 @@ def sub_ndim(ndim: int, param_ndim: int | None, name: str = "param_ndim") -> int
 
 def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]:
     """Shape `(N, d0, ...)` of the batch view of a tensor; at least 2-D."""
-    k = sub_ndim(len(shape), param_ndim)
-    split = len(shape) - k
+    split = len(shape) - sub_ndim(len(shape), param_ndim)
     return (prod(shape[:split]), *(shape[split:] or (1,)))
 
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Bar", "MissingExtra", "progress", "require"]
-
 
 class MissingExtra(Exception):
     """A package is missing; the message names it and the extra that installs it."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ContextDecorator, ExitStack
+from functools import partial
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-__all__ = ["evaluating", "freeze", "frozen"]
 
 Freezable: TypeAlias = Tensor | nn.Module | Optimizer | Mapping[str, Any] | Iterable[Any]
 """A tensor, a module (its parameters), an optimizer (the parameters of its groups), a parameter
@@ -38,14 +37,12 @@ def _holders(item: Freezable) -> Iterator[_Holder]:
         )
 
 
-def _tensors(holder: _Holder) -> Iterator[Tensor]:
+def _tensors(holder: _Holder) -> Iterable[Tensor]:
     if isinstance(holder, nn.Module):
-        yield from holder.parameters()
-    elif isinstance(holder, Optimizer):
-        for group in holder.param_groups:
-            yield from group["params"]
-    else:
-        yield holder
+        return holder.parameters()
+    if isinstance(holder, Optimizer):
+        return [tensor for group in holder.param_groups for tensor in group["params"]]
+    return [holder]
 
 
 def freeze(*items: Freezable) -> Callable[[], None]:
@@ -104,16 +101,14 @@ def freeze(*items: Freezable) -> Callable[[], None]:
 
 
 class _Switch(ContextDecorator):
-    """Base class of the context managers: `_switch` changes something and returns how to undo it.
+    """A context manager of a function that changes something, and returns how to undo it.
 
     A stack of undo functions lets one object be entered many times, also recursively.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, switch: Callable[[], Callable[[], None]]) -> None:
+        self._switch = switch
         self._undo: list[Callable[[], None]] = []
-
-    def _switch(self) -> Callable[[], None]:
-        raise NotImplementedError
 
     def __enter__(self) -> None:
         self._undo.append(self._switch())
@@ -123,11 +118,7 @@ class _Switch(ContextDecorator):
 
     def __call__(self, func: _Fn) -> _Fn:
         # A call of one of these only creates the generator or coroutine: its body runs later.
-        if (
-            inspect.isgeneratorfunction(func)
-            or inspect.iscoroutinefunction(func)
-            or inspect.isasyncgenfunction(func)
-        ):
+        if isgeneratorfunction(func) or iscoroutinefunction(func) or isasyncgenfunction(func):
             raise TypeError(
                 f"`{type(self).__name__}` must decorate a plain function, got the generator or "
                 f"coroutine function {func!r}; use `with` inside it"
@@ -166,11 +157,8 @@ class frozen(_Switch):
     """
 
     def __init__(self, *items: Freezable) -> None:
-        super().__init__()
-        self._items = tuple(holder for item in items for holder in _holders(item))
-
-    def _switch(self) -> Callable[[], None]:
-        return freeze(*self._items)
+        holders = [holder for item in items for holder in _holders(item)]
+        super().__init__(partial(freeze, *holders))
 
 
 class evaluating(_Switch):
@@ -203,20 +191,19 @@ class evaluating(_Switch):
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        super().__init__()
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise TypeError(
                     "`modules` must be of type torch.nn.Module, "
                     f"got {module!r} of type {type(module).__name__}"
                 )
-        self._modules = modules
+        super().__init__(partial(_evaluate, modules))
 
-    def _switch(self) -> Callable[[], None]:
-        with ExitStack() as undo:
-            for module in self._modules:
-                for sub in module.modules():
-                    undo.callback(setattr, sub, "training", sub.training)
-            for module in self._modules:
-                module.eval()
-            return undo.pop_all().close
+
+def _evaluate(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    with ExitStack() as undo:  # last in, first out: what two modules share ends as it was at first
+        for module in modules:
+            for sub in module.modules():
+                undo.callback(setattr, sub, "training", sub.training)
+            module.eval()
+        return undo.pop_all().close
