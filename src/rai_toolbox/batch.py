@@ -7,6 +7,8 @@ from math import prod
 
 from torch import Tensor
 
+from rai_toolbox.checks import wrong
+
 
 def check_param_ndim(param_ndim: object, name: str = "param_ndim") -> None:
     """Raise unless `param_ndim` is an int, which a bool is not, or None."""
@@ -21,10 +23,8 @@ def sub_ndim(ndim: int, param_ndim: int | None, name: str = "param_ndim") -> int
     if param_ndim is None:
         return ndim
     if abs(param_ndim) > ndim:
-        raise ValueError(
-            f"`{name}` must be None or lie in [-{ndim}, {ndim}] "
-            f"for a tensor with {ndim} dims, got {param_ndim}"
-        )
+        rule = f"be None or lie in [-{ndim}, {ndim}] for a tensor with {ndim} dims"
+        raise wrong(name, rule, param_ndim)
     return param_ndim if param_ndim >= 0 else ndim + param_ndim
 
 

@@ -113,10 +113,8 @@ def check_order(lower_name: str, lower: Any, upper_name: str, upper: Any) -> Non
         valid = torch.as_tensor(lower <= upper)
     except RuntimeError:
         shapes = " and ".join(str(tuple(torch.as_tensor(x).shape)) for x in (lower, upper))
-        raise ValueError(
-            f"`{lower_name}` and `{upper_name}` must broadcast against each other, got shapes "
-            f"{shapes}"
-        ) from None
+        names = f"{lower_name}` and `{upper_name}"
+        raise wrong(names, "broadcast against each other", f"shapes {shapes}") from None
     if not bool(valid.all()):
         at = _first_invalid(valid)
         low, high = (
@@ -124,10 +122,8 @@ def check_order(lower_name: str, lower: Any, upper_name: str, upper: Any) -> Non
             for bound in (lower, upper)
         )
         where = f" at {at}" if at else ""
-        raise ValueError(
-            f"`{lower_name}` must be <= `{upper_name}`, got {lower_name}={low!r} and "
-            f"{upper_name}={high!r}{where}"
-        )
+        got = f"{lower_name}={low!r} and {upper_name}={high!r}{where}"
+        raise wrong(lower_name, f"be <= `{upper_name}`", got)
 
 
 def _first_invalid(valid: Tensor) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rai_toolbox.checks import wrong
+
 Freezable: TypeAlias = Tensor | nn.Module | Optimizer | Mapping[str, Any] | Iterable[Any]
 """A tensor, a module (its parameters), an optimizer (the parameters of its groups), a parameter
 group (its ``"params"``), or an iterable of these or of `(name, tensor)` pairs."""
@@ -119,10 +121,8 @@ class _Switch(ContextDecorator):
     def __call__(self, func: _Fn) -> _Fn:
         # A call of one of these only creates the generator or coroutine: its body runs later.
         if isgeneratorfunction(func) or iscoroutinefunction(func) or isasyncgenfunction(func):
-            raise TypeError(
-                f"`{type(self).__name__}` must decorate a plain function, got the generator or "
-                f"coroutine function {func!r}; use `with` inside it"
-            )
+            got = f"the generator or coroutine function {func!r}; use `with` inside it"
+            raise wrong(type(self).__name__, "decorate a plain function", got, TypeError)
         return super().__call__(func)
 
 
@@ -193,10 +193,8 @@ class evaluating(_Switch):
     def __init__(self, *modules: nn.Module) -> None:
         for module in modules:
             if not isinstance(module, nn.Module):
-                raise TypeError(
-                    "`modules` must be of type torch.nn.Module, "
-                    f"got {module!r} of type {type(module).__name__}"
-                )
+                got = f"{module!r} of type {type(module).__name__}"
+                raise wrong("modules", "be of type torch.nn.Module", got, TypeError)
         super().__init__(partial(_evaluate, modules))
 
 
