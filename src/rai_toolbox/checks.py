@@ -96,13 +96,14 @@ def check_setting(name: str, value: object, least: float = -inf, finite: bool = 
         return
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"`{name}` must hold real numbers, got a tensor of {value.dtype}")
-    valid = (value >= least) & (value.isfinite() | (not finite))  # (NaN is not >= anything)
-    if not bool(valid.all()):
-        at = _first_invalid(valid)
-        try:
-            check_number(name, value[at].item(), least, finite)
-        except ValueError as error:
-            raise ValueError(f"{error} at {at}") from None
+    for valid, rule in (
+        (~value.isnan(), "not be NaN"),
+        (value >= least, f"be >= {least:g}"),
+        (value.isfinite() | (not finite), "be finite"),
+    ):
+        if not bool(valid.all()):
+            at = _first_invalid(valid)
+            raise wrong(name, rule, f"{value[at].item()!r} at {at}")
 
 
 def check_order(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
