@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.optim.engine import ParamTransformingOptimizer
-from rai_toolbox.optim.hooks import NEUTRAL
+from rai_toolbox.optim.engine import SCALE, SHIFT, ParamTransformingOptimizer
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import base_name
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params
@@ -90,10 +90,12 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             for name, key in names.items():
                 settings[key] = own[name]
                 self._keys.update({f"{i}.{name}": key, key: key})
-            member_before, member_after = member._as_member(names, f"{i}.")
-            before += member_before
-            after += member_after
+            scaling = [each for each in (SCALE, SHIFT) if each.setting in names]
+            transforms = [*member._transforms(GRADIENT_HOOK), *scaling]
+            before += [each.renamed(names, f"{i}.") for each in transforms]
+            after += [each.renamed(names, f"{i}.") for each in member._transforms(PARAMETER_HOOK)]
         self._before, self._after = (*before, *self._before), (*after, *self._after)
+        self._keys.update({name: name for name in self._generators()})
         self._composition = " ○ ".join(member._repr_name() for member, _ in reversed(members))
         super().__init__(
             params,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
 from rai_toolbox.constraints.intersection import Intersection
 from rai_toolbox.optim.settings import is_zero_on_host
-from rai_toolbox.optim.snapshot import Snapshot, copies
+from rai_toolbox.optim.snapshot import Snapshot
 
 __all__ = ["compiled"]
 
@@ -145,11 +146,11 @@ class _CompiledStep:
         before = Snapshot(self.optimizer)
         try:
             failure = self._try_step()
-            values = copies(self.optimizer)
+            compiled_step = Snapshot(self.optimizer)
         finally:
             before.restore()
         result = self._eager_step(self.optimizer)
-        difference = before.difference(values)
+        difference = compiled_step.difference(before)
         if not failure and difference:
             failure = f"compiled and eager steps differ in {difference}"
         self._captures += 1
@@ -229,10 +230,8 @@ def _as_tensors(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, Constraint):
             bounds = {"lower", "upper", *value._for_each}
-            tensors[name] = object.__new__(type(value))
-            tensors[name].__dict__.update(
-                vars(value) | _as_tensors({**vars(value), "params": params}, bounds)
-            )
+            tensors[name] = copy(value)
+            vars(tensors[name]).update(_as_tensors({**vars(value), "params": params}, bounds))
         elif isinstance(value, Tensor):
             tensors[name] = value.detach()
         elif name in names and type(value) is float:

@@ -107,15 +107,10 @@ class Hook(Transform):
                     f"{type(self.owner).__name__}.{self.hook} must write into `param.grad` in "
                     "place, got another tensor assigned to it"
                 )
-            if copied:
+            is_view = view is not tensor and foreach.are_plain([tensor])
+            # (`view.data = ...` gives a view data that the tensor does not get)
+            if copied or (is_view and not share_memory(view, tensor)):
                 tensor.copy_(view.view(tensor.shape))
-            elif view is not tensor and foreach.are_plain([tensor]):
-                # (the tensor does not get the data that `view.data = ...` gives to a view of it)
-                if not share_memory(view, tensor):
-                    raise ValueError(
-                        f"{type(self.owner).__name__}.{self.hook} must write in place, got new "
-                        "data for `.data`"
-                    )
 
 
 def without_hooks(transforms: Iterable[Transform]) -> Iterator[Transform]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
 from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
-from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name, with_names_apart
+from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
@@ -63,6 +63,8 @@ class OptimizerWrapper(Optimizer):
                     f"`{name}` must be given to the chain, not to a member, got {value!r}"
                 )
             return
+        # (distributed checkpoints keep only what groups name)
+        self._settings |= dict.fromkeys(self._generators())
         if isinstance(InnerOpt, Optimizer):
             if params is not None or inner_opt_kwargs:
                 given = ", ".join(["params"] * (params is not None) + list(inner_opt_kwargs))
@@ -82,9 +84,6 @@ class OptimizerWrapper(Optimizer):
             self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
         given_settings = {name: v for name, v in self._settings.items() if v is not REQUIRED}
         self.inner_opt.defaults.update(given_settings)
-        for name in self._generators():  # distributed checkpoints keep only what groups name
-            for group in self.inner_opt.param_groups[:1]:
-                group.setdefault(name, None)
         # Not Optimizer.__init__: that would give this object groups and a state of its own.
         Optimizer.__setstate__(self, {})
 
@@ -250,18 +249,16 @@ class OptimizerWrapper(Optimizer):
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
         """A copy of a group, with a value for every setting, checked."""
-        given = {name: v for name, v in self._settings.items() if v is not REQUIRED}
-        group = given | checked_group(param_group)
+        group = self._settings | checked_group(param_group)
         for name in self._settings:
-            if name not in group:
+            if group[name] is REQUIRED:
                 raise TypeError(
                     f"`{name}` must be given, to {type(self).__name__} or in every parameter "
                     f"group, got a group without it"
                 )
             group[name] = as_plain(group[name])
-        named = with_names_apart(group)
-        if all(isinstance(param, Tensor) for param in named["params"]):  # else the inner refuses
-            self._check_group(named)
+        if all(isinstance(param, Tensor) for param in group["params"]):  # else the inner refuses
+            self._check_group(group)
         return group
 
     def _complete_live_groups(self, groups: Sequence[Group]) -> None:
@@ -294,13 +291,17 @@ def as_groups(params: Any) -> list[Any]:
 
 
 def checked_group(param_group: Any) -> Group:
-    """A copy of a group, with its `params` as a list."""
+    """A copy of a group, with a list of tensors as `params`, and their names in `param_names`."""
     if not isinstance(param_group, Mapping):
         raise TypeError(f"a parameter group must be a dict, got {param_group!r}")
     if "params" not in param_group:
         raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
-    params = param_group["params"]
-    return {**param_group, "params": [params] if isinstance(params, Tensor) else _in_order(params)}
+    given = param_group["params"]
+    params = [given] if isinstance(given, Tensor) else _in_order(given)
+    if params and all(isinstance(param, tuple) for param in params):
+        names, params = [pair[0] for pair in params], [pair[1] for pair in params]
+        return {**param_group, "params": params, "param_names": names}
+    return {**param_group, "params": params}
 
 
 def _in_order(params: Any) -> list[Any]:
