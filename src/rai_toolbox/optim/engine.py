@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Generator, Tensor
-from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
@@ -17,7 +16,7 @@ from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
-from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
@@ -83,29 +82,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
-
-    def __init__(
-        self,
-        params: Params = None,
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
-        *,
-        param_ndim: int | None = -1,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        defaults: Mapping[str, Any] | None = None,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            InnerOpt,
-            settings={
-                "param_ndim": param_ndim,
-                "grad_scale": grad_scale,
-                "grad_bias": grad_bias,
-                **(defaults or {}),
-            },
-            inner_opt_kwargs=inner_opt_kwargs,
-        )
 
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Transform `param.grad` in place, before the inner step. For subclasses to override.

@@ -110,10 +110,8 @@ class OwnStepOptimizer(Optimizer):
             `state` and `param_groups`, in the format of every torch optimizer.
         """
         state_dict = super().state_dict()
-        return {
-            **state_dict,
-            "param_groups": list(map(settings.as_saved, state_dict["param_groups"])),
-        }
+        groups = [settings.as_saved(group) for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state["param_groups"]  # of a checkpoint, or of the optimizer that is copied

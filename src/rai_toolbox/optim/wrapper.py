@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
@@ -20,15 +20,15 @@ Params = Iterable[Any] | None
 Group = dict[str, Any]
 
 
-class MEMBER:
-    """What a chain gives as `params` to its members, which have no parameters of their own."""
+MEMBER: Any = object()
+"""What a chain gives as `params` to its members, which have no parameters of their own."""
 
 
 class OptimizerWrapper(Optimizer):
     """What a wrapper of `inner_opt` must be for torch, schedulers and trainers: an optimizer.
 
     `state`, `param_groups` and `defaults` are the inner's own objects, whatever happens to either.
-    `settings` are the wrapper's group settings and their defaults; it holds them in the groups.
+    The groups hold its own settings, too: its arguments, but for `inner_opt_kwargs`.
     """
 
     inner_opt: Optimizer
@@ -42,13 +42,17 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(
         self,
-        params: Params | type[MEMBER],
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
         *,
-        settings: Mapping[str, Any],
-        inner_opt_kwargs: Mapping[str, Any],
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        **inner_opt_kwargs: Any,
     ) -> None:
-        self._settings = dict(settings)
+        settings = {"param_ndim": param_ndim, "grad_scale": grad_scale, "grad_bias": grad_bias}
+        self._settings: dict[str, Any] = settings | dict(defaults or {})
         # State for parameters that have none yet. It is added after the inner step, because inner
         # optimizers take a state that is not empty for one of their own.
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
