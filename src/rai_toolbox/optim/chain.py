@@ -14,7 +14,7 @@ from rai_toolbox.optim.engine import SCALE, SHIFT, ParamTransformingOptimizer
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import base_name
-from rai_toolbox.optim.wrapper import MEMBER, Group, Params
+from rai_toolbox.optim.wrapper import MEMBER, Group, Params, checked_group
 
 # Settings that the chain has itself: without a number they are the chain's. A member scales and
 # shifts only if it was given a scale or a bias.
@@ -119,9 +119,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         super()._check_group(group)
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
-        if isinstance(param_group, Mapping):
-            param_group = self._by_key(param_group)
-        return super()._completed(param_group)
+        return super()._completed(self._by_key(checked_group(param_group)))
 
     def _by_key(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings by the names that groups have for them; a number may be left out or not."""

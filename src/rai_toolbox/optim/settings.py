@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import check_view
 
@@ -74,14 +75,14 @@ def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A group of a checkpoint with its constraints rebuilt from plain data, on a device.
+    """A group of a checkpoint with constraints rebuilt from plain data, on a device.
 
     A checkpoint may have been loaded to another device than its parameters.
     """
     return {
         name: Constraint.from_plain(value).to(device)
         if isinstance(value, Mapping) and "set" in value
-        else value
+        else as_plain(value)
         for name, value in settings.items()
     }
 

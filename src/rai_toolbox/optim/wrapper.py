@@ -82,7 +82,7 @@ class OptimizerWrapper(Optimizer):
                     f"that wrapper, not the given {', '.join(self._settings)}), got {InnerOpt!r}"
                 )
             self.inner_opt = InnerOpt
-            self._complete_live_groups(InnerOpt.param_groups)
+            self.param_groups = InnerOpt.param_groups  # (completed)
         else:
             groups = [self._completed(group) for group in as_groups(params)]
             self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
@@ -118,12 +118,14 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[Group]:
-        """The parameter groups of `inner_opt`."""
+        """The parameter groups of `inner_opt`. Those that are set get the settings they lack."""
         return self.inner_opt.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[Group]) -> None:
-        self._complete_live_groups(groups)
+        completed = [self._completed(group) for group in groups]
+        for group, full in zip(groups, completed, strict=True):  # all of them have been checked
+            group.update({name: full[name] for name in self._settings})
         self.inner_opt.param_groups = groups
 
     @not_compiled
@@ -224,8 +226,7 @@ class OptimizerWrapper(Optimizer):
                 )
             group = {k: None if base_name(k) == "generator_state" else v for k, v in new.items()}
             device = live["params"][0].device if live["params"] else None
-            ours = {name: group.get(name, live[name]) for name in self._settings}
-            ours = {k: as_plain(v) for k, v in as_loaded(ours, device).items()}
+            ours = as_loaded({name: group.get(name, live[name]) for name in self._settings}, device)
             names = {k: live[k] for k in ("params", "param_names") if k in live}
             self._check_group(group | ours | names)
             merged.append(group | ours)
@@ -264,12 +265,6 @@ class OptimizerWrapper(Optimizer):
         if all(isinstance(param, Tensor) for param in group["params"]):  # else the inner refuses
             self._check_group(group)
         return group
-
-    def _complete_live_groups(self, groups: Sequence[Group]) -> None:
-        """Add the settings that groups lack, in place, after all of them have been checked."""
-        completed = [self._completed(group) for group in groups]
-        for group, full in zip(groups, completed, strict=True):
-            group.update({name: full[name] for name in self._settings})
 
     def __repr__(self) -> str:
         own, inner = type(self).__name__, type(self.inner_opt).__name__
