@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox import foreach
 from rai_toolbox._torch import set_grad_dtype, share_memory
-from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.optim.settings import batch_in
 from rai_toolbox.optim.transforms import Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
@@ -88,11 +88,10 @@ class Hook(Transform):
 
     def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
         for tensor, param in zip(tensors, params, strict=True):
-            shape = batch_shape(param.shape, group["param_ndim"])
-            view, copied = view_or_copy(tensor, shape)
+            view, copied = batch_in(tensor, group)
             shown = view
             if self.hook == GRADIENT_HOOK:
-                shown = view_or_copy(param.detach(), shape)[0]
+                shown, _ = batch_in(param.detach(), group)
                 if tensor.dtype != param.dtype:
                     set_grad_dtype(shown, tensor.dtype)
                 shown.grad = view
