@@ -520,6 +520,15 @@ def test_copies_and_checkpoints_go_on_as_the_chain_does(copied):
     assert repr(other) == repr(opt)
 
 
+def test_groups_of_a_chain_with_generators_are_taken_again():
+    (x,), (y,) = tensors(6), tensors(4)
+    opt = _random_chain([x])
+    opt.param_groups = opt.param_groups
+    opt.add_param_group({**opt.param_groups[0], "params": [y]})
+    opt.step()
+    assert [group["0.generator_state"] for group in opt.param_groups] == [None, None]
+
+
 def test_a_checkpoint_of_the_bare_inner_optimizer():
     params = tensors((3, 4))
     bare = AdamW(params, lr=0.25)

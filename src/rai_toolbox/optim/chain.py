@@ -10,11 +10,11 @@ from typing import Any
 
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.optim.engine import ParamTransformingOptimizer
-from rai_toolbox.optim.hooks import NEUTRAL
+from rai_toolbox.optim.engine import SCALE, SHIFT, ParamTransformingOptimizer
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import base_name
-from rai_toolbox.optim.wrapper import MEMBER, Group, Params
+from rai_toolbox.optim.wrapper import MEMBER, Group, Params, checked_group
 
 # Settings that the chain has itself: without a number they are the chain's. A member scales and
 # shifts only if it was given a scale or a bias.
@@ -90,10 +90,12 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             for name, key in names.items():
                 settings[key] = own[name]
                 self._keys.update({f"{i}.{name}": key, key: key})
-            member_before, member_after = member._as_member(names, f"{i}.")
-            before += member_before
-            after += member_after
+            scaling = [each for each in (SCALE, SHIFT) if each.setting in names]
+            transforms = [*member._transforms(GRADIENT_HOOK), *scaling]
+            before += [each.renamed(names, f"{i}.") for each in transforms]
+            after += [each.renamed(names, f"{i}.") for each in member._transforms(PARAMETER_HOOK)]
         self._before, self._after = (*before, *self._before), (*after, *self._after)
+        self._keys.update({name: name for name in self._generators()})
         self._composition = " ○ ".join(member._repr_name() for member, _ in reversed(members))
         super().__init__(
             params,
@@ -117,9 +119,7 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
         super()._check_group(group)
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
-        if isinstance(param_group, Mapping):
-            param_group = self._by_key(param_group)
-        return super()._completed(param_group)
+        return super()._completed(self._by_key(checked_group(param_group)))
 
     def _by_key(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings by the names that groups have for them; a number may be left out or not."""

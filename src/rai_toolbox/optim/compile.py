@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
 from rai_toolbox.constraints.intersection import Intersection
 from rai_toolbox.optim.settings import is_zero_on_host
-from rai_toolbox.optim.snapshot import Snapshot, copies
+from rai_toolbox.optim.snapshot import Snapshot
 
 __all__ = ["compiled"]
 
@@ -97,8 +98,8 @@ class _CompiledStep:
         self._captures = 0
         self._is_eager = False
         self._has_state = False
-        self._may_compile = False  # in the present step
-        self._has_run = False  # a graph, in the present step
+        # In the present step: it is to be checked, or a graph has run, so that it must be finished.
+        self._may_compile = False
         self._backend = _torch.lookup_backend(backend)
         # Hooks run outside the graph: what they do is not compiled in, and not done twice.
         self._hooked_step = Optimizer.profile_hook_step(self._step)
@@ -132,11 +133,11 @@ class _CompiledStep:
         if args or kwargs:
             return self._eager_step(optimizer, *args, **kwargs)
         if self._captures:
-            self._has_run = False
+            self._may_compile = False
             try:
                 return self._run()
             except Exception:
-                if self._has_run:
+                if self._may_compile:
                     raise
         return self._checked_step()
 
@@ -145,11 +146,11 @@ class _CompiledStep:
         before = Snapshot(self.optimizer)
         try:
             failure = self._try_step()
-            values = copies(self.optimizer)
+            compiled_step = Snapshot(self.optimizer)
         finally:
             before.restore()
         result = self._eager_step(self.optimizer)
-        difference = before.difference(values)
+        difference = compiled_step.difference(before)
         if not failure and difference:
             failure = f"compiled and eager steps differ in {difference}"
         self._captures += 1
@@ -177,8 +178,6 @@ class _CompiledStep:
         except Exception as error:  # of whatever kind: no C++ compiler, a bug of the backend
             cause = getattr(error, "inner_exception", error)  # of the backend
             return f"{type(cause).__name__}: {cause}".partition("\n")[0]
-        finally:
-            self._may_compile = False
         for reason, count in _torch.graph_breaks().items():
             if count > breaks_before.get(reason, 0):
                 return reason.strip().partition("\n")[0]
@@ -186,13 +185,13 @@ class _CompiledStep:
 
     def _compile(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """The backend that `torch.compile` gets."""
-        if not self._may_compile and not self._has_run:
+        if not self._may_compile:
             raise RuntimeError("the step has to be compiled again")  # `_checked_step` will do so
         compiled_graph = self._backend(module, inputs)
         self.graphs += 1
 
         def run(*args: Any) -> Any:
-            self._has_run = True
+            self._may_compile = True
             return compiled_graph(*args)
 
         return run
@@ -229,10 +228,8 @@ def _as_tensors(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, Constraint):
             bounds = {"lower", "upper", *value._for_each}
-            tensors[name] = object.__new__(type(value))
-            tensors[name].__dict__.update(
-                vars(value) | _as_tensors({**vars(value), "params": params}, bounds)
-            )
+            tensors[name] = copy(value)
+            vars(tensors[name]).update(_as_tensors({**vars(value), "params": params}, bounds))
         elif isinstance(value, Tensor):
             tensors[name] = value.detach()
         elif name in names and type(value) is float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Generator, Tensor
-from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
@@ -17,9 +16,9 @@ from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.inner import step_inner
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
-from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
-_SCALE, _SHIFT = Scale("grad_scale"), Shift("grad_bias")
+SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
 
 class ParamTransformingOptimizer(OptimizerWrapper):
@@ -83,29 +82,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
-
-    def __init__(
-        self,
-        params: Params = None,
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
-        *,
-        param_ndim: int | None = -1,
-        grad_scale: float = 1.0,
-        grad_bias: float = 0.0,
-        defaults: Mapping[str, Any] | None = None,
-        **inner_opt_kwargs: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            InnerOpt,
-            settings={
-                "param_ndim": param_ndim,
-                "grad_scale": grad_scale,
-                "grad_bias": grad_bias,
-                **(defaults or {}),
-            },
-            inner_opt_kwargs=inner_opt_kwargs,
-        )
 
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Transform `param.grad` in place, before the inner step. For subclasses to override.
@@ -207,7 +183,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
         if closure is not None:
-            closure = self._transforming(closure)
+            closure = partial(self._evaluated, closure)
         elif not compiling and self._initializes_state():
             step_inner(self.inner_opt, None)
             for group in self.param_groups:
@@ -229,15 +205,13 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             param.device.type == "cpu" for group in self.param_groups for param in group["params"]
         )
 
-    def _transforming(self, closure: Callable[[], float]) -> Callable[[], float]:
-        def evaluate() -> float:
-            with torch.enable_grad():
-                loss = closure()
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._pre_step()
-            return loss
-
-        return evaluate
+    def _evaluated(self, closure: Callable[[], float]) -> float:
+        """The value of a closure, whose gradients are then transformed."""
+        with torch.enable_grad():
+            loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._pre_step()
+        return loss
 
     def _pre_step(self) -> None:
         transforms = self._transforms(GRADIENT_HOOK)
@@ -245,10 +219,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
-            if group["grad_scale"] != 1.0:
-                active.append(_SCALE)
-            if group["grad_bias"] != 0.0:
-                active.append(_SHIFT)
+            for each in (SCALE, SHIFT):
+                if group[each.setting] != NEUTRAL[each.setting]:
+                    active.append(each)
             if active:
                 todo.append((active, *self._gradients(group, active, seen), group))
         for active, params, grads, group in todo:  # all gradients have been checked
@@ -320,15 +293,3 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
-
-    def _as_member(
-        self, names: Mapping[str, str], prefix: str
-    ) -> tuple[list[Transform], list[Transform]]:
-        """What this optimizer does before and after an inner step, as a member of a chain.
-
-        `names` has the chain's names of the settings that are this member's own.
-        """
-        before = [each.renamed(names, prefix) for each in self._transforms(GRADIENT_HOOK)]
-        after = [each.renamed(names, prefix) for each in self._transforms(PARAMETER_HOOK)]
-        before += [each.renamed(names, "") for each in (_SCALE, _SHIFT) if each.setting in names]
-        return before, after

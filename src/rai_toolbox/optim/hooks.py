@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox import foreach
 from rai_toolbox._torch import set_grad_dtype, share_memory
-from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.optim.settings import batch_in
 from rai_toolbox.optim.transforms import Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
@@ -88,11 +88,10 @@ class Hook(Transform):
 
     def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
         for tensor, param in zip(tensors, params, strict=True):
-            shape = batch_shape(param.shape, group["param_ndim"])
-            view, copied = view_or_copy(tensor, shape)
+            view, copied = batch_in(tensor, group)
             shown = view
             if self.hook == GRADIENT_HOOK:
-                shown = view_or_copy(param.detach(), shape)[0]
+                shown, _ = batch_in(param.detach(), group)
                 if tensor.dtype != param.dtype:
                     set_grad_dtype(shown, tensor.dtype)
                 shown.grad = view
@@ -107,15 +106,10 @@ class Hook(Transform):
                     f"{type(self.owner).__name__}.{self.hook} must write into `param.grad` in "
                     "place, got another tensor assigned to it"
                 )
-            if copied:
+            is_view = view is not tensor and foreach.are_plain([tensor])
+            # (`view.data = ...` gives a view data that the tensor does not get)
+            if copied or (is_view and not share_memory(view, tensor)):
                 tensor.copy_(view.view(tensor.shape))
-            elif view is not tensor and foreach.are_plain([tensor]):
-                # (the tensor does not get the data that `view.data = ...` gives to a view of it)
-                if not share_memory(view, tensor):
-                    raise ValueError(
-                        f"{type(self.owner).__name__}.{self.hook} must write in place, got new "
-                        "data for `.data`"
-                    )
 
 
 def without_hooks(transforms: Iterable[Transform]) -> Iterator[Transform]:

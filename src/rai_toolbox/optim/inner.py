@@ -28,7 +28,7 @@ def optimizer_class(InnerOpt: object) -> type[Optimizer]:
 
 
 def make_inner(
-    InnerOpt: type[Optimizer] | partial[Any],
+    InnerOpt: type[Optimizer] | partial[Optimizer],
     groups: list[dict[str, Any]],
     kwargs: Mapping[str, Any],
 ) -> Optimizer:
@@ -41,8 +41,7 @@ def make_inner(
                     f"`{name}` must be an argument of {optimizer_class(InnerOpt).__name__}, which "
                     f"takes {', '.join(accepted)}; got {name}={kwargs[name]!r}"
                 )
-    inner: Optimizer = InnerOpt(groups, **kwargs)
-    return inner
+    return InnerOpt(groups, **kwargs)
 
 
 def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
@@ -64,9 +63,7 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
     args = (inner, *args)
     kwargs: dict[str, Any] = {}
     for pre_hook in inner._optimizer_step_pre_hooks.values():
-        changed = pre_hook(inner, args, kwargs)
-        if changed is not None:
-            args, kwargs = changed
+        args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
     # (not with a closure, which would see the changed groups)
     together = _plain_groups(inner) if type(inner) is SGD and closure is None else []
     for group in together:
@@ -104,8 +101,7 @@ def picklable_state(optimizer: Optimizer) -> dict[str, Any]:
     That is more than `Optimizer.__getstate__` gives: LBFGS could not step without its others.
     """
     if type(optimizer).__getstate__ is not Optimizer.__getstate__:
-        state: dict[str, Any] = optimizer.__getstate__()
-        return state
+        return optimizer.__getstate__()
     return own_state(optimizer)
 
 

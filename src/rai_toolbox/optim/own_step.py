@@ -38,8 +38,7 @@ class OwnStepOptimizer(Optimizer):
 
     def _constraint(self, group: Group) -> Constraint | None:
         """The set that the parameters of a group are in."""
-        constraint: Constraint | None = group["constraint"]
-        return constraint
+        return cast("Constraint | None", group["constraint"])
 
     def _check_group(self, group: Group) -> None:
         """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""
@@ -48,8 +47,9 @@ class OwnStepOptimizer(Optimizer):
                 check(name, group[name])
         check_param_ndim(group.get("param_ndim"))
         constraint = self._constraint(group)
-        if constraint is not None:
-            settings.check_fits(constraint, settings.with_names_apart(group))
+        are_tensors = all(isinstance(param, Tensor) for param in group["params"])
+        if constraint is not None and are_tensors:  # else torch refuses them
+            settings.check_fits(constraint, group)
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""
@@ -89,10 +89,9 @@ class OwnStepOptimizer(Optimizer):
         float or None
             What the closure returned.
         """
-        loss: float | None = self._step(closure)
-        return loss
+        return self._step(closure)
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None) -> float | None:
         loss = None if closure is None else evaluated(closure)
         for group in self.param_groups:
             self._step_group_(group)
@@ -111,23 +110,18 @@ class OwnStepOptimizer(Optimizer):
             `state` and `param_groups`, in the format of every torch optimizer.
         """
         state_dict = super().state_dict()
-        return {
-            **state_dict,
-            "param_groups": list(map(settings.as_saved, state_dict["param_groups"])),
-        }
+        groups = [settings.as_saved(group) for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        loaded = state.get("param_groups", ())  # of a checkpoint, among others
-        defaults = self.__dict__.get("defaults", state.get("defaults", {}))
-        present = self.__dict__.get("param_groups") or [{}] * len(loaded)
+        loaded = state["param_groups"]  # of a checkpoint, or of the optimizer that is copied
+        present = self.__dict__.get("param_groups", loaded)
         groups = [
-            self._completed({**defaults, **now, **settings.as_loaded(group, device_of(group))})
-            for now, group in zip(present, loaded, strict=False)
+            self._completed({**now, **settings.as_loaded(group, device_of(group))})
+            for now, group in zip(present, loaded, strict=True)
         ]
         self._check_groups(groups)
-        for group, full in zip(loaded, groups, strict=False):
-            group.update(full)
-        super().__setstate__(state)
+        super().__setstate__({**state, "param_groups": groups})
 
 
 def evaluated(closure: Callable[[], Any]) -> Any:

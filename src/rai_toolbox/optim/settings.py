@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, view_or_copy
+from rai_toolbox.checks import as_plain
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import check_view
 
@@ -16,7 +17,6 @@ TINY = torch.finfo(torch.float32).tiny
 """Default of every `div_by_zero_eps`."""
 
 _SHARED = ("params", "InnerOpt", "param_ndim", "grad_scale", "grad_bias", "defaults")
-_BOUND_REAL = "{} must bound real numbers, got {} for {}"
 
 
 class REQUIRED:
@@ -63,7 +63,7 @@ def refuse_complex(group: Mapping[str, Any], names: str) -> None:
     """Raise if a group with settings that are bounds has a complex parameter."""
     for param, label in zip(group["params"], labels(group), strict=True):
         if param.is_complex():
-            raise TypeError(_BOUND_REAL.format(names, param.dtype, label))
+            raise TypeError(f"{names} must bound real numbers, got {param.dtype} for {label}")
 
 
 def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,14 +75,14 @@ def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A group of a checkpoint with its constraints rebuilt from plain data, on a device.
+    """A group of a checkpoint with constraints rebuilt from plain data, on a device.
 
     A checkpoint may have been loaded to another device than its parameters.
     """
     return {
         name: Constraint.from_plain(value).to(device)
         if isinstance(value, Mapping) and "set" in value
-        else value
+        else as_plain(value)
         for name, value in settings.items()
     }
 
@@ -93,14 +93,6 @@ def check_constraint(constraint: object) -> None:
         raise TypeError(
             f"`constraint` must be a set of rai_toolbox.constraints or None, got {constraint!r}"
         )
-
-
-def with_names_apart(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group as it is given, with its named parameters split into `params` and `param_names`."""
-    given = group["params"]
-    if not given or not all(isinstance(param, tuple) for param in given):
-        return dict(group)
-    return {**group, "params": [p[1] for p in given], "param_names": [p[0] for p in given]}
 
 
 def batch_shape_in(
@@ -128,9 +120,8 @@ def check_fits(
     constraint: Constraint, group: Mapping[str, Any], param_ndim: str = "param_ndim"
 ) -> None:
     """Raise, with its name, if a parameter of a group is no batch that the constraint takes."""
+    refuse_complex(group, "`constraint`")
     for param, label in zip(group["params"], labels(group), strict=True):
-        if not isinstance(param, Tensor):
-            return  # torch will refuse it
         couples = not constraint.elementwise and group[param_ndim] == -1
         if couples and param.ndim == 1 < param.numel():
             raise ValueError(
@@ -138,8 +129,6 @@ def check_fits(
                 f"sub-tensor, got -1 for {label} of shape {tuple(param.shape)} (it is a bias? "
                 "see `constrain`)"
             )
-        if param.is_complex():
-            raise TypeError(_BOUND_REAL.format("`constraint`", param.dtype, label))
         try:
             shape = batch_shape_in(param, group, param_ndim)
             # (a batch of that shape without its memory, and without its ranks)

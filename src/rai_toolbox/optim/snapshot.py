@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Snapshot:
         self._contents = [(container, dict(container)) for container in _containers(optimizer)]
         self._grads = [(param, param.grad) for param in _params(optimizer)]
         self._tensors = dict(_named_values(optimizer))
-        self._values = copies(optimizer)
+        self._values = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
         generators = [torch.default_generator, getattr(optimizer, "generator", None)]
         generators += getattr(optimizer, "_generators", dict)().values()
         self._random = [(g, g.get_state()) for g in generators if g is not None]
@@ -41,29 +41,25 @@ class Snapshot:
             generator.set_state(state)
 
     @torch.no_grad()
-    def difference(self, others: Mapping[str, Tensor]) -> str:
-        """Name a value that is another one in `others` than now, by more than rounding."""
+    def difference(self, start: Snapshot) -> str:
+        """Name a value that differs from the present one by more than rounding.
+
+        Both are of the same step from `start`.
+        """
         present = dict(_named_values(self._optimizer))
-        differing = others.keys() ^ present.keys()
-        for name in others.keys() & present.keys():
-            if not _agree(self._values.get(name), present[name], others[name]):
+        differing = self._values.keys() ^ present.keys()
+        for name in self._values.keys() & present.keys():
+            if not _agree(start._values.get(name), present[name], self._values[name]):
                 differing.add(name)
         return min(differing, default="")
 
 
-def copies(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of parameters, gradients, state and numbers in groups, by name."""
-    return {name: value.detach().clone() for name, value in _named_values(optimizer)}
-
-
 def _named_values(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, gradients, and the tensors and numbers in state and groups."""
     for i, param in enumerate(_params(optimizer)):
         yield from _leaves(f"parameter {i}", param)
         yield from _leaves(f"the gradient of parameter {i}", param.grad)
-        yield from _leaves(f"the state of parameter {i}", optimizer.state.get(param))
-    for key, value in optimizer.state.items():
-        if not isinstance(key, Tensor):
-            yield from _leaves(f"state[{key!r}]", value)
+    yield from _leaves("state", list(optimizer.state.values()))
     for i, group in enumerate(optimizer.param_groups):
         yield from _leaves(f"group {i}", {k: v for k, v in group.items() if k != "params"})
 

@@ -9,26 +9,26 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import as_plain
 from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
-from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name, with_names_apart
+from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
 Params = Iterable[Any] | None
 Group = dict[str, Any]
 
 
-class MEMBER:
-    """What a chain gives as `params` to its members, which have no parameters of their own."""
+MEMBER: Any = object()
+"""What a chain gives as `params` to its members, which have no parameters of their own."""
 
 
 class OptimizerWrapper(Optimizer):
     """What a wrapper of `inner_opt` must be for torch, schedulers and trainers: an optimizer.
 
     `state`, `param_groups` and `defaults` are the inner's own objects, whatever happens to either.
-    `settings` are the wrapper's group settings and their defaults; it holds them in the groups.
+    The groups hold its own settings, too: its arguments, but for `inner_opt_kwargs`.
     """
 
     inner_opt: Optimizer
@@ -42,13 +42,17 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(
         self,
-        params: Params | type[MEMBER],
-        InnerOpt: type[Optimizer] | partial[Any] | Optimizer,
+        params: Params = None,
+        InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
         *,
-        settings: Mapping[str, Any],
-        inner_opt_kwargs: Mapping[str, Any],
+        param_ndim: int | None = -1,
+        grad_scale: float = 1.0,
+        grad_bias: float = 0.0,
+        defaults: Mapping[str, Any] | None = None,
+        **inner_opt_kwargs: Any,
     ) -> None:
-        self._settings = dict(settings)
+        settings = {"param_ndim": param_ndim, "grad_scale": grad_scale, "grad_bias": grad_bias}
+        self._settings: dict[str, Any] = settings | dict(defaults or {})
         # State for parameters that have none yet. It is added after the inner step, because inner
         # optimizers take a state that is not empty for one of their own.
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
@@ -63,6 +67,8 @@ class OptimizerWrapper(Optimizer):
                     f"`{name}` must be given to the chain, not to a member, got {value!r}"
                 )
             return
+        # (distributed checkpoints keep only what groups name)
+        self._settings |= dict.fromkeys(self._generators())
         if isinstance(InnerOpt, Optimizer):
             if params is not None or inner_opt_kwargs:
                 given = ", ".join(["params"] * (params is not None) + list(inner_opt_kwargs))
@@ -76,15 +82,12 @@ class OptimizerWrapper(Optimizer):
                     f"that wrapper, not the given {', '.join(self._settings)}), got {InnerOpt!r}"
                 )
             self.inner_opt = InnerOpt
-            self._complete_live_groups(InnerOpt.param_groups)
+            self.param_groups = InnerOpt.param_groups  # (completed)
         else:
             groups = [self._completed(group) for group in as_groups(params)]
             self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
         given_settings = {name: v for name, v in self._settings.items() if v is not REQUIRED}
         self.inner_opt.defaults.update(given_settings)
-        for name in self._generators():  # distributed checkpoints keep only what groups name
-            for group in self.inner_opt.param_groups[:1]:
-                group.setdefault(name, None)
         # Not Optimizer.__init__: that would give this object groups and a state of its own.
         Optimizer.__setstate__(self, {})
 
@@ -115,12 +118,14 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[Group]:
-        """The parameter groups of `inner_opt`."""
+        """The parameter groups of `inner_opt`. Those that are set get the settings they lack."""
         return self.inner_opt.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[Group]) -> None:
-        self._complete_live_groups(groups)
+        completed = [self._completed(group) for group in groups]
+        for group, full in zip(groups, completed, strict=True):  # all of them have been checked
+            group.update({name: full[name] for name in self._settings})
         self.inner_opt.param_groups = groups
 
     @not_compiled
@@ -221,8 +226,7 @@ class OptimizerWrapper(Optimizer):
                 )
             group = {k: None if base_name(k) == "generator_state" else v for k, v in new.items()}
             device = live["params"][0].device if live["params"] else None
-            ours = {name: group.get(name, live[name]) for name in self._settings}
-            ours = {k: as_plain(v) for k, v in as_loaded(ours, device).items()}
+            ours = as_loaded({name: group.get(name, live[name]) for name in self._settings}, device)
             names = {k: live[k] for k in ("params", "param_names") if k in live}
             self._check_group(group | ours | names)
             merged.append(group | ours)
@@ -250,25 +254,17 @@ class OptimizerWrapper(Optimizer):
 
     def _completed(self, param_group: Mapping[str, Any]) -> Group:
         """A copy of a group, with a value for every setting, checked."""
-        given = {name: v for name, v in self._settings.items() if v is not REQUIRED}
-        group = given | checked_group(param_group)
+        group = self._settings | checked_group(param_group)
         for name in self._settings:
-            if name not in group:
+            if group[name] is REQUIRED:
                 raise TypeError(
                     f"`{name}` must be given, to {type(self).__name__} or in every parameter "
                     f"group, got a group without it"
                 )
             group[name] = as_plain(group[name])
-        named = with_names_apart(group)
-        if all(isinstance(param, Tensor) for param in named["params"]):  # else the inner refuses
-            self._check_group(named)
+        if all(isinstance(param, Tensor) for param in group["params"]):  # else the inner refuses
+            self._check_group(group)
         return group
-
-    def _complete_live_groups(self, groups: Sequence[Group]) -> None:
-        """Add the settings that groups lack, in place, after all of them have been checked."""
-        completed = [self._completed(group) for group in groups]
-        for group, full in zip(groups, completed, strict=True):
-            group.update({name: full[name] for name in self._settings})
 
     def __repr__(self) -> str:
         own, inner = type(self).__name__, type(self.inner_opt).__name__
@@ -294,13 +290,17 @@ def as_groups(params: Any) -> list[Any]:
 
 
 def checked_group(param_group: Any) -> Group:
-    """A copy of a group, with its `params` as a list."""
+    """A copy of a group, with a list of tensors as `params`, and their names in `param_names`."""
     if not isinstance(param_group, Mapping):
         raise TypeError(f"a parameter group must be a dict, got {param_group!r}")
     if "params" not in param_group:
         raise ValueError(f"a parameter group must have `params`, got {list(param_group)}")
-    params = param_group["params"]
-    return {**param_group, "params": [params] if isinstance(params, Tensor) else _in_order(params)}
+    given = param_group["params"]
+    params = [given] if isinstance(given, Tensor) else _in_order(given)
+    if params and all(isinstance(param, tuple) for param in params):
+        names, params = [pair[0] for pair in params], [pair[1] for pair in params]
+        return {**param_group, "params": params, "param_names": names}
+    return {**param_group, "params": params}
 
 
 def _in_order(params: Any) -> list[Any]:
