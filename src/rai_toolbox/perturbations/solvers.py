@@ -209,7 +209,7 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
         if repeats == 1:
             return data, losses
         inputs.check_per_example("criterion", losses, data)
-        params = parameters_per_example(model, params, data) or []
+        params = parameters_per_example(model, params, data)
         failure = torch.zeros_like(losses, dtype=torch.bool)
         best = BestOf(sign * losses, failure, [data, losses, *params])
         for _ in range(repeats - 1):
