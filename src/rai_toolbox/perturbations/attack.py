@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -135,32 +135,30 @@ def attack(
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = inputs.classifier(model, target)
         objective = Objective(model, criterion, sign, samples=samples, success=success)
-        run_objective = objective
-        toward: Sequence[Tensor | None] = [None]
+        goals, run_objective = [target], objective
         if rivals is not None:
             if targeted:
                 raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
             classes = _rival_classes(rivals, model, allowed, target)
-            toward, run_objective = classes.unbind(1), _toward_rivals(objective, classes)
+            goals = [torch.stack([target, rival], 1) for rival in classes.unbind(1)]
+            run_objective = _toward_rivals(objective, classes)
         calls = int(rivals is not None)
         zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
         best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
 
         part, rows = allowed, torch.arange(len(data), device=data.device)
-        for run, (restart, rival) in enumerate(product(range(restarts), toward)):
+        for run, (restart, of_all) in enumerate(product(range(restarts), goals)):
             if stop_once_fooled and run > 0:
                 rows = best.rows_without_success()
                 if not len(rows):
                     break
                 part = allowed.rows(rows)
-            goal = (target if rival is None else torch.stack([target, rival], 1))[rows]
             perturbation, constraint = part.zero_perturbation(), part.of_perturbations()
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
-            found = solve(
-                run_objective, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
-            )
+            goal, stop = of_all[rows], stop_once_fooled
+            found = solve(run_objective, part.data, goal, perturbation, optim, steps, stop=stop)
             perturbed = data.index_copy(0, rows, found.data)
             best.update_(sign * found.losses, found.fooled, [perturbed], rows)
             zero_gradient[rows] &= found.zero_gradient

@@ -157,8 +157,7 @@ def minimum_norm_attack(
         first = _linear_radius(model, allowed, target, ball.p) * (1 + tolerance)
         first = first.clamp(limit * _SMALLEST, limit)
         for _ in range(search_steps):
-            done = (upper - lower <= tolerance * upper) & upper.isfinite()
-            rows = (~done & (lower < limit)).nonzero().squeeze(1)
+            rows = (lower < limit.minimum((1 - tolerance) * upper)).nonzero().squeeze(1)
             if not len(rows):
                 break
             # The middle of the interval; as long as nothing has fooled, twice the last radius.
@@ -175,7 +174,7 @@ def minimum_norm_attack(
             ).data
             success = is_fooled(model(found), target[rows], targeted)
             hit, missed = rows[success], rows[~success]
-            lower[missed] = torch.maximum(lower[missed], radius[~success])
+            lower[missed] = radius[~success]
             if len(hit):
                 near = _nearest_fooling(model, data[hit], found[success], target[hit], targeted)
                 length = _norm(near.double() - data[hit].double(), ball.p)
