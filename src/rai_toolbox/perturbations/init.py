@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, default_generator
 
-from rai_toolbox.batch import batch_shape
+from rai_toolbox.batch import to_batch
 from rai_toolbox.checks import check_positive
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 
@@ -103,5 +103,5 @@ def _fill_(
     x: Tensor, ball: Any, epsilon: float, param_ndim: int | None, generator: Generator
 ) -> Tensor:
     check_positive("epsilon", epsilon)
-    points = x.new_empty(batch_shape(x.shape, param_ndim))
-    return x.copy_(ball(epsilon).sample_(points, generator).view(x.shape))
+    batch = to_batch(x.detach(), param_ndim)
+    return x.copy_(ball(epsilon).sample_(batch, generator).view(x.shape))  # if it was no view
