@@ -331,6 +331,14 @@ def test_samples_are_averaged():
     assert run(samples=100)[1].mean() == pytest.approx(0.8**2 + 9, rel=0.05)
 
 
+@pytest.mark.parametrize("reduction_fn", [torch.mean, lambda loss: loss.logsumexp(0)])
+def test_samples_of_a_model_without_chance_change_nothing(problem, reduction_fn):
+    run = partial(
+        gradient_ascent, **problem, optimizer=SGD, lr=0.5, steps=4, reduction_fn=reduction_fn
+    )
+    torch.testing.assert_close(run(samples=3), run())
+
+
 # --- optimizers that want to know losses --------------------------------------------------------
 
 

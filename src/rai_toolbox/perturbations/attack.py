@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -135,33 +135,33 @@ def attack(
         allowed = FeasibleSet.around(data, ball, data_range, mask)
         model = inputs.classifier(model, target)
         objective = Objective(model, criterion, sign, samples=samples, success=success)
-        run_objective = objective
-        toward: Sequence[Tensor | None] = [None]
+        goals, run_objective = [target], objective
         if rivals is not None:
-            _check_rivals(rivals, criterion, targeted)
+            if targeted:
+                raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
             classes = _rival_classes(rivals, model, allowed, target)
-            toward, run_objective = classes.unbind(1), _toward_rivals(objective, classes)
+            goals = [torch.stack([target, rival], 1) for rival in classes.unbind(1)]
+            run_objective = _toward_rivals(objective, classes)
         calls = int(rivals is not None)
         zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
         best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
 
-        for run, (restart, rival) in enumerate(product(range(restarts), toward)):
-            rows = best.rows_without_success() if stop_once_fooled and run > 0 else None
-            if rows is not None and not len(rows):
-                break
-            part = allowed if rows is None else allowed.rows(rows)
-            chosen = slice(None) if rows is None else rows
-            goal = (target if rival is None else torch.stack([target, rival], 1))[chosen]
+        part, rows = allowed, torch.arange(len(data), device=data.device)
+        for run, (restart, of_all) in enumerate(product(range(restarts), goals)):
+            if stop_once_fooled and run > 0:
+                rows = best.rows_without_success()
+                if not len(rows):
+                    break
+                part = allowed.rows(rows)
             perturbation, constraint = part.zero_perturbation(), part.of_perturbations()
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
-            found = solve(
-                run_objective, part.data, goal, perturbation, optim, steps, stop=stop_once_fooled
-            )
-            perturbed = found.data if rows is None else data.index_copy(0, rows, found.data)
+            goal, stop = of_all[rows], stop_once_fooled
+            found = solve(run_objective, part.data, goal, perturbation, optim, steps, stop=stop)
+            perturbed = data.index_copy(0, rows, found.data)
             best.update_(sign * found.losses, found.fooled, [perturbed], rows)
-            zero_gradient[chosen] &= found.zero_gradient
+            zero_gradient[rows] &= found.zero_gradient
             calls += found.model_calls
 
         perturbed, cost, fooled = allowed.project(best.tensors[0]), best.cost, best.success
@@ -184,19 +184,13 @@ def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
     def success(logits: Tensor, pairs: Tensor) -> Tensor:
         return is_fooled(logits, pairs[:, 0])
 
-    model = inputs.classifier(objective.model, classes, "rivals")
-    return replace(objective, model=model, criterion=criterion, success=success)
-
-
-def _check_rivals(rivals: int | ChooseClasses, criterion: Criterion, targeted: bool) -> None:
-    if not callable(rivals):
-        check_count("rivals", rivals, 1)
-    if targeted:
-        raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
-    call = criterion.forward if isinstance(criterion, nn.Module) else criterion
+    loss = objective.criterion
+    call = loss.forward if isinstance(loss, nn.Module) else loss
     if inputs.takes(call, "rival") != (True, False):
         rule = "take `rival` where there are `rivals`, as an option, as margin_loss does"
-        raise wrong("criterion", rule, criterion, TypeError)
+        raise wrong("criterion", rule, loss, TypeError)
+    model = inputs.classifier(objective.model, classes, "rivals")
+    return replace(objective, model=model, criterion=criterion, success=success)
 
 
 @torch.no_grad()
@@ -205,6 +199,7 @@ def _rival_classes(
 ) -> Tensor:
     """The rival classes of each example, shape (N, m)."""
     if not callable(rivals):
+        check_count("rivals", rivals, 1)
         return most_likely_rivals(model(allowed.data), target, rivals)
     classes = rivals(model, allowed, target)
     inputs.check_classes("rivals", classes)

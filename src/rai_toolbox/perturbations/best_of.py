@@ -47,7 +47,7 @@ class BestOf:
         ones. `last_cost` is the last cost of each example.
         """
         if rows is not None:
-            cost = self.last_cost.index_copy(0, rows, cost)
+            cost = self.last_cost.to(cost.dtype).index_copy(0, rows, cost)
             success = self.success.index_copy(0, rows, success)
         self.last_cost = cost
         take = torch.ones_like(success)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.rounding import as_wide
+from rai_toolbox.constraints.kernels.rounding import as_wide, noise, offset_from
 from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
 from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.models.additive import check_mask
@@ -55,13 +55,9 @@ class FeasibleSet:
 
     def rows(self, rows: Tensor) -> FeasibleSet:
         """The set of some of the examples."""
-        epsilon = self.ball.epsilon
-        if isinstance(epsilon, Tensor) and epsilon.ndim > 0:
-            epsilon = epsilon[rows]
-        ball = replace(self.ball, epsilon=epsilon)
         bounds = None if self.bounds is None else (self.bounds[0][rows], self.bounds[1][rows])
         mask = None if self.mask is None else self.mask[rows]
-        return FeasibleSet(self.data[rows], ball, bounds, mask)
+        return FeasibleSet(self.data[rows], self.ball._at_rows(self.data, rows), bounds, mask)
 
     def zero_perturbation(self) -> AdditivePerturbation:
         """A perturbation of 0 for each example."""
@@ -83,36 +79,29 @@ class FeasibleSet:
         """The nearest perturbed data that are exactly in the set."""
         if isinstance(self.ball, LinfBall) and self.bounds is not None:
             return perturbed.clamp(*(self.data + change for change in self._changes))
-        if self._surely_holds(perturbed):
+        change = (perturbed.double() - self.data.double()).flatten(1)
+        norms = torch.linalg.vector_norm(change, self.ball.p, dim=1)
+        radii = as_wide(self.ball.epsilon, change).reshape(-1) * (1 - 4 * noise(change.shape[1]))
+        inside = (norms <= radii).all()  # by more than the rounding of the norms
+        if self.bounds is not None:
+            inside &= (perturbed == perturbed.clamp(*self.bounds)).all()
+        if bool(inside):  # spares the projection, which takes longer
             return perturbed
         ball = replace(self.ball, center=self.data)
         allowed = ball if self.bounds is None else BoundedBall(ball, *self.bounds)
         return allowed.project(perturbed)
 
-    def _surely_holds(self, perturbed: Tensor) -> bool:
-        """Whether all are inside by more than the rounding of the norms; synchronizes."""
-        change = (perturbed.double() - self.data.double()).flatten(1)
-        epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64, device=change.device)
-        epsilon = epsilon.reshape(-1) * (1 - (change.shape[1] + 2) * 2.0**-52)
-        inside = (torch.linalg.vector_norm(change, self.ball.p, dim=1) <= epsilon).all()
-        if self.bounds is not None:
-            inside &= (perturbed == perturbed.clamp(*self.bounds)).all()
-        return bool(inside)
-
     @cached_property
     def _changes(self) -> tuple[Tensor, Tensor]:
         """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
         assert self.bounds is not None
-        return -self._reach(self.bounds[0], -1), self._reach(self.bounds[1], 1)
+        return self._reach(self.bounds[0], -1), self._reach(self.bounds[1], 1)
 
     def _reach(self, bound: Tensor, sign: int) -> Tensor:
         """The largest change toward a bound whose rounded sum is in ball and bounds."""
         epsilon = as_wide(self.ball.epsilon, bound)
-        reach = (sign * (bound - self.data)).minimum(epsilon.to(bound.dtype))
-        end = self.data + sign * reach
-        distance = as_wide(end, bound) - as_wide(self.data, bound)
-        beyond = (sign * distance > epsilon) | (sign * end > sign * bound)
-        end = torch.where(beyond, end.nextafter(self.data), end)
-        reach = torch.where(beyond, sign * (end - self.data), reach)
-        beyond = sign * (self.data + sign * reach) > sign * end  # as the difference was rounded
-        return torch.where(beyond, reach.nextafter(torch.zeros_like(reach)), reach)
+        end = offset_from(as_wide(self.data, bound), sign * epsilon, bound.dtype)
+        end = end.maximum(bound) if sign < 0 else end.minimum(bound)
+        change = end - self.data
+        beyond = sign * (self.data + change) > sign * end  # as the difference was rounded
+        return torch.where(beyond, change.nextafter(torch.zeros_like(change)), change)

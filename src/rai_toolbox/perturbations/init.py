@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, default_generator
 
-from rai_toolbox.batch import batch_shape, view_or_copy
-from rai_toolbox.checks import check_finite
+from rai_toolbox.batch import to_batch
+from rai_toolbox.checks import check_positive
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 
 
@@ -102,10 +102,6 @@ def uniform_like_linf_n_ball_(
 def _fill_(
     x: Tensor, ball: Any, epsilon: float, param_ndim: int | None, generator: Generator
 ) -> Tensor:
-    if check_finite("epsilon", epsilon) == 0:
-        raise ValueError(f"`epsilon` must be > 0, got {epsilon!r}")
-    batch, copied = view_or_copy(x.detach(), batch_shape(x.shape, param_ndim))
-    ball(epsilon).sample_(batch, generator)
-    if copied:
-        x.copy_(batch.view(x.shape))
-    return x
+    check_positive("epsilon", epsilon)
+    batch = to_batch(x.detach(), param_ndim)
+    return x.copy_(ball(epsilon).sample_(batch, generator).view(x.shape))  # if it was no view

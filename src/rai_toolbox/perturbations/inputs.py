@@ -165,5 +165,4 @@ def device_of(model: object) -> torch.device | None:
     """The device of the model's tensors; None if it has none."""
     if not isinstance(model, nn.Module):
         return None
-    tensors = (tensor for found in (model.parameters(), model.buffers()) for tensor in found)
-    return next((tensor.device for tensor in tensors), None)
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -157,25 +156,20 @@ def minimum_norm_attack(
         first = _linear_radius(model, allowed, target, ball.p) * (1 + tolerance)
         first = first.clamp(limit * _SMALLEST, limit)
         for _ in range(search_steps):
-            done = (upper - lower <= tolerance * upper) & upper.isfinite()
-            rows = (~done & (lower < limit)).nonzero().squeeze(1)
+            rows = (lower < limit.minimum((1 - tolerance) * upper)).nonzero().squeeze(1)
             if not len(rows):
                 break
             # The middle of the interval; as long as nothing has fooled, twice the last radius.
             beyond = torch.where(lower > 0, 2 * lower, first)
             radius = torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)[rows]
             part = allowed.rows(rows)
+            masked = {} if part.mask is None else {"mask": part.mask}
             found = call(
-                model,
-                part.data,
-                target[rows],
-                ball=replace(part.ball, epsilon=radius),
-                data_range=part.bounds,
-                **({} if part.mask is None else {"mask": part.mask}),
+                model, part.data, target[rows], ball=ball(radius), data_range=part.bounds, **masked
             ).data
             success = is_fooled(model(found), target[rows], targeted)
             hit, missed = rows[success], rows[~success]
-            lower[missed] = torch.maximum(lower[missed], radius[~success])
+            lower[missed] = radius[~success]
             if len(hit):
                 near = _nearest_fooling(model, data[hit], found[success], target[hit], targeted)
                 length = _norm(near.double() - data[hit].double(), ball.p)
@@ -195,10 +189,9 @@ def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
     """The largest radius to try for each example: at most the one that reaches all of the range."""
     lower, upper = allowed.bounds or (allowed.data - inf, allowed.data + inf)
     reach = torch.maximum(allowed.data - lower, upper - allowed.data)
-    limit = _norm(reach, p)
+    limit = _norm(reach, p) * (1 + 1e-9)  # the rounding of a sum
     if largest is None and not bool(limit.isfinite().all()):
         raise wrong("largest", "be given if `data_range` leaves a side open", largest)
-    limit = limit * (1 + 1e-9)  # the rounding of a sum
     return limit if largest is None else limit.clamp(max=largest)
 
 

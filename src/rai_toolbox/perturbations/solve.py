@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import has_step_hooks, unhooked
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
@@ -89,8 +87,6 @@ class Objective:
                     outputs.append(output.detach())
                 if params is None:
                     continue
-                if self.samples > 1:
-                    loss = loss / self.samples
                 if self.reduction_fn is not torch.sum:  # else differentiate without the sum
                     loss = self.reduction_fn(loss)
                     if loss.ndim != 0:
@@ -98,7 +94,8 @@ class Objective:
                 if not loss.requires_grad:
                     got = "a loss that does not depend on the perturbation (is something detached?)"
                     raise wrong("model` and `criterion", "be differentiable", got)
-                torch.autograd.backward(loss, torch.full_like(loss, self.sign), inputs=params)
+                scale = torch.full_like(loss, self.sign / self.samples)
+                torch.autograd.backward(loss, scale, inputs=params)
         with torch.no_grad():
             cost = self.sign * (losses[0] if self.samples == 1 else torch.stack(losses).mean(0))
             if self.success is None:
@@ -127,7 +124,6 @@ def solve(
     params = [param for param in perturbation.parameters() if param.requires_grad]
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
-    best: BestOf | None = None
     rows, target_of_rows = None, target
     for step in range(steps + 1):
         for param in params:
@@ -138,34 +134,33 @@ def solve(
         )
         if step == 0:
             separate = parameters_per_example(perturbation, params, perturbed)
-            zero_gradient = _zero_gradient(params, perturbed, separate is not None)
+            zero_gradient = _zero_gradient(params, perturbed, bool(separate))
             if use_best or stop or observe is not None:
                 check_per_example("criterion", cost, perturbed)
                 check_per_example("stop_once", success, perturbed)
-            if use_best or stop:
-                best = BestOf(cost, success, separate or [perturbed], use_best, stop)
-        elif best is not None:
+        if step == 0 or not (use_best or stop):
+            best = BestOf(cost, success, separate or [perturbed], use_best, stop)
+        else:
             best.update_(cost, success, separate or [perturbed], rows)
         if last:
             break
         is_check = step + 1 in _FIRST_CHECKS or (step + 1) % _CHECK_EVERY == 0
-        if stop and best is not None and is_check:
+        if stop and is_check:
             rows = best.rows_without_success()
             if len(rows) == 0:
                 break
             target_of_rows = target if target.ndim == 0 else target[rows]
         if observe is not None:
-            observe(cost if best is None else best.last_cost)
+            observe(best.last_cost)
         take_step()
     for param in params:
         param.grad = None
-    if best is not None:
-        perturbed, cost, success = best.tensors[0], best.cost, best.success
-        if separate is not None:
-            copy_into(params, best.tensors)
-            perturbed = perturbation(data).detach()
+    perturbed = best.tensors[0]
+    if separate:
+        copy_into(params, best.tensors)
+        perturbed = perturbation(data).detach()
     calls = objective.samples * (step + 1)
-    return Attacked(perturbed, objective.sign * cost, success, zero_gradient, calls)
+    return Attacked(perturbed, objective.sign * best.cost, best.success, zero_gradient, calls)
 
 
 @torch.no_grad()
@@ -177,14 +172,13 @@ def copy_into(params: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 def parameters_per_example(
     model: PerturbationModel, params: list[Tensor], data: Tensor
-) -> list[Tensor] | None:
-    """The parameters, if each has one independent row per example."""
-    if not getattr(model, "per_datum", False) or data.ndim == 0:
-        return None
-    if isinstance(model, AdditivePerturbation) and model.delta.shape != data.shape:
-        return None
-    separate = all(param.ndim > 0 and len(param) == len(data) for param in params)
-    return params if separate else None
+) -> list[Tensor]:
+    """The parameters, if each has one independent row per example; else none."""
+    separate = getattr(model, "per_datum", False) and data.ndim > 0
+    if isinstance(model, AdditivePerturbation):
+        separate = separate and model.delta.shape == data.shape
+    fits = all(param.shape[:1] == data.shape[:1] for param in params)
+    return params if separate and fits else []
 
 
 def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor:
@@ -192,27 +186,21 @@ def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor
     grads = [param.grad for param in params if param.grad is not None and param.grad.numel()]
     zero = torch.full(data.shape[:1], bool(grads), device=data.device)
     for grad in grads:
-        size = grad.flatten(1).abs().amax(1) if separate and grad.ndim > 1 else grad.abs()
-        zero = zero & (size == 0 if separate else size.amax() == 0)
+        zeros = grad == 0
+        zero = zero & (zeros.reshape(len(zeros), -1).all(1) if separate else zeros.all())
     return zero
 
 
 def _step_of(optimizer: Any) -> Callable[[], object]:
-    """The step of an optimizer, if it can step with gradients alone.
-
-    Without hooks this bypasses torch's wrapper, which costs as much as the step of a small model.
-    """
-    if not callable(getattr(optimizer, "step", None)):
+    """The step of an optimizer, if it can step with gradients alone."""
+    step: Callable[[], object] | None = getattr(optimizer, "step", None)
+    if not callable(step):
         raise wrong("optimizer", "be or make what has a `step`", optimizer, TypeError)
     inner = getattr(optimizer, "inner_opt", optimizer)  # to which a wrapper passes its closure on
     if isinstance(inner, Optimizer) and takes(type(inner).step, "closure")[1]:
         rule = "step by gradients alone, without a `closure`"
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
-    if isinstance(optimizer, Optimizer) and "step" not in vars(optimizer):
-        if not has_step_hooks(optimizer):
-            return partial(unhooked(type(optimizer).step), optimizer)
-    own_step: Callable[[], object] = optimizer.step
-    return own_step
+    return step
 
 
 @contextmanager

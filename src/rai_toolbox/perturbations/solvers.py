@@ -191,8 +191,6 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
     tensor([1.])
     """
     check_count("repeats", repeats, 1)
-    if not callable(solver):
-        raise wrong("solver", "be callable", solver, TypeError)
 
     @functools.wraps(solver, updated=())
     @torch.inference_mode(False)
@@ -209,7 +207,7 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
         if repeats == 1:
             return data, losses
         inputs.check_per_example("criterion", losses, data)
-        params = parameters_per_example(model, params, data) or []
+        params = parameters_per_example(model, params, data)
         failure = torch.zeros_like(losses, dtype=torch.bool)
         best = BestOf(sign * losses, failure, [data, losses, *params])
         for _ in range(repeats - 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from math import inf
 from operator import length_hint
 from typing import NamedTuple
 
@@ -131,11 +132,8 @@ def universal_perturbation(
                 bar.update()
 
         def perturbed_model(data: Tensor) -> Tensor:
-            perturbed = perturbation(data)
-            if data_range is not None:
-                low, high = (torch.as_tensor(bound).to(perturbed) for bound in data_range)
-                perturbed = perturbed.clamp(low, high)
-            return model(perturbed)
+            low, high = (torch.as_tensor(end).to(data) for end in data_range or (-inf, inf))
+            return model(perturbation(data).clamp(low, high))
 
         before = []
         for data, target in epoch():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_setting
 from rai_toolbox.perturbations.inputs import bounds_of, wrong
-from rai_toolbox.perturbations.models.image import ImagePerturbation
+from rai_toolbox.perturbations.models.base import ImagePerturbation
 
 
 def shift_color(

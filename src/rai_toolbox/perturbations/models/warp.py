@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.perturbations.models.image import ImagePerturbation
+from rai_toolbox.perturbations.models.base import ImagePerturbation
 
 _PADDINGS = ("zeros", "border", "reflection")
 
