@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 # Optimizers
@@ -33,6 +34,13 @@ NORMALIZATIONS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks run at its steps: its own, or those of all optimizers."""
+    of_all = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own) or any(getattr(torch_optimizer, name, None) for name in of_all)
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -136,3 +136,8 @@ def test_losses_must_be_of_each_example():
     solve = random_restart(partial(gradient_ascent, criterion=lambda o, t: o.sum()), 2)
     with pytest.raises(ValueError, match=r"`criterion` must give one value .* got shape \(\)"):
         solve(model=lambda x: x, data=[1.0, 2.0], target=0.0, optimizer=SGD, lr=0.1, steps=1)
+
+
+def test_the_solver_must_be_callable():
+    with pytest.raises(TypeError, match="`solver` must be callable, got 3"):
+        random_restart(3, 2)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rai_toolbox._torch import has_step_hooks, unhooked
 from rai_toolbox.modules import evaluating, frozen
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
@@ -192,7 +194,10 @@ def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor
 
 
 def _step_of(optimizer: Any) -> Callable[[], object]:
-    """The step of an optimizer, if it can step with gradients alone."""
+    """The step of an optimizer, if it can step with gradients alone.
+
+    Without hooks this bypasses torch's wrapper, which costs as much as the step of a small model.
+    """
     step: Callable[[], object] | None = getattr(optimizer, "step", None)
     if not callable(step):
         raise wrong("optimizer", "be or make what has a `step`", optimizer, TypeError)
@@ -200,6 +205,9 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
     if isinstance(inner, Optimizer) and takes(type(inner).step, "closure")[1]:
         rule = "step by gradients alone, without a `closure`"
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
+    plain = isinstance(optimizer, Optimizer) and "step" not in vars(optimizer)
+    if plain and not has_step_hooks(optimizer):
+        return partial(unhooked(type(optimizer).step), optimizer)
     return step
 
 

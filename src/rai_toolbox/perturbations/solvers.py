@@ -191,6 +191,8 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
     tensor([1.])
     """
     check_count("repeats", repeats, 1)
+    if not callable(solver):
+        raise wrong("solver", "be callable", solver, TypeError)
 
     @functools.wraps(solver, updated=())
     @torch.inference_mode(False)
