@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import (
     BLOCK,
@@ -19,7 +19,6 @@ from rai_toolbox.constraints.kernels.blocks import (
     in_groups,
     needs_grad,
     row_blocks,
-    widened,
 )
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows, project_l1_rows_
@@ -40,60 +39,42 @@ class _Ball(Constraint):
     norm_name: ClassVar[str]
     """The norm as it is written: "L1", "L2" or "Linf"."""
 
-    _corners: ClassVar[bool] = True  # where the oracle's answers are, of no sum with rounding
-
     epsilon: float | Tensor
     center: float | Tensor | None = None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the radius is finite."""
-        return bool(self.__dict__["_bounded"])
 
     def _check_settings(self) -> None:
         check_setting("epsilon", self.epsilon, least=0, finite=False)
         if self.center is not None:
             check_setting("center", self.center)
-        finite = bool(torch.as_tensor(self.epsilon, dtype=torch.float64).isfinite().all())
-        object.__setattr__(self, "_bounded", finite)
-
-    def _from_center(self, x: Tensor) -> Tensor:
-        """``x - center`` in float64; the center counts as rounded to the dtype of x."""
-        return widened(x) if self.center is None else widened(x) - self._at(x, x.dtype)
+        self.__dict__["_bounded"] = are_finite(self.epsilon)
 
     def _at(self, x: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """The center as it counts: rounded to the dtype; in float64."""
         return 0.0 if self.center is None else as_wide(as_rounded(self.center, dtype, x), x)
+
+    def _from_center(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if self.center is None else x - self._at(x, dtype)
 
     def _placed(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
         """``center + offset``, rounded without leaving any ball that the offset is in."""
-        center = self._at(offset, dtype)
-        return offset_from(center, offset, dtype)
+        return offset_from(self._at(offset, dtype), offset, dtype)
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        length = norm(self._from_center(x, dtype), self.p, 1)
+        return (length - self.epsilon).clamp(min=0).squeeze(1)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        radius = self.epsilon if self._corners else self._inner(gradient.shape[1])
-        return self._placed(self._direction(gradient) * -radius, dtype)
+        # (for other norms the answer is a corner, of no sum with rounding)
+        radius = self._inner(gradient.shape[1]) if self.p == 2 else self.epsilon
+        return self._placed(steepest(gradient, self.p) * -radius, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
-        inside = self._uniform(like, generator) * self._inner(like.shape[1])
+        inside = uniform_in_ball(like, self.p, generator) * self._inner(like.shape[1])
         return self._placed(inside, like.dtype)
 
     def _inner(self, size: int) -> float | Tensor:
         """A radius at which float64 arithmetic on `size` entries cannot leave the ball."""
         return self.epsilon * (1 - 4 * noise(size))
-
-    def _project_groups_(self, batches: list[Tensor]) -> None:
-        if self.center is not None or isinstance(self.epsilon, Tensor):
-            super().project_each_(batches)
-            return
-        for x in batches:
-            self._check_batch(x)
-        in_groups(batches, self.project_)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _uniform(self, like: Tensor, generator: Generator | None) -> Tensor:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +114,7 @@ class LinfBall(_Ball):
         if self.center is None and not isinstance(self.epsilon, Tensor):
             clamp_([x], -self.epsilon, self.epsilon)
             return x
-        lower, upper = self._bounds(x)
-        return x.clamp_(lower, upper)
+        return x.clamp_(*self._bounds(x))
 
     def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
         if self.center is None and not isinstance(self.epsilon, Tensor):
@@ -153,14 +133,6 @@ class LinfBall(_Ball):
         lower, upper = (bound.to(x.dtype) for bound in self._bounds(x.to(dtype)))
         nearest = x.clamp(lower, upper)
         return torch.where(x == nearest, 0.0, (x - nearest).abs()).amax(-1)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        direction = gradient.clone()
-        sign_([direction])
-        return direction
-
-    def _uniform(self, like: Tensor, generator: Generator | None) -> Tensor:
-        return 2 * uniform(like, generator) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +166,7 @@ class L2Ball(_Ball):
 
     p: ClassVar[float] = 2
     norm_name: ClassVar[str] = "L2"
-    _corners: ClassVar[bool] = False
+    _joins_rows: ClassVar[bool] = True
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         if self.center is not None:
@@ -202,26 +174,12 @@ class L2Ball(_Ball):
         self._check_batch(x)
         return project_l2_ball_(x, self.epsilon, x.ndim - 1)
 
-    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
-        self._project_groups_(batches)
-
-    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        length = norm(self._from_center(x.to(dtype)), 2, 1)
-        return (length - self.epsilon).clamp(min=0).squeeze(1)
-
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        offset = self._from_center(x.to(dtype))
+        offset = self._from_center(x, dtype)
         length = norm(offset, 2, 1)
         inside = length <= self.epsilon  # (an infinite radius would have the derivative 0 * inf)
         shrunk = self._inner(x.shape[1]) / torch.where(inside, 1.0, length)
         return self._placed(offset * torch.where(inside, 1.0, shrunk), dtype)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        return normalize_(gradient.clone(), 2, 1)
-
-    def _uniform(self, like: Tensor, generator: Generator | None) -> Tensor:
-        radius = uniform(like[:, :1], generator) ** (1 / like.shape[1])
-        return normalize_(normal(like, generator), 2, 1) * radius
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,27 +239,14 @@ class L1Ball(_Ball):
             if rows.data_ptr() != part.data_ptr():
                 part.copy_(rows.view(part.shape))
 
-    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        length = norm(self._from_center(x.to(dtype)), 1, 1)
-        return (length - self.epsilon).clamp(min=0).squeeze(1)
-
     def _projected(self, units: Tensor) -> Tensor:
         if self.center is None:
             return project_l1_rows(units, self.epsilon)
         return super()._projected(units)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        offset = self._from_center(x.to(dtype))
+        offset = self._from_center(x, dtype)
         return self._placed(project_l1_rows(offset, self._inner(x.shape[1])), dtype)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        return largest_sign_(gradient.clone())
-
-    def _uniform(self, like: Tensor, generator: Generator | None) -> Tensor:
-        size = exponential(like, generator)
-        rest = exponential(like[:, :1], generator)
-        signs = torch.where(uniform(like, generator) < 0.5, -1.0, 1.0)
-        return signs * size / (size.sum(1, keepdim=True) + rest)
 
 
 Ball = LinfBall | L2Ball | L1Ball
@@ -315,3 +260,27 @@ def check_ball(name: str, value: object) -> Ball:
     if not isinstance(value, Ball):
         raise TypeError(f"`{name}` must be a LinfBall, L2Ball or L1Ball, got {value!r}")
     return value
+
+
+def steepest(gradient: Tensor, p: float) -> Tensor:
+    """A direction of p-norm 1 in which each row of a linear function rises most; 0 stays 0."""
+    direction = gradient.clone()
+    if p == 1:
+        return largest_sign_(direction)
+    if p == 2:
+        return normalize_(direction, 2, 1)
+    sign_([direction])
+    return direction
+
+
+def uniform_in_ball(like: Tensor, p: float, generator: Generator | None) -> Tensor:
+    """Rows that are uniform in the unit ball of the p-norm."""
+    if p == math.inf:
+        return 2 * uniform(like, generator) - 1
+    if p == 2:
+        radius = uniform(like[:, :1], generator) ** (1 / like.shape[1])
+        return normalize_(normal(like, generator), 2, 1) * radius
+    size = exponential(like, generator)
+    rest = exponential(like[:, :1], generator)
+    signs = torch.where(uniform(like, generator) < 0.5, -1.0, 1.0)
+    return signs * size / (size.sum(1, keepdim=True) + rest)

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, wraps
 from math import prod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.autograd import readable, with_value
-from rai_toolbox.checks import as_plain
-from rai_toolbox.constraints.kernels.blocks import BLOCK, row_blocks, widened
-from rai_toolbox.constraints.sharding import METHODS, accepts_shards
+from rai_toolbox.checks import as_plain, wrong
+from rai_toolbox.constraints.along import dims_in, on_rows
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_groups, row_blocks, widened
+from rai_toolbox.constraints.sharding import ON_SHARDS, PLAIN, is_sharded
 
 _SETS: dict[str, dict[str, type[Constraint]]] = {}  # by class name, then by full name
 _Self = TypeVar("_Self", bound="Constraint")
 _Change = Callable[[str, Tensor], Tensor]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _of_any_batch(method: _Method) -> _Method:
+    """A method for any batch: a sharded one, or one whose points do not lie along its last dims."""
+
+    @wraps(method)
+    def of_any(constraint: Constraint, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if type(x) not in PLAIN and is_sharded(x):
+            # (a batch of that shape without its memory)
+            constraint._check_batch(torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape))
+            return ON_SHARDS[method.__name__](of_any, constraint, x, *args, **kwargs)
+        if constraint._dims is not None:
+            return on_rows(method, constraint, x, *args, **kwargs)
+        return method(constraint, x, *args, **kwargs)
+
+    return cast(_Method, of_any)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +69,10 @@ class Constraint:
     flat: ClassVar[bool] = False
     """Whether the set is an affine subspace, so that the projection is an affine map."""
 
+    _bounded: ClassVar[bool] = False
     _of_matrices: ClassVar[bool] = False  # a point is a matrix, in the last two dims of the batch
+    _dims: ClassVar[tuple[int, ...] | None] = None  # that a point lies along; all but the first
+    _joins_rows: ClassVar[bool] = False  # projects rows of several batches as those of one
     _for_each: ClassVar[tuple[str, ...]] = ()  # settings with one value per sub-tensor
     _is_equation: ClassVar[bool] = False  # no interior, where the projection has derivative 1
     _fixed: ClassVar[tuple[str, ...]] = ()  # settings that do not broadcast against the batch
@@ -60,9 +81,9 @@ class Constraint:
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
             _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
-        for name in METHODS:
+        for name in ON_SHARDS:
             if name in cls.__dict__:
-                setattr(cls, name, accepts_shards(cls.__dict__[name]))
+                setattr(cls, name, _of_any_batch(cls.__dict__[name]))
 
     def __post_init__(self) -> None:
         settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}
@@ -73,15 +94,15 @@ class Constraint:
     @property
     def bounded(self) -> bool:
         """Whether the set is bounded, so that `lmo` and `sample_` exist."""
-        return False
+        return self._bounded
 
     def coupled_dims(self, ndim: int) -> tuple[int, ...]:
         """The dims of a batch of `ndim` dims along which the set may couple the elements."""
-        return tuple(range(1, ndim))
+        return tuple(range(1, ndim)) if self._dims is None else dims_in(self._dims, ndim)
 
     # The methods
 
-    @accepts_shards
+    @_of_any_batch
     def project_(self, x: Tensor) -> Tensor:
         """Project each sub-tensor onto the set, in place: the nearest point, in Euclidean norm.
 
@@ -116,7 +137,7 @@ class Constraint:
         """
         return self.project_(x.clone())
 
-    @accepts_shards
+    @_of_any_batch
     @torch.no_grad()
     def violation(self, x: Tensor) -> Tensor:
         """How far each sub-tensor is outside the set, in the unit of `x`; 0 inside.
@@ -137,7 +158,7 @@ class Constraint:
             return torch.zeros(x.shape[:1], dtype=torch.float64, device=x.device)
         return torch.cat(found)
 
-    @accepts_shards
+    @_of_any_batch
     @torch.no_grad()
     def lmo(self, gradient: Tensor) -> Tensor:
         """Minimize a linear function over the set: ``argmin_s <gradient, s>``.
@@ -159,15 +180,14 @@ class Constraint:
         """
         self._check_bounded("lmo")
         self._check_batch(gradient)
-        answers = []
-        for block, points, constraint in self._blocks(gradient):
+        answer = gradient.clone()
+        for block, points, constraint in self._blocks(answer):
             wide, finite = constraint._finite(points)
-            least = constraint._minimizer(wide, block.dtype).to(block.dtype)
-            answers.append(torch.where(finite, least, torch.nan).reshape(block.shape))
-        answer = torch.cat(answers) if answers else torch.empty_like(gradient)
-        return answer.view(gradient.shape)
+            least = torch.where(finite, constraint._minimizer(wide, answer.dtype), torch.nan)
+            block.copy_(least.reshape(block.shape))
+        return answer
 
-    @accepts_shards
+    @_of_any_batch
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill each sub-tensor with a random point of the set, in place.
@@ -198,8 +218,13 @@ class Constraint:
 
     def project_each_(self, batches: list[Tensor]) -> None:
         """`project_` for several batches, in as few calls as the set needs."""
+        if self._tensors or self._dims is not None or not self._joins_rows:
+            for x in batches:
+                self.project_(x)
+            return
         for x in batches:
-            self.project_(x)
+            self._check_batch(x)
+        in_groups(batches, self.project_)
 
     # Plain data
 
@@ -399,25 +424,27 @@ class Constraint:
             size in (1, of_x) for size, of_x in zip(shape[::-1], batch[::-1], strict=False)
         )
         if not fits:
-            raise ValueError(
-                f"`{name}` must broadcast against the batch of shape {batch}, got shape {shape}"
-            )
-        start = max(0, len(shape) - len(batch) + 1)
-        if name in self._for_each and prod(shape[start:]) != 1:
-            raise ValueError(
-                f"`{name}` must have one value per sub-tensor, shape "
-                f"{(batch[0], *(1,) * (len(batch) - 1))} for the batch of shape {batch}, "
-                f"got shape {shape}"
-            )
+            raise wrong(name, f"broadcast against the batch of shape {batch}", f"shape {shape}")
+        coupled = self.coupled_dims(x.ndim) if name in self._for_each else ()
+        of_each = tuple(1 if dim in coupled else size for dim, size in enumerate(batch))
+        if any(shape[dim - x.ndim] != 1 for dim in coupled if dim >= x.ndim - len(shape)):
+            rule = f"have one value per sub-tensor, shape {of_each} for the batch of shape {batch}"
+            raise wrong(name, rule, f"shape {shape}")
+
+
+def are_finite(*settings: float | Tensor | None) -> bool:
+    """Whether settings are finite everywhere; None, an open side, is not."""
+    return all(
+        s is not None and bool(torch.as_tensor(s, dtype=torch.float64).isfinite().all())
+        for s in settings
+    )
 
 
 def check_device(name: str, setting: Tensor, x: Tensor) -> None:
     """Raise if a tensor setting is on another device than x."""
     if setting.device != x.device:
-        raise ValueError(
-            f"`{name}` must be on the device of the batch, {x.device}, got {setting.device}; "
-            "see `to`"
-        )
+        rule = f"be on the device of the batch, {x.device}"
+        raise wrong(name, rule, f"{setting.device}; see `to`")
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox._torch import forward_ad_level, function_transforms_active
-from rai_toolbox.constraints.balls import Ball, L1Ball, L2Ball, LinfBall
+from rai_toolbox.checks import wrong
+from rai_toolbox.constraints.balls import Ball, check_ball
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.box import Box, in_dtype
 from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
 from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     least_in_l1,
@@ -28,30 +29,11 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
     outside_bounds,
     rounded_bounds,
 )
-from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, is_farther, noise
+from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 
-
-def _in_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
-    """A bound as it counts: rounded to the dtype; what is beyond it is infinite."""
-    if isinstance(bound, Tensor):
-        return bound.to(dtype)
-    if bound is None or abs(bound) <= torch.finfo(dtype).max:
-        return bound
-    return inf if bound > 0 else -inf
-
-
-def _larger(a: float | Tensor, b: float | Tensor) -> Any:
-    if isinstance(a, Tensor):
-        return a.clamp(min=b)
-    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
-
-
-# By the class of the ball: the order of its norm, its projection and its linear oracle.
-_KINDS: tuple[tuple[type[Constraint], float, Any, Any], ...] = (
-    (LinfBall, inf, nearest_in_linf, least_in_linf),
-    (L2Ball, 2, nearest_in_l2, least_in_l2),
-    (L1Ball, 1, nearest_in_l1, least_in_l1),
-)
+# By the order of the norm.
+_PROJECTIONS: dict[float, Any] = {inf: nearest_in_linf, 2: nearest_in_l2, 1: nearest_in_l1}
+_ORACLES: dict[float, Any] = {inf: least_in_linf, 2: least_in_l2, 1: least_in_l1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,73 +77,52 @@ class BoundedBall(Constraint):
     tensor([[0.4000, 0.4000, 0.2000]])
     """
 
+    _bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     ball: Any
     lower: float | Tensor | None
     upper: float | Tensor | None
 
-    @property
-    def bounded(self) -> bool:
-        """True: the ball is."""
-        return True
-
     def _check_settings(self) -> None:
-        kind = next((kind for kind in _KINDS if isinstance(self.ball, kind[0])), None)
-        if kind is None:
-            raise TypeError(f"`ball` must be a LinfBall, L2Ball or L1Ball, got {self.ball!r}")
+        check_ball("ball", self.ball)
         if not self.ball.bounded:
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
-        self.__dict__["_kind"] = kind
-        self.__dict__["_known"] = (None,) * 4, None  # settings, and these as they count in a dtype
+        self.__dict__["_known"] = {}  # the bounds as they count in a dtype
         self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
-        gap, epsilon = self._gap(), torch.as_tensor(self.ball.epsilon, dtype=torch.float64)
+        epsilon, gap = self._radius_and_gap()
         self.__dict__["_apart"] = bool((gap > 0).any())
-        try:
-            wrong = gap > epsilon
-        except RuntimeError:
-            raise ValueError(
-                "`epsilon`, `center`, `lower` and `upper` must broadcast against each other, got "
-                f"shapes {tuple(epsilon.shape)} and {tuple(gap.shape)}"
-            ) from None
-        if bool(wrong.any()):
-            self._refuse(gap.expand(wrong.shape)[wrong], epsilon.expand(wrong.shape)[wrong])
+        _check_reach(epsilon, gap)
 
     def _check_shape(self, shape: torch.Size) -> None:
         if not self.__dict__["_apart"] or 0 in shape or shape in self.__dict__["_met"]:
             return
-        gap = self._gap()
+        epsilon, gap = self._radius_and_gap()
         rows = gap.expand(len(gap) if gap.ndim == len(shape) else 1, *shape[1:]).flatten(1)
-        apart = torch.linalg.vector_norm(rows, self.__dict__["_kind"][1], dim=1)
-        epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64).reshape(-1)
-        apart, epsilon = torch.broadcast_tensors(apart, epsilon)
-        wrong = apart > epsilon * (1 + 4 * noise(rows.shape[1]))
-        if bool(wrong.any()):
-            self._refuse(apart[wrong], epsilon[wrong])
+        apart = torch.linalg.vector_norm(rows, self.ball.p, dim=1)
+        _check_reach(epsilon.reshape(-1), apart, 4 * noise(rows.shape[1]))
         self.__dict__["_met"].add(shape)
 
-    def _gap(self) -> Tensor:
-        """How far each entry of the center is outside the bounds."""
-        settings = (self.ball.center, 0.0), (self.lower, -inf), (self.upper, inf)
-        center, lower, upper = (
-            torch.as_tensor(default if s is None else s, dtype=torch.float64)
-            for s, default in settings
-        )
+    def _radius_and_gap(self) -> tuple[Tensor, Tensor]:
+        """The radius, and how far each entry of the center is outside the bounds, in float64."""
+        epsilon, center, lower, upper = settings = [
+            torch.as_tensor(setting, dtype=torch.float64)
+            for setting in (
+                self.ball.epsilon,
+                0.0 if self.ball.center is None else self.ball.center,
+                -inf if self.lower is None else self.lower,
+                inf if self.upper is None else self.upper,
+            )
+        ]
         try:
-            return torch.maximum(lower - center, center - upper).clamp(min=0)
+            gap = torch.maximum(lower - center, center - upper).clamp(min=0)
+            torch.broadcast_shapes(epsilon.shape, gap.shape)
         except RuntimeError:
-            shapes = [tuple(s.shape) for s in (center, lower, upper)]
-            raise ValueError(
-                "`center`, `lower` and `upper` must broadcast against each other, got shapes "
-                f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
-            ) from None
-
-    def _refuse(self, apart: Tensor, epsilon: Tensor) -> None:
-        raise ValueError(
-            "`epsilon` must be at least the distance of the center from the bounds, "
-            f"{apart[0].item():.7g}, got {epsilon[0].item()!r}"
-        )
+            shapes = ", ".join(str(tuple(setting.shape)) for setting in settings)
+            names = "epsilon`, `center`, `lower` and `upper"
+            raise wrong(names, "broadcast against each other", f"shapes {shapes}") from None
+        return epsilon, gap
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         batch = (x.shape, x.dtype, x.device)
@@ -190,40 +151,33 @@ class BoundedBall(Constraint):
         self.ball.sample_(x, generator)
         return self.project_(x)
 
-    def _settings_in(self, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-        """Bounds and radius as they count in `dtype`; those of a Linf ball are within it."""
-        settings = (dtype, self.lower, self.upper, self.ball.epsilon)
-        known, found = self.__dict__["_known"]
-        if (  # (a copy of the set with other settings has the same `__dict__` otherwise)
-            known[0] is settings[0]
-            and known[1] is settings[1]
-            and known[2] is settings[2]
-            and known[3] is settings[3]
-        ):
-            return found  # type: ignore[no-any-return]
-        lower, upper = _in_dtype(self.lower, dtype), _in_dtype(self.upper, dtype)
-        epsilon = _in_dtype(self.ball.epsilon, dtype)
-        if self.ball.p == inf:
-            lower = -epsilon if lower is None else _larger(lower, -epsilon)
-            upper = epsilon if upper is None else -_larger(-upper, -epsilon)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_known"] = settings, (lower, upper, epsilon)
-        return lower, upper, epsilon
+    def _bounds_in(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """The bounds as they count in `dtype`; those of a Linf ball are within it."""
+        known = {} if torch.compiler.is_compiling() else self.__dict__["_known"]
+        if dtype not in known:
+            lower, upper = in_dtype(self.lower, dtype), in_dtype(self.upper, dtype)
+            if self.ball.p == inf:
+                epsilon = in_dtype(self.ball.epsilon, dtype)
+                lower = -epsilon if lower is None else _larger(lower, -epsilon)
+                upper = epsilon if upper is None else -_larger(-upper, -epsilon)
+            known[dtype] = lower, upper
+        return known[dtype]  # type: ignore[no-any-return]
+
+    def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
+        return super()._replaced({"_known": {}, **settings})
 
     def _project_around_0_(self, x: Tensor) -> Tensor:
-        lower, upper, _ = self._settings_in(x.dtype)
         if self.ball.p == inf:
-            return clamp_between_(x, lower, upper)
+            return clamp_between_(x, *self._bounds_in(x.dtype))
         if x.numel() <= MANY or not in_blocks(x):
-            return x.copy_(self._nearest_around_0(x, lower, upper))
+            return x.copy_(self._nearest_around_0(x))
         for rows in row_blocks(x, MANY):
-            seen = self._at_rows(x, rows)
-            x[rows].copy_(seen._nearest_around_0(x[rows], *seen._settings_in(x.dtype)[:2]))
+            x[rows].copy_(self._at_rows(x, rows)._nearest_around_0(x[rows]))
         return x
 
-    def _nearest_around_0(self, x: Tensor, lower: Any, upper: Any) -> Tensor:
-        epsilon = as_wide(self.ball.epsilon, x)
-        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, lower, upper)
+    def _nearest_around_0(self, x: Tensor) -> Tensor:
+        bounds, epsilon = self._bounds_in(x.dtype), as_wide(self.ball.epsilon, x)
+        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, *bounds)
         if unsettled is not None and in_blocks(x):
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
@@ -239,14 +193,16 @@ class BoundedBall(Constraint):
         center, radius, lower, upper = self._float64_settings(x, dtype)
         clamped = x.clamp(lower, upper)
         outside = self.ball._excess(clamped.detach(), dtype)[:, None] > 0
-        nearest = self.__dict__["_kind"][2](x - center, lower - center, upper - center, radius)
-        nearest = self._placed(nearest, center, radius, lower, upper, dtype)
+        project = _PROJECTIONS[self.ball.p]
+        offset = project(x - center, lower - center, upper - center, radius)
+        nearest = _placed(offset, center, lower, upper, dtype)
         return torch.where(outside, nearest, clamped)
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         center, radius, lower, upper = self._float64_settings(gradient, dtype)
-        least = self.__dict__["_kind"][3](gradient, lower - center, upper - center, radius)
-        return self._placed(least, center, radius, lower, upper, dtype)
+        oracle = _ORACLES[self.ball.p]
+        offset = oracle(gradient, lower - center, upper - center, radius)
+        return _placed(offset, center, lower, upper, dtype)
 
     def _float64_settings(
         self, x: Tensor, dtype: torch.dtype
@@ -261,37 +217,40 @@ class BoundedBall(Constraint):
         middle = as_rows(as_rounded(0.0 if center is None else center, dtype, x), x)
         return middle, radius.expand(len(x), 1), *rounded_bounds(self.lower, self.upper, x, dtype)
 
-    def _placed(
-        self,
-        offset: Tensor,
-        center: Tensor,
-        radius: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """``center + offset``, rounded without leaving the ball or the bounds.
 
-        Entries are rounded toward the center, which no bound is passed by that it is within; a
-        bound that it is beyond is no farther from it than the offset.
-        """
-        largest = torch.finfo(dtype).max
-        rounded = (center + offset).clamp(-largest, largest).to(dtype)
-        seen = rounded.detach()
-        away = is_farther(seen.to(offset.dtype), center, offset.detach().abs())
-        # By a difference, which is exact: autograd has no derivative of `nextafter`.
-        back = torch.where(away, seen.nextafter(center.to(dtype).expand_as(seen)) - seen, 0.0)
-        return (rounded + back).to(offset.dtype).clamp(lower, upper)
+def _larger(a: float | Tensor, b: float | Tensor) -> Any:
+    if isinstance(a, Tensor):
+        return a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def _check_reach(epsilon: Tensor, apart: Tensor, slack: float = 0.0) -> None:
+    """Raise where a ball does not reach the bounds, from which its center is apart."""
+    epsilon, apart = torch.broadcast_tensors(epsilon, apart)
+    short = apart > epsilon * (1 + slack)
+    if bool(short.any()):
+        distance, radius = apart[short][0].item(), epsilon[short][0].item()
+        rule = f"be at least the distance of the center from the bounds, {distance:.7g}"
+        raise wrong("epsilon", rule, radius)
+
+
+def _placed(
+    offset: Tensor, center: Tensor, lower: Tensor, upper: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``center + offset``, rounded without leaving the ball or the bounds.
+
+    Entries are rounded toward the center, which no bound is passed by that it is within; a bound
+    that it is beyond is no farther from it than the offset.
+    """
+    return offset_from(center, offset, dtype).to(offset.dtype).clamp(lower, upper)
 
 
 def norm_ball_of(constraint: object) -> Any:
     """The norm ball that a constraint is, alone or within bounds; its radius is finite."""
     ball = constraint.ball if isinstance(constraint, BoundedBall) else constraint
     if not isinstance(ball, Ball):
-        raise TypeError(
-            "`constraint` must be a LinfBall, L2Ball or L1Ball, or a BoundedBall of one, got "
-            f"{constraint!r}"
-        )
+        rule = "be a LinfBall, L2Ball or L1Ball, or a BoundedBall of one"
+        raise wrong("constraint", rule, repr(constraint), TypeError)
     if not ball.bounded:
         raise ValueError(f"`epsilon` of `constraint` must be finite, got {constraint!r}")
     return ball
@@ -304,7 +263,7 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     """
     if not isinstance(constraint, BoundedBall):
         return grad
-    lower, upper = _in_dtype(constraint.lower, x.dtype), _in_dtype(constraint.upper, x.dtype)
+    lower, upper = in_dtype(constraint.lower, x.dtype), in_dtype(constraint.upper, x.dtype)
     if lower is not None:
         grad.masked_fill_((x <= lower) & (grad > 0), 0.0)
     if upper is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from rai_toolbox._torch import foreach_clamp_max_, foreach_clamp_min_
 from rai_toolbox.autograd import below_autograd
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide
 from rai_toolbox.constraints.sampling import uniform
 from rai_toolbox.foreach import in_chunks, together
@@ -53,11 +53,6 @@ class Box(Constraint):
     lower: float | Tensor | None
     upper: float | Tensor | None
 
-    @property
-    def bounded(self) -> bool:
-        """Whether both bounds are finite, everywhere."""
-        return bool(self.__dict__["_bounded"])
-
     def _check_settings(self) -> None:
         for name, bound in (("lower", self.lower), ("upper", self.upper)):
             if bound is not None:
@@ -65,11 +60,7 @@ class Box(Constraint):
         if self.lower is None and self.upper is None:
             raise ValueError("`lower` or `upper` must be given, got lower=None and upper=None")
         check_order("lower", self.lower, "upper", self.upper)
-        finite = (
-            b is not None and bool(torch.as_tensor(b, dtype=torch.float64).isfinite().all())
-            for b in (self.lower, self.upper)
-        )
-        object.__setattr__(self, "_bounded", all(finite))
+        self.__dict__["_bounded"] = are_finite(self.lower, self.upper)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
@@ -142,7 +133,7 @@ def clamp_(
             tensor.clamp_(*(None if b is None else torch.as_tensor(b) for b in (lower, upper)))
     elif any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
-            tensor.clamp_(_rounded(lower, tensor.dtype), _rounded(upper, tensor.dtype))
+            tensor.clamp_(in_dtype(lower, tensor.dtype), in_dtype(upper, tensor.dtype))
     elif together(tensors):
         with below_autograd():
             for chunk in in_chunks(tensors):
@@ -164,7 +155,10 @@ def _clamp_chunk_(tensors: list[Tensor], lower: float | None, upper: float | Non
         foreach_clamp_max_(tensors, upper)
 
 
-def _rounded(bound: float | None, dtype: torch.dtype) -> float | None:
+def in_dtype(bound: float | Tensor | None, dtype: torch.dtype) -> Any:
+    """A bound as a number or tensor that torch takes with a dtype: one beyond it is infinite."""
+    if isinstance(bound, Tensor):
+        return bound.to(dtype)
     if bound is None or abs(bound) == inf or abs(bound) <= torch.finfo(dtype).max:
         return bound
     return torch.tensor(bound, dtype=dtype).item()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.base import Constraint, check_device
 
 
@@ -55,27 +56,22 @@ class Masked(Constraint):
             raise TypeError(f"`constraint` must be a constraint, got {self.constraint!r}")
         if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
             got = self.mask.dtype if isinstance(self.mask, Tensor) else repr(self.mask)
-            raise TypeError(f"`mask` must be a tensor of bools, got {got}")
+            raise wrong("mask", "be a tensor of bools", got, TypeError)
         if self.constraint._of_matrices:
-            raise ValueError(
-                "`constraint` must not be a set of matrices, which a mask takes apart, got "
-                f"{self.constraint!r}"
-            )
-        object.__setattr__(self, "convex", self.constraint.convex)
-        object.__setattr__(self, "elementwise", self.constraint.elementwise)
+            rule = "not be a set of matrices, which a mask takes apart"
+            raise wrong("constraint", rule, self.constraint)
+        self.__dict__["convex"] = self.constraint.convex
+        self.__dict__["elementwise"] = self.constraint.elementwise
         if not self.constraint.elementwise:
             # The mask is that of one sub-tensor, or that of a batch: the batch decides.
-            object.__setattr__(self, "_of_one", _selected(self.mask.unsqueeze(0)))
-            object.__setattr__(self, "_of_each", _selected(self.mask))
+            self.__dict__["_of_one"] = _selected(self.mask.unsqueeze(0))
+            self.__dict__["_of_each"] = _selected(self.mask)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
         if self.elementwise:
             return x.copy_(torch.where(self.mask, self.constraint.project(x), readable(x)))
-        index = self._index(x)
-        if index.numel() == 0:
-            return x
-        rows = readable(x).reshape(len(x), -1)
+        rows, index = readable(x).flatten(1), self._index(x)
         nearest = self.constraint.project(rows.gather(1, index))
         return x.copy_(rows.scatter(1, index, nearest).view(x.shape))
 
@@ -85,10 +81,7 @@ class Masked(Constraint):
         if self.elementwise:
             inside = self.constraint.project(torch.zeros_like(x))
             return self.constraint.violation(torch.where(self.mask, x, inside))
-        index = self._index(x)
-        if index.numel() == 0:
-            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        return self.constraint.violation(x.reshape(len(x), -1).gather(1, index))
+        return self.constraint.violation(x.flatten(1).gather(1, self._index(x)))
 
     def _index(self, x: Tensor) -> Tensor:
         """Where the constrained entries of each row are, shape (N, m)."""
@@ -98,8 +91,7 @@ class Masked(Constraint):
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)
         given = x if self.elementwise else x.new_empty(self._index(x).shape)
-        if self.elementwise or given.numel():
-            self.constraint._check_batch(given)
+        self.constraint._check_batch(given)
 
     def _check_tensors(self, x: Tensor) -> None:
         self._check_fit("mask", self.mask, x)
@@ -118,10 +110,8 @@ class Masked(Constraint):
             )
         if per_batch and self.__dict__["_of_each"] is None:
             counts = self.mask.flatten(1).sum(1)
-            raise ValueError(
-                "`mask` must select as many entries of one sub-tensor as of another, got from "
-                f"{int(counts.min())} to {int(counts.max())}"
-            )
+            rule = "select as many entries of one sub-tensor as of another"
+            raise wrong("mask", rule, f"from {int(counts.min())} to {int(counts.max())}")
 
     def to(self, *args: Any, **kwargs: Any) -> Masked:  # noqa: D102
         mask = self.mask.to(*args, **kwargs).to(torch.bool)  # a dtype is for numbers only

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import in_blocks, in_groups, needs_grad
-from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_
+from rai_toolbox.constraints.along import as_dims
+from rai_toolbox.constraints.balls import steepest, uniform_in_ball
+from rai_toolbox.constraints.base import Constraint, are_finite
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, scale_
 from rai_toolbox.constraints.kernels.norms import norm, row_scale
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.kernels.threshold import lowered
-from rai_toolbox.constraints.sampling import exponential, normal, uniform
+from rai_toolbox.constraints.sampling import uniform
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class MinMaxNorm(Constraint):
     """
 
     _for_each: ClassVar[tuple[str, ...]] = ("min_norm", "max_norm")
+    _joins_rows: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True  # if the bounds are equal; else that does no harm
 
     min_norm: float | Tensor
@@ -66,55 +68,18 @@ class MinMaxNorm(Constraint):
     p: float = 2
     dim: int | tuple[int, ...] | None = None
 
-    @property
-    def convex(self) -> bool:  # type: ignore[override]
-        """Whether the smallest norm is 0, so that the set is a ball."""
-        return bool(self.__dict__["_convex"])
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the largest norm is finite."""
-        return bool(self.__dict__["_bounded"])
-
     def _check_settings(self) -> None:
         check_setting("min_norm", self.min_norm, least=0)
         check_setting("max_norm", self.max_norm, least=0, finite=False)
         check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
         if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
-        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
-        if self.dim is not None and not all(type(d) is int for d in dims):
-            raise TypeError(f"`dim` must be an int, a tuple of them or None, got {self.dim!r}")
-        least, most = (
-            torch.as_tensor(bound, dtype=torch.float64) for bound in (self.min_norm, self.max_norm)
-        )
-        object.__setattr__(self, "_convex", bool((least == 0).all()))
-        object.__setattr__(self, "_bounded", bool(most.isfinite().all()))
-
-    def _check_batch(self, x: Tensor) -> None:
-        super()._check_batch(x)
-        dims = self._dims_of(x)
-        for name in self._for_each if self.dim is not None else ():
-            shape = torch.as_tensor(getattr(self, name)).shape
-            shape = torch.Size((1,) * (x.ndim - len(shape)) + tuple(shape))
-            if any(shape[dim] != 1 for dim in dims):
-                raise ValueError(
-                    f"`{name}` must have size 1 along `dim`={self.dim}, got shape {tuple(shape)}"
-                )
-
-    def coupled_dims(self, ndim: int) -> tuple[int, ...]:  # noqa: D102
-        if self.dim is None:
-            return super().coupled_dims(ndim)
-        dims = self.dim if isinstance(self.dim, tuple) else (self.dim,)
-        return tuple(dim % ndim for dim in dims)
-
-    # The words along `dim`: the dims are moved to the end, and all others make the batch
+        self.__dict__["_dims"] = as_dims(self.dim)
+        self.__dict__["convex"] = not torch.as_tensor(self.min_norm, dtype=torch.float64).any()
+        self.__dict__["_bounded"] = are_finite(self.max_norm)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        if self.dim is not None:
-            rows, moved = self._rows(x)
-            moved.copy_(self._of_rows(x).project_(rows).view(moved.shape))
-        elif self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
+        if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             self._check_batch(x)
             project_l2_ball_(x, self.max_norm, x.ndim - 1)
         elif self.p == 2 and x.numel() > 0 and not needs_grad(x):
@@ -123,15 +88,6 @@ class MinMaxNorm(Constraint):
         else:
             super().project_(x)
         return x
-
-    def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
-        settings = (self.min_norm, self.max_norm)
-        if self.dim is not None or any(isinstance(setting, Tensor) for setting in settings):
-            super().project_each_(batches)
-            return
-        for x in batches:
-            self._check_batch(x)
-        in_groups(batches, self.project_)
 
     def _scale_(self, x: Tensor) -> None:
         """Project by a factor for each row, or in float64 what no factor fits."""
@@ -158,71 +114,12 @@ class MinMaxNorm(Constraint):
     def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
         """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
         least, most, size = self.min_norm, self.max_norm, x[0].numel()
-        off = torch.maximum(length - most, least - length)
         if not in_blocks(x) or isinstance(least, Tensor) or isinstance(most, Tensor):
             low, high, missed = self._range(x, size, x.dtype)
-            goal = torch.minimum(torch.maximum(length, low), high)
-            return torch.where(off <= missed, 1.0, goal / divisor)
-        of_numbers = _range_of_numbers(least, most, self.p, size, x.dtype)
-        return torch.where(off <= of_numbers[2], 1.0, length.clamp(*of_numbers[:2]) / divisor)
-
-    def violation(self, x: Tensor) -> Tensor:  # noqa: D102
-        if self.dim is None:
-            return super().violation(x)
-        rows, moved = self._rows(x)
-        found = self._of_rows(x).violation(rows)
-        return found.view(moved.shape[: x.ndim - len(self._dims_of(x))])
-
-    @torch.no_grad()
-    def lmo(self, gradient: Tensor) -> Tensor:  # noqa: D102
-        if self.dim is None:
-            return super().lmo(gradient)
-        answer = gradient.clone()
-        rows, moved = self._rows(answer)
-        moved.copy_(self._of_rows(gradient).lmo(rows).view(moved.shape))
-        return answer
-
-    @torch.no_grad()
-    def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
-        if self.dim is None:
-            return super().sample_(x, generator)
-        rows, moved = self._rows(x)
-        moved.copy_(self._of_rows(x).sample_(rows, generator).view(moved.shape))
-        return x
-
-    def _dims_of(self, x: Tensor) -> tuple[int, ...]:
-        dims = self.dim if isinstance(self.dim, tuple) else (self.dim or 0,)
-        if any(not -x.ndim <= dim < x.ndim for dim in dims):
-            raise ValueError(f"`dim` must be in [{-x.ndim}, {x.ndim - 1}], got {self.dim}")
-        dims = tuple(dim % x.ndim for dim in dims)
-        if not dims or len(set(dims)) < len(dims):
-            raise ValueError(f"`dim` must name one dim or more, each once, got {self.dim}")
-        return dims
-
-    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy of what lies along `dim` as rows, and `x` seen with these dims at the end."""
-        self._check_batch(x)
-        dims = self._dims_of(x)
-        moved = x.movedim(dims, tuple(range(-len(dims), 0)))
-        split = x.ndim - len(dims)
-        rows = moved.reshape(prod(moved.shape[:split]), prod(moved.shape[split:]))
-        # A view with other strides could not be copied to what it is a view of.
-        return rows.clone() if torch.is_grad_enabled() or len(rows) == 1 else rows, moved
-
-    def _of_rows(self, x: Tensor) -> MinMaxNorm:
-        """The set as the rows see it."""
-        dims = self._dims_of(x)
-        shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
-        end = tuple(range(-len(dims), 0))
-
-        def rows(name: str, setting: Tensor) -> Tensor:
-            return setting.expand(shape).movedim(dims, end).reshape(-1, 1)
-
-        seen: MinMaxNorm = object.__new__(MinMaxNorm)
-        seen.__dict__.update(self._map(rows).__dict__, dim=None)
-        return seen
-
-    # In float64, on rows
+        else:
+            low, high, missed = _range_of_numbers(least, most, self.p, size, x.dtype)
+        off = torch.maximum(length - most, least - length)
+        return torch.where(off <= missed, 1.0, length.clamp(low, high) / divisor)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(x, self.p, 1)
@@ -232,9 +129,8 @@ class MinMaxNorm(Constraint):
     def _range(self, x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Norms that stay within the bounds after rounding; how far equal bounds may be missed."""
         low, high = as_wide(self.min_norm, x), as_wide(self.max_norm, x)
-        relative = (
-            torch.finfo(dtype).eps / 2 + 8 * noise(size) + min(torch.finfo(dtype).eps, 2**-23) / 2
-        )
+        eps = torch.finfo(dtype).eps
+        relative = eps / 2 + 8 * noise(size) + min(eps, 2**-23) / 2
         small = spacing(dtype) / 2 * (size if self.p == 1 else math.sqrt(size))
         above, below = low * (1 + relative) + small, high * (1 - relative) - small
         if self.p == math.inf:
@@ -242,12 +138,9 @@ class MinMaxNorm(Constraint):
         above = torch.where(low > 0, above, 0.0)
         thin = (low > 0) & (above > below)
         middle = (low + high) / 2
-        missed = torch.where(thin, 2 * (relative * high + small), 0.0)
-        return (
-            torch.where(thin, middle, above),
-            torch.where(thin, middle, below.clamp(min=0)),
-            missed,
-        )
+        least = torch.where(thin, middle, above)
+        most = torch.where(thin, middle, below.clamp(min=0))
+        return least, most, torch.where(thin, 2 * (relative * high + small), 0.0)
 
     def _projected(self, units: Tensor) -> Tensor:
         if self.p == 1 and self.convex:
@@ -274,22 +167,10 @@ class MinMaxNorm(Constraint):
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         largest = gradient.abs().amax(1, keepdim=True)
         down = torch.where(largest == 0, 1.0, -gradient)
-        if self.p == 1:
-            down = largest_sign_(down)
-        elif self.p == math.inf:
-            down = torch.where(down < 0, -1.0, 1.0).to(down)
-        else:
-            down = normalize_(down, 2, 1)
-        return self._nearest(down * self.max_norm, dtype)
+        return self._nearest(steepest(down, self.p) * self.max_norm, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
-        if self.p == 1:
-            signs = torch.where(uniform(like, generator) < 0.5, -1.0, 1.0)
-            direction = exponential(like, generator) * signs
-        elif self.p == math.inf:
-            direction = 2 * uniform(like, generator) - 1
-        else:
-            direction = normal(like, generator)
+        direction = uniform_in_ball(like, self.p, generator)
         size = like.shape[1]
         low, high = as_wide(self.min_norm, direction), as_wide(self.max_norm, direction)
         least = (low / torch.where(high > 0, high, 1.0)) ** size  # share of the ball that is empty
@@ -301,7 +182,7 @@ class MinMaxNorm(Constraint):
 @lru_cache
 def _range_of_numbers(
     least: float, most: float, p: float, size: int, dtype: torch.dtype
-) -> tuple[float, float, float]:
+) -> tuple[Any, Any, Any]:
     """`MinMaxNorm._range` as numbers, for settings that are numbers."""
     like = torch.empty(0, dtype=torch.float64, device="cpu")
     low, high, missed = MinMaxNorm(least, most, p)._range(like, size, dtype)

@@ -9,9 +9,8 @@ redistributed and brought back: along another dim if there is one, so that no ra
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -19,13 +18,13 @@ from torch import Generator, Tensor
 if TYPE_CHECKING:
     import torch.distributed.tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes of tensors that are not sharded."""
 
 
 def is_sharded(x: Tensor) -> bool:
     """Whether x is a DTensor, of which each rank has a part."""
-    return type(x) not in _PLAIN and hasattr(x, "placements")
+    return type(x) not in PLAIN and hasattr(x, "placements")
 
 
 def on_shards_(x: Any, coupled: Iterable[int], act_: Callable[[Any], Tensor]) -> Tensor:
@@ -91,23 +90,8 @@ def check_view(x: Any, shape: Sequence[int]) -> None:
         ) from None
 
 
-# The methods of a set. A set has `_check_batch(x)`, `coupled_dims(ndim)`, `_whole_dims(shape)` and
-# `_map(change)`, see `Constraint`.
-
-
-def accepts_shards(method: _Method) -> _Method:
-    """A method of a set that acts on shards if its batch is sharded."""
-    act = _ON_SHARDS[method.__name__]
-
-    @functools.wraps(method)
-    def of_any(constraint: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if type(x) in _PLAIN or not is_sharded(x):
-            return method(constraint, x, *args, **kwargs)
-        # (a batch of that shape without its memory)
-        constraint._check_batch(torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape))
-        return act(method, constraint, x, *args, **kwargs)
-
-    return cast(_Method, of_any)
+# The methods of a set. A set has `coupled_dims(ndim)`, `_whole_dims(shape)` and `_map(change)`, see
+# `Constraint`.
 
 
 def _project_(method: Any, constraint: Any, x: Tensor) -> Tensor:
@@ -150,8 +134,8 @@ def _sample_(method: Any, constraint: Any, x: Any, generator: Generator | None =
     return cast(Tensor, x.copy_(_divided(drawn, x, x.placements)))
 
 
-_ON_SHARDS = {"project_": _project_, "lmo": _lmo, "violation": _violation, "sample_": _sample_}
-METHODS = tuple(_ON_SHARDS)
+ON_SHARDS = {"project_": _project_, "lmo": _lmo, "violation": _violation, "sample_": _sample_}
+"""What each method of a set does with a sharded batch."""
 
 
 def _for_shard(constraint: Any, whole: Any) -> Any:

@@ -42,15 +42,11 @@ class Simplex(Constraint):
             [0.4667, 0.3667, 0.1667]])
     """
 
+    _bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
     _is_equation: ClassVar[bool] = True
 
     total: float | Tensor = 1.0
-
-    @property
-    def bounded(self) -> bool:
-        """Always."""
-        return True
 
     def _check_settings(self) -> None:
         check_setting("total", self.total, least=0)
