@@ -13,6 +13,7 @@ from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
+    corner,
     fill_cheapest,
     nearest_with_sum,
     outside_bounds,
@@ -130,11 +131,8 @@ class BoxSection(Constraint):
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(gradient, dtype)
         # From the least sum, raise the entries that cost least for what they add to the sum.
-        unweighted = torch.where(gradient > 0, lower, upper).where(gradient != 0, 0.0)
-        least = (
-            torch.where(weight > 0, lower, upper).where(weight != 0, unweighted).clamp(lower, upper)
-        )
-        most = torch.where(weight > 0, upper, lower).where(weight != 0, least)
+        least = corner(torch.where(weight != 0, weight, gradient), lower, upper)
+        most = torch.where(weight != 0, corner(-weight, lower, upper), least)
         price = torch.where(weight != 0, gradient / weight, inf)
         missing = (total - (weight * least).sum(1, keepdim=True)).clamp(min=0)
         room = (weight * (most - least)).abs()
