@@ -70,9 +70,7 @@ class Intersection(Constraint):
     def __init__(
         self, *sets: Constraint, tolerance: float = 1e-9, max_iterations: int = 10_000
     ) -> None:
-        object.__setattr__(self, "sets", sets)
-        object.__setattr__(self, "tolerance", tolerance)
-        object.__setattr__(self, "max_iterations", max_iterations)
+        self.__dict__.update(sets=sets, tolerance=tolerance, max_iterations=max_iterations)
         self.__post_init__()
 
     @classmethod

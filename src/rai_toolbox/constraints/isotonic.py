@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,6 @@ from torch.nn.functional import pad
 
 from rai_toolbox.constraints.base import Constraint
 
-_PARTS = 8  # places that a search evaluates at once: fewer rounds, each of which is a dispatch
-
 
 @dataclass(frozen=True, eq=False)
 class Monotone(Constraint):
@@ -20,9 +17,9 @@ class Monotone(Constraint):
 
     ``{x : x_1 <= x_2 <= ... <= x_n}``, or with ``>=``. The projection is isotonic regression: it
     averages blocks of neighbors. It merges the solutions of halves, from pairs up, with prefix
-    sums and bisection (the pooling of Ayer et al., 1955, in the order of merge sort), which costs
-    O(n log n) for n entries. The set is a cone, unbounded: it has no `lmo`. The violation is the
-    largest step against the order.
+    sums and binary search (the pooling of Ayer et al., 1955, in the order of merge sort), which
+    costs O(n log(n)^2) for n entries. The set is a cone, unbounded: it has no `lmo`. The violation
+    is the largest step against the order.
 
     Parameters
     ----------
@@ -113,37 +110,13 @@ def _level(left: Tensor, right: Tensor) -> Tensor:
     high = (left.flip(1) - base).clamp_(min=0.0)  # falls, starting from where the halves meet
     low = torch.minimum(right - base, high[:, :1])  # rises, starting from there
     sum_high, sum_low = (pad(part.cumsum(1), (1, 0)) for part in (high, low))
-    minus_high = -high
-
-    def of_right(at: Tensor) -> Tensor:  # whether v is above low[at]: more is above than below
-        t = low.gather(1, at)
-        count = torch.searchsorted(minus_high, -t)  # of entries of `high` above t
-        return sum_high.gather(1, count) - count * t > (at + 1) * t - sum_low.gather(1, at + 1)
-
-    below = _count(of_right, right)
+    number = torch.arange(1, left.shape[1] + 1, device=left.device)
+    # v is above an entry of `low` if more is above that entry than below it,
+    greater = torch.searchsorted(-high, -low)
+    is_below = sum_high.gather(1, greater) - greater * low > number * low - sum_low[:, 1:]
+    below = is_below.sum(1, keepdim=True)
     sum_below = sum_low.gather(1, below)
-
-    def of_left(at: Tensor) -> Tensor:  # whether v is below high[at]: the mean is, if it is pooled
-        t = high.gather(1, at)
-        return (below + at + 1) * t > sum_high.gather(1, at + 1) + sum_below
-
-    above = _count(of_left, left)
+    # and below an entry of `high` if the mean is with which that entry is pooled.
+    above = ((below + number) * high > sum_high[:, 1:] + sum_below).sum(1, keepdim=True)
     total = sum_high.gather(1, above) + sum_below
     return base + total / (above + below).clamp(min=1)
-
-
-def _count(holds: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """The number of indices of each row at which `holds` is True: all up to some index.
-
-    Found by bisection into `_PARTS` parts. The length of the rows is a power of two.
-    """
-    size = part = rows.shape[1]
-    found = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
-    while True:
-        parts = min(part, _PARTS)
-        part //= parts
-        ends = torch.arange(part - 1, part * parts, part, device=rows.device)
-        at = (found + ends).clamp(max=size - 1)
-        found = found + part * holds(at).sum(1, keepdim=True)
-        if part == 1:
-            return found.clamp(max=size)  # more if it held for all in the first round

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,17 +30,12 @@ class _Linear(Constraint):
     offset: float | Tensor
 
     def _check_settings(self) -> None:
-        normal = self.normal
-        check_setting("normal", normal)
+        check_setting("normal", self.normal)
         check_setting("offset", self.offset)
-        if isinstance(normal, Tensor):
-            if normal.numel() and not bool(normal.any()):
-                raise ValueError(
-                    "`normal` must not be 0 everywhere, got a tensor of zeros of the shape "
-                    f"{tuple(normal.shape)}"
-                )
-        elif normal == 0:
-            raise ValueError(f"`normal` must not be 0, got {normal!r}")
+        zero = torch.as_tensor(self.normal) == 0
+        if zero.numel() and bool(zero.all()):
+            where = " everywhere" if zero.ndim else ""
+            raise ValueError(f"`normal` must not be 0{where}, got {self.normal!r}")
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and offset, divided by a power of two so that squares of weights are in range."""
@@ -211,11 +206,8 @@ class Affine(Constraint):
 
     # The settings belong to equations, not elements: they do not broadcast against the batch.
 
-    def to(self, *args: Any, **kwargs: Any) -> Affine:  # noqa: D102
-        offset = self.offset
-        if isinstance(offset, Tensor):
-            offset = offset.to(*args, **kwargs)
-        return Affine(self.matrix.to(*args, **kwargs), offset)
+    def to(self, *args: Any, **kwargs: Any) -> Constraint:  # noqa: D102
+        return replace(super().to(*args, **kwargs))  # with an inverse of its own
 
     def _check_batch(self, x: Tensor) -> None:
         check_device("matrix", self.matrix, x)
