@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 
+def wrong(name: str, rule: str, got: object, kind: type[Exception] = ValueError) -> Exception:
+    """The error of an argument that breaks a rule: "`name` must rule, got ...".
+
+    A text in `got` is no value, and goes without quotes.
+    """
+    return kind(f"`{name}` must {rule}, got {got if isinstance(got, str) else repr(got)}")
+
+
 def as_plain(value: Any) -> Any:
     """Convert a number of another library to Python's own: checkpoints hold only plain data."""
     if not isinstance(value, Real) or isinstance(value, bool):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rai_toolbox.checks import check_order
+from rai_toolbox.checks import wrong as wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
 
@@ -18,11 +19,6 @@ Range: TypeAlias = tuple[float | Tensor, float | Tensor] | None
 """Lower and upper bound of all data; None if they are unbounded."""
 
 FLOATING = "be of a floating-point dtype (images of bytes: `data.float() / 255`)"
-
-
-def wrong(name: str, rule: str, got: object, kind: type[Exception] = ValueError) -> Exception:
-    """The error of an argument that breaks a rule: "`name` must rule, got ..."."""
-    return kind(f"`{name}` must {rule}, got {got if isinstance(got, str) else repr(got)}")
 
 
 def as_data(data: Any) -> Tensor:
