@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_setting
+from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.box_hyperplane import (
@@ -103,13 +103,11 @@ class BoxSection(Constraint):
             low, high = low.where(~(low < 0), -inf), high.where(~(high > 0), inf)
         total = torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)
         low, high, total = torch.broadcast_tensors(low, high, total)
-        wrong = ~((low <= total) & (total <= high))
-        if bool(wrong.any()):
-            first, last, sought = (t[wrong][0].item() for t in (low, high, total))
-            raise ValueError(
-                "`total` must be between the least and the largest weighted sum within the bounds, "
-                f"{first:.7g} and {last:.7g}, got {sought!r}"
-            )
+        outside = ~((low <= total) & (total <= high))
+        if bool(outside.any()):
+            first, last, sought = (t[outside][0].item() for t in (low, high, total))
+            rule = "be between the least and the largest weighted sum within the bounds"
+            raise wrong("total", f"{rule}, {first:.7g} and {last:.7g}", sought)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(x, dtype)
@@ -153,15 +151,13 @@ class BoxSection(Constraint):
         """The least and the largest that each entry can add to the sum."""
         low = -inf if self.lower is None else self.lower
         high = inf if self.upper is None else self.upper
-        weight, lower, upper = (
+        weight, lower, upper = settings = [
             torch.as_tensor(s, dtype=torch.float64) for s in (self.weight, low, high)
-        )
+        ]
         try:
             ends = [(weight * bound).where(weight != 0, 0.0) for bound in (lower, upper)]
             return torch.minimum(*ends), torch.maximum(*ends)
         except RuntimeError:
-            shapes = [tuple(s.shape) for s in (weight, lower, upper)]
-            raise ValueError(
-                "`weight`, `lower` and `upper` must broadcast against each other, got shapes "
-                f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
-            ) from None
+            got = f"shapes {', '.join(str(tuple(s.shape)) for s in settings)}"
+            names = "weight`, `lower` and `upper"
+            raise wrong(names, "broadcast against each other", got) from None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.base import Constraint
 
 
@@ -89,15 +90,14 @@ def isotonic(x: Tensor) -> Tensor:
 
 def _joined(halves: Tensor) -> Tensor:
     """The solution for each pair of solutions, of shape (pairs, 2, half)."""
-    left, right = halves.unbind(1)
-    v = _level(left.detach(), right.detach())
-    above, below = left > v, right < v
-    if torch.is_grad_enabled():  # v as a function of what it is the mean of, without its search
-        count = (above.sum(1, keepdim=True) + below.sum(1, keepdim=True)).clamp(min=1)
-        high, low = torch.where(above, left - v, 0.0), torch.where(below, right - v, 0.0)
-        mean = (high.sum(1, keepdim=True) + low.sum(1, keepdim=True)) / count
-        v = v + (mean - mean.detach())
-    return torch.stack([torch.where(above, v, left), torch.where(below, v, right)], 1)
+    left, right = halves.detach().unbind(1)
+    v = _level(left, right)
+    pooled = torch.stack([left > v, right < v], 1)
+    v = v.unsqueeze(1)
+    if torch.is_grad_enabled():  # v as the mean of what it pools, without its search
+        count = pooled.sum((1, 2), keepdim=True).clamp(min=1)
+        v = with_value(v, torch.where(pooled, halves, 0.0).sum((1, 2), keepdim=True) / count)
+    return torch.where(pooled, v, halves)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rai_toolbox.constraints.kernels.rounding import noise
 Bound = float | Tensor | None
 
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
-_FROM_ONE_SIDE, _IN_BRACKETS = 16, 56
+_FROM_ONE_SIDE, _IN_BRACKETS = 17, 56
 
 # Radii whose squares, and those of numbers that matter beside them, float32 holds.
 _RADII = (2.0**-40, 2.0**40)
@@ -81,12 +81,12 @@ def _scaled(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: 
         short = epsilon - norm_of(found, 2, dims, keepdim=True).double()
         going = (short > close * epsilon) & (t < 1)
         if eager and not bool(going.any()):
-            return found
+            break
         slope = norm_of(mask.mul_(size), 2, dims, keepdim=True).double()
         gain = (short / slope) * ((2 * epsilon - short) / slope)
         farther = torch.where(slope > 0, (t.square() + gain).sqrt(), 1.0).clamp(max=1)
         t = torch.where(going, farther, t)
-    return torch.minimum(torch.mul(size, t.to(dtype), out=buffer), most, out=buffer)
+    return found
 
 
 def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: bool) -> Tensor:
