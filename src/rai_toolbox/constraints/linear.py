@@ -12,6 +12,7 @@ from torch import Tensor
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, check_device
 from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
+from rai_toolbox.constraints.kernels.box_hyperplane import as_rows
 from rai_toolbox.constraints.kernels.norms import row_scale
 from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 
@@ -39,8 +40,7 @@ class _Linear(Constraint):
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and offset, divided by a power of two so that squares of weights are in range."""
-        weights = as_wide(self.normal, x)
-        weights = weights.reshape(-1, weights.shape[-1] if weights.ndim else 1)
+        weights = as_rows(self.normal, x)
         scale = row_scale(weights)
         return (weights / scale).expand(-1, x.shape[1]), as_wide(self.offset, x) / scale
 
