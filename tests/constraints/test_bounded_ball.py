@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from torch.autograd import forward_ad
 
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
@@ -238,6 +239,21 @@ def test_differentiable(ball, where):
     c = bounded(ball, 6, where, seed=3)
     x = (randn(4, 6, seed=8) * torch.tensor([0.1, 1, 2, 5])[:, None]).requires_grad_()
     assert torch.autograd.gradcheck(c.project, x)
+
+
+# torch 2.13 says it of its own decompositions, the first time that a forward derivative needs one
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@with_each_ball
+def test_differentiable_in_forward_mode(ball):
+    c = bounded(ball, 5, "within", seed=3)
+    x, v = (2 * randn(2, 5, seed=8)).requires_grad_(), randn(2, 5, seed=9)
+    (product,) = torch.autograd.grad(c.project(x), x, v)
+    with forward_ad.dual_level():  # the derivative is symmetric
+        y = c.project(forward_ad.make_dual(x.detach(), v))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, product)
+    none = BoundedBall(ball(0.0), -1.0, 1.0)
+    (gradient,) = torch.autograd.grad(none.project(x).sum(), x)
+    assert gradient.isfinite().all()  # of a root at 0
 
 
 @with_each_ball

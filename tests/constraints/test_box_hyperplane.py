@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
+from torch.autograd import forward_ad
 
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.box_hyperplane import BoxSection
@@ -212,6 +213,26 @@ def test_differentiable():
     corner = BoxSection(1.0, 7.0, 0.0, 1.0).project(x)
     (gradient,) = torch.autograd.grad(corner.sum(), x)
     assert (gradient == 0).all()
+
+
+# torch 2.13 says it of its own decompositions, the first time that a forward derivative needs one
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_differentiable_in_forward_mode_and_in_the_total():
+    x, total = randn(1, 3, seed=8).requires_grad_(), torch.tensor([[0.1]]).double()
+    weight, lower, upper = randn(3, seed=1), -torch.ones(3).double(), torch.ones(3).double()
+    c = BoxSection(weight, total, lower, upper)
+    v = randn(1, 3, seed=2)
+    (product,) = torch.autograd.grad(c.project(x), x, v)
+    with forward_ad.dual_level():  # the derivative is symmetric
+        y = c.project(forward_ad.make_dual(x.detach(), v))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, product)
+    of_total = total.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda t: BoxSection(weight, t, lower, upper).project(x.detach()), of_total
+    )
+    with torch.no_grad():
+        expected = c.project(x)
+    assert torch.equal(c.project(x), expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

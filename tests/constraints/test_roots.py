@@ -112,3 +112,17 @@ def test_brackets_without_a_root_give_the_closest_end(reading):
     for value, end in ((1.0, 3.0), (-1.0, -2.0)):
         found = root(lambda t, v=value: (0 * t + v, 0 * t), column(-2.0), column(3.0))
         assert abs(found.item() - end) < 1e-15
+
+
+def test_differentiable(reading):
+    """With respect to what the function depends on, also where its value is rounded to 0."""
+    sought = column(0.5, 2.0).requires_grad_()
+
+    def f(t):
+        return roots.without_noise(sought - 2 * t, 1e-15 * t.abs()), torch.full_like(t, -2.0)
+
+    found = root(f, column(-9.0, -9.0), column(9.0, 9.0))
+    (gradient,) = torch.autograd.grad(found.sum(), sought)
+    assert gradient.tolist() == [[0.5], [0.5]]
+    with torch.no_grad():
+        assert torch.equal(found, root(f, column(-9.0, -9.0), column(9.0, 9.0)))

@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_order, check_setting
+from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
+    corner,
     fill_cheapest,
     nearest_with_sum,
     outside_bounds,
@@ -20,27 +22,6 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
 )
 from rai_toolbox.constraints.kernels.rounding import noise, resolution
 from rai_toolbox.constraints.sampling import uniform
-
-
-def _sums(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of rows, wider by what rounding may hide."""
-    slack = 4 * noise(least.shape[1])
-    return (
-        least.sum(1) - slack * least.abs().sum(1),
-        most.sum(1) + slack * most.abs().sum(1),
-    )
-
-
-def _check_between(least: Tensor, most: Tensor, total: Tensor) -> None:
-    """Raise where no point has the sum; NaN, of bounds that are infinite, is no point either."""
-    least, most, total = torch.broadcast_tensors(least, most, total)
-    wrong = ~((least <= total) & (total <= most))
-    if bool(wrong.any()):
-        low, high, sought = (t[wrong][0].item() for t in (least, most, total))
-        raise ValueError(
-            "`total` must be between the least and the largest weighted sum within the bounds, "
-            f"{low:.7g} and {high:.7g}, got {sought!r}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +74,12 @@ class BoxSection(Constraint):
     def _check_settings(self) -> None:
         check_setting("weight", self.weight)
         check_setting("total", self.total)
-        for name, bound in (("lower", self.lower), ("upper", self.upper)):
-            if bound is not None:
-                check_setting(name, bound, finite=False)
-        check_order("lower", self.lower, "upper", self.upper)
-        sides = (self.lower, self.upper)
-        finite = (s is not None and bool(torch.as_tensor(s).isfinite().all()) for s in sides)
-        self.__dict__["_bounded"] = all(finite)
+        is_open = self.lower is None and self.upper is None
+        self.__dict__["_bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
         self.__dict__["_feasible"] = set()  # shapes that have a point of the set
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
-            low, high = _sums(least.reshape(1, -1), most.reshape(1, -1))
-            _check_between(low.where(~(low < 0), -inf), high.where(~(high > 0), inf), self._total())
+            self._check_total(least.reshape(1, -1), most.reshape(1, -1), repeated=True)
 
     def _check_shape(self, shape: torch.Size) -> None:
         if 0 in shape or shape in self.__dict__["_feasible"]:
@@ -113,8 +88,26 @@ class BoxSection(Constraint):
             end.expand(len(end) if end.ndim == len(shape) else 1, *shape[1:]).flatten(1)
             for end in self._least_and_most()
         )
-        _check_between(*_sums(least, most), self._total())
+        self._check_total(least, most)
         self.__dict__["_feasible"].add(shape)
+
+    def _check_total(self, least: Tensor, most: Tensor, repeated: bool = False) -> None:
+        """Raise where no point has the sum; NaN, of bounds that are infinite, is no point either.
+
+        Sums may be off by what rounding may hide.
+        """
+        slack = 4 * noise(least.shape[1])
+        low = least.sum(1) - slack * least.abs().sum(1)
+        high = most.sum(1) + slack * most.abs().sum(1)
+        if repeated:
+            low, high = low.where(~(low < 0), -inf), high.where(~(high > 0), inf)
+        total = torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)
+        low, high, total = torch.broadcast_tensors(low, high, total)
+        outside = ~((low <= total) & (total <= high))
+        if bool(outside.any()):
+            first, last, sought = (t[outside][0].item() for t in (low, high, total))
+            rule = "be between the least and the largest weighted sum within the bounds"
+            raise wrong("total", f"{rule}, {first:.7g} and {last:.7g}", sought)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(x, dtype)
@@ -130,11 +123,8 @@ class BoxSection(Constraint):
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(gradient, dtype)
         # From the least sum, raise the entries that cost least for what they add to the sum.
-        unweighted = torch.where(gradient > 0, lower, upper).where(gradient != 0, 0.0)
-        least = (
-            torch.where(weight > 0, lower, upper).where(weight != 0, unweighted).clamp(lower, upper)
-        )
-        most = torch.where(weight > 0, upper, lower).where(weight != 0, least)
+        least = corner(torch.where(weight != 0, weight, gradient), lower, upper)
+        most = torch.where(weight != 0, corner(-weight, lower, upper), least)
         price = torch.where(weight != 0, gradient / weight, inf)
         missing = (total - (weight * least).sum(1, keepdim=True)).clamp(min=0)
         room = (weight * (most - least)).abs()
@@ -161,18 +151,13 @@ class BoxSection(Constraint):
         """The least and the largest that each entry can add to the sum."""
         low = -inf if self.lower is None else self.lower
         high = inf if self.upper is None else self.upper
-        weight, lower, upper = (
+        weight, lower, upper = settings = [
             torch.as_tensor(s, dtype=torch.float64) for s in (self.weight, low, high)
-        )
+        ]
         try:
             ends = [(weight * bound).where(weight != 0, 0.0) for bound in (lower, upper)]
             return torch.minimum(*ends), torch.maximum(*ends)
         except RuntimeError:
-            shapes = [tuple(s.shape) for s in (weight, lower, upper)]
-            raise ValueError(
-                "`weight`, `lower` and `upper` must broadcast against each other, got shapes "
-                f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
-            ) from None
-
-    def _total(self) -> Tensor:
-        return torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)
+            got = f"shapes {', '.join(str(tuple(s.shape)) for s in settings)}"
+            names = "weight`, `lower` and `upper"
+            raise wrong(names, "broadcast against each other", got) from None

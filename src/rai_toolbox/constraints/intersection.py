@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.checks import check_count, check_number
+from rai_toolbox.checks import check_count, check_number, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import resolution
 
@@ -70,9 +70,7 @@ class Intersection(Constraint):
     def __init__(
         self, *sets: Constraint, tolerance: float = 1e-9, max_iterations: int = 10_000
     ) -> None:
-        object.__setattr__(self, "sets", sets)
-        object.__setattr__(self, "tolerance", tolerance)
-        object.__setattr__(self, "max_iterations", max_iterations)
+        self.__dict__.update(sets=sets, tolerance=tolerance, max_iterations=max_iterations)
         self.__post_init__()
 
     @classmethod
@@ -89,14 +87,14 @@ class Intersection(Constraint):
 
     def _check_settings(self) -> None:
         if not self.sets:
-            raise ValueError("`sets` must be at least one constraint, got none")
+            raise wrong("sets", "be at least one constraint", "none")
         for member in self.sets:
             if not isinstance(member, Constraint):
-                raise TypeError(f"`sets` must be constraints, got {member!r}")
+                raise wrong("sets", "be constraints", repr(member), TypeError)
             if not member.convex:
-                raise ValueError(f"`sets` must be convex, got {member!r}")
+                raise wrong("sets", "be convex", member)
         if not 0 < check_number("tolerance", self.tolerance) < 1:
-            raise ValueError(f"`tolerance` must be in (0, 1), got {self.tolerance!r}")
+            raise wrong("tolerance", "be in (0, 1)", self.tolerance)
         check_count("max_iterations", self.max_iterations, 1)
 
     def _check_batch(self, x: Tensor) -> None:

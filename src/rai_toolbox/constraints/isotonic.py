@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.base import Constraint
-
-_PARTS = 8  # places that a search evaluates at once: fewer rounds, each of which is a dispatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,9 +18,9 @@ class Monotone(Constraint):
 
     ``{x : x_1 <= x_2 <= ... <= x_n}``, or with ``>=``. The projection is isotonic regression: it
     averages blocks of neighbors. It merges the solutions of halves, from pairs up, with prefix
-    sums and bisection (the pooling of Ayer et al., 1955, in the order of merge sort), which costs
-    O(n log n) for n entries. The set is a cone, unbounded: it has no `lmo`. The violation is the
-    largest step against the order.
+    sums and binary search (the pooling of Ayer et al., 1955, in the order of merge sort), which
+    costs O(n log(n)^2) for n entries. The set is a cone, unbounded: it has no `lmo`. The violation
+    is the largest step against the order.
 
     Parameters
     ----------
@@ -92,15 +90,14 @@ def isotonic(x: Tensor) -> Tensor:
 
 def _joined(halves: Tensor) -> Tensor:
     """The solution for each pair of solutions, of shape (pairs, 2, half)."""
-    left, right = halves.unbind(1)
-    v = _level(left.detach(), right.detach())
-    above, below = left > v, right < v
-    if torch.is_grad_enabled():  # v as a function of what it is the mean of, without its search
-        count = (above.sum(1, keepdim=True) + below.sum(1, keepdim=True)).clamp(min=1)
-        high, low = torch.where(above, left - v, 0.0), torch.where(below, right - v, 0.0)
-        mean = (high.sum(1, keepdim=True) + low.sum(1, keepdim=True)) / count
-        v = v + (mean - mean.detach())
-    return torch.stack([torch.where(above, v, left), torch.where(below, v, right)], 1)
+    left, right = halves.detach().unbind(1)
+    v = _level(left, right)
+    pooled = torch.stack([left > v, right < v], 1)
+    v = v.unsqueeze(1)
+    if torch.is_grad_enabled():  # v as the mean of what it pools, without its search
+        count = pooled.sum((1, 2), keepdim=True).clamp(min=1)
+        v = with_value(v, torch.where(pooled, halves, 0.0).sum((1, 2), keepdim=True) / count)
+    return torch.where(pooled, v, halves)
 
 
 @torch.no_grad()
@@ -113,37 +110,13 @@ def _level(left: Tensor, right: Tensor) -> Tensor:
     high = (left.flip(1) - base).clamp_(min=0.0)  # falls, starting from where the halves meet
     low = torch.minimum(right - base, high[:, :1])  # rises, starting from there
     sum_high, sum_low = (pad(part.cumsum(1), (1, 0)) for part in (high, low))
-    minus_high = -high
-
-    def of_right(at: Tensor) -> Tensor:  # whether v is above low[at]: more is above than below
-        t = low.gather(1, at)
-        count = torch.searchsorted(minus_high, -t)  # of entries of `high` above t
-        return sum_high.gather(1, count) - count * t > (at + 1) * t - sum_low.gather(1, at + 1)
-
-    below = _count(of_right, right)
+    number = torch.arange(1, left.shape[1] + 1, device=left.device)
+    # v is above an entry of `low` if more is above that entry than below it,
+    greater = torch.searchsorted(-high, -low)
+    is_below = sum_high.gather(1, greater) - greater * low > number * low - sum_low[:, 1:]
+    below = is_below.sum(1, keepdim=True)
     sum_below = sum_low.gather(1, below)
-
-    def of_left(at: Tensor) -> Tensor:  # whether v is below high[at]: the mean is, if it is pooled
-        t = high.gather(1, at)
-        return (below + at + 1) * t > sum_high.gather(1, at + 1) + sum_below
-
-    above = _count(of_left, left)
+    # and below an entry of `high` if the mean is with which that entry is pooled.
+    above = ((below + number) * high > sum_high[:, 1:] + sum_below).sum(1, keepdim=True)
     total = sum_high.gather(1, above) + sum_below
     return base + total / (above + below).clamp(min=1)
-
-
-def _count(holds: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """The number of indices of each row at which `holds` is True: all up to some index.
-
-    Found by bisection into `_PARTS` parts. The length of the rows is a power of two.
-    """
-    size = part = rows.shape[1]
-    found = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
-    while True:
-        parts = min(part, _PARTS)
-        part //= parts
-        ends = torch.arange(part - 1, part * parts, part, device=rows.device)
-        at = (found + ends).clamp(max=size - 1)
-        found = found + part * holds(at).sum(1, keepdim=True)
-        if part == 1:
-            return found.clamp(max=size)  # more if it held for all in the first round

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_setting
+from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, check_device
 from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
+from rai_toolbox.constraints.kernels.box_hyperplane import as_rows
 from rai_toolbox.constraints.kernels.norms import row_scale
 from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 
@@ -30,22 +31,16 @@ class _Linear(Constraint):
     offset: float | Tensor
 
     def _check_settings(self) -> None:
-        normal = self.normal
-        check_setting("normal", normal)
+        check_setting("normal", self.normal)
         check_setting("offset", self.offset)
-        if isinstance(normal, Tensor):
-            if normal.numel() and not bool(normal.any()):
-                raise ValueError(
-                    "`normal` must not be 0 everywhere, got a tensor of zeros of the shape "
-                    f"{tuple(normal.shape)}"
-                )
-        elif normal == 0:
-            raise ValueError(f"`normal` must not be 0, got {normal!r}")
+        zero = torch.as_tensor(self.normal) == 0
+        if zero.numel() and bool(zero.all()):
+            where = " everywhere" if zero.ndim else ""
+            raise wrong("normal", f"not be 0{where}", self.normal)
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and offset, divided by a power of two so that squares of weights are in range."""
-        weights = as_wide(self.normal, x)
-        weights = weights.reshape(-1, weights.shape[-1] if weights.ndim else 1)
+        weights = as_rows(self.normal, x)
         scale = row_scale(weights)
         return (weights / scale).expand(-1, x.shape[1]), as_wide(self.offset, x) / scale
 
@@ -174,26 +169,22 @@ class Affine(Constraint):
             raise TypeError(f"`matrix` must be a tensor, got {self.matrix!r}")
         shape = tuple(self.matrix.shape)
         if len(shape) != 2 or not 0 < shape[0] <= shape[1]:
-            raise ValueError(f"`matrix` must have the shape (m, n), 1 <= m <= n, got {shape}")
+            raise wrong("matrix", "have the shape (m, n), 1 <= m <= n", shape)
         check_setting("matrix", self.matrix)
         check_setting("offset", self.offset)
         if isinstance(self.offset, Tensor) and self.offset.ndim:
-            of_offset = tuple(self.offset.shape)
-            if len(of_offset) > 2 or of_offset[-1] != shape[0]:
-                raise ValueError(
-                    f"`offset` must have the shape ({shape[0]},) or (N, {shape[0]}), one value "
-                    f"per row of `matrix`, got {of_offset}"
-                )
+            rows, of_offset = shape[0], tuple(self.offset.shape)
+            if len(of_offset) > 2 or of_offset[-1] != rows:
+                rule = f"have the shape ({rows},) or (N, {rows}), one value per row of `matrix`"
+                raise wrong("offset", rule, of_offset)
         wide, inverse = _with_inverse(self.matrix.detach())
         self.__dict__.update(_wide=wide, _inverse=inverse)
 
     def _check_shape(self, shape: torch.Size) -> None:
         if shape[1:].numel() != self.matrix.shape[1]:
-            raise ValueError(
-                f"`matrix` must have one column per element of a sub-tensor, "
-                f"{shape[1:].numel()} for the batch of shape {tuple(shape)}, "
-                f"got shape {tuple(self.matrix.shape)}"
-            )
+            count = f"{shape[1:].numel()} for the batch of shape {tuple(shape)}"
+            rule = f"have one column per element of a sub-tensor, {count}"
+            raise wrong("matrix", rule, f"shape {tuple(self.matrix.shape)}")
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         matrix: Tensor = self.__dict__["_wide"]
@@ -211,11 +202,8 @@ class Affine(Constraint):
 
     # The settings belong to equations, not elements: they do not broadcast against the batch.
 
-    def to(self, *args: Any, **kwargs: Any) -> Affine:  # noqa: D102
-        offset = self.offset
-        if isinstance(offset, Tensor):
-            offset = offset.to(*args, **kwargs)
-        return Affine(self.matrix.to(*args, **kwargs), offset)
+    def to(self, *args: Any, **kwargs: Any) -> Constraint:  # noqa: D102
+        return replace(super().to(*args, **kwargs))  # with an inverse of its own
 
     def _check_batch(self, x: Tensor) -> None:
         check_device("matrix", self.matrix, x)
@@ -223,10 +211,8 @@ class Affine(Constraint):
 
     def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
         if setting.ndim == 2 and len(setting) not in (1, len(x)):
-            raise ValueError(
-                f"`{name}` must have a row per sub-tensor of the batch of shape "
-                f"{tuple(x.shape)}, got shape {tuple(setting.shape)}"
-            )
+            rule = f"have a row per sub-tensor of the batch of shape {tuple(x.shape)}"
+            raise wrong(name, rule, f"shape {tuple(setting.shape)}")
 
     def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
         setting = widened(setting).reshape(-1, setting.shape[-1] if setting.ndim else 1)
@@ -256,8 +242,6 @@ def _with_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.finfo(dtype).eps * max(wide.shape)
     rank = int(torch.linalg.matrix_rank(scaled, rtol=least))
     if rank < len(wide):
-        raise ValueError(
-            "`matrix` must have linearly independent rows, got one of numerical rank "
-            f"{rank} with m={len(wide)} rows"
-        )
+        got = f"one of numerical rank {rank} with m={len(wide)} rows"
+        raise wrong("matrix", "have linearly independent rows", got)
     return wide, torch.linalg.pinv(scaled) / scale.T

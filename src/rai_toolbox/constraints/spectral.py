@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.rounding import spacing
+from rai_toolbox.constraints.kernels.rounding import as_wide, spacing
 from rai_toolbox.constraints.kernels.svd import (
     composed,
     composed_of,
@@ -26,8 +26,9 @@ from rai_toolbox.constraints.sampling import normal, uniform
 
 @dataclass(frozen=True, eq=False)
 class _SingularValueBall(Constraint):
-    """A ball of a norm of matrices that is a norm of their singular values."""
+    """A ball of a norm of matrices that is a p-norm of their singular values."""
 
+    _p: ClassVar[float]
     _of_matrices: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
@@ -37,10 +38,6 @@ class _SingularValueBall(Constraint):
     def bounded(self) -> bool:
         """Always."""
         return True
-
-    def _norm(self, values: Tensor) -> Tensor:
-        """The norm of singular values, in the last dim."""
-        raise NotImplementedError
 
     def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest values of norm `radius`; which of them change with their own value."""
@@ -77,9 +74,8 @@ class _SingularValueBall(Constraint):
 
     def _radius(self, x: Tensor) -> Tensor:
         """The radius of each matrix, to broadcast against its singular values."""
-        if isinstance(self.epsilon, Tensor):
-            return self.epsilon[..., 0]
-        return x.new_full((1,) * (x.ndim - 1), self.epsilon)
+        radius = as_wide(self.epsilon, x)
+        return radius[..., 0] if radius.ndim else radius
 
     def _at_radius(
         self, compose: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
@@ -105,7 +101,8 @@ class _SingularValueBall(Constraint):
         return within_range(compose(radius(margin)), dtype)
 
     def _size(self, x: Tensor) -> Tensor:
-        return self._norm(torch.linalg.svdvals(x)).unsqueeze(-1)
+        size: Tensor = torch.linalg.vector_norm(torch.linalg.svdvals(x), self._p, -1, keepdim=True)
+        return size
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +134,7 @@ class SpectralBall(_SingularValueBall):
              [0.0000, 0.5000]]])
     """
 
-    def _norm(self, values: Tensor) -> Tensor:
-        return values.amax(-1)
+    _p: ClassVar[float] = inf
 
     def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         return torch.minimum(values, radius), values < radius
@@ -178,8 +174,7 @@ class NuclearBall(_SingularValueBall):
              [0., 1.]]])
     """
 
-    def _norm(self, values: Tensor) -> Tensor:
-        return values.sum(-1)
+    _p: ClassVar[float] = 1
 
     def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         shrunk = _l1_of_sorted(values, radius)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,17 +135,8 @@ def _laid_out(x: Tensor) -> dict[str, Tensor]:
 
 
 def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
-    """The set as some rows of the batch x see it: with those rows of settings that have N."""
-
-    def cut(setting: Any) -> Any:
-        if isinstance(setting, dict):
-            return {name: cut(value) for name, value in setting.items()}
-        if isinstance(setting, (list, tuple)):
-            return [cut(value) for value in setting]
-        each = isinstance(setting, Tensor) and setting.ndim == x.ndim and len(setting) == len(x)
-        return setting[rows] if each and len(x) > 1 else setting
-
-    return Constraint.from_plain(cut(constraint.to_plain()))
+    """The set as some rows of the batch x see it, made anew."""
+    return Constraint.from_plain(constraint._at_rows(x, rows).to_plain())
 
 
 def _answers(constraint: Constraint, x: Tensor) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from itertools import product
 
 import torch
 
@@ -86,9 +87,7 @@ def check_constraint(
     for name in names:
         if name not in LAWS:
             raise ValueError(f"`laws` must be names of {sorted(LAWS)}, got {name!r}")
-    scales = tuple(scales)
-    for dtype in dtypes:
-        for scale in scales:
-            trial = Trial(constraint, tuple(shape), dtype, scale, seed, tolerance, reach)
-            for name in names:
-                LAWS[name](trial)
+    for dtype, scale in product(dtypes, scales):
+        trial = Trial(constraint, tuple(shape), dtype, scale, seed, tolerance, reach)
+        for name in names:
+            LAWS[name](trial)

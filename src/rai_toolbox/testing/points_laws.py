@@ -141,11 +141,9 @@ def samples(trial: Trial) -> None:
 
 def check_like(found: Tensor, expected: Tensor) -> None:
     """Raise unless shape and dtype are as expected."""
-    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        raise AssertionError(
-            f"must be {tuple(expected.shape)} in {expected.dtype}, got {tuple(found.shape)} in "
-            f"{found.dtype}"
-        )
+    got, wanted = (f"{tuple(x.shape)} in {x.dtype}" for x in (found, expected))
+    if got != wanted:
+        raise AssertionError(f"must be {wanted}, got {got}")
 
 
 def has_lmo(constraint: Constraint) -> bool:

@@ -8,6 +8,8 @@ told of sub-tensors is a column: of shape (N, 1, ...), in float64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,24 +20,17 @@ from rai_toolbox.constraints.kernels.rounding import noise
 Bound = float | Tensor | None
 
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
-_NEWTON, _FALSI = 16, 40
-
-# How near the sum is to be, beside epsilon, before Newton's steps can do the rest.
-_NEAR = 2.0**-6
+_FROM_ONE_SIDE, _IN_BRACKETS = 17, 56
 
 # Radii whose squares, and those of numbers that matter beside them, float32 holds.
 _RADII = (2.0**-40, 2.0**40)
 
 
-def clamp_between_(x: Tensor, lower: Bound, upper: Bound) -> Tensor:
+def clamp_between_(x: Tensor, lower: Any, upper: Any) -> Tensor:
     """Clamp to bounds, of which each may be a number, a tensor or None."""
-    if isinstance(lower, Tensor) and isinstance(upper, Tensor):
+    if lower is None or upper is None or isinstance(lower, Tensor) == isinstance(upper, Tensor):
         return x.clamp_(lower, upper)
-    if isinstance(lower, (int, float)) and isinstance(upper, (int, float)):
-        return x.clamp_(lower, upper)
-    if lower is not None:
-        x.clamp_min_(lower)
-    return x if upper is None else x.clamp_max_(upper)
+    return x.clamp_min_(lower).clamp_max_(upper)
 
 
 def nearest_in_ball_and_box(
@@ -79,62 +74,44 @@ def _scaled(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: 
     t = epsilon / norm_of(size, 2, dims, keepdim=True).double()
     t = torch.where(epsilon == torch.inf, 1.0, t).clamp(max=1)
     mask = torch.empty_like(size)
-    for _ in range(_NEWTON):
+    for _ in range(_FROM_ONE_SIDE):
         moved = torch.mul(size, t.to(dtype), out=buffer)
         torch.lt(moved, most, out=mask)
         found = torch.minimum(moved, most, out=buffer)
         short = epsilon - norm_of(found, 2, dims, keepdim=True).double()
         going = (short > close * epsilon) & (t < 1)
         if eager and not bool(going.any()):
-            return found
+            break
         slope = norm_of(mask.mul_(size), 2, dims, keepdim=True).double()
         gain = (short / slope) * ((2 * epsilon - short) / slope)
         farther = torch.where(slope > 0, (t.square() + gain).sqrt(), 1.0).clamp(max=1)
         t = torch.where(going, farther, t)
-    return torch.minimum(torch.mul(size, t.to(dtype), out=buffer), most, out=buffer)
+    return found
 
 
 def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: bool) -> Tensor:
     """``min(max(size - t, 0), most)`` whose sum is epsilon, or with t = 0 where that is infinite.
 
-    The sum is a falling function of t. Regula falsi brackets the root, in its Illinois form, with a
-    bisection now and then; steps of Newton in float64, beside a t that is kept, end the search.
+    The sum is a falling function of t: Newton's method in a bracket, with bisection where a step
+    would leave it. Of t, a part has the dtype, and the rest is what float64 adds to it.
     """
     dims, dtype = tuple(range(1, size.ndim)), size.dtype
-    inside = epsilon == torch.inf
-
     low, high = torch.zeros_like(epsilon), size.amax(dims, keepdim=True).double()
-    at_low = most.sum(dims, keepdim=True).double() - epsilon
-    t, at_high, last = low, -epsilon, low
-    going = ~inside
-    for i in range(_FALSI):
+    t, rest, zero = low.to(dtype), low, size.new_zeros(())
+    going = epsilon < torch.inf
+    moved = torch.empty_like(size)
+    for _ in range(_IN_BRACKETS):
+        torch.sub(size, t, out=moved).sub_(rest.to(dtype))
+        found = torch.clamp(moved, zero, most, out=buffer)
+        excess = found.sum(dims, keepdim=True, dtype=torch.float64) - epsilon
+        going = going & (excess.abs() > 8 * torch.finfo(dtype).eps * epsilon)
         if eager and not bool(going.any()):
             break
-        step = high - at_high * ((high - low) / (at_high - at_low))
-        step = step.where((step > low) & (step < high) & (i % 4 < 3), (low + high) / 2)
-        t = torch.where(going, step, t)
-        values = torch.sub(size, t.to(dtype), out=buffer).clamp_(min=0)
-        values = torch.minimum(values, most, out=buffer)
-        value = values.sum(dims, keepdim=True).double() - epsilon
-        going = going & (value.abs() > _NEAR * epsilon) & (i < _FALSI - 1)
-        up, sign = value > 0, value.sign()
-        share = 1 - 0.5 * (sign == last)  # where an end stays again, its value is halved
-        low, high = torch.where(up, t, low), torch.where(up, high, t)
-        at_low, at_high = (
-            torch.where(up, value, at_low * share),
-            torch.where(up, at_high * share, value),
-        )
-        last = sign
-    t = t.to(dtype)
-    rest = torch.zeros_like(epsilon)
-    free = torch.empty_like(size)
-    for _ in range(_NEWTON):
-        values = torch.sub(size, t, out=buffer).sub_(rest.to(dtype)).clamp_(min=0)
-        values = torch.minimum(values, most, out=buffer)
-        excess = values.sum(dims, keepdim=True, dtype=torch.float64) - epsilon
-        going = ~inside & (excess.abs() > 8 * torch.finfo(dtype).eps * epsilon)
-        if eager and not bool(going.any()):
-            break
-        number = torch.lt(values, most, out=free).mul_(values).sign_().sum(dims, keepdim=True)
-        rest = torch.where(going & (number > 0), rest + excess / number, rest)
-    return values
+        whole = t + rest
+        low, high = torch.where(excess > 0, whole, low), torch.where(excess > 0, high, whole)
+        step = excess / torch.eq(found, moved, out=moved).sum(dims, keepdim=True)
+        fits = (whole + step >= low) & (whole + step <= high)
+        step = torch.where(fits, step, (low + high) / 2 - whole).where(going, 0.0)
+        last, t = t, (whole + step).to(dtype)
+        rest = (last.double() - t) + (rest + step)
+    return found

@@ -10,7 +10,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.roots import Function, root
+from rai_toolbox.constraints.kernels.roots import Function, root, without_noise
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise
 
 _SHIFTS = 3  # each gains 52 bits: enough for entries 1e40 times as large as those of the result
@@ -26,14 +26,9 @@ def nearest_with_sum(
     the precision is that of the result, however far away x is.
     """
     for _ in range(_SHIFTS):
-        with torch.no_grad():
-            f = _excess_of_sum(x, weight, total, lower, upper)
-            t = root(f, *_bracket(f, x, weight, lower, upper), torch.zeros_like(total))
+        f = _excess_of_sum(x, weight, total, lower, upper)
+        t = root(f, *_bracket(f, x, weight, lower, upper), torch.zeros_like(total))
         x = x - t * weight
-    if torch.is_grad_enabled() and x.requires_grad:
-        # Newton's step, which is 0 but for rounding: it has the derivative of the root.
-        value, slope, _ = _sum_and_slope(x, weight, total, lower, upper)
-        x = x + torch.where(slope < 0, value / slope.where(slope < 0, 1.0), 0.0) * weight
     return x.clamp(lower, upper)
 
 
@@ -43,24 +38,19 @@ def _excess_of_sum(
     """``t -> weight . clamp(x - t weight, lower, upper) - total``, and its slope."""
 
     def f(t: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope, size = _sum_and_slope(x - t * weight, weight, total, lower, upper)
-        size = size + 2 * (t * slope).abs()  # of what cancels where x is moved far
-        return torch.where(value.abs() <= noise(x.shape[1]) * size, 0.0, value), slope
+        moved = x - t * weight
+        terms = weight * moved.clamp(lower, upper)
+        between = (moved > lower) & (moved < upper)
+        slope = -(weight * weight * between).sum(1, keepdim=True)
+        # What was added up, and what cancels where x is moved far.
+        size = terms.abs().sum(1, keepdim=True) + total.abs() + 2 * (t * slope).abs()
+        excess = terms.sum(1, keepdim=True) - total
+        return without_noise(excess, noise(x.shape[1]) * size), slope
 
     return f
 
 
-def _sum_and_slope(
-    x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum less the total, its slope along -weight, and the magnitude of what was added up."""
-    terms = weight * x.clamp(lower, upper)
-    between = (x > lower) & (x < upper)
-    slope = -(weight * weight * between).sum(1, keepdim=True)
-    size = terms.abs().sum(1, keepdim=True) + total.abs()
-    return terms.sum(1, keepdim=True) - total, slope, size
-
-
+@torch.no_grad()
 def _bracket(
     f: Function, x: Tensor, weight: Tensor, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -78,6 +68,12 @@ def _bracket(
         torch.where(fall < 0, low - short / fall, low),
         torch.where(rise < 0, high - over / rise, high),
     )
+
+
+def corner(gradient: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The corner of the box that minimizes ``gradient . z``; where that is 0, what is nearest 0."""
+    start = torch.zeros_like(gradient).clamp(lower, upper)
+    return torch.where(gradient > 0, lower, upper).where(gradient != 0, start)
 
 
 def fill_cheapest(price: Tensor, most: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.kernels.blocks import in_blocks
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -15,7 +16,6 @@ Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
 
-@torch.no_grad()
 def root(f: Function, low: Tensor, high: Tensor, start: Tensor | None = None) -> Tensor:
     """Root of a continuous, non-increasing function of one number, for each row.
 
@@ -27,11 +27,13 @@ def root(f: Function, low: Tensor, high: Tensor, start: Tensor | None = None) ->
     the loop ends as soon as all rows have converged. Piecewise linear functions converge within a
     few passes.
 
+    Autograd differentiates the root with respect to what `f` depends on.
+
     Parameters
     ----------
     f : callable
         Gives values and slopes, both of shape (N, 1). A value of 0 settles its row, so `f` is to
-        round to 0 what the noise of its own sums hides.
+        round to 0 what the noise of its own sums hides; see `without_noise`.
     low, high : Tensor, shape (N, 1)
         Finite, with ``f(low) >= 0 >= f(high)``. Where this does not hold, the result is the end
         that comes closest to a root, or its neighbor.
@@ -43,6 +45,22 @@ def root(f: Function, low: Tensor, high: Tensor, start: Tensor | None = None) ->
     Tensor, shape (N, 1)
         The root, or the largest number found below it.
     """
+    found = _found(f, low, high, start)
+    if not torch.is_grad_enabled():
+        return found
+    # Newton's step, which is 0 but for rounding: it has the derivative of the root.
+    value, slope = f(found)
+    step = torch.where(slope < 0, value / slope.where(slope < 0, 1.0), 0.0)
+    return with_value(found, found - step)
+
+
+def without_noise(value: Tensor, noise: Tensor) -> Tensor:
+    """`value`, with 0 for what is not above the noise; its derivative stays."""
+    return torch.where(value.abs() <= noise, value - value.detach(), value)
+
+
+@torch.no_grad()
+def _found(f: Function, low: Tensor, high: Tensor, start: Tensor | None) -> Tensor:
     guess = low / 2 + high / 2 if start is None else start.clamp(low, high)
     for _ in range(torch.finfo(low.dtype).bits):
         value, slope = f(guess)

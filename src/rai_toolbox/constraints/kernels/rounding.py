@@ -12,10 +12,7 @@ from rai_toolbox.constraints.kernels.blocks import wide_dtype
 
 def as_rounded(bound: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
     """A bound of elements as it counts: rounded to the dtype of what it bounds; beside `like`."""
-    if isinstance(bound, Tensor):
-        return bound.to(dtype)
-    # (made there, for a copy to a device would wait for it)
-    return torch.full((), bound, dtype=wide_dtype(like), device=like.device).to(dtype)
+    return bound.to(dtype) if isinstance(bound, Tensor) else as_wide(bound, like).to(dtype)
 
 
 def as_wide(setting: float | Tensor | None, like: Tensor) -> Tensor:
@@ -23,6 +20,7 @@ def as_wide(setting: float | Tensor | None, like: Tensor) -> Tensor:
     if isinstance(setting, Tensor):
         return setting.to(wide_dtype(like))
     number = math.nan if setting is None else setting
+    # (made there, for a copy to a device would wait for it)
     return torch.full((), number, dtype=wide_dtype(like), device=like.device)
 
 

@@ -12,16 +12,21 @@ from torch.autograd.function import once_differentiable
 from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.kernels.blocks import needs_grad
 
+Parts = tuple[Tensor, Tensor, Tensor]
+"""``U, s, V^T`` of each matrix; there are as many vectors as values."""
+
+_Map = Callable[[Tensor], Tensor]
+
 
 def noise_of(x: Tensor) -> float:
     """Relative error of the largest singular value or eigenvalue, or of the sum of all."""
     return torch.finfo(x.dtype).eps * (8 + x.shape[-2] + x.shape[-1])
 
 
-def decomposed(x: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """``U, s, V^T`` of each matrix: falling singular values, or rising eigenvalues if `symmetric`.
+def decomposed(x: Tensor, symmetric: bool = False) -> Parts:
+    """The parts of each matrix, of falling singular values, or rising eigenvalues if `symmetric`.
 
-    There are as many vectors as values. To autograd U and V are constants, and s depends on x.
+    To autograd U and V are constants, and s depends on x.
     """
     if symmetric:
         values, u = torch.linalg.eigh(x.detach())
@@ -39,11 +44,7 @@ def composed(u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
 
 
 def composed_of(
-    x: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
-    f: Tensor,
-    moving: Tensor,
-    symmetric: bool = False,
+    x: Tensor, parts: Parts, f: Tensor, moving: Tensor, symmetric: bool = False
 ) -> Tensor:
     """``U diag(f) V^T`` for the `parts` U, s, V^T of x, differentiable; see `_Composed`."""
     y: Tensor = _Composed.apply(x, *parts, f, moving, symmetric)  # type: ignore[no-untyped-call]
@@ -57,12 +58,7 @@ def within_range(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def rounding_margin(
-    compose: Callable[[Tensor], Tensor],
-    excess: Callable[[Tensor], Tensor],
-    most: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def rounding_margin(compose: _Map, excess: _Map, most: Tensor, dtype: torch.dtype) -> Tensor:
     """How far inside the exact result must be so that it is in the set when rounded to `dtype`.
 
     The smallest of three margins at which ``compose(margin)`` rounds into the set: 0, twice the
