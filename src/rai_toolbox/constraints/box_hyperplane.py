@@ -66,11 +66,6 @@ class BoxSection(Constraint):
     lower: float | Tensor | None
     upper: float | Tensor | None
 
-    @property
-    def bounded(self) -> bool:
-        """Whether both bounds are finite, everywhere."""
-        return bool(self.__dict__["_bounded"])
-
     def _check_settings(self) -> None:
         check_setting("weight", self.weight)
         check_setting("total", self.total)

@@ -77,11 +77,6 @@ class Intersection(Constraint):
     def _from_settings(cls, settings: dict[str, Any]) -> Constraint:
         return cls(*settings.pop("sets", ()), **settings)
 
-    @property
-    def bounded(self) -> bool:
-        """Whether one of the sets is bounded."""
-        return any(member.bounded for member in self.sets)
-
     def coupled_dims(self, ndim: int) -> tuple[int, ...]:  # noqa: D102
         return tuple(sorted({dim for member in self.sets for dim in member.coupled_dims(ndim)}))
 
@@ -96,6 +91,7 @@ class Intersection(Constraint):
         if not 0 < check_number("tolerance", self.tolerance) < 1:
             raise wrong("tolerance", "be in (0, 1)", self.tolerance)
         check_count("max_iterations", self.max_iterations, 1)
+        self.__dict__["_bounded"] = any(member.bounded for member in self.sets)
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)

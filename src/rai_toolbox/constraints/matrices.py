@@ -99,11 +99,7 @@ class Stiefel(Constraint):
     _is_equation: ClassVar[bool] = True
     convex: ClassVar[bool] = False
     _of_matrices: ClassVar[bool] = True
-
-    @property
-    def bounded(self) -> bool:
-        """Always."""
-        return True
+    _bounded: ClassVar[bool] = True
 
     def _check_shape(self, shape: torch.Size) -> None:
         if shape[-2] < shape[-1]:

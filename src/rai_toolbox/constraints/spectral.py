@@ -30,14 +30,10 @@ class _SingularValueBall(Constraint):
 
     _p: ClassVar[float]
     _of_matrices: ClassVar[bool] = True
+    _bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     epsilon: float | Tensor
-
-    @property
-    def bounded(self) -> bool:
-        """Always."""
-        return True
 
     def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest values of norm `radius`; which of them change with their own value."""
