@@ -18,9 +18,10 @@ from rai_toolbox.perturbations import RobustnessReport
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "not" / "there yet"
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     assert main(["demo", "--quick", "--out", str(out)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
+    torch.set_num_threads(threads)
     return out
 
 

@@ -141,12 +141,3 @@ def table(
     return "\n".join(
         f"{label:<30}" + "".join(map("{:>12}".format, cells)) for label, *cells in lines
     )
-
-
-def failures(report: dict[str, Any]) -> list[str]:
-    """One line for each run whose weights left their balls."""
-    return [
-        f"the weights of the {name} fit left their L1 ball by {run['largest_violation']:g}"
-        for name, run in report["runs"].items()
-        if run["largest_violation"] != 0
-    ]

@@ -42,13 +42,13 @@ class Batch:
                 robust, found = ~before.misclassified, []
                 count = robust.long() - 1
                 for ball in balls:
-                    rows, check = robust.nonzero().squeeze(1), VerificationReport()
-                    if ball.epsilon > 0 and len(rows):  # at 0, the only point is the original
-                        original, target = before.rows(rows), self.target[rows]
+                    check = VerificationReport()
+                    if ball.epsilon > 0 and robust.any():  # at 0, the only point is the original
+                        original, target = before.rows(robust), self.target[robust]
                         perturbed = self._perturb(original.data, target, ball)
                         after = predict(self.model, perturbed, target, gradient=False)
                         check, fooled = compare(original, after, ball, self.data_range)
-                        robust = robust.index_fill(0, rows[fooled], False)
+                        robust = robust.masked_scatter(robust, ~fooled)
                     count += robust
                     found.append(check)
                     bar.update()
@@ -71,8 +71,6 @@ class Batch:
 
     def _perturb(self, data: Tensor, target: Tensor, ball: Ball) -> Tensor:
         """The solver's perturbed data, with random numbers that only batch and ball determine."""
-        if ball.epsilon == 0:
-            return data
         seeded = _seeded(data.device, self.seed, self.name, repr(ball))
         with seeded as seed, warnings.catch_warnings():
             warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
