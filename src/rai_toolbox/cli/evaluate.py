@@ -119,8 +119,7 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
         raise Refused(f"--model must give a model, got {type(model).__name__} from {path!r}")
     if not isinstance(model, nn.Module):
         if weights is not None:
-            got = f"{type(model).__name__} as model"
-            raise Refused(f"--weights needs a torch.nn.Module, got {got}")
+            raise Refused(f"--weights needs a torch.nn.Module, got {type(model).__name__}")
         return model
     model.to(device)
     try:

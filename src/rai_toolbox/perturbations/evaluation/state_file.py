@@ -11,7 +11,7 @@ from typing import Any
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 from rai_toolbox.perturbations.inputs import wrong
 
-FORMAT = "rai_toolbox evaluation 1"
+FORMAT = "rai_toolbox evaluation 2"
 
 
 class StateFileError(ValueError):
