@@ -6,7 +6,6 @@ remains at the end is due to the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,29 +114,3 @@ def _share_at_most(weights: Tensor, share: float) -> float:
     """The share of weights that are at most `share` of the largest of their class."""
     sizes = weights.abs()
     return (sizes <= share * sizes.amax(1, keepdim=True)).double().mean().item()
-
-
-def summary(report: dict[str, Any]) -> str:
-    """The results of `to_report` as a table."""
-    settings = report["settings"]
-    numbers = [
-        ("KKT residual of the weights", "kkt_residual", ".2g"),
-        ("loss on training digits", "loss", ".4f"),
-        ("accuracy on test digits", "test_accuracy", ".1%"),
-        ("weights exactly 0", "share_of_weights_zero", ".1%"),
-        (f"<= {settings['small']:.0%} of class's largest", "share_of_weights_small", ".1%"),
-        ("largest violation", "largest_violation", "g"),
-    ]
-    return table(f"L1 ball, radius {settings['radius']:g}", report["runs"], numbers)
-
-
-def table(
-    title: str, runs: Mapping[str, Mapping[str, float]], numbers: Sequence[tuple[str, str, str]]
-) -> str:
-    """One column per run, one line per (label, key, format) of `numbers`."""
-    lines = [(title, *runs)] + [
-        (label, *(format(run[key], spec) for run in runs.values())) for label, key, spec in numbers
-    ]
-    return "\n".join(
-        f"{label:<30}" + "".join(map("{:>12}".format, cells)) for label, *cells in lines
-    )
