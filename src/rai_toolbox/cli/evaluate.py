@@ -25,12 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from rai_toolbox.cli.command import Refused, count, positive, radius, seed
 from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations import (
-    RobustnessReport,
-    RobustnessWarning,
-    attack,
-    evaluate_robustness,
-)
+from rai_toolbox.perturbations import RobustnessWarning, attack, evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
 NORMS = {ball.norm_name.lower(): ball for ball in BALLS.values()}
@@ -93,23 +88,20 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
             )
         except (TypeError, ValueError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            if frame.f_globals["__name__"].startswith("rai_toolbox.perturbations."):
+            if frame.f_globals.get("__name__", "").startswith("rai_toolbox.perturbations."):
                 raise Refused(str(error)) from error
             raise  # from the model or the loader: the traceback helps
     if group is None or dist.get_rank(group) == 0:
-        _write(report, arguments.out)
+        files = [arguments.out / name for name in ("report.json", "report.csv", "report.png")]
+        write_whole(files[0], report.to_json())
+        write_whole(files[1], report.to_csv())
+        report.plot().savefig(files[2])
+        print(report)
+        for line in report.warnings():
+            print(f"warning: {line}", file=sys.stderr)
+        print("", *files, sep="\n")
         state.unlink(missing_ok=True)
     return 0 if report.feasible else 1
-
-
-def _write(report: RobustnessReport, out: Path) -> None:
-    write_whole(out / "report.json", report.to_json())
-    write_whole(out / "report.csv", report.to_csv())
-    report.plot().savefig(out / "report.png")
-    print(report)
-    for line in report.warnings():
-        print(f"warning: {line}", file=sys.stderr)
-    print("", *(out / name for name in ("report.json", "report.csv", "report.png")), sep="\n")
 
 
 def load_model(path: str, weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -234,12 +226,7 @@ def add_to(commands: Any) -> None:
     add("--divide-by", type=positive, default=1.0, help="255 for integer images (default: 1)")
     add("--steps", type=count, default=100, help="of each attack (default: %(default)s)")
     add("--restarts", type=count, default=1, help="of each attack (default: %(default)s)")
-    add(
-        "--rivals",
-        type=count,
-        help="attack toward each of this many of the most likely other classes: stronger, and that "
-        "many times the work",
-    )
+    add("--rivals", type=count, help="attack toward this many other classes: stronger, but slower")
     add("--batch-size", type=count, default=100, help="of arrays (default: %(default)s)")
     add("--limit", type=count, help="evaluate only this many examples of arrays")
     add("--seed", type=seed, default=0, help="of all random numbers (default: %(default)s)")

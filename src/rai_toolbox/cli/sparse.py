@@ -6,8 +6,7 @@ remains at the end is due to the optimizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,13 @@ SMALL = 0.01  # as a share of the largest weight of the class
 MAPPINGS = {"default": None, "plain": False}  # the values of `gradient_mapping`
 
 
-@dataclass
-class Fit:
+class Fit(NamedTuple):
     """A linear classifier, its KKT residual before each step and after the last, and its loss."""
 
     net: nn.Module
-    residuals: list[float] = field(default_factory=list)
-    loss: float = float("nan")
-    violation: float = 0.0  # the largest after any step
+    residuals: list[float]
+    loss: float
+    violation: float  # the largest after any step
 
     def weights(self) -> Tensor:
         """One row of weights per class."""
@@ -50,38 +48,27 @@ def fit_each(digits: Digits, steps: int, radius: float = RADIUS) -> dict[str, Fi
 
 
 def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: Bar) -> Fit:
-    fit = Fit(_net())
-    groups = constrain(fit.net, {"1.weight": L1Ball(radius)})
+    linear = skip_init(nn.Linear, 28 * 28, 10)  # draws no random numbers
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    net = nn.Sequential(nn.Flatten(), linear)
+    groups = constrain(net, {"1.weight": L1Ball(radius)})
     # Without averaging: gradients of full batches are exact.
     optim = ProjectedOptimizer(groups, Adam, gradient_mapping=mapping, averaging=0.0, lr=LR)
     schedule = ExponentialLR(optim, LR_DECAY ** (1 / steps))
-    largest = torch.zeros((), dtype=torch.float64)
-
-    def evaluate() -> None:
+    largest, residuals = torch.zeros((), dtype=torch.float64), list[float]()
+    while True:
         optim.zero_grad()
-        loss = cross_entropy(fit.net(digits.images), digits.labels)
+        loss = cross_entropy(net(digits.images), digits.labels)
         loss.backward()
-        fit.loss = loss.item()
         # Over weights and biases; the biases are unconstrained and count as 0.
-        fit.residuals.append(torch.stack(optim.kkt_residual()).max().item())
-
-    for _ in range(steps):
-        evaluate()
+        residuals.append(torch.stack(optim.kkt_residual()).max().item())
+        if len(residuals) > steps:  # loss and residual are those of the final weights
+            return Fit(net, residuals, loss.item(), largest.item())
         optim.step()
         schedule.step()
         largest = torch.maximum(largest, torch.stack(optim.violation()).max())  # keeps a NaN
         bar.update()
-    evaluate()  # so that loss and residual are those of the final weights
-    fit.violation = largest.item()
-    return fit
-
-
-def _net() -> nn.Sequential:
-    """Softmax regression from 0; no random numbers are drawn."""
-    linear = skip_init(nn.Linear, 28 * 28, 10)
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
-    return nn.Sequential(nn.Flatten(), linear)
 
 
 def to_report(fits: dict[str, Fit], radius: float, test_digits: Digits) -> dict[str, Any]:
