@@ -18,9 +18,10 @@ from rai_toolbox.perturbations import RobustnessReport
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "not" / "there yet"
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     assert main(["demo", "--quick", "--out", str(out)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
+    torch.set_num_threads(threads)
     return out
 
 
@@ -103,10 +104,16 @@ def test_the_picture_of_the_maps_is_drawn(out):
     assert red[:, 700:].any() and blue[:, 700:].any()  # weights for and against
 
 
-def test_the_summary_has_both_tables(report):
-    lines = demo._summary(report).splitlines()
-    heads = [line.split() for line in lines if line.endswith(("unbounded", "plain"))]
-    assert heads == [["bounded", "unbounded"], ["L1", "ball,", "radius", "16", "default", "plain"]]
+def test_the_summary_has_a_table_of_each_part(report):
+    heads, *rows = zip(*(t.splitlines() for t in demo._summary(report).split("\n\n")), strict=False)
+    assert [head.split() for head in heads] == [
+        ["bounded", "unbounded"],
+        ["bound"],
+        ["L1", "ball,", "radius", "16", "default", "plain"],
+        ["seconds"],
+    ]
+    accuracies = [f"{net['test_accuracy']:.4g}" for net in report["nets"].values()]
+    assert rows[0][0].split() == ["test", "accuracy", *accuracies]
 
 
 # --- the parts

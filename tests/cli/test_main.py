@@ -53,8 +53,7 @@ def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    command = cli.COMMANDS["demo"]._replace(run=interrupted)
-    monkeypatch.setitem(cli.COMMANDS, "demo", command)
+    monkeypatch.setattr(cli.demo, "demo", interrupted)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "rai-toolbox: interrupted\n"
 

@@ -13,8 +13,6 @@ from rai_toolbox.cli import demo, evaluate
 from rai_toolbox.cli.command import Refused
 from rai_toolbox.extras import MissingExtra
 
-COMMANDS = {"demo": demo.COMMAND, "evaluate": evaluate.COMMAND}
-
 
 def run() -> NoReturn:
     """Run `main` and end the process with its exit status."""
@@ -37,22 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Constrained optimizers for PyTorch, shown on real data, and robustness.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        added = commands.add_parser(
-            name, help=command.help, description=command.description, epilog=command.epilog
-        )
-        for flag, settings in command.options.items():
-            added.add_argument(flag, **settings)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    demo.add_to(commands)
+    evaluate.add_to(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
+    if "run" not in arguments:
         parser.print_help()
         return 0
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        status: int = arguments.run(arguments)
     except (MissingExtra, OSError, Refused) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    return status

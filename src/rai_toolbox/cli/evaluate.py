@@ -9,8 +9,7 @@ import traceback
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -23,20 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from rai_toolbox.cli import command
-from rai_toolbox.cli.command import Refused, option
+from rai_toolbox.cli.command import Refused, count, positive, radius, seed
 from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.extras import require
-from rai_toolbox.perturbations import (
-    RobustnessReport,
-    RobustnessWarning,
-    attack,
-    evaluate_robustness,
-)
+from rai_toolbox.perturbations import RobustnessWarning, attack, evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
 NORMS = {ball.norm_name.lower(): ball for ball in BALLS.values()}
-REPEATED = {"required": True, "action": "append"}
 
 
 def evaluate(arguments: Namespace) -> int:
@@ -55,8 +47,17 @@ def evaluate(arguments: Namespace) -> int:
         raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
     of_norms = zip(norms, epsilons, strict=True)
     balls = [NORMS[norm](epsilon) for norm, radii in of_norms for epsilon in radii]
-    with _ranks() as group:
-        return _evaluate(arguments, balls, group)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _evaluate(arguments, balls, None)
+    # Messages are small and not on a GPU. A rank that ends is noticed at once; a slow one may take
+    # as long as a batch takes.
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        status = _evaluate(arguments, balls, dist.group.WORLD)
+        dist.barrier()  # a rank that ends with an error makes torchrun stop the others
+        return status
+    finally:
+        dist.destroy_process_group()
 
 
 def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup | None) -> int:
@@ -86,23 +87,21 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
                 group=group,
             )
         except (TypeError, ValueError) as error:
-            if _is_from(error, "perturbations"):
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__", "").startswith("rai_toolbox.perturbations."):
                 raise Refused(str(error)) from error
             raise  # from the model or the loader: the traceback helps
     if group is None or dist.get_rank(group) == 0:
-        _write(report, arguments.out)
+        files = [arguments.out / name for name in ("report.json", "report.csv", "report.png")]
+        write_whole(files[0], report.to_json())
+        write_whole(files[1], report.to_csv())
+        report.plot().savefig(files[2])
+        print(report)
+        for line in report.warnings():
+            print(f"warning: {line}", file=sys.stderr)
+        print("", *files, sep="\n")
         state.unlink(missing_ok=True)
     return 0 if report.feasible else 1
-
-
-def _write(report: RobustnessReport, out: Path) -> None:
-    write_whole(out / "report.json", report.to_json())
-    write_whole(out / "report.csv", report.to_csv())
-    report.plot().savefig(out / "report.png")
-    print(report)
-    for line in report.warnings():
-        print(f"warning: {line}", file=sys.stderr)
-    print("", *(out / name for name in ("report.json", "report.csv", "report.png")), sep="\n")
 
 
 def load_model(path: str, weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -110,15 +109,14 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
     model: Callable[[Tensor], Tensor] = _imported("--model", path)
     if not callable(model):
         raise Refused(f"--model must give a model, got {type(model).__name__} from {path!r}")
-    if isinstance(model, nn.Module):
-        model.to(device)
-    if weights is None:
-        return model
     if not isinstance(model, nn.Module):
-        raise Refused(f"--weights needs a torch.nn.Module, got {type(model).__name__} as model")
+        if weights is not None:
+            raise Refused(f"--weights needs a torch.nn.Module, got {type(model).__name__}")
+        return model
+    model.to(device)
     try:
-        state = torch.load(weights, map_location=device, weights_only=True)
-        model.load_state_dict(state)
+        if weights is not None:
+            model.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, TypeError, EOFError, ValueError) as error:
         got = f"{weights}: {shorten(str(error), 300)}"
         rule = "be a state_dict of the model, saved by torch.save"
@@ -169,8 +167,8 @@ def _imported(flag: str, path: str) -> Any:
 
     The working directory is searched, too.
     """
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
+    module, _, name = path.partition(":")
+    if not (module and name):
         wanted = "module:name" if flag == "--model" else "an .npz file or module:name"
         raise Refused(f"{flag} must be {wanted}, got {path!r}")
     if os.getcwd() not in sys.path:
@@ -188,22 +186,6 @@ def _imported(flag: str, path: str) -> Any:
     return found() if callable(found) and not isinstance(found, (nn.Module, Dataset)) else found
 
 
-@contextmanager
-def _ranks() -> Iterator[dist.ProcessGroup | None]:
-    """The group of all processes started together; None if this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
-        return
-    # Messages are small and not on a GPU. A rank that ends is noticed at once; a slow one may take
-    # as long as a batch takes.
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
-    try:
-        yield dist.group.WORLD
-        dist.barrier()  # a rank that ends with an error makes torchrun stop the others
-    finally:
-        dist.destroy_process_group()
-
-
 def _device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
@@ -215,59 +197,39 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _is_from(error: BaseException, folder: str) -> bool:
-    """Whether a file of this package, anywhere in `folder`, raised the error."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(__file__).parents[1] / folder in Path(frame.f_code.co_filename).parents
-
-
-COMMAND = command.Command(
-    evaluate,
-    help="measure how robust your model is",
-    description=(
-        "Clean and robust accuracy of a model within norm balls around data, verified "
+def add_to(commands: Any) -> None:
+    """Add the command to those of the command line."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure how robust your model is",
+        description="Clean and robust accuracy of a model within norm balls around data, verified "
         "independently of the solver. Writes report.json, report.csv and report.png. Import paths "
-        'are looked up in the working directory, too. Needs: pip install "rai-toolbox[plots]".'
-    ),
-    epilog="example: rai-toolbox evaluate --model nets:small --weights small.pt "
-    "--data digits.npz --norm linf --epsilon 0.05 0.1 --norm l2 --epsilon 0.5 1",
-    options={
-        "--model": option(
-            "a torch.nn.Module, or a callable without arguments that returns the model",
-            required=True,
-            metavar="MODULE:NAME",
-        ),
-        "--weights": option("a state_dict for it, saved by torch.save", Path, metavar="FILE"),
-        "--data": option(
-            "arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
-            "that returns one of these",
-            required=True,
-            metavar="FILE.npz|MODULE:NAME",
-        ),
-        "--norm": option(
-            "of the balls; repeat --norm and --epsilon together for several",
-            choices=tuple(NORMS),
-            **REPEATED,
-        ),
-        "--epsilon": option(
-            "radii for the preceding --norm", command.radius, nargs="+", **REPEATED
-        ),
-        "--range": option(
-            "of all data (default: 0 1)", float, (0.0, 1.0), nargs=2, metavar=("LOWER", "UPPER")
-        ),
-        "--divide-by": option("such as 255 for integer images (default: 1)", command.positive, 1.0),
-        "--steps": option("of each attack", command.count, 100),
-        "--restarts": option("of each attack", command.count, 1),
-        "--rivals": option(
-            "attack toward each of this many of the most likely other classes: stronger, and that "
-            "many times the work",
-            command.count,
-        ),
-        "--batch-size": option("of arrays", command.count, 100),
-        "--limit": option("evaluate only this many examples of arrays", command.count),
-        "--seed": option("of all random numbers", command.seed, 0),
-        "--device": option("such as cuda", default="cpu"),
-        "--out": command.OUT,
-        "--resume": {"action": "store_true", "help": "continue an interrupted run in --out"},
-    },
-)
+        'are looked up in the working directory, too. Needs: pip install "rai-toolbox[plots]".',
+        epilog="example: rai-toolbox evaluate --model nets:small --weights small.pt "
+        "--data digits.npz --norm linf --epsilon 0.05 0.1 --norm l2 --epsilon 0.5 1",
+    )
+    parser.set_defaults(run=evaluate, range=(0.0, 1.0))
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODULE:NAME", help="a model, or a callable returning it")
+    add("--weights", metavar="FILE", help="a state_dict for it, saved by torch.save")
+    add(
+        "--data",
+        required=True,
+        metavar="FILE.npz|MODULE:NAME",
+        help="arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
+        "that returns one of these",
+    )
+    repeated = {"required": True, "action": "append"}
+    add("--norm", **repeated, choices=NORMS, help="of balls; repeat it and --epsilon for several")
+    add("--epsilon", **repeated, type=radius, nargs="+", help="radii for the preceding --norm")
+    add("--range", type=float, nargs=2, metavar=("LOWER", "UPPER"), help="of data (default: 0 1)")
+    add("--divide-by", type=positive, default=1.0, help="255 for integer images (default: 1)")
+    add("--steps", type=count, default=100, help="of each attack (default: %(default)s)")
+    add("--restarts", type=count, default=1, help="of each attack (default: %(default)s)")
+    add("--rivals", type=count, help="attack toward this many other classes: stronger, but slower")
+    add("--batch-size", type=count, default=100, help="of arrays (default: %(default)s)")
+    add("--limit", type=count, help="evaluate only this many examples of arrays")
+    add("--seed", type=seed, default=0, help="of all random numbers (default: %(default)s)")
+    add("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    add("--out", type=Path, default="out", help="folder of the results (default: %(default)s)")
+    add("--resume", action="store_true", help="continue an interrupted run in --out")

@@ -12,7 +12,7 @@ from rai_toolbox.cli.sparse import Fit
 from rai_toolbox.cli.training import Run
 from rai_toolbox.extras import require
 from rai_toolbox.perturbations import RobustnessReport
-from rai_toolbox.perturbations.evaluation.plot import COLORS, WRONG, draw_accuracy, tidy
+from rai_toolbox.perturbations.evaluation.plot import COLORS, draw_accuracy, tidy
 
 
 def draw(
@@ -22,14 +22,13 @@ def draw(
     runs: Mapping[str, Run],
 ) -> None:
     """Write to `path` the weights of the nets, and their accuracy under attack."""
-    bound, nets = report["bound"], report["nets"]
+    bound = report["bound"]
     figure = _page(
         f"A CNN that classifies MNIST digits, trained with every weight in "
         f"±{bound['clamp_max']:g} and without bounds",
         f"Largest violation of the bounds after any of {bound['steps_checked']} steps: "
-        f"{bound['largest_violation']:g}.  Test accuracy: bounded "
-        f"{nets['bounded']['test_accuracy']:.1%}, unbounded "
-        f"{nets['unbounded']['test_accuracy']:.1%}.",
+        f"{bound['largest_violation']:g}.",
+        report["nets"],
     )
     grid = figure.add_gridspec(1, 3, left=0.05, right=0.98, top=0.71, bottom=0.12, wspace=0.22)
     _weights(figure.add_subplot(grid[0]), bound, runs)
@@ -41,15 +40,14 @@ def draw(
 def draw_sparse(path: Path, report: Mapping[str, Any], fits: Mapping[str, Fit]) -> None:
     """Write to `path` the KKT residuals of the fits over the steps, and maps of the weights."""
     runs, settings = report["runs"], report["settings"]
-    default, plain = runs["default"], runs["plain"]
     violation = max(run["largest_violation"] for run in runs.values())
+    losses = ", ".join(f"{name} {run['loss']:.3f}" for name, run in runs.items())
     figure = _page(
         "Softmax regression on MNIST digits, the weights of each class in an L1 ball of radius "
         f"{settings['radius']:g}",
         f"Largest violation in 2 × {settings['steps']} steps of {settings['optimizer']}: "
-        f"{violation:g}.  Final loss: default {default['loss']:.3f}, plain "
-        f"{plain['loss']:.3f}.  Test accuracy: default {default['test_accuracy']:.1%}, plain "
-        f"{plain['test_accuracy']:.1%}.",
+        f"{violation:g}.  Final loss: {losses}.",
+        runs,
     )
     grid = figure.add_gridspec(
         1, 2, left=0.06, right=0.94, top=0.71, bottom=0.12, wspace=0.08, width_ratios=(1, 1.4)
@@ -59,9 +57,11 @@ def draw_sparse(path: Path, report: Mapping[str, Any], fits: Mapping[str, Fit]) 
     figure.savefig(path)
 
 
-def _page(title: str, subtitle: str) -> Any:
+def _page(title: str, subtitle: str, runs: Mapping[str, Any]) -> Any:
+    accuracies = ", ".join(f"{name} {run['test_accuracy']:.1%}" for name, run in runs.items())
     figure = require("matplotlib.figure", extra="demo").Figure(figsize=(13, 5.4), dpi=120)
     figure.text(0.05, 0.925, title, fontsize=16, weight="bold")
+    subtitle = f"{subtitle}  Test accuracy: {accuracies}."
     figure.text(0.05, 0.87, subtitle, fontsize=12, color="0.25")
     return figure
 
@@ -76,11 +76,8 @@ def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> 
         axes.hist(weights.numpy(), bins=edges, weights=shares, **style)
     for side in ("clamp_min", "clamp_max"):
         axes.axvline(bound[side], color="0.2", linestyle="--", linewidth=1)
-    _title(
-        axes,
-        f"{bound['share_of_weights_within_1_percent']:.0%} of the bounded weights end\n"
-        "within 1% of a bound (dashed)",
-    )
+    share = bound["share_of_weights_within_1_percent"]
+    _title(axes, f"{share:.0%} of the bounded weights end\nwithin 1% of a bound (dashed)")
     axes.set(xlabel="weight (larger ones: in the outermost bins)", xlim=(edges[0], edges[-1]))
     axes.set(ylabel="share of the weights (%)")
     tidy(axes)
@@ -88,10 +85,7 @@ def _weights(axes: Any, bound: Mapping[str, float], runs: Mapping[str, Run]) -> 
 
 def _accuracy(axes: Any, robustness: Mapping[str, RobustnessReport], norm: str) -> None:
     draw_accuracy(axes, robustness, norm)
-    rows = {
-        name: [row for row in found.rows() if row.norm == norm][2]
-        for name, found in robustness.items()
-    }
+    rows = {name: found.rows_of(norm)[3] for name, found in robustness.items()}
     shares = ", ".join(f"{name} {row.robust_accuracy:.0%}" for name, row in rows.items())
     balls = f"{norm.replace('inf', '∞')} balls, at ε = {rows['bounded'].epsilon:g}"
     _title(axes, f"Accuracy in {balls}:\n{shares}")
@@ -101,35 +95,27 @@ def _residuals(axes: Any, runs: Mapping[str, Any], fits: Mapping[str, Fit]) -> N
     labels = ("default: gradient mapping, step, project", "plain: step, project")
     for fit, color, line, label in zip(fits.values(), COLORS, ("-", "--"), labels, strict=False):
         axes.plot(fit.residuals, color=color, linestyle=line, linewidth=2, label=label)
-    _title(
-        axes,
-        f"With the gradient mapping the KKT residual\nends at "
-        f"{runs['default']['kkt_residual']:.2g}, without it at {runs['plain']['kkt_residual']:.2g}",
-    )
+    default, plain = (f"{run['kkt_residual']:.2g}" for run in runs.values())
+    text = f"With the gradient mapping the KKT residual\nends at {default}, without it at {plain}"
+    _title(axes, text)
     axes.set(xlabel="steps (each on all training digits)", xlim=(0, len(fit.residuals) - 1))
     axes.set(ylabel="KKT residual |W - P(W - ∇)| of the weights W", yscale="log")
     tidy(axes)
 
 
 def _maps(figure: Any, place: Any, report: Mapping[str, Any], weights: Tensor) -> None:
-    run, small = report["runs"]["default"], report["settings"]["small"]
+    run, most = report["runs"]["default"], report["settings"]["small"]
+    small, zero = (f"{run[f'share_of_weights_{which}']:.0%}" for which in ("small", "zero"))
     grid = place.subgridspec(2, 6, hspace=0.16, wspace=0.08, width_ratios=(1, 1, 1, 1, 1, 0.1))
-    colors = require("matplotlib.colors", extra="demo").LinearSegmentedColormap.from_list(
-        "against and for", [COLORS[0], "white", WRONG], N=257
-    )
     limit = weights.abs().max().item()
     for digit, weight in enumerate(weights.view(-1, 28, 28)):
         axes = figure.add_subplot(grid[divmod(digit, 5)], xticks=[], yticks=[], anchor="N")
-        image = axes.imshow(weight.numpy(), cmap=colors, vmin=-limit, vmax=limit)
+        image = axes.imshow(weight.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes.spines[:].set(color="0.8")
         axes.set_xlabel(str(digit), fontsize=12, weight="bold")
         if digit == 0:
-            _title(
-                axes,
-                f"Weights of each class, default: {run['share_of_weights_small']:.0%} are at most "
-                f"{small:.0%} of the\nlargest of their class, "
-                f"{run['share_of_weights_zero']:.0%} are exactly 0",
-            )
+            text = f"Weights of each class, default: {small} are at most {most:.0%} of the\n"
+            _title(axes, f"{text}largest of their class, {zero} are exactly 0")
     bar = figure.colorbar(image, cax=figure.add_subplot(grid[:, 5]))
     bar.outline.set_visible(False)
     bar.set_label("weight: for the class (red) or against it (blue)")

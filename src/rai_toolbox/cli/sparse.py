@@ -6,9 +6,7 @@ remains at the end is due to the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +28,13 @@ SMALL = 0.01  # as a share of the largest weight of the class
 MAPPINGS = {"default": None, "plain": False}  # the values of `gradient_mapping`
 
 
-@dataclass
-class Fit:
+class Fit(NamedTuple):
     """A linear classifier, its KKT residual before each step and after the last, and its loss."""
 
     net: nn.Module
-    residuals: list[float] = field(default_factory=list)
-    loss: float = float("nan")
-    violation: float = 0.0  # the largest after any step
+    residuals: list[float]
+    loss: float
+    violation: float  # the largest after any step
 
     def weights(self) -> Tensor:
         """One row of weights per class."""
@@ -51,38 +48,27 @@ def fit_each(digits: Digits, steps: int, radius: float = RADIUS) -> dict[str, Fi
 
 
 def _fit(digits: Digits, steps: int, radius: float, mapping: bool | None, bar: Bar) -> Fit:
-    fit = Fit(_net())
-    groups = constrain(fit.net, {"1.weight": L1Ball(radius)})
+    linear = skip_init(nn.Linear, 28 * 28, 10)  # draws no random numbers
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    net = nn.Sequential(nn.Flatten(), linear)
+    groups = constrain(net, {"1.weight": L1Ball(radius)})
     # Without averaging: gradients of full batches are exact.
     optim = ProjectedOptimizer(groups, Adam, gradient_mapping=mapping, averaging=0.0, lr=LR)
     schedule = ExponentialLR(optim, LR_DECAY ** (1 / steps))
-    largest = torch.zeros((), dtype=torch.float64)
-
-    def evaluate() -> None:
+    largest, residuals = torch.zeros((), dtype=torch.float64), list[float]()
+    while True:
         optim.zero_grad()
-        loss = cross_entropy(fit.net(digits.images), digits.labels)
+        loss = cross_entropy(net(digits.images), digits.labels)
         loss.backward()
-        fit.loss = loss.item()
         # Over weights and biases; the biases are unconstrained and count as 0.
-        fit.residuals.append(torch.stack(optim.kkt_residual()).max().item())
-
-    for _ in range(steps):
-        evaluate()
+        residuals.append(torch.stack(optim.kkt_residual()).max().item())
+        if len(residuals) > steps:  # loss and residual are those of the final weights
+            return Fit(net, residuals, loss.item(), largest.item())
         optim.step()
         schedule.step()
         largest = torch.maximum(largest, torch.stack(optim.violation()).max())  # keeps a NaN
         bar.update()
-    evaluate()  # so that loss and residual are those of the final weights
-    fit.violation = largest.item()
-    return fit
-
-
-def _net() -> nn.Sequential:
-    """Softmax regression from 0; no random numbers are drawn."""
-    linear = skip_init(nn.Linear, 28 * 28, 10)
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
-    return nn.Sequential(nn.Flatten(), linear)
 
 
 def to_report(fits: dict[str, Fit], radius: float, test_digits: Digits) -> dict[str, Any]:
@@ -115,38 +101,3 @@ def _share_at_most(weights: Tensor, share: float) -> float:
     """The share of weights that are at most `share` of the largest of their class."""
     sizes = weights.abs()
     return (sizes <= share * sizes.amax(1, keepdim=True)).double().mean().item()
-
-
-def summary(report: dict[str, Any]) -> str:
-    """The results of `to_report` as a table."""
-    settings = report["settings"]
-    numbers = [
-        ("KKT residual of the weights", "kkt_residual", ".2g"),
-        ("loss on training digits", "loss", ".4f"),
-        ("accuracy on test digits", "test_accuracy", ".1%"),
-        ("weights exactly 0", "share_of_weights_zero", ".1%"),
-        (f"<= {settings['small']:.0%} of class's largest", "share_of_weights_small", ".1%"),
-        ("largest violation", "largest_violation", "g"),
-    ]
-    return table(f"L1 ball, radius {settings['radius']:g}", report["runs"], numbers)
-
-
-def table(
-    title: str, runs: Mapping[str, Mapping[str, float]], numbers: Sequence[tuple[str, str, str]]
-) -> str:
-    """One column per run, one line per (label, key, format) of `numbers`."""
-    lines = [(title, *runs)] + [
-        (label, *(format(run[key], spec) for run in runs.values())) for label, key, spec in numbers
-    ]
-    return "\n".join(
-        f"{label:<30}" + "".join(map("{:>12}".format, cells)) for label, *cells in lines
-    )
-
-
-def failures(report: dict[str, Any]) -> list[str]:
-    """One line for each run whose weights left their balls."""
-    return [
-        f"the weights of the {name} fit left their L1 ball by {run['largest_violation']:g}"
-        for name, run in report["runs"].items()
-        if run["largest_violation"] != 0
-    ]

@@ -292,7 +292,7 @@ def test_another_run_is_refused_and_nothing_changes(changed, said, tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "rai_toolbox evaluation 1"}', "\0"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "rai_toolbox evaluation 2"}', "\0"])
 def test_a_file_of_another_kind_is_refused(text, tmp_path):
     path = tmp_path / "state.json"
     path.write_text(text, encoding="utf-8")

@@ -59,6 +59,10 @@ def test_bounds_of_elements_count_as_rounded_to_the_dtype():
     above = torch.tensor(0.1).nextafter(torch.tensor(1.0)).item()
     report = verified([0.0, 0.0], [above, 0.0], LinfBall(0.1), data_range=(0.0, 0.1))
     assert (report.outside_ball, report.outside_box) == (1, 1)
+    data, target = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0])
+    above = torch.full((1, 2), 0.1 + 1e-12, dtype=torch.float64)  # nearer than the next float32
+    report = verify(reads_larger, data, target, above, ball=LinfBall(1.0), data_range=(0.0, 0.1))
+    assert report.outside_box == 1
 
 
 def test_radii_may_differ_between_data():

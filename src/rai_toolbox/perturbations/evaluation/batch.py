@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import Bar
+from rai_toolbox.perturbations.evaluation.fingerprint import fingerprint
 from rai_toolbox.perturbations.evaluation.report import Examples, RobustnessReport
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, compare, predict
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
@@ -42,13 +42,13 @@ class Batch:
                 robust, found = ~before.misclassified, []
                 count = robust.long() - 1
                 for ball in balls:
-                    rows, check = robust.nonzero().squeeze(1), VerificationReport()
-                    if ball.epsilon > 0 and len(rows):  # at 0, the only point is the original
-                        original, target = before.rows(rows), self.target[rows]
+                    check = VerificationReport()
+                    if ball.epsilon > 0 and robust.any():  # at 0, the only point is the original
+                        original, target = before.rows(robust), self.target[robust]
                         perturbed = self._perturb(original.data, target, ball)
                         after = predict(self.model, perturbed, target, gradient=False)
                         check, fooled = compare(original, after, ball, self.data_range)
-                        robust = robust.index_fill(0, rows[fooled], False)
+                        robust = robust.masked_scatter(robust, ~fooled)
                     count += robust
                     found.append(check)
                     bar.update()
@@ -71,9 +71,7 @@ class Batch:
 
     def _perturb(self, data: Tensor, target: Tensor, ball: Ball) -> Tensor:
         """The solver's perturbed data, with random numbers that only batch and ball determine."""
-        if ball.epsilon == 0:
-            return data
-        seeded = _seeded(data.device, self.seed, self.name, repr(ball))
+        seeded = _seeded(data.device, self.seed, self.name, ball)
         with seeded as seed, warnings.catch_warnings():
             warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
             generator = torch.Generator().manual_seed(seed)
@@ -93,10 +91,9 @@ class Batch:
 def _seeded(device: torch.device, *values: object) -> Iterator[int]:
     """Context: torch's own generators, which random models use, are seeded; restored on exit.
 
-    Only the `repr` of the values determines the seed, which it gives.
+    Only the values determine the seed, which it gives.
     """
-    digest = hashlib.blake2b(repr(values).encode(), digest_size=7).digest()
-    seed = int.from_bytes(digest, "little")
+    seed = int(fingerprint(*values), 16) % 2**63
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)

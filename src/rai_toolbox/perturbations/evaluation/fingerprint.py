@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,7 @@ def fingerprint(*values: object) -> str:
     Tensors are compared by bits, dtype and shape, modules by class and `state_dict`, functions and
     classes by name.
     """
-    found = hashlib.blake2b(digest_size=16)
-    for value in values:
-        for piece in _pieces(value):
-            found.update(len(piece).to_bytes(8, "little"))  # so that pieces cannot run together
-            found.update(piece)
-    return found.hexdigest()
+    return _digest(repr(described(values)).encode())
 
 
 def described(value: object) -> Any:
@@ -40,8 +35,13 @@ def described(value: object) -> Any:
         return value
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
-    if isinstance(value, (Tensor, nn.Module)):
-        return f"{_name(type(value))} {fingerprint(value)}"
+    if isinstance(value, nn.Module):
+        return f"{_name(type(value))} {fingerprint(value.state_dict())}"
+    if isinstance(value, Tensor):
+        whole = complete(value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
+        # From the memory of the tensor, as numpy may be missing.
+        memory = (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
+        return f"{value.dtype} {tuple(value.shape)} {_digest(memory)}"
     if isinstance(value, Constraint):
         return described(value.to_plain())
     if isinstance(value, partial):
@@ -58,16 +58,5 @@ def _name(named: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _pieces(value: object) -> Iterator[bytes | ctypes.Array[ctypes.c_char]]:
-    if isinstance(value, nn.Module):
-        yield _name(type(value)).encode()
-        for name, entry in value.state_dict().items():
-            yield name.encode()
-            yield from _pieces(entry)
-    elif isinstance(value, Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
-        whole = complete(value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
-        if whole.nbytes:  # from the memory of the tensor, as numpy may be missing
-            yield (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
-    else:
-        yield repr(described(value)).encode()
+def _digest(data: bytes | ctypes.Array[ctypes.c_char]) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -73,13 +73,13 @@ def _draw_examples(figure: Any, shown: Any) -> None:
     both = shown.data.minimum(shown.perturbed).min(), shown.data.maximum(shown.perturbed).max()
     limits = float(both[0]), float(both[1])  # the same for originals and results
     rows = [
-        ("original", shown.data, limits),
-        ("change", change, (-largest, largest)),
-        ("result", shown.perturbed, limits),
+        ("original", shown.data, limits, "gray"),
+        ("change", change, (-largest, largest), "RdBu_r"),
+        ("result", shown.perturbed, limits, "gray"),
     ]
-    for line, (name, data, limits) in zip(grid, rows, strict=True):
+    for line, (name, data, limits, colors) in zip(grid, rows, strict=True):
         for axes, example in zip(line, data, strict=True):
-            _show(axes, example.detach().float().cpu(), limits, signed=name == "change")
+            _show(axes, example.detach().float().cpu(), limits, colors)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
     pairs = zip(shown.target.tolist(), shown.reading.tolist(), strict=True)
@@ -90,13 +90,12 @@ def _draw_examples(figure: Any, shown: Any) -> None:
         bottom.spines[:].set(color=WRONG if wrong else "0.7", linewidth=2)
 
 
-def _show(axes: Any, example: Tensor, limits: tuple[float, float], signed: bool) -> None:
+def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) -> None:
     """One example: as an image if it has the shape of one, else as a curve."""
     low, high = limits
     if example.ndim == 3 and example.shape[0] == 1:
         example = example[0]
     if example.ndim == 2:
-        colors = "RdBu_r" if signed else "gray"
         axes.imshow(example.tolist(), cmap=colors, vmin=low, vmax=high)
     elif example.ndim == 3 and example.shape[0] == 3:
         scaled = (example - low) / max(high - low, 1e-30)  # no change is mid-grey

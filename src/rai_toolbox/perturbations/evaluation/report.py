@@ -270,8 +270,8 @@ class RobustnessReport:
 
 def _flat(row: Row) -> dict[str, Any]:
     """A row with its checks, as columns of one table."""
-    plain, checks = row._asdict(), row.checks.to_plain()
-    del plain["checks"]
+    plain = row._asdict()
+    checks: dict[str, Any] = plain.pop("checks").to_plain()
     return plain | {"attacked": checks.pop("data")} | checks
 
 

@@ -133,7 +133,6 @@ def evaluate_robustness(
     )
     ranks = Ranks(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
-    new_batch = partial(Batch, model, by_norm, data_range, solver, seed)
     device = inputs.device_of(model) if device is None else torch.device(device)
     shown: list[Any] = []
     per_batch = sum(map(len, by_norm.values()))
@@ -142,7 +141,8 @@ def evaluate_robustness(
         number = 0
         for number, (data, target) in enumerate(inputs.batches(loader, device), start=1):
             inputs.bounds_of(data, data_range)  # which checks the data
-            batch = new_batch(data, target, fingerprint(data, target))
+            name = fingerprint(data, target)
+            batch = Batch(model, by_norm, data_range, solver, seed, data, target, name)
             if number == 1 and examples:
                 shown.extend(batch.examples(examples))
             if state.holds(number - 1, batch.name):
@@ -198,18 +198,15 @@ def _shared_state(
 ) -> StateFile:
     """The state in the file that the first rank reads, on each rank."""
 
-    def opened() -> tuple[str, StateFile | None]:
+    def opened() -> StateFile:
         if ranks.size > 1:
             _check_local(model)
-        name = fingerprint(model)
-        return name, StateFile(path, name, start) if ranks.rank == 0 else None
+        return StateFile(path if ranks.rank == 0 else None, fingerprint(model), start)
 
-    found = ranks.gather(opened)
-    (name, state), *_ = found
-    if any(other != name for other, _ in found):
+    first, *others = ranks.gather(opened)
+    if any(other.model != first.model for other in others):
         raise wrong("model", "be the same on each rank, weights too", "others")
-    assert state is not None
-    return state
+    return first
 
 
 def _check_local(model: Model) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 from rai_toolbox.perturbations.inputs import wrong
 
-FORMAT = "rai_toolbox evaluation 1"
+FORMAT = "rai_toolbox evaluation 2"
 
 
 class StateFileError(ValueError):
@@ -94,13 +94,11 @@ class StateFile:
 
 def _differences(found: Any, asked: Any, of: str = "") -> list[str]:
     """Descriptions of where two settings differ."""
-    if found == asked:
-        return []
     if isinstance(found, dict) and isinstance(asked, dict):
         names = sorted({*found, *asked})
         pairs = ((found.get(n), asked.get(n), f"{of}.{n}" if of else n) for n in names)
         return [line for one, two, name in pairs for line in _differences(one, two, name)]
-    return [f"{of} = {found!r} instead of {asked!r}"]
+    return [] if found == asked else [f"{of} = {found!r} instead of {asked!r}"]
 
 
 def write_whole(path: Path, text: str) -> None:

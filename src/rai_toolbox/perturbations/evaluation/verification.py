@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import gradient_of
@@ -226,13 +227,9 @@ def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
 
 def beyond_range(data: Tensor, data_range: Range) -> Tensor:
     """The largest distance of an element of each example beyond a bound, shape (N,); 0 inside."""
-    wide = data.detach().double()
-    excess = torch.where(wide.isnan(), wide, 0.0)
-    if data_range is not None:
-        low, high = (torch.as_tensor(b, device=data.device).to(data.dtype) for b in data_range)
-        excess = torch.maximum(torch.maximum(low.double() - wide, wide - high.double()), excess)
-    rows = excess.flatten(1)
-    return rows.amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+    if data_range is None:
+        return torch.zeros(len(data), dtype=torch.float64, device=data.device)
+    return Box(*data_range).to(data.device).violation(data)
 
 
 def _largest(excess: Tensor) -> float:
