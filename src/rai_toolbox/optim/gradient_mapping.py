@@ -15,7 +15,7 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
 from rai_toolbox.optim.settings import batch_in
-from rai_toolbox.optim.transforms import Key, Transform
+from rai_toolbox.optim.transforms import Key, OfSet
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
@@ -27,11 +27,10 @@ _STATE = "gradient_average"
 
 
 @dataclass(frozen=True)
-class GradientMapping(Transform):
+class GradientMapping(OfSet):
     """`map_gradient_` by an average of gradients, which is kept in the state of a parameter."""
 
     inner: type[Optimizer]
-    constraint: Key = "constraint"
     gradient_mapping: Key = "gradient_mapping"
     reach: Key = "reach"
     averaging: Key = "averaging"
@@ -47,14 +46,11 @@ class GradientMapping(Transform):
         if group[averaging] is not None and not 0 <= check_number(averaging, group[averaging]) < 1:
             raise ValueError(f"`{averaging}` must be >= 0 and < 1, got {group[averaging]!r}")
 
-    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
-        return bool(getattr(group[self.constraint], "elementwise", True))  # None is, too
-
     def is_active(self, group: Group) -> bool:  # noqa: D102
         wanted = group[self.gradient_mapping]
         if wanted is None:
             wanted = not issubclass(self.inner, _STEP_ALONG_GRADIENTS)
-        return wanted and not getattr(group[self.constraint], "elementwise", True)
+        return wanted and not self.is_elementwise(group)
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper

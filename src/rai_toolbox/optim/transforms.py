@@ -89,7 +89,12 @@ class Transform:
 
 @dataclass(frozen=True)
 class _Elementwise(Transform):
+    """Elementwise, with 0 -> 0 unless a subclass says otherwise."""
+
     def is_elementwise(self, group: Group) -> bool:
+        return True
+
+    def keeps_zero(self, group: Group) -> bool:
         return True
 
 
@@ -97,20 +102,12 @@ class _Elementwise(Transform):
 class Sign(_Elementwise):
     """``g / |g|``, with 0 -> 0."""
 
-    def keeps_zero(self, group: Group) -> bool:
-        return True
-
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        sign_(tensors)
-
-
-def sign_(tensors: list[Tensor]) -> None:
-    """``g / |g|``, elementwise, with 0 -> 0; tensors of any devices and dtypes."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for some in alike.values():
-        directions.sign_(some)
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for some in alike.values():
+            directions.sign_(some)
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,6 @@ class Scale(_Elementwise):
     """``setting * g``."""
 
     setting: Key
-
-    def keeps_zero(self, group: Group) -> bool:
-        return True
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.mul_(tensors, group[self.setting])
@@ -198,32 +192,33 @@ class L2Projection(Transform):
 
 
 @dataclass(frozen=True)
-class Projection(Transform):
-    """The Euclidean projection onto a set of `rai_toolbox.constraints`; None is no set."""
+class OfSet(Transform):
+    """What depends on a set of `rai_toolbox.constraints`; None is no set."""
 
-    constraint: Key = "constraint"
+    constraint: Key = field(default="constraint", kw_only=True)
+
+    def is_elementwise(self, group: Group) -> bool:
+        # (None, or what `check` is to refuse, constrains nothing)
+        return bool(getattr(group[self.constraint], "elementwise", True))
+
+
+@dataclass(frozen=True)
+class Projection(OfSet):
+    """The Euclidean projection onto the set."""
 
     def check(self, group: Group) -> None:
         check_constraint(group[self.constraint])
         if group[self.constraint] is not None:
             check_fits(group[self.constraint], group, self.param_ndim)
 
-    def is_elementwise(self, group: Group) -> bool:
-        # (None, or what `check` is to refuse, constrains nothing)
-        return bool(getattr(group[self.constraint], "elementwise", True))
-
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         if group[self.constraint] is None:
             return
-        views, copies = [], []
-        for x in tensors:
-            view, copied = batch_in(x, group, self.param_ndim)
-            views.append(view)
+        batches = [batch_in(x, group, self.param_ndim) for x in tensors]
+        group[self.constraint].project_each_([view for view, _ in batches])
+        for x, (view, copied) in zip(tensors, batches, strict=True):
             if copied:
-                copies.append((x, view))
-        group[self.constraint].project_each_(views)
-        for x, view in copies:
-            x.copy_(view.view(x.shape))
+                x.copy_(view.view(x.shape))
 
 
 @dataclass(frozen=True)
