@@ -286,14 +286,8 @@ _copy = partial(torch.clone, memory_format=torch.contiguous_format)
 
 def _put_(rows: Tensor, sources: list[Tensor], targets: list[Tensor]) -> None:
     """Copy the chosen sub-tensors of some batches into others."""
-    at = None
-    if in_blocks(rows):  # where reading is free, and `where` takes as long as ten other passes
-        at = rows.flatten().nonzero().squeeze(1)
     for source, target in zip(sources, targets, strict=True):
-        if at is None:
-            target.copy_(torch.where(rows, source, target))
-        else:
-            target.index_copy_(0, at, source.index_select(0, at))
+        torch.where(rows, source, target, out=target)
 
 
 def _support(x: Tensor, ball: Any, otherwise: Any) -> tuple[Tensor, Tensor]:
