@@ -251,26 +251,27 @@ class TopQ(Transform):
         check_fraction(self.dq, group[self.dq])
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        for grad in tensors:
-            top_q_(grad, self._draw(group[self.q], group[self.dq]), group[self.param_ndim])
-
-    def _draw(self, q: float, dq: float) -> float:
-        if dq == 0:
-            return q
+        q, dq = group[self.q], group[self.dq]
         low, high = max(0.0, q - dq), min(1.0, q + dq)
         generator = self.generator or default_generator
-        # The number of entries to keep must be known on the host.
-        draw = torch.rand((), generator=generator, device=generator.device).item()
-        return low + (high - low) * draw
+        for grad in tensors:
+            if dq > 0:
+                # The number of entries to keep must be known on the host.
+                draw = torch.rand((), generator=generator, device=generator.device).item()
+                q = low + (high - low) * draw
+            top_q_(grad, q, group[self.param_ndim])
 
 
 @dataclass(frozen=True)
 class LargestSign(Transform):
-    """Keep the sign of one largest magnitude: minus the linear oracle of the unit L1 ball."""
+    """Keep the sign of one largest magnitude: minus the linear oracle of the unit L1 ball.
+
+    The rest becomes 0. Of tied entries one stays, so that the answer is in the ball.
+    """
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         for grad in tensors:
-            largest_sign_(grad, group[self.param_ndim])
+            _on_rows_(grad, group[self.param_ndim], directions.largest_sign_)
 
 
 def normalize_(
@@ -294,15 +295,6 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
             keep_largest_(rows, keep)
 
     _on_rows_(grad, param_ndim, keep_)
-
-
-def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
-    """Keep the sign of one largest-magnitude entry of each sub-tensor; the rest becomes 0.
-
-    That is minus the linear minimization oracle of the unit L1 ball. Of tied entries one stays,
-    so that the answer is in the ball.
-    """
-    _on_rows_(grad, param_ndim, directions.largest_sign_)
 
 
 def _on_rows_(grad: Tensor, param_ndim: int | None, act_: Callable[[Tensor], object]) -> None:
