@@ -274,12 +274,10 @@ class LargestSign(Transform):
             _on_rows_(grad, group[self.param_ndim], directions.largest_sign_)
 
 
-def normalize_(
-    grads: list[Tensor], p: float, param_ndim: int | None, div_by_zero_eps: float
-) -> None:
-    """``g / max(|g|_p, div_by_zero_eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
+def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
+    """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
     for grad in grads:
-        directions.normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), div_by_zero_eps)
+        directions.normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), eps)
 
 
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
