@@ -32,7 +32,7 @@ from rai_toolbox.optim import (
     ClampedParameterOptimizer,
     ProjectedOptimizer,
 )
-from rai_toolbox.optim.gradient_mapping import map_gradient_, step_size
+from rai_toolbox.optim.gradient_mapping import GradientMapping, step_size
 
 INNERS = {
     "SGD": partial(SGD, lr=0.1),
@@ -346,6 +346,11 @@ def test_a_bad_set_in_a_checkpoint_changes_nothing():
 # --- the gradient mapping -------------------------------------------------------------------------
 
 
+def mapped_gradient(grad, x, constraint, **settings):
+    group = {"constraint": constraint, "reach": 0.1, **settings}
+    return GradientMapping(inner=Adam).map_(grad, x, None, group)
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_the_mapping_is_zero_at_the_solution_and_only_there(scale):
     """Of the unit L2 ball: where the gradient is normal to it, and points inwards."""
@@ -355,7 +360,7 @@ def test_the_mapping_is_zero_at_the_solution_and_only_there(scale):
     grad = -3.0 * x * scale
     grad[1] *= -1  # into the ball: not stationary
     grad[2] += scale * normal(5, seed=1)
-    mapped = map_gradient_(grad.clone(), x, L2Ball(1.0), reach=0.1, lr=1.0)
+    mapped = mapped_gradient(grad.clone(), x, L2Ball(1.0), lr=1.0)
     length = mapped.norm(dim=1) / scale
     assert (length[[0, 3, 4, 5]] <= 1e-13).all()
     assert (length[[1, 2]] > 0.1).all()
@@ -366,8 +371,8 @@ def test_the_mapping_is_zero_at_the_solution_and_only_there(scale):
 def test_the_mapping_of_narrow_dtypes_is_computed_in_float32(dtype):
     x = L2Ball(1.0).project(normal(6, 50, dtype=dtype))
     grad = (-2 * x.double() + 0.05 * normal(6, 50, seed=1)).to(dtype)
-    mapped = map_gradient_(grad.clone(), x, L2Ball(1.0), reach=0.1, lr=1.0)
-    exact = map_gradient_(grad.double(), x.double(), L2Ball(1.0), reach=0.1, lr=1.0)
+    mapped = mapped_gradient(grad.clone(), x, L2Ball(1.0), lr=1.0)
+    exact = mapped_gradient(grad.double(), x.double(), L2Ball(1.0), lr=1.0)
     assert (mapped.double() - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
@@ -379,7 +384,7 @@ def test_the_step_of_a_set_along_columns_is_one_number_for_each_of_them():
     )
     x = UnitNorm(dim=0).project(x)
     grad = x * torch.tensor([-1.0, 5.0, -1e3])  # along the columns: normal to the set
-    mapped = map_gradient_(grad.clone(), x, UnitNorm(dim=0), reach=0.1, lr=1.0)
+    mapped = mapped_gradient(grad.clone(), x, UnitNorm(dim=0), lr=1.0)
     assert (mapped.abs() <= 1e-12 * grad.abs().amax(0)).all()
 
 
@@ -388,7 +393,7 @@ def test_the_step_of_a_set_along_columns_is_one_number_for_each_of_them():
 def test_the_mapping_is_finite_within_the_set(size, slope):
     x, grad = torch.full((1, 3), size), torch.full((1, 3), slope)
     for constraint in (L2Ball(1.0), Simplex()):
-        assert map_gradient_(grad.clone(), x, constraint, reach=0.1, lr=0.1).isfinite().all()
+        assert mapped_gradient(grad.clone(), x, constraint, lr=0.1).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from optim.memory_layouts import LAYOUTS, equal_bits
 
 from rai_toolbox import to_batch
 from rai_toolbox.constraints.kernels.directions import sign_
-from rai_toolbox.optim.transforms import largest_sign_, normalize_, top_q_
+from rai_toolbox.optim.transforms import LargestSign, normalize_, top_q_
 
 TINY = torch.finfo(torch.float32).tiny
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +20,7 @@ TRANSFORMS = {
     "l1": lambda g, k: normalize_([g], 1, k, TINY),
     "l2": lambda g, k: normalize_([g], 2, k, TINY),
     "top_q": lambda g, k: top_q_(g, 0.6, k),
-    "largest_sign": largest_sign_,
+    "largest_sign": lambda g, k: LargestSign().change_([g], {"param_ndim": k}),
 }
 
 in_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -191,7 +191,7 @@ def _move_(param: Tensor, losses: Tensor, state: State, group: Group) -> None:
     gradient = _copy(gradient)
     if not state:
         state.update(_first_state(x, gradient, ball))
-    _note_(state, x, gradient, losses, constraint)
+    _note_(state, x, gradient, losses, group)
     period = period_ending_at(state["step"], group["steps"], ball)
     if period:
         back = _check_support_(state, ball) if ball.p == 1 else _check_(state, period, group["rho"])
@@ -266,9 +266,7 @@ def _first_state(x: Tensor, gradient: Tensor, ball: Any) -> State:
     return {**state, **losses, "previous": _copy(x), "falls": 0 * rate, "halved": rate}
 
 
-def _note_(
-    state: State, x: Tensor, gradient: Tensor, losses: Tensor, constraint: Constraint
-) -> None:
+def _note_(state: State, x: Tensor, gradient: Tensor, losses: Tensor, group: Group) -> None:
     """Count whether losses fall, and keep the best valid point so far, with its gradient."""
     losses = losses.to(state["best_loss"]).view_as(state["best_loss"])
     if "falls" in state:
@@ -276,7 +274,7 @@ def _note_(
         state["last_loss"] = losses
     better = losses < state["best_loss"]
     if state["step"] == 0:  # a start outside the set would be the best point of all, to go back to
-        better &= (constraint.violation(x) <= 0).view_as(better)
+        better &= (group["constraint"].violation(x) <= 0).view_as(better)
     state["best_loss"] = torch.where(better, losses, state["best_loss"])
     _put_(better, [x, gradient], [state["best"], state["best_gradient"]])
 
@@ -286,14 +284,8 @@ _copy = partial(torch.clone, memory_format=torch.contiguous_format)
 
 def _put_(rows: Tensor, sources: list[Tensor], targets: list[Tensor]) -> None:
     """Copy the chosen sub-tensors of some batches into others."""
-    at = None
-    if in_blocks(rows):  # where reading is free, and `where` takes as long as ten other passes
-        at = rows.flatten().nonzero().squeeze(1)
     for source, target in zip(sources, targets, strict=True):
-        if at is None:
-            target.copy_(torch.where(rows, source, target))
-        else:
-            target.index_copy_(0, at, source.index_select(0, at))
+        torch.where(rows, source, target, out=target)
 
 
 def _support(x: Tensor, ball: Any, otherwise: Any) -> tuple[Tensor, Tensor]:
@@ -322,10 +314,9 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
         direction, size = gradient, state["rate"] * 2 * ball.epsilon
         sign_([direction]) if ball.p == inf else normalize_(direction, 2, x.ndim - 1)
     z: Tensor = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
-    if ball.p == 1 or state["step"] == 0:
-        return z
-    inertia = (x - state["previous"]).mul_(1 - group["momentum"])
-    z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
+    if ball.p != 1 and state["step"] > 0:
+        inertia = (x - state["previous"]).mul_(1 - group["momentum"])
+        z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
     return z
 
 

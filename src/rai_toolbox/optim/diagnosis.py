@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from math import inf
 
 import torch
@@ -12,9 +13,38 @@ from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.gradient_mapping import step_size
+from rai_toolbox.optim.own_step import as_batches, device_of
+from rai_toolbox.optim.wrapper import Group
 
 UNCONSTRAINED = Box(-inf, inf)
 """What None as a constraint stands for."""
+
+
+@torch.no_grad()
+def totals(
+    groups: Iterable[Group],
+    of: Callable[[Tensor, Tensor, Constraint], Tensor],
+    total: Callable[[Tensor], Tensor],
+    gradients: bool = True,
+) -> list[Tensor]:
+    """The total of what `of` finds for each parameter of a group, in float64.
+
+    With `gradients` only parameters that have one count, and it is that which the optimizer
+    descends.
+    """
+    found = []
+    for group in groups:
+        constraint = UNCONSTRAINED if group["constraint"] is None else group["constraint"]
+        device = device_of(group)
+        values = []
+        for param in group["params"]:
+            if param.numel() > 0 and (param.grad is not None or not gradients):
+                x, gradient = as_batches(param, group)
+                downhill = -gradient if group.get("maximize", False) else gradient
+                value = complete(of(x, downhill, constraint))
+                values.append(value.to(device, torch.float64).flatten())
+        found.append(total(torch.cat(values or [torch.zeros(1, device=device).double()])))
+    return found
 
 
 def kkt_residual(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from math import inf, nan
 from typing import Any
 
 import torch
@@ -108,19 +107,13 @@ def _stepped_shard(grad: Any, group: Group, whole: Any) -> Tensor:
 
 
 def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
-    if param.numel() == 0:
-        return
+    """The step as ``softmax(log p - lr g)``, where the logarithm of a negative entry is NaN."""
     shape = batch_shape_in(param, group)
     grad = grad if grad.layout is torch.strided else grad.to_dense()
-    x, grad = (widened(tensor).view(shape) for tensor in (param, grad))
+    x, grad = (widened(tensor).view(shape).flatten(1) for tensor in (param, grad))
     rate = group["lr"] if group["maximize"] else -group["lr"]
     # Products beyond float64 count as the largest number; an infinite gradient gives NaN.
     largest = torch.finfo(grad.dtype).max
     exponent = (grad * rate).clamp(-largest, largest) + (grad - grad)
-    # A largest factor of 1 among the entries that count: so no overflow, and a sum that is not 0.
-    exponent = torch.where((x == 0) & ~exponent.isnan(), -inf, exponent)
-    dims = tuple(range(1, x.ndim))
-    factor = (exponent - exponent.amax(dims, keepdim=True)).exp()
-    product = torch.where((x >= 0) & (x < inf), x, nan) * factor
-    share = product / product.sum(dims, keepdim=True)
+    share = torch.softmax(x.log() + exponent, 1)
     param.copy_((share * group["total"]).view(param.shape))

@@ -14,14 +14,8 @@ from rai_toolbox._torch import get_value
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.diagnosis import frank_wolfe_gap
-from rai_toolbox.optim.own_step import (
-    OwnStepOptimizer,
-    as_batches,
-    check_lr_value,
-    device_of,
-    evaluated,
-)
+from rai_toolbox.optim.diagnosis import frank_wolfe_gap, totals
+from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, check_lr_value, evaluated
 from rai_toolbox.optim.settings import TINY, check_constraint, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params
 
@@ -149,7 +143,6 @@ class FrankWolfe(OwnStepOptimizer):
         if len(set(found)) > 1:
             raise ValueError(f"`line_search` must be the same in all groups, got {found}")
 
-    @torch.no_grad()
     def gap(self) -> list[Tensor]:
         """The duality gap of each group, from the present gradients; without synchronization.
 
@@ -169,7 +162,7 @@ class FrankWolfe(OwnStepOptimizer):
         for i, group in enumerate(self.param_groups):
             if group["constraint"] is None:
                 raise ValueError(f"`gap` needs a constraint in every group, got none in group {i}")
-        return list(map(_gap, self.param_groups))
+        return totals(self.param_groups, frank_wolfe_gap, torch.sum)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         for group in self.param_groups:
@@ -179,8 +172,16 @@ class FrankWolfe(OwnStepOptimizer):
         return super()._step(closure)
 
     def _step_group_(self, group: Group) -> None:
+        constraint = group["constraint"]
         for param, step in self._moving(group):
-            _move_(param, step, group)
+            if constraint is None:
+                _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
+            elif group["smoothness"] is None:
+                x, gradient = as_batches(param, group)
+                end = constraint.lmo(gradient).to(x.dtype)
+                _interpolate_(param, x, end, _scheduled(step, group))
+            else:
+                _Segment(param, group).take_short_step_()
             step += 1
 
     def _moving(self, group: Group) -> list[tuple[Tensor, Tensor]]:
@@ -220,17 +221,6 @@ class FrankWolfe(OwnStepOptimizer):
 
 
 # Steps
-
-
-def _move_(param: Tensor, step: Tensor, group: Group) -> None:
-    constraint = group["constraint"]
-    if constraint is None:
-        _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
-    elif group["smoothness"] is None:
-        x, gradient = as_batches(param, group)
-        _interpolate_(param, x, constraint.lmo(gradient).to(x.dtype), _scheduled(step, group))
-    else:
-        _Segment(param, group).take_short_step_()
 
 
 def _scheduled(step: Tensor, group: Group) -> float | Tensor:
@@ -350,13 +340,6 @@ def _precision(loss: Any, segments: list[_Segment]) -> float:
     is_tensor = isinstance(loss, Tensor) and loss.is_floating_point()
     tensors = [loss] if is_tensor else [segment.param for segment in segments]
     return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
-
-
-def _gap(group: Group) -> Tensor:
-    batches = [as_batches(param, group) for param in group["params"] if param.grad is not None]
-    gaps = [complete(frank_wolfe_gap(*batch, group["constraint"])) for batch in batches]
-    zero = torch.zeros((), dtype=torch.float64, device=device_of(group))
-    return sum((gap.to(zero) for gap in gaps), zero)
 
 
 # Checks

@@ -15,7 +15,7 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
 from rai_toolbox.optim.settings import batch_in
-from rai_toolbox.optim.transforms import Key, Transform
+from rai_toolbox.optim.transforms import Key, OfSet
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
@@ -27,11 +27,10 @@ _STATE = "gradient_average"
 
 
 @dataclass(frozen=True)
-class GradientMapping(Transform):
-    """`map_gradient_` by an average of gradients, which is kept in the state of a parameter."""
+class GradientMapping(OfSet):
+    """The gradient mapping by an average of gradients, kept in the state of a parameter."""
 
     inner: type[Optimizer]
-    constraint: Key = "constraint"
     gradient_mapping: Key = "gradient_mapping"
     reach: Key = "reach"
     averaging: Key = "averaging"
@@ -47,14 +46,11 @@ class GradientMapping(Transform):
         if group[averaging] is not None and not 0 <= check_number(averaging, group[averaging]) < 1:
             raise ValueError(f"`{averaging}` must be >= 0 and < 1, got {group[averaging]!r}")
 
-    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
-        return bool(getattr(group[self.constraint], "elementwise", True))  # None is, too
-
     def is_active(self, group: Group) -> bool:  # noqa: D102
         wanted = group[self.gradient_mapping]
         if wanted is None:
             wanted = not issubclass(self.inner, _STEP_ALONG_GRADIENTS)
-        return wanted and not getattr(group[self.constraint], "elementwise", True)
+        return wanted and not self.is_elementwise(group)
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
@@ -62,22 +58,39 @@ class GradientMapping(Transform):
         averages = self._averages(tensors, params, group, optimizer)
         if group[self.steps_taken] < group[self.warmup]:
             return
-        decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
         for grad, param, average in zip(tensors, params, averages, strict=True):
             x, _ = batch_in(param, group, self.param_ndim)
             view, copied = batch_in(grad, group, self.param_ndim)
-            map_gradient_(
-                view,
-                x,
-                group[self.constraint],
-                average=None if average is None else average.reshape(x.shape),
-                reach=group[self.reach],
-                lr=group.get("lr", 1.0),
-                weight_decay=0.0 if decoupled else group.get("weight_decay", 0.0),
-                maximize=group.get("maximize", False),
-            )
+            self.map_(view, x, average, group)
             if copied:
                 grad.copy_(view.view(grad.shape))
+
+    def map_(self, grad: Tensor, x: Tensor, average: Tensor | None, group: Group) -> Tensor:
+        """Replace the gradient g by ``g + (y - P(y)) / e`` with ``y = x - e m``, in place.
+
+        Here m is `average`, of recent gradients, or g itself. Where m is g, that is the gradient
+        mapping ``(x - P(x - e g)) / e``: it is 0 just where x is a stationary point of the
+        constrained problem, whatever e > 0 is. Where y is in the set it is g, bit for bit. The
+        gradient and x are batches of shape (N, ...). The step e is such that it reaches as far as
+        `reach` times the length of x; see `step_size`.
+
+        Where the inner optimizer ascends (`maximize`), or adds ``weight_decay * x`` to its
+        gradient, that is allowed for: it then descends on the mapping of the sum.
+        """
+        constraint, maximize = group[self.constraint], group.get("maximize", False)
+        decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
+        weight_decay = 0.0 if decoupled else group.get("weight_decay", 0.0)
+        dtype = torch.promote_types(scale_dtype(x), grad.dtype)
+        x = x.to(dtype)
+        averages = [] if average is None else [average.reshape(x.shape)]
+        downhill = []
+        for gradient in (readable(grad), *averages):
+            down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
+            downhill.append(down + weight_decay * x if weight_decay != 0.0 else down)
+        e = step_size(x, downhill[0], constraint, reach=group[self.reach], lr=group.get("lr", 1.0))
+        y = x - e * downhill[-1]
+        pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
+        return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
         if self.is_active(group) and self._past(group) != 0.0:
@@ -120,40 +133,6 @@ class GradientMapping(Transform):
             return given
         exact = group[self.constraint].flat or issubclass(self.inner, LBFGS)
         return 0.0 if exact else _AVERAGING
-
-
-def map_gradient_(
-    grad: Tensor,
-    x: Tensor,
-    constraint: Constraint,
-    *,
-    average: Tensor | None = None,
-    reach: float,
-    lr: float | Tensor,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> Tensor:
-    """Replace the gradient g by ``g + (y - P(y)) / e`` with ``y = x - e m``, in place.
-
-    Here m is `average`, of recent gradients, or g itself. Where m is g, that is the gradient
-    mapping ``(x - P(x - e g)) / e``: it is 0 just where x is a stationary point of the constrained
-    problem, whatever e > 0 is. Where y is in the set it is g, bit for bit. All are batches of shape
-    (N, ...). The step e is such that it reaches as far as `reach` times the length of x; see
-    `step_size`.
-
-    Where the inner optimizer ascends (`maximize`), or adds ``weight_decay * x`` to its gradient,
-    that is allowed for: it then descends on the mapping of the sum.
-    """
-    dtype = torch.promote_types(scale_dtype(x), grad.dtype)
-    x = x.to(dtype)
-    downhill = []
-    for gradient in (readable(grad),) if average is None else (readable(grad), average):
-        down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
-        downhill.append(down + weight_decay * x if weight_decay != 0.0 else down)
-    e = step_size(x, downhill[0], constraint, reach=reach, lr=lr)
-    y = x - e * downhill[-1]
-    pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
-    return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
 
 
 def step_size(

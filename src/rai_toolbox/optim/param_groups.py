@@ -68,14 +68,20 @@ def constrain(
     NonNegative() ['1.weight', '1.bias']
     None ['0.bias']
     """
-    settings = _checked(module, constraints)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a torch.nn.Module, got {module!r}")
+    if not isinstance(constraints, Mapping):
+        raise TypeError(
+            f"`constraints` must be a dict from patterns to constraints, got {constraints!r}"
+        )
     keys = _keys(module)
     if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")
     left_out = {p for p in keys if skip_bias_and_norm and any(map(_is_bias_or_norm, keys[p]))}
     groups: list[Group] = []
     claims: dict[Tensor, list[Pattern]] = {param: [] for param in keys}
-    for pattern, given in settings.items():
+    for pattern, given in constraints.items():
+        settings = _settings(pattern, given)
         matches = [param for param in keys if any(_matches(key, pattern) for key in keys[param])]
         kept = [param for param in matches if param not in left_out]
         if not kept:
@@ -90,7 +96,7 @@ def constrain(
             )
         for param in kept:
             claims[param].append(pattern)
-        groups.append({"params": [(keys[param][0], param) for param in kept], **given})
+        groups.append({"params": [(keys[param][0], param) for param in kept], **settings})
     claimed_twice = [
         f"{' = '.join(_name(key) for key in keys[param] if isinstance(key, str))} "
         f"(by {' and '.join(map(_name, patterns))})"
@@ -138,34 +144,25 @@ def _is_bias_or_norm(key: Any) -> bool:
     return last == "bias" or last.startswith("bias_") or last.endswith("_bias")
 
 
-def _checked(module: object, constraints: object) -> dict[Pattern, Mapping[str, Any]]:
-    """The settings of the group of each pattern."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`module` must be a torch.nn.Module, got {module!r}")
-    if not isinstance(constraints, Mapping):
+def _settings(pattern: Any, given: object) -> Mapping[str, Any]:
+    """The settings of the group of a pattern, checked."""
+    is_module_type = isinstance(pattern, type) and issubclass(pattern, nn.Module)
+    if not (isinstance(pattern, str) or is_module_type):
         raise TypeError(
-            f"`constraints` must be a dict from patterns to constraints, got {constraints!r}"
+            "`constraints` must have names of parameters (globs) or types of modules as keys, "
+            f"got {pattern!r}"
         )
-    checked: dict[Pattern, Mapping[str, Any]] = {}
-    for pattern, given in constraints.items():
-        is_module_type = isinstance(pattern, type) and issubclass(pattern, nn.Module)
-        if not (isinstance(pattern, str) or is_module_type):
-            raise TypeError(
-                "`constraints` must have names of parameters (globs) or types of modules as keys, "
-                f"got {pattern!r}"
-            )
-        settings = given if isinstance(given, Mapping) else {"constraint": given}
-        if "constraint" not in settings or "params" in settings:
-            raise ValueError(
-                "`constraints` must have `constraint`, and no `params`, in a dict of settings, got "
-                f"{list(settings)} for {_name(pattern)}"
-            )
-        try:
-            check_constraint(settings["constraint"])
-        except TypeError as error:
-            raise TypeError(f"{error} for {_name(pattern)}") from None
-        checked[pattern] = settings
-    return checked
+    settings = given if isinstance(given, Mapping) else {"constraint": given}
+    if "constraint" not in settings or "params" in settings:
+        raise ValueError(
+            "`constraints` must have `constraint`, and no `params`, in a dict of settings, got "
+            f"{list(settings)} for {_name(pattern)}"
+        )
+    try:
+        check_constraint(settings["constraint"])
+    except TypeError as error:
+        raise TypeError(f"{error} for {_name(pattern)}") from None
+    return settings
 
 
 def _name(pattern: Pattern) -> str:

@@ -16,26 +16,24 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
-from rai_toolbox.optim.transforms import Key, Projection, Transform, normalize_, sign_, top_q_
+from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
+
+_SIGN = Sign()
 
 
 @dataclass(frozen=True)
-class SteepestStep(Transform):
+class SteepestStep(OfSet):
     """The steepest direction in the norm of the ball; a sparse one in an L1 ball."""
 
     divides_by_norms = True
 
-    constraint: Key = "constraint"
     q: Key = "q"
     grad_scale: Key = "grad_scale"
 
     def check(self, group: Group) -> None:  # noqa: D102
         norm_ball_of(group[self.constraint])
         check_fraction(self.q, group[self.q])
-
-    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
-        return bool(getattr(group[self.constraint], "elementwise", True))
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
@@ -45,7 +43,7 @@ class SteepestStep(Transform):
             for param, grad in zip(params, tensors, strict=True):
                 self._sparsify_(param, grad, group)
         if p != 2:
-            sign_(tensors)
+            _SIGN.change_(tensors, group)
         if p != inf:
             normalize_(tensors, p, k, 0.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim import diagnosis
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
-from rai_toolbox.optim.own_step import device_of
-from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
+from rai_toolbox.optim.settings import REQUIRED, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -164,7 +162,9 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         list of Tensor
             One number per group, without synchronizing with the host; as the methods below.
         """
-        return self._of_groups(lambda x, _, c: c.violation(x).amax(), torch.amax, gradients=False)
+        return diagnosis.totals(
+            self.param_groups, lambda x, _, c: c.violation(x), torch.amax, gradients=False
+        )
 
     def kkt_residual(self) -> list[Tensor]:
         """How far each group is from a stationary point: ``|p - P(p - g)|``.
@@ -177,7 +177,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_groups(diagnosis.kkt_residual, torch.linalg.vector_norm)
+        return diagnosis.totals(self.param_groups, diagnosis.kkt_residual, torch.linalg.vector_norm)
 
     def active_fraction(self) -> list[Tensor]:
         """Share of a group's sub-tensors that a small step along -g takes out of their set.
@@ -188,7 +188,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_groups(diagnosis.active_mask, torch.mean)
+        return diagnosis.totals(self.param_groups, diagnosis.active_mask, torch.mean)
 
     def frank_wolfe_gap(self) -> list[Tensor]:
         """``<g, p - lmo(g)>`` of each group: for convex losses, an upper bound on f(p) - min f.
@@ -200,31 +200,4 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         -------
         list of Tensor
         """
-        return self._of_groups(diagnosis.frank_wolfe_gap, torch.sum)
-
-    @torch.no_grad()
-    def _of_groups(
-        self, of: Callable[..., Tensor], total: Callable[[Tensor], Tensor], gradients: bool = True
-    ) -> list[Tensor]:
-        """The total of what `of` finds for each parameter of a group, in float64."""
-        found = []
-        for group in self.param_groups:
-            device = device_of(group)
-            values = [
-                complete(of(*batches)).to(device, torch.float64).flatten()
-                for batches in _batches(group, gradients)
-            ]
-            found.append(total(torch.cat(values or [torch.zeros(1, device=device).double()])))
-        return found
-
-
-def _batches(group: Group, gradients: bool) -> Iterator[tuple[Tensor, Tensor, Constraint]]:
-    """Each parameter, or each that has a gradient; its gradient as the inner descends; its set."""
-    constraint = diagnosis.UNCONSTRAINED if group["constraint"] is None else group["constraint"]
-    for param in group["params"]:
-        if param.numel() > 0 and (param.grad is not None or not gradients):
-            grad = param.grad if gradients else torch.zeros_like(param)
-            grad = grad.to_dense() if grad.is_sparse else grad
-            downhill = -grad if group.get("maximize", False) else grad
-            shape = batch_shape_in(param, group)
-            yield param.detach().reshape(shape), downhill.detach().reshape(shape), constraint
+        return diagnosis.totals(self.param_groups, diagnosis.frank_wolfe_gap, torch.sum)

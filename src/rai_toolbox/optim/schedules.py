@@ -77,14 +77,13 @@ class SettingScheduler:
     ) -> None:
         if not isinstance(setting, str):
             raise TypeError(f"`setting` must be the name of a setting, got {setting!r}")
-        _check_step("last_step", last_step)
+        _check_int("last_step", last_step, -1)
         self.values = _for_each_group("values", values, optimizer)
-        for schedule in self.values:
-            if not callable(schedule) and (schedule is not None or values is None):
-                raise TypeError(
-                    "`values` must be a callable from the step to the value, or a sequence of one, "
-                    f"or None, for each group, got {values!r}"
-                )
+        if values is None or not all(each is None or callable(each) for each in self.values):
+            raise TypeError(
+                "`values` must be a callable from the step to the value, or a sequence of one, "
+                f"or None, for each group, got {values!r}"
+            )
         if all(schedule is None for schedule in self.values):
             raise ValueError(f"`values` must not be None for all groups, got {values!r}")
         self.optimizer = optimizer
@@ -143,7 +142,7 @@ class SettingScheduler:
             raise ValueError(
                 f"`setting` in `state_dict` must be {self.setting!r}, got {state_dict['setting']!r}"
             )
-        _check_step("last_step", state_dict["last_step"])
+        _check_int("last_step", state_dict["last_step"], -1)
         for name in ("last_value", "values"):
             _check_length(f"`{name}` in `state_dict`", state_dict[name], len(self.values))
         self._set(_converted(as_loaded, state_dict["last_value"]), state_dict["last_step"])
@@ -156,19 +155,17 @@ class SettingScheduler:
         groups = self.optimizer.param_groups
         _check_length("`values`", self.values, len(groups))
         changed = [
-            group
-            if schedule is None
-            else self._changed(group, values[i], f"group {i} at step {step}")
-            for i, (group, schedule) in enumerate(zip(groups, self.values, strict=True))
+            (group, *self._changed(group, values[i], f"group {i} at step {step}"))
+            for i, group in enumerate(groups)
+            if self.values[i] is not None
         ]
-        for group, new in zip(groups, changed, strict=True):
-            for name in [name for name in new if new[name] is not group[name]]:
-                _write(groups, group, name, new[name])
+        for group, name, value in changed:
+            _write(groups, group, name, value)
         self._last_value = values
         self.last_step = step
 
-    def _changed(self, group: Group, value: Any, where: str) -> Group:
-        """A copy of a group with another value of the setting, checked."""
+    def _changed(self, group: Group, value: Any, where: str) -> tuple[str, Any]:
+        """The name of what changes in a group, and what it becomes, checked."""
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         paths = _paths(settings)
         if self.setting not in paths:
@@ -176,13 +173,14 @@ class SettingScheduler:
                 f"`setting` must be one of {', '.join(paths)} (or `values` None) for {where}, got "
                 f"{self.setting!r}"
             )
+        names = paths[self.setting]
         check = getattr(self.optimizer, "_check_group", lambda group: None)
         try:
-            changed = {**group, **_replaced(settings, self.setting, value)}
-            check(changed)
+            changed = _replaced(settings, names, value)[names[0]]
+            check({**group, names[0]: changed})
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (`{self.setting}` of {where})") from None
-        return changed
+        return names[0], changed
 
 
 class LinearSetting(SettingScheduler):
@@ -249,8 +247,7 @@ class _Linear:
     total_steps: int
 
     def __post_init__(self) -> None:
-        if type(self.total_steps) is not int or self.total_steps < 1:
-            raise ValueError(f"`total_steps` must be an int >= 1, got {self.total_steps!r}")
+        _check_int("total_steps", self.total_steps, 1)
         for name in ("start", "end"):
             check_setting(name, getattr(self, name))
             setattr(self, name, _copied(getattr(self, name)))
@@ -277,9 +274,9 @@ def _check_length(name: str, values: Sequence[Any], groups: int) -> None:
         raise ValueError(f"{name} must be of {groups} groups, got {len(values)}")
 
 
-def _check_step(name: str, step: object) -> None:
-    if type(step) is not int or step < -1:
-        raise ValueError(f"`{name}` must be an int >= -1, got {step!r}")
+def _check_int(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"`{name}` must be an int >= {least}, got {value!r}")
 
 
 def _copied(value: Any) -> Any:
@@ -292,10 +289,9 @@ def _converted(convert: Callable[[dict[str, Any]], dict[str, Any]], values: list
 
 
 def _attributes(schedule: Schedule | None) -> dict[str, Any] | None:
-    if schedule is None or isinstance(schedule, (FunctionType, MethodType)):
+    if isinstance(schedule, (FunctionType, MethodType)) or not hasattr(schedule, "__dict__"):
         return None
-    attributes = getattr(schedule, "__dict__", None)
-    return None if attributes is None else dict(attributes)
+    return dict(vars(schedule))
 
 
 def _parts(value: Any) -> dict[str, Any]:
@@ -307,21 +303,20 @@ def _parts(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-def _paths(value: Any) -> list[str]:
-    """The dotted names of all parts of a value, and of their parts."""
-    paths = []
+def _paths(value: Any) -> dict[str, list[str]]:
+    """All parts of a value, and their parts: the names that lead there, by these with dots."""
+    paths = {}
     for name, part in _parts(value).items():
-        paths += [name, *(f"{name}.{path}" for path in _paths(part))]
+        paths[name] = [name]
+        paths |= {f"{name}.{path}": [name, *names] for path, names in _paths(part).items()}
     return paths
 
 
-def _replaced(value: Any, path: str, new: Any) -> Any:
-    """A copy with the part at a path replaced; a set checks its settings again."""
-    if not path:
-        return new
+def _replaced(value: Any, names: list[str], new: Any) -> Any:
+    """A copy with the part replaced to which `names` lead; a set checks its settings again."""
     parts = _parts(value)
-    name = next(name for name in parts if f"{path}.".startswith(f"{name}."))  # may have dots
-    parts[name] = _replaced(parts[name], path[len(name) + 1 :], new)
+    first, *others = names
+    parts[first] = _replaced(parts[first], others, new) if others else new
     if isinstance(value, Constraint):
         return type(value)._from_settings(parts)
     return tuple(parts.values()) if isinstance(value, tuple) else parts

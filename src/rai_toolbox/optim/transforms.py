@@ -89,7 +89,12 @@ class Transform:
 
 @dataclass(frozen=True)
 class _Elementwise(Transform):
+    """Elementwise, with 0 -> 0 unless a subclass says otherwise."""
+
     def is_elementwise(self, group: Group) -> bool:
+        return True
+
+    def keeps_zero(self, group: Group) -> bool:
         return True
 
 
@@ -97,20 +102,12 @@ class _Elementwise(Transform):
 class Sign(_Elementwise):
     """``g / |g|``, with 0 -> 0."""
 
-    def keeps_zero(self, group: Group) -> bool:
-        return True
-
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        sign_(tensors)
-
-
-def sign_(tensors: list[Tensor]) -> None:
-    """``g / |g|``, elementwise, with 0 -> 0; tensors of any devices and dtypes."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for some in alike.values():
-        directions.sign_(some)
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for some in alike.values():
+            directions.sign_(some)
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,6 @@ class Scale(_Elementwise):
     """``setting * g``."""
 
     setting: Key
-
-    def keeps_zero(self, group: Group) -> bool:
-        return True
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.mul_(tensors, group[self.setting])
@@ -198,32 +192,33 @@ class L2Projection(Transform):
 
 
 @dataclass(frozen=True)
-class Projection(Transform):
-    """The Euclidean projection onto a set of `rai_toolbox.constraints`; None is no set."""
+class OfSet(Transform):
+    """What depends on a set of `rai_toolbox.constraints`; None is no set."""
 
-    constraint: Key = "constraint"
+    constraint: Key = field(default="constraint", kw_only=True)
+
+    def is_elementwise(self, group: Group) -> bool:
+        # (None, or what `check` is to refuse, constrains nothing)
+        return bool(getattr(group[self.constraint], "elementwise", True))
+
+
+@dataclass(frozen=True)
+class Projection(OfSet):
+    """The Euclidean projection onto the set."""
 
     def check(self, group: Group) -> None:
         check_constraint(group[self.constraint])
         if group[self.constraint] is not None:
             check_fits(group[self.constraint], group, self.param_ndim)
 
-    def is_elementwise(self, group: Group) -> bool:
-        # (None, or what `check` is to refuse, constrains nothing)
-        return bool(getattr(group[self.constraint], "elementwise", True))
-
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         if group[self.constraint] is None:
             return
-        views, copies = [], []
-        for x in tensors:
-            view, copied = batch_in(x, group, self.param_ndim)
-            views.append(view)
+        batches = [batch_in(x, group, self.param_ndim) for x in tensors]
+        group[self.constraint].project_each_([view for view, _ in batches])
+        for x, (view, copied) in zip(tensors, batches, strict=True):
             if copied:
-                copies.append((x, view))
-        group[self.constraint].project_each_(views)
-        for x, view in copies:
-            x.copy_(view.view(x.shape))
+                x.copy_(view.view(x.shape))
 
 
 @dataclass(frozen=True)
@@ -256,34 +251,33 @@ class TopQ(Transform):
         check_fraction(self.dq, group[self.dq])
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        for grad in tensors:
-            top_q_(grad, self._draw(group[self.q], group[self.dq]), group[self.param_ndim])
-
-    def _draw(self, q: float, dq: float) -> float:
-        if dq == 0:
-            return q
+        q, dq = group[self.q], group[self.dq]
         low, high = max(0.0, q - dq), min(1.0, q + dq)
         generator = self.generator or default_generator
-        # The number of entries to keep must be known on the host.
-        draw = torch.rand((), generator=generator, device=generator.device).item()
-        return low + (high - low) * draw
+        for grad in tensors:
+            if dq > 0:
+                # The number of entries to keep must be known on the host.
+                draw = torch.rand((), generator=generator, device=generator.device).item()
+                q = low + (high - low) * draw
+            top_q_(grad, q, group[self.param_ndim])
 
 
 @dataclass(frozen=True)
 class LargestSign(Transform):
-    """Keep the sign of one largest magnitude: minus the linear oracle of the unit L1 ball."""
+    """Keep the sign of one largest magnitude: minus the linear oracle of the unit L1 ball.
+
+    The rest becomes 0. Of tied entries one stays, so that the answer is in the ball.
+    """
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         for grad in tensors:
-            largest_sign_(grad, group[self.param_ndim])
+            _on_rows_(grad, group[self.param_ndim], directions.largest_sign_)
 
 
-def normalize_(
-    grads: list[Tensor], p: float, param_ndim: int | None, div_by_zero_eps: float
-) -> None:
-    """``g / max(|g|_p, div_by_zero_eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
+def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
+    """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
     for grad in grads:
-        directions.normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), div_by_zero_eps)
+        directions.normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), eps)
 
 
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
@@ -299,15 +293,6 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
             keep_largest_(rows, keep)
 
     _on_rows_(grad, param_ndim, keep_)
-
-
-def largest_sign_(grad: Tensor, param_ndim: int | None) -> None:
-    """Keep the sign of one largest-magnitude entry of each sub-tensor; the rest becomes 0.
-
-    That is minus the linear minimization oracle of the unit L1 ball. Of tied entries one stays,
-    so that the answer is in the ball.
-    """
-    _on_rows_(grad, param_ndim, directions.largest_sign_)
 
 
 def _on_rows_(grad: Tensor, param_ndim: int | None, act_: Callable[[Tensor], object]) -> None:
