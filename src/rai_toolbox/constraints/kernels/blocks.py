@@ -62,26 +62,39 @@ def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
         yield slice(start, start + height)
 
 
+def joined(batches: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Rows of the batches, in lists of up to `size` elements of one dtype and length of rows."""
+    alike: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    for x in batches:
+        if x.numel() > 0:
+            parts = [x] if x.numel() <= size else [x[rows] for rows in row_blocks(x, size)]
+            alike.setdefault((x.dtype, x.numel() // len(x)), []).extend(parts)
+    for some in alike.values():
+        piece: list[Tensor] = []
+        room = size
+        for x in some:
+            if piece and x.numel() > room:
+                yield piece
+                piece, room = [], size
+            piece.append(x)
+            room -= x.numel()
+        yield piece
+
+
 def in_groups(batches: list[Tensor], act_: Callable[[Tensor], object]) -> None:
     """Let `act_` change the rows of each batch in place; small batches are joined for it.
 
     Batches of the same dtype and length of rows are joined up to `BLOCK` elements: one call then
     costs what it would for one of them, and stays in cache.
     """
-    alike: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    small = []
     for x in batches:
-        if x.numel() == 0:
-            continue
         if x.numel() > BLOCK // 2 or len(batches) == 1 or not in_blocks(x) or needs_grad(x):
             act_(x)
         else:
-            alike.setdefault((x.dtype, x.numel() // len(x)), []).append(x)
-    for (_, size), some in alike.items():
-        height = max(1, BLOCK // max(x.numel() for x in some))
-        for start in range(0, len(some), height):
-            group = some[start : start + height]
-            rows = torch.cat([x.reshape(-1, size) for x in group])
-            act_(rows)
-            parts = rows.split([len(x) for x in group])
-            for x, part in zip(group, parts, strict=True):
-                x.copy_(part.view(x.shape))
+            small.append(x)
+    for group in joined(small, BLOCK):
+        rows = torch.cat([x.reshape(len(x), -1) for x in group])
+        act_(rows)
+        for x, part in zip(group, rows.split([len(x) for x in group]), strict=True):
+            x.copy_(part.view(x.shape))
