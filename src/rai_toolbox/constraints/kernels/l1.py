@@ -32,7 +32,8 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
         return y
     values = x.abs().to(_working_dtype(x, epsilon))
     length = wide_sum(values.detach())
-    nearest = _rounded_down(lowered(values, _goal(values, epsilon)), x.dtype)
+    nearest = lowered(values, _goal(values, epsilon))
+    nearest = nearest if x.dtype == nearest.dtype else round_down(nearest, x.dtype)
     nearest = torch.where(length.isfinite(), torch.copysign(nearest, x), torch.nan)
     return torch.where(length <= epsilon, x, nearest)
 
@@ -46,8 +47,8 @@ def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
     memory = torch.empty(0)
     for piece in [batches] if isinstance(epsilon, Tensor) else joined(batches, MANY):
         dtype = _working_dtype(piece[0], epsilon)
-        heights = [len(x) for x in piece]
-        size = sum(x.numel() for x in piece)
+        heights = list(map(len, piece))
+        size = sum(map(Tensor.numel, piece))
         if memory.dtype != dtype or len(memory) < 2 * size:
             memory = piece[0].new_empty(2 * size, dtype=dtype)
         values, buffer = memory[: 2 * size].view(2, sum(heights), -1)
@@ -56,7 +57,8 @@ def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
             part.view(x.shape).copy_(x)
         if _lower_to_ball_(values.abs_(), epsilon, buffer):
             for x, part in zip(piece, parts, strict=True):
-                nearest = _rounded_down(part.view(x.shape), x.dtype)
+                nearest = part.view(x.shape)
+                nearest = nearest if x.dtype == dtype else round_down(nearest, x.dtype)
                 torch.copysign(nearest, x, out=x)
 
 
@@ -82,10 +84,6 @@ def _lower_to_ball_(values: Tensor, epsilon: float | Tensor, buffer: Tensor) -> 
 def _goal(values: Tensor, epsilon: float | Tensor) -> float | Tensor:
     """What rows are to sum to: rounding of the last factor, of its products, and errors of sums."""
     return epsilon * (1 - 2 * torch.finfo(values.dtype).eps - 4 * noise(values.shape[1]))
-
-
-def _rounded_down(y: Tensor, dtype: torch.dtype) -> Tensor:
-    return y if y.dtype == dtype else round_down(y, dtype)
 
 
 def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:

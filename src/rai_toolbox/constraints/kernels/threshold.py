@@ -108,7 +108,7 @@ def _settled(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor
         if count == 0:
             return t, number
         t, number = farther, now
-        if 4 * count < len(v):
+        if 4 * count < len(v) and v.numel() > BLOCK // 8:
             at = moving.view(-1).nonzero().view(-1)
             t[at], number[at] = _settled(v[at], t[at], goal[at], buffer[:count])
             return t, number
