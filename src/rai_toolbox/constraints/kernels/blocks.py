@@ -62,23 +62,22 @@ def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
         yield slice(start, start + height)
 
 
-def joined(batches: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+def joined(batches: list[Tensor], size: int) -> list[list[Tensor]]:
     """Rows of the batches, in lists of up to `size` elements of one dtype and length of rows."""
-    alike: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    pieces: list[list[Tensor]] = []
+    last: dict[tuple[torch.dtype, int], tuple[list[Tensor], int]] = {}  # and the room left in it
     for x in batches:
-        if x.numel() > 0:
-            parts = [x] if x.numel() <= size else [x[rows] for rows in row_blocks(x, size)]
-            alike.setdefault((x.dtype, x.numel() // len(x)), []).extend(parts)
-    for some in alike.values():
-        piece: list[Tensor] = []
-        room = size
-        for x in some:
-            if piece and x.numel() > room:
-                yield piece
+        if x.numel() == 0:
+            continue
+        kind = (x.dtype, x.numel() // len(x))
+        for part in [x] if x.numel() <= size else [x[rows] for rows in row_blocks(x, size)]:
+            piece, room = last.get(kind, ([], 0))
+            if part.numel() > room:
                 piece, room = [], size
-            piece.append(x)
-            room -= x.numel()
-        yield piece
+                pieces.append(piece)
+            piece.append(part)
+            last[kind] = piece, room - part.numel()
+    return pieces
 
 
 def in_groups(batches: list[Tensor], act_: Callable[[Tensor], object]) -> None:
