@@ -115,6 +115,18 @@ def test_what_is_outside_fools_nobody_and_is_warned_of():
     assert not report.feasible
 
 
+def test_a_textbook_solver_is_believed_where_its_points_fool_the_model():
+    def textbook(model, data, target, *, ball, data_range, generator):
+        slope = model.weight.detach()[1 - target] - model.weight.detach()[target]
+        delta = (slope.sign() * ball.epsilon).clamp(-ball.epsilon, ball.epsilon)
+        return SimpleNamespace(data=(data + delta).clamp(*data_range))
+
+    report = evaluated(solver=textbook)
+    robust = [report.robust_accuracy(ball) for ball in BALLS]
+    assert robust == [(worst_margins(ball.epsilon) < 0).double().mean() for ball in BALLS]
+    assert report.warnings() == [] and report.feasible
+
+
 def test_the_solver_s_own_word_is_not_taken():
     def boaster(model, data, target, **settings):
         return SimpleNamespace(data=data, fooled=torch.ones(len(data), dtype=torch.bool))

@@ -56,7 +56,8 @@ def evaluate_robustness(
 
     Examples that are predicted wrong, or fooled at a smaller epsilon, are not attacked again. A
     perturbation counts only if a new call of the model predicts another class, and norm and bounds
-    hold in float64. A `RobustnessWarning` reports each reason to doubt a result.
+    hold up to rounding in the dtype of the data, as `verify` allows. A `RobustnessWarning` reports
+    each reason to doubt a result.
 
     The result for an example depends on its batch and on `seed`, and not on other batches or their
     order: random numbers are seeded by the content of the batch. So ranks can share the work, see

@@ -30,7 +30,8 @@ class VerificationReport:
     fooled : int
         Number for which the model predicts another class than the target, inside ball and range.
     outside_ball, outside_box : int
-        Numbers outside the ball around the original, and outside the range of the data.
+        Numbers outside the ball around the original, by more than rounding, and outside the range
+        of the data.
     ball_excess, box_excess : float
         The largest distance beyond the radius, and beyond a bound; 0 if there is none.
     not_finite : int
@@ -168,8 +169,10 @@ def verify(
 ) -> VerificationReport:
     """Examine perturbed data of any origin: ball and range in float64, losses by new calls.
 
-    An excess counts if it is more than the rounding of the float64 arithmetic that computes it.
-    Elementwise bounds count as rounded to the dtype of the data.
+    An excess counts if it is more than rounding in the dtype of the data can explain: of the data,
+    of their sum with a perturbation, and of a projection onto the ball. So points of other solvers
+    count as inside, and 8-bit pixels k/255 moved to (k+8)/255 at the radius 8/255. What `attack`
+    returns is inside without this allowance. Elementwise bounds count as rounded to the dtype.
 
     Parameters
     ----------
@@ -215,14 +218,27 @@ def verify(
 
 
 def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
-    """The distance of each example from its original beyond the radius, shape (N,); <= 0 inside."""
-    change = (perturbed.detach().double() - data.detach().double()).flatten(1)
+    """The distance of each example from its original beyond the radius, shape (N,); <= 0 inside.
+
+    An example is inside if a change within the ball can have been rounded to it: an element of the
+    data, or of the sum, that is rounded to x moves by at most ``u |x|``, where u is half the
+    spacing of numbers at 1. So the element's change can have been smaller by the sum of both. In
+    L1 and L2 a solver also rounds its projection: the norm by ``sqrt(n) u`` of itself, if summed in
+    blocks, and three factors by u each.
+    """
+    size, unit = data[:1].numel(), torch.finfo(data.dtype).eps / 2
+    x, y = (tensor.detach().double().flatten(1) for tensor in (data, perturbed))
+    change, tiny = (y - x).abs(), torch.finfo(data.dtype).tiny
+    least = (change - unit * (x.abs() + y.abs() + 2 * tiny)).clamp(min=0)
     radius = torch.as_tensor(ball.epsilon, dtype=torch.float64, device=data.device).reshape(-1)
     if ball.p == inf:
-        radius = torch.maximum(radius, radius.to(perturbed.dtype).double())
-    rounding = (change.shape[1] + 2) * 2.0**-53 * radius
+        allowed = torch.maximum(radius, radius.to(data.dtype).double())
+    else:  # (sums of half precision are in float32)
+        allowed = radius * (1 + 4 * unit + size**0.5 * min(unit, 2.0**-24))
+    allowed = allowed * (1 + (size + 2) * 2.0**-53)  # rounding of the float64 arithmetic here
+    inside = torch.linalg.vector_norm(least, ball.p, dim=1) <= allowed
     excess = torch.linalg.vector_norm(change, ball.p, dim=1) - radius
-    return torch.where(excess <= rounding, excess.clamp(max=0), excess)
+    return torch.where(inside, excess.clamp(max=0), excess)
 
 
 def beyond_range(data: Tensor, data_range: Range) -> Tensor:
