@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.optim import FrankWolfe
+from rai_toolbox.optim import PGD, FrankWolfe
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
@@ -134,6 +134,19 @@ def test_the_solver_s_own_word_is_not_taken():
     with pytest.warns(RobustnessWarning, match="did not rise"):
         report = evaluated(solver=boaster, balls=BALLS[-1:])
     assert report.robust_accuracy(BALLS[-1]) == report.clean_accuracy
+
+
+def test_steps_that_are_too_short_are_warned_of():
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(solver=partial(attack, optimizer=partial(PGD, lr=1e-4)), steps=20)
+    assert [str(w.message).partition(": ")[0] for w in caught] == [
+        "Linf 0.1",
+        "Linf 0.2",
+        "Linf 0.3",
+    ]
+    assert all("withstand within half of the radius: " in str(w.message) for w in caught)
+    assert evaluated(solver=partial(attack, optimizer=partial(PGD, lr=0.02))).warnings() == []
+    assert "underused" in report.to_csv()
 
 
 def test_flat_models_are_warned_of():

@@ -252,6 +252,28 @@ def test_each_kind_of_trouble_has_its_words():
     ]
 
 
+def test_a_ball_of_which_most_used_little_is_warned_of():
+    few = VerificationReport(data=10, fooled=4, underused=3)
+    most = VerificationReport(data=10, fooled=5, underused=3)
+    assert few.warnings() == []
+    assert most.warnings("L2 1") == [
+        "L2 1: 3 of 10 examples (30.0%) withstand within half of the radius: "
+        "take more or longer steps"
+    ]
+    assert (most + few).underused == 6 and (most + few).warnings() != []
+
+
+@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
+def test_little_use_of_the_ball_is_counted(ball):
+    data, perturbed = [0.75, 0.25], [0.6875, 0.25]  # the loss rises, the class stays
+    counts = [verified(data, perturbed, ball(1 / 8 + d)).underused for d in (-1e-3, 0, 1e-3)]
+    assert counts == [0, 0, 1]
+    assert verified(data, [0.8125, 0.25], ball(1.0)).underused == 0  # the loss falls
+    assert verified(data, perturbed, ball(1.0), target=1).underused == 0  # fooled
+    radii = verified(data, perturbed, ball(torch.tensor([[1.0]])))
+    assert radii.underused == 1
+
+
 def test_no_data_is_no_trouble():
     empty = torch.zeros(0, 2)
     report = verify(reads_larger, empty, torch.zeros(0, dtype=torch.long), empty, ball=L1Ball(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -41,6 +41,11 @@ class VerificationReport:
         As log odds do not saturate, the model is constant there.
     not_risen : int
         Number for which the cross entropy is not higher than at the original.
+    underused : int
+        Number that is not fooled, although the cross entropy is higher than at the original, by a
+        change of less than half of the radius. It is a fault if these are most of those that are
+        not fooled: the solver's steps are too few or too short, or the ball is wider than the range
+        of the data.
 
     Examples
     --------
@@ -60,6 +65,7 @@ class VerificationReport:
     not_finite: int = 0
     zero_gradient: int = 0
     not_risen: int = 0
+    underused: int = 0
 
     def __add__(self, other: VerificationReport) -> VerificationReport:
         largest = ("ball_excess", "box_excess")
@@ -73,12 +79,15 @@ class VerificationReport:
 
     def warnings(self, of: str = "perturbed data") -> list[str]:
         """One sentence for each kind of fault; `of` names the data."""
+        # A few examples may be at their worst so near; most of those that withstand are not.
+        underused = self.underused if 2 * self.underused > self.data - self.fooled else 0
         faults = [
             (self.outside_ball, f"{{}} are outside the ball, by up to {self.ball_excess:.3g}"),
             (self.outside_box, f"{{}} are outside the data range, by up to {self.box_excess:.3g}"),
             (self.not_finite, "{} have an infinity or NaN in data, loss or gradient"),
             (self.zero_gradient, "the gradient is exactly 0 at {}: the model is flat there"),
             (self.not_risen, "the loss did not rise for {}"),
+            (underused, "{} withstand within half of the radius: take more or longer steps"),
         ]
         return [
             f"{of}: {text.format(f'{n} of {self.data} examples ({n / self.data:.1%})')}"
@@ -144,6 +153,8 @@ def compare(
     box_excess = beyond_range(perturbed, data_range)
     fooled = after.misclassified & in_data & (ball_excess <= 0) & (box_excess <= 0)
     finite = in_data & before.finite & after.finite
+    risen = finite & (after.losses > before.losses)
+    little_used = beyond_ball(data, perturbed, replace(ball, epsilon=ball.epsilon / 2)) < 0
     report = VerificationReport(
         data=len(data),
         fooled=int(fooled.sum()),
@@ -153,7 +164,8 @@ def compare(
         box_excess=_largest(box_excess),
         not_finite=int((~finite).sum()),
         zero_gradient=int(before.zero_gradient.sum()),
-        not_risen=int((finite & ~(after.losses > before.losses)).sum()),
+        not_risen=int((finite & ~risen).sum()),
+        underused=int((risen & ~after.misclassified & little_used).sum()),
     )
     return report, fooled
 
