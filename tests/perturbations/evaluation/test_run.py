@@ -219,6 +219,8 @@ def test_norms_have_their_own_columns(ball):
     balls = [ball(0.3), LinfBall(0.05), ball(0), LinfBall(0.05)]  # one of them twice
     solver = partial(attack, optimizer=FrankWolfe)
     report = evaluated(balls=balls, solver=solver, steps=5)
+    single = evaluated(balls=balls[0], solver=solver, steps=5)
+    assert single.robust_accuracy(balls[0]) == report.robust_accuracy(balls[0])
     name = ball.__name__.removesuffix("Ball")
     assert report.epsilons == {name: (0.0, 0.3), "Linf": (0.05,)}
     assert report.robust_accuracy(ball(0)) == report.clean_accuracy  # it has one point
@@ -359,6 +361,7 @@ def test_settings_are_described_as_plain_data():
     [
         ({"balls": []}, ValueError, "`balls` must be one ball at least, got none"),
         ({"balls": [0.1]}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
+        ({"balls": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
         ({"balls": [LinfBall(float("inf"))]}, ValueError, "must be a finite number"),
         ({"balls": [LinfBall(torch.ones(1))]}, ValueError, "must be a finite number"),
         ({"balls": [LinfBall(1.0, center=0.5)]}, ValueError, "`ball` must have no center"),
@@ -366,6 +369,13 @@ def test_settings_are_described_as_plain_data():
         ({"seed": 0.5}, TypeError, "`seed` must be an int, got 0.5"),
         ({"loader": []}, ValueError, "`loader` must give one batch at least, got none"),
         ({"loader": [DATA]}, TypeError, r"pairs \(data, target\), got Tensor as batch 0"),
+        (
+            {"loader": [(DATA, TARGET, TARGET)]},
+            TypeError,
+            r"pairs .*, got tuple as batch 0 with 3 items: `\[\(x, y\) for x, y, \*_ in loader\]`",
+        ),
+        ({"loader": TensorDataset(DATA, TARGET)}, TypeError, "batches, as a DataLoader does, got"),
+        ({"loader": [(DATA[0], 1)]}, TypeError, "as a DataLoader does, got one example"),
         ({"loader": [(DATA.byte(), TARGET)]}, TypeError, "must be of a floating-point dtype"),
         (
             {"loader": [(DATA, TARGET + 1)]},

@@ -37,7 +37,7 @@ def evaluate_robustness(
     model: Model,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    balls: Iterable[Ball],
+    balls: Ball | Iterable[Ball],
     data_range: Range = (0.0, 1.0),
     solver: Callable[..., Any] = attack,
     steps: int | None = None,
@@ -69,7 +69,7 @@ def evaluate_robustness(
         From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
     loader : Iterable
         Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader.
-    balls : Iterable of LinfBall, L2Ball or L1Ball
+    balls : LinfBall, L2Ball or L1Ball, or an iterable of them
         Each has a number as radius, and no center.
     data_range : (float or Tensor, float or Tensor), optional
         Lower and upper bound of all data, also of perturbed ones; None for no bounds.
@@ -183,10 +183,10 @@ def evaluate_robustness(
     return report
 
 
-def _by_norm(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
+def _by_norm(balls: Ball | Iterable[Ball]) -> dict[str, list[Ball]]:
     """The balls of each norm by ascending radius, without duplicates."""
     found: dict[str, dict[float, Ball]] = {}
-    for ball in balls:
+    for ball in balls if isinstance(balls, Iterable) else [balls]:
         radius = inputs.radius_of(ball)
         found.setdefault(ball.norm_name, {})[radius] = type(ball)(radius)
     if not found:
