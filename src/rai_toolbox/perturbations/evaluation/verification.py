@@ -234,20 +234,19 @@ def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
 
     An example is inside if a change within the ball can have been rounded to it: an element of the
     data, or of the sum, that is rounded to x moves by at most ``u |x|``, where u is half the
-    spacing of numbers at 1. So the element's change can have been smaller by the sum of both. In
-    L1 and L2 a solver also rounds its projection: the norm by ``sqrt(n) u`` of itself, if summed in
-    blocks, and three factors by u each.
+    spacing of numbers at 1. So the element's change can have been smaller by the sum of both. The
+    radius is rounded, too. In L1 and L2 a solver also rounds its projection: the norm by ``sqrt(n)
+    u`` of itself, if summed in blocks, and three more results by u each.
     """
     size, unit = data[:1].numel(), torch.finfo(data.dtype).eps / 2
     x, y = (tensor.detach().double().flatten(1) for tensor in (data, perturbed))
     change, tiny = (y - x).abs(), torch.finfo(data.dtype).tiny
     least = (change - unit * (x.abs() + y.abs() + 2 * tiny)).clamp(min=0)
     radius = torch.as_tensor(ball.epsilon, dtype=torch.float64, device=data.device).reshape(-1)
-    if ball.p == inf:
-        allowed = torch.maximum(radius, radius.to(data.dtype).double())
-    else:  # (sums of half precision are in float32)
-        allowed = radius * (1 + 4 * unit + size**0.5 * min(unit, 2.0**-24))
-    allowed = allowed * (1 + (size + 2) * 2.0**-53)  # rounding of the float64 arithmetic here
+    rounding = (size + 2) * 2.0**-53  # of the float64 arithmetic here
+    if ball.p != inf:  # (sums of half precision are in float32)
+        rounding += 3 * unit + size**0.5 * min(unit, 2.0**-24)
+    allowed = torch.maximum(radius, radius.to(data.dtype).double()) * (1 + rounding)
     inside = torch.linalg.vector_norm(least, ball.p, dim=1) <= allowed
     excess = torch.linalg.vector_norm(change, ball.p, dim=1) - radius
     return torch.where(inside, excess.clamp(max=0), excess)
