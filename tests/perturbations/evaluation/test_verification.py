@@ -147,6 +147,13 @@ def test_points_really_outside_are_refused(ball, dtype):
     assert (beyond_ball(data, perturbed, ball(norms.min().item() / (1 + share[dtype]))) > 0).all()
 
 
+@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
+def test_a_radius_beyond_the_dtype_is_no_infinite_one(ball):
+    data = torch.full((1, 2), -6e4, dtype=torch.float16)
+    assert beyond_ball(data, -data, ball(7e4)).item() > 4e4
+    assert beyond_ball(data, -data, ball(3e5)).item() <= 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ball", [LinfBall(8 / 255), L2Ball(0.3), L1Ball(2.0)])
 def test_our_own_points_need_no_allowance(ball, dtype):

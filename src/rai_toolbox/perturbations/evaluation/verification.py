@@ -238,15 +238,15 @@ def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
     radius is rounded, too. In L1 and L2 a solver also rounds its projection: the norm by ``sqrt(n)
     u`` of itself, if summed in blocks, and three more results by u each.
     """
-    size, unit = data[:1].numel(), torch.finfo(data.dtype).eps / 2
+    size, info = data[:1].numel(), torch.finfo(data.dtype)
     x, y = (tensor.detach().double().flatten(1) for tensor in (data, perturbed))
-    change, tiny = (y - x).abs(), torch.finfo(data.dtype).tiny
-    least = (change - unit * (x.abs() + y.abs() + 2 * tiny)).clamp(min=0)
+    change, unit = (y - x).abs(), info.eps / 2
+    least = (change - unit * (x.abs() + y.abs() + 2 * info.tiny)).clamp(min=0)
     radius = torch.as_tensor(ball.epsilon, dtype=torch.float64, device=data.device).reshape(-1)
     rounding = (size + 2) * 2.0**-53  # of the float64 arithmetic here
     if ball.p != inf:  # (sums of half precision are in float32)
         rounding += 3 * unit + size**0.5 * min(unit, 2.0**-24)
-    allowed = torch.maximum(radius, radius.to(data.dtype).double()) * (1 + rounding)
+    allowed = torch.maximum(radius, radius.clamp(max=info.max).to(data.dtype)) * (1 + rounding)
     inside = torch.linalg.vector_norm(least, ball.p, dim=1) <= allowed
     excess = torch.linalg.vector_norm(change, ball.p, dim=1) - radius
     return torch.where(inside, excess.clamp(max=0), excess)
