@@ -47,8 +47,7 @@ def evaluate(arguments: Namespace) -> int:
     lower, upper = arguments.range
     if not lower < upper:
         raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
-    of_norms = zip(norms, epsilons, strict=True)
-    balls = [NORMS[norm](epsilon) for norm, radii in of_norms for epsilon in radii]
+    balls = [NORMS[norm](r) for norm, radii in zip(norms, epsilons, strict=True) for r in radii]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _evaluate(arguments, balls, None)
     # Messages are small and not on a GPU. A rank that ends is noticed at once; a slow one may take

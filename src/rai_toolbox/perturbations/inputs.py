@@ -125,6 +125,7 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
 
     def logits_of(data: Tensor) -> Tensor:
         logits: Any = model(data)
+        logits = getattr(logits, "logits", logits)  # as models of Transformers return them
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             rule = f"give logits of shape ({len(data)}, K), one row per example"

@@ -238,6 +238,19 @@ def test_any_loader_will_do(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_batches_may_be_dicts_and_outputs_hold_logits():
+    expected = evaluated(solver=attack, steps=3)
+
+    def model(x):
+        return SimpleNamespace(loss=None, logits=MODEL(x))
+
+    dicts = [{"labels": y, "pixel_values": x, "ids": None} for x, y in batches()]
+    found = evaluated(dicts, keys=("pixel_values", "labels"), model=model, solver=attack, steps=3)
+    assert found == expected
+    tuples = [(None, x, y) for x, y in batches()]
+    assert evaluated(tuples, keys=(1, 2), solver=attack, steps=3) == expected
+
+
 def test_examples_are_data_that_were_read_right():
     report = evaluated(examples=3, balls=[LinfBall(0.05), LinfBall(0.1)])
     (shown,) = report.examples
