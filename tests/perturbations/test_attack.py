@@ -575,7 +575,7 @@ BAD = {
     "one class": (
         {"model": lambda data: data.flatten(1).sum(1, keepdim=True)},
         ValueError,
-        r"`model` must give logits of two classes at least .* got shape \(24, 1\)",
+        r"must give logits of shape .*, of two classes at least, got Tensor of shape \(24, 1\)",
     ),
     "a closure": (
         {"optimizer": partial(ProjectedOptimizer, InnerOpt=LBFGS)},

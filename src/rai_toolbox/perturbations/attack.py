@@ -129,7 +129,7 @@ def attack(
     criterion = margin_loss if criterion is None else criterion
     make_optimizer = _optimizer_maker(optimizer or APGD, steps)
     sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
-    with solving(model):
+    with solving(model) as model:
         data = inputs.as_data(data)
         target = inputs.as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rai_toolbox.checks import check_order
 from rai_toolbox.checks import wrong as wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.modules import modules_in
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 Range: TypeAlias = tuple[float | Tensor, float | Tensor] | None
@@ -109,7 +110,7 @@ def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
 def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
     """A setting in the shape of the data."""
     try:
-        return setting.to(data.device).expand(data.shape)
+        return without_history(setting).to(data.device).expand(data.shape)
     except RuntimeError:
         rule = f"broadcast against the data of shape {tuple(data.shape)}"
         raise wrong(name, rule, f"shape {tuple(setting.shape)}") from None
@@ -124,15 +125,13 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
     lowest, highest = (int(wide.min()), int(wide.max())) if wide.numel() else (0, 0)
 
     def logits_of(data: Tensor) -> Tensor:
-        logits: Any = model(data)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            rule = f"give logits of shape ({len(data)}, K), one row per example"
-            raise wrong("model", rule, got)
-        number = logits.shape[1]
-        if number < 2:
-            rule = "give logits of two classes at least (not one number for both)"
-            raise wrong("model", rule, f"shape {tuple(logits.shape)}")
+        # Leaves are used again, results of recorded operators are not: a model may work in place.
+        logits = model(data.clone() if data.is_leaf else data)
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+        if len(shape) != 2 or shape[0] != len(data) or shape[1] < 2:
+            rule = f"give logits of shape ({len(data)}, K), of two classes at least"
+            raise wrong("model", rule, f"{type(logits).__name__} of shape {shape}")
+        number = shape[1]
         if lowest < 0 or highest >= number:
             rule = f"hold classes from 0 to {number - 1}"
             raise wrong(name, rule, lowest if lowest < 0 else highest)
@@ -158,11 +157,11 @@ def batches(loader: Iterable[Any], device: torch.device | None) -> Iterator[tupl
         data, target = batch
         check_batch(data, target)
         if len(data):
-            yield as_data(data).to(device or data.device), target.to(device or data.device)
+            at = device or data.device
+            yield as_data(data).to(at), without_history(target).to(at)
 
 
 def device_of(model: object) -> torch.device | None:
     """The device of the model's tensors; None if it has none."""
-    if not isinstance(model, nn.Module):
-        return None
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    tensors = (t for m in modules_in(model) for t in (*m.parameters(), *m.buffers()))
+    return next((tensor.device for tensor in tensors), None)
