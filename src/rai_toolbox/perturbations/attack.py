@@ -111,6 +111,8 @@ def attack(
     -----
     ZeroGradientWarning
         If some examples were not attacked, because every run started at a zero gradient.
+    UserWarning
+        If the ball is wider than the data range, which may mean another unit.
 
     Examples
     --------
@@ -200,7 +202,7 @@ def _rival_classes(
     """The rival classes of each example, shape (N, m)."""
     if not callable(rivals):
         check_count("rivals", rivals, 1)
-        return most_likely_rivals(model(allowed.data), target, rivals)
+        return most_likely_rivals(model(allowed.data), target, rivals, "rivals")
     classes = rivals(model, allowed, target)
     inputs.check_classes("rivals", classes)
     fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0

@@ -50,20 +50,22 @@ def check_classes(name: str, classes: object) -> None:
     dtype: Any = getattr(classes, "dtype", type(classes))
     is_index = isinstance(dtype, torch.dtype) and dtype != torch.bool
     if not is_index or dtype.is_floating_point or dtype.is_complex:
-        raise wrong(name, "hold classes, which are integers, in a tensor", dtype, TypeError)
+        rule = "hold classes, which are integers, in a tensor (for others: `gradient_ascent`)"
+        raise wrong(name, rule, dtype, TypeError)
 
 
 def check_per_example(name: str, value: Tensor, data: Tensor) -> None:
     """Raise unless there is one value for each example."""
     if value.shape != data.shape[:1]:
         rule = f"give one value for each example, shape {tuple(data.shape[:1])}"
+        rule += ', as with `reduction="none"`' if name == "criterion" else ""
         raise wrong(name, rule, f"shape {tuple(value.shape)}")
 
 
 def check_batch(data: Any, target: Any) -> None:
     """Raise unless these are floating-point data, shape (N, ...), and the class of each example."""
     if not isinstance(data, Tensor) or not isinstance(target, Tensor):
-        got = f"{type(data).__name__} and {type(target).__name__}"
+        got = f"{type(data).__name__} and {type(target).__name__} (use `torch.from_numpy`)"
         raise wrong("data` and `target", "be tensors", got, TypeError)
     if not data.is_floating_point():
         raise wrong("data", FLOATING, data.dtype, TypeError)

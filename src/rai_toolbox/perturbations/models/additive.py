@@ -128,4 +128,5 @@ class MaskedPerturbation(AdditivePerturbation):
 def check_mask(mask: object) -> None:
     """Raise unless `mask` is a tensor of bools."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise wrong("mask", "be a tensor of bools", getattr(mask, "dtype", mask), TypeError)
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise wrong("mask", "be a tensor of bools", got, TypeError)
