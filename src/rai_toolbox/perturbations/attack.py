@@ -166,15 +166,11 @@ def attack(
             zero_gradient[rows] &= found.zero_gradient
             calls += found.model_calls
 
-        perturbed, cost, fooled = allowed.project(best.tensors[0]), best.cost, best.success
-        # Losses toward a rival, of a random model, or in a smaller batch are not those returned.
-        known = rivals is None and samples == 1 and not stop_once_fooled
-        if not (known and torch.equal(perturbed, best.tensors[0])):
-            _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
-            inputs.check_per_example("criterion", cost, perturbed)
-            calls += samples
+        perturbed = allowed.project(best.tensors[0])
+        # Each example's best was found in another batch, on which a model may depend.
+        _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
     warn_of_zero_gradient(zero_gradient & ~fooled)
-    return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls)
+    return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls + samples)
 
 
 def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
