@@ -2,13 +2,14 @@
 
 import gc
 import weakref
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from rai_toolbox.modules import evaluating, freeze, frozen
+from rai_toolbox.modules import evaluating, freeze, frozen, modules_in
 
 
 def leaf(*shape: int, grad: bool = True) -> torch.Tensor:
@@ -535,3 +536,46 @@ def test_together():
         assert not any(flags(model).values())
         assert not any(modes(model).values())
     assert (flags(model), modes(model)) == before
+
+
+# --- modules in callables -------------------------------------------------------------------------
+
+A_GLOBAL = nn.Linear(2, 2)
+
+
+class Slots:
+    __slots__ = ("net",)
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return self.net(x)
+
+
+class OfAGlobal:
+    def __call__(self, x):
+        return A_GLOBAL(x)
+
+
+def of_a_global(x):
+    return A_GLOBAL(x)
+
+
+def test_modules_in_callables():
+    one, other = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+    assert modules_in(one) == [one]
+    assert modules_in(other) == [other]  # and not what is inside
+    assert {*modules_in(lambda x: other(one(x)))} == {one, other}
+    assert modules_in(Slots(one)) == modules_in(Slots(one).__call__) == [one]
+    assert modules_in(lru_cache(lambda x: one(x))) == [one]
+    for call in (of_a_global, lambda x: of_a_global(x), OfAGlobal(), OfAGlobal().__call__):
+        assert modules_in(call) == [A_GLOBAL]
+    for call in (torch.relu, nn.functional.softmax, nn.ReLU, lambda x: x, None):
+        assert modules_in(call) == []
+
+
+def test_the_search_ends():
+    one, data = nn.Linear(2, 2), [[torch.ones(1), number] for number in range(10_000)]
+    data.append(data)
+    assert modules_in(lambda x: (one(x), data)) == [one]

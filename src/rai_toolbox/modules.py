@@ -1,11 +1,13 @@
-"""Temporary changes, restored exactly: frozen parameters, and modules in eval mode."""
+"""Temporary changes, restored exactly: frozen parameters, modules in eval mode; finding modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ContextDecorator, ExitStack
 from functools import partial
+from gc import get_referents
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from types import FunctionType, ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ group (its ``"params"``), or an iterable of these or of `(name, tensor)` pairs."
 
 _Holder: TypeAlias = Tensor | nn.Module | Optimizer
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
+_NOT_SEARCHED = (type, ModuleType, Tensor)  # for modules that a callable refers to
 
 
 def _holders(item: Freezable) -> Iterator[_Holder]:
@@ -33,10 +36,8 @@ def _holders(item: Freezable) -> Iterator[_Holder]:
         for part in item:
             yield from _holders(part)
     else:
-        raise TypeError(
-            "`items` must be tensors, modules, optimizers, parameter groups (dicts with 'params') "
-            f"or iterables of these, got {item!r} of type {type(item).__name__}"
-        )
+        rule = "be tensors, modules, optimizers, groups (dicts with 'params') or iterables of these"
+        raise wrong("items", rule, f"{item!r} of type {type(item).__name__}", TypeError)
 
 
 def _tensors(holder: _Holder) -> Iterable[Tensor]:
@@ -84,11 +85,9 @@ def freeze(*items: Freezable) -> Callable[[], None]:
     tensors = [t for item in items for holder in _holders(item) for t in _tensors(holder)]
     for tensor in tensors:
         if not tensor.is_leaf:
-            raise ValueError(
-                "`items` must hold leaf tensors only (the requires_grad of a result cannot be "
-                f"switched off; `detach` it), got a non-leaf tensor of shape {tuple(tensor.shape)} "
-                f"made by {tensor.grad_fn!r}"
-            )
+            rule = "hold leaf tensors only (results cannot be frozen: `detach` them)"
+            got = f"a non-leaf tensor of shape {tuple(tensor.shape)} made by {tensor.grad_fn!r}"
+            raise wrong("items", rule, got)
     before = [tensor.requires_grad for tensor in tensors]
 
     def restore() -> None:
@@ -205,3 +204,24 @@ def _evaluate(modules: Iterable[nn.Module]) -> Callable[[], None]:
                 undo.callback(setattr, sub, "training", sub.training)
             module.eval()
         return undo.pop_all().close
+
+
+def modules_in(call: object) -> list[nn.Module]:
+    """The modules that a callable is or refers to, the nearest first; none inside of others.
+
+    The search follows closures, defaults and the globals that functions name, bound objects,
+    arguments of `functools.partial`, attributes, and collections. It looks at a limited number of
+    objects, in some milliseconds: not at a whole data set that a closure holds.
+    """
+    found, reached, seen = dict[int, nn.Module](), [call], set[int]()
+    for item in reached:  # which grows
+        if isinstance(item, nn.Module):
+            found[id(item)] = item
+        elif id(item) not in seen and len(seen) < 3_000 and not isinstance(item, _NOT_SEARCHED):
+            seen.add(id(item))
+            reached += [*get_referents(item), vars(type(item)).get("__call__")]
+            if isinstance(item, FunctionType):
+                # All globals of its file, of which it names some, are not searched.
+                seen |= {id(item.__globals__), id(item.__builtins__)}  # type: ignore[attr-defined]
+                reached += [item.__globals__.get(name) for name in item.__code__.co_names]
+    return list(found.values())

@@ -203,11 +203,12 @@ def test_more_of_anything_is_never_worse(problem):
 def test_the_first_run_starts_at_the_data(problem):
     net, x, y = problem
     found = attack(net, x, y, ball=L2Ball(0.25), optimizer=STEP, steps=0)
-    assert torch.equal(found.data, x) and found.model_calls == 1
+    assert torch.equal(found.data, x) and found.model_calls == 2
     started = attack(net, x, y, ball=L2Ball(0.25), optimizer=STEP, steps=0, random_start=True)
     assert (started.data != x).flatten(1).any(1).all()
 
 
+@pytest.mark.filterwarnings("ignore:`ball` is wider than the data range")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("data_range", [(0.0, 1.0), (-3.0, 255.0)])
 def test_sums_in_linf_balls_need_no_placing(dtype, data_range):
@@ -225,13 +226,29 @@ def test_sums_in_linf_balls_need_no_placing(dtype, data_range):
             assert torch.equal(around.project(summed), summed)
 
 
-def test_the_last_call_is_spared_where_nothing_has_moved(problem):
+@pytest.mark.parametrize("stop", [False, True])
+def test_what_is_returned_is_what_was_evaluated_last(problem, stop):
+    # its examples depend on each other, and each has its best iterate at another step
     net, x, y = problem
-    run = partial(attack, net, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=5)
-    assert (run().model_calls, run(stop_once_fooled=True, ball=LinfBall(1e-9)).model_calls) == (
-        6,
-        7,
-    )
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(20, track_running_stats=False), net[1:])
+    y = model(x).argmax(1)
+    found = attack(model, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=30, stop_once_fooled=stop)
+    with torch.no_grad():
+        assert torch.equal(found.fooled, is_fooled(model(found.data), y))
+        assert torch.equal(found.losses, margin_loss(model(found.data), y))
+    assert found.fooled.any()
+
+
+def test_a_ball_wider_than_the_range_warns(problem):
+    net, x, y = problem
+    run = partial(attack, net, x, y, optimizer=STEP, steps=1)
+    for wide in (LinfBall(8.0), L2Ball(4.6), L1Ball(torch.tensor([1.0] * (N - 1) + [21.0]))):
+        with pytest.warns(UserWarning, match="`ball` is wider than the data range: L") as caught:
+            run(ball=wide)
+        assert caught[0].filename == __file__
+    run(ball=LinfBall(1.0))  # no warnings: all of the range, no more
+    run(ball=LinfBall(8.0), data_range=None)
+    run(ball=L2Ball(3.0), mask=torch.arange(20).view(SIZE) < 3)
 
 
 def test_a_generator_makes_it_reproducible(problem):
@@ -492,12 +509,12 @@ BAD = {
     "target float": (
         {"target": lambda y: y.float()},
         TypeError,
-        "`target` must hold classes, .* got torch.float32",
+        r"`target` must hold classes, .* \(for others: `gradient_ascent`\), got torch.float32",
     ),
     "loss of all": (
         {"criterion": nn.CrossEntropyLoss()},
         ValueError,
-        r"`criterion` must give one value for each example",
+        r'`criterion` must give one value for each example, .* `reduction="none"`, got shape \(\)',
     ),
     "no ball": ({"ball": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
     "center": ({"ball": L2Ball(1.0, center=1.0)}, ValueError, "`ball` must have no center"),
@@ -515,11 +532,16 @@ BAD = {
     ),
     "range number": ({"data_range": 1.0}, TypeError, "`data_range` must be a pair"),
     "mask": ({"mask": torch.ones(SIZE)}, TypeError, "`mask` must be a tensor of bools"),
+    "array as mask": (
+        {"mask": np.ones((N, *SIZE), bool)},
+        TypeError,
+        "`mask` must be a tensor of bools, got ndarray",
+    ),
     "mask shape": ({"mask": torch.ones(7).bool()}, ValueError, "`mask` must broadcast"),
     "steps": ({"steps": -1}, ValueError, "`steps` must be >= 0, got -1"),
     "restarts": ({"restarts": 0}, ValueError, "`restarts` must be >= 1, got 0"),
     "samples": ({"samples": 0}, ValueError, "`samples` must be >= 1, got 0"),
-    "rivals": ({"rivals": 4}, ValueError, "from 1 to 3, the number of other classes, got 4"),
+    "rivals": ({"rivals": 4}, ValueError, "`rivals` must be from 1 to 3, .* classes, got 4"),
     "rivals, targeted": (
         {"rivals": 2, "targeted": True},
         ValueError,
@@ -575,7 +597,7 @@ BAD = {
     "one class": (
         {"model": lambda data: data.flatten(1).sum(1, keepdim=True)},
         ValueError,
-        r"`model` must give logits of two classes at least .* got shape \(24, 1\)",
+        r"must give logits of shape .*, of two classes at least, got Tensor of shape \(24, 1\)",
     ),
     "a closure": (
         {"optimizer": partial(ProjectedOptimizer, InnerOpt=LBFGS)},

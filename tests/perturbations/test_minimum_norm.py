@@ -240,6 +240,23 @@ def test_a_module_is_as_before_and_grad_mode_does_not_matter():
     torch.testing.assert_close(found.radius, search(model.eval(), data, target, ball=L2Ball).radius)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_claimed_holds_for_the_batch_that_is_returned(seed):
+    # the examples depend on each other, and each was found in another batch
+    torch.manual_seed(seed)
+    layer, data = nn.Linear(4, 3), torch.rand(12, 4)
+
+    def model(x):
+        return layer(x - x.mean(0))
+
+    target = model(data).argmax(1)
+    found = minimum_norm_attack(model, data, target, ball=L2Ball, steps=4, search_steps=4)
+    assert torch.equal(found.fooled, model(found.data).argmax(1) != target)
+    distance = (found.data.double() - data.double()).norm(dim=1)
+    torch.testing.assert_close(found.radius[found.fooled], distance[found.fooled])
+    assert found.radius[~found.fooled].isinf().all()
+
+
 def test_on_a_boundary_the_radius_is_next_to_nothing():
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
     with torch.no_grad():

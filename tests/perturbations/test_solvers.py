@@ -496,9 +496,9 @@ def test_optimizer_instances():
 
 def test_what_makes_no_perturbation_model():
     run = partial(gradient_ascent, data=[1.0], target=0.0, **LINE)
-    with pytest.raises(TypeError, match="`perturbation_model` must be a PerturbationModel"):
+    with pytest.raises(TypeError, match="`perturbation_model` must be or make a Pert.*, got 3"):
         run(perturbation_model=3)
-    with pytest.raises(TypeError, match="`perturbation_model` must make a PerturbationModel"):
+    with pytest.raises(TypeError, match="`perturbation_model` must be or make a Pert.*, got 3"):
         run(perturbation_model=lambda data: 3)
     frozen = AdditivePerturbation((1,)).requires_grad_(False)
     with pytest.raises(ValueError, match="must have parameters that require gradients"):

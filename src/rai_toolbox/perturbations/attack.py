@@ -111,6 +111,8 @@ def attack(
     -----
     ZeroGradientWarning
         If some examples were not attacked, because every run started at a zero gradient.
+    UserWarning
+        If the ball is wider than the data range, which may mean another unit.
 
     Examples
     --------
@@ -129,7 +131,7 @@ def attack(
     criterion = margin_loss if criterion is None else criterion
     make_optimizer = _optimizer_maker(optimizer or APGD, steps)
     sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
-    with solving(model):
+    with solving(model) as model:
         data = inputs.as_data(data)
         target = inputs.as_classes(target, data)
         allowed = FeasibleSet.around(data, ball, data_range, mask)
@@ -164,15 +166,11 @@ def attack(
             zero_gradient[rows] &= found.zero_gradient
             calls += found.model_calls
 
-        perturbed, cost, fooled = allowed.project(best.tensors[0]), best.cost, best.success
-        # Losses toward a rival, of a random model, or in a smaller batch are not those returned.
-        known = rivals is None and samples == 1 and not stop_once_fooled
-        if not (known and torch.equal(perturbed, best.tensors[0])):
-            _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
-            inputs.check_per_example("criterion", cost, perturbed)
-            calls += samples
+        perturbed = allowed.project(best.tensors[0])
+        # Each example's best was found in another batch, on which a model may depend.
+        _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
     warn_of_zero_gradient(zero_gradient & ~fooled)
-    return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls)
+    return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls + samples)
 
 
 def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
@@ -200,7 +198,7 @@ def _rival_classes(
     """The rival classes of each example, shape (N, m)."""
     if not callable(rivals):
         check_count("rivals", rivals, 1)
-        return most_likely_rivals(model(allowed.data), target, rivals)
+        return most_likely_rivals(model(allowed.data), target, rivals, "rivals")
     classes = rivals(model, allowed, target)
     inputs.check_classes("rivals", classes)
     fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0

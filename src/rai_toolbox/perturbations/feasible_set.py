@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -40,10 +41,11 @@ class FeasibleSet:
         if data.ndim < 2:
             raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
         bounds = bounds_of(data, data_range)
+        lower, upper = bounds or (data - inf, data + inf)
+        size = torch.linalg.vector_norm((upper - lower).flatten(1), ball.p, dim=1)
         if mask is not None:
             check_mask(mask)
             mask = expanded("mask", mask, data)
-            lower, upper = bounds or (-inf, inf)
             bounds = torch.where(mask, lower, data), torch.where(mask, upper, data)
         if isinstance(ball.epsilon, Tensor) and ball.epsilon.ndim > 0:
             shape = (len(data), *(1,) * (data.ndim - 1))  # that sets require
@@ -51,6 +53,8 @@ class FeasibleSet:
                 rule = f"be a number or have one value for each example, shape ({len(data)},)"
                 raise wrong("epsilon", rule, f"shape {tuple(ball.epsilon.shape)}")
             ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
+        if bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any()):
+            warnings.warn(f"`ball` is wider than the data range: {ball}", stacklevel=3)
         return FeasibleSet(data, ball, bounds, mask)
 
     def rows(self, rows: Tensor) -> FeasibleSet:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rai_toolbox.checks import check_order
 from rai_toolbox.checks import wrong as wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.modules import modules_in
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 Range: TypeAlias = tuple[float | Tensor, float | Tensor] | None
@@ -49,20 +50,22 @@ def check_classes(name: str, classes: object) -> None:
     dtype: Any = getattr(classes, "dtype", type(classes))
     is_index = isinstance(dtype, torch.dtype) and dtype != torch.bool
     if not is_index or dtype.is_floating_point or dtype.is_complex:
-        raise wrong(name, "hold classes, which are integers, in a tensor", dtype, TypeError)
+        rule = "hold classes, which are integers, in a tensor (for others: `gradient_ascent`)"
+        raise wrong(name, rule, dtype, TypeError)
 
 
 def check_per_example(name: str, value: Tensor, data: Tensor) -> None:
     """Raise unless there is one value for each example."""
     if value.shape != data.shape[:1]:
         rule = f"give one value for each example, shape {tuple(data.shape[:1])}"
+        rule += ', as with `reduction="none"`' if name == "criterion" else ""
         raise wrong(name, rule, f"shape {tuple(value.shape)}")
 
 
 def check_batch(data: Any, target: Any) -> None:
     """Raise unless these are floating-point data, shape (N, ...), and the class of each example."""
     if not isinstance(data, Tensor) or not isinstance(target, Tensor):
-        got = f"{type(data).__name__} and {type(target).__name__}"
+        got = f"{type(data).__name__} and {type(target).__name__} (use `torch.from_numpy`)"
         raise wrong("data` and `target", "be tensors", got, TypeError)
     if not data.is_floating_point():
         raise wrong("data", FLOATING, data.dtype, TypeError)
@@ -109,7 +112,7 @@ def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
 def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
     """A setting in the shape of the data."""
     try:
-        return setting.to(data.device).expand(data.shape)
+        return without_history(setting).to(data.device).expand(data.shape)
     except RuntimeError:
         rule = f"broadcast against the data of shape {tuple(data.shape)}"
         raise wrong(name, rule, f"shape {tuple(setting.shape)}") from None
@@ -124,6 +127,7 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
     lowest, highest = (int(wide.min()), int(wide.max())) if wide.numel() else (0, 0)
 
     def logits_of(data: Tensor) -> Tensor:
+<<<<<<< HEAD
         logits: Any = model(data)
         logits = getattr(logits, "logits", logits)  # as models of Transformers return them
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
@@ -134,6 +138,15 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
         if number < 2:
             rule = "give logits of two classes at least (not one number for both)"
             raise wrong("model", rule, f"shape {tuple(logits.shape)}")
+=======
+        # Leaves are used again, results of recorded operators are not: a model may work in place.
+        logits = model(data.clone() if data.is_leaf else data)
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+        if len(shape) != 2 or shape[0] != len(data) or shape[1] < 2:
+            rule = f"give logits of shape ({len(data)}, K), of two classes at least"
+            raise wrong("model", rule, f"{type(logits).__name__} of shape {shape}")
+        number = shape[1]
+>>>>>>> wattack
         if lowest < 0 or highest >= number:
             rule = f"hold classes from 0 to {number - 1}"
             raise wrong(name, rule, lowest if lowest < 0 else highest)
@@ -163,11 +176,11 @@ def batches(loader: Iterable[Any], device: torch.device | None) -> Iterator[tupl
             raise wrong("loader", "give batches, as a DataLoader does", "one example", TypeError)
         check_batch(data, target)
         if len(data):
-            yield as_data(data).to(device or data.device), target.to(device or data.device)
+            at = device or data.device
+            yield as_data(data).to(at), without_history(target).to(at)
 
 
 def device_of(model: object) -> torch.device | None:
     """The device of the model's tensors; None if it has none."""
-    if not isinstance(model, nn.Module):
-        return None
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    tensors = (t for m in modules_in(model) for t in (*m.parameters(), *m.buffers()))
+    return next((tensor.device for tensor in tensors), None)

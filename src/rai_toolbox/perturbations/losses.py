@@ -169,7 +169,7 @@ def rival_margin(rival: Tensor) -> Criterion:
     return partial(margin_loss, rival=rival)
 
 
-def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
+def most_likely_rivals(logits: Tensor, target: Tensor, m: int, name: str = "m") -> Tensor:
     """The m classes with the largest logits other than the target, the most likely first.
 
     Parameters
@@ -178,6 +178,8 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
     target : Tensor of int, shape (N,)
     m : int
         From 1 to K - 1.
+    name : str
+        What the error calls m.
 
     Returns
     -------
@@ -196,7 +198,7 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int) -> Tensor:
     tensor([[2, 1]])
     """
     if not 1 <= m < logits.shape[1]:
-        raise wrong("m", f"be from 1 to {logits.shape[1] - 1}, the number of other classes", m)
+        raise wrong(name, f"be from 1 to {logits.shape[1] - 1}, the number of other classes", m)
     others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
     return others.topk(m, dim=1).indices
 

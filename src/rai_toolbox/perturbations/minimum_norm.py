@@ -141,19 +141,19 @@ def minimum_norm_attack(
     check_count("search_steps", search_steps, 1)
     if not 0 < check_number("tolerance", tolerance) < 1:
         raise wrong("tolerance", "be > 0 and < 1", tolerance)
-    if largest is not None and check_number("largest", largest) < 0:
-        raise wrong("largest", "be >= 0", largest)
+    check_number("largest", 0 if largest is None else largest, 0)
     solver = solver or (attack if targeted else _TOWARD_NEAREST)
     options: dict[str, Any] = {"targeted": True} if targeted else {}
     call: Callable[..., Any] = partial(solver, steps=steps, stop_once_fooled=True, **options)
-    with solving(model), torch.no_grad():
+    with solving(model) as model, torch.no_grad():
         data = as_data(data)
         allowed = FeasibleSet.around(data, ball(0.0), data_range, mask)
         limit = _limit(allowed, ball.p, largest)
         target = as_classes(target, data)
-        best, fooled = data.clone(), is_fooled(classifier(model, target)(data), target, targeted)
+        checked = classifier(model, target)
+        best, fooled = data.clone(), is_fooled(checked(data), target, targeted)
         lower, upper = torch.zeros_like(limit), torch.where(fooled, 0.0, inf).to(limit)
-        first = _linear_radius(model, allowed, target, ball.p) * (1 + tolerance)
+        first = _linear_radius(checked, allowed, target, ball.p) * (1 + tolerance)
         first = first.clamp(limit * _SMALLEST, limit)
         for _ in range(search_steps):
             rows = (lower < limit.minimum((1 - tolerance) * upper)).nonzero().squeeze(1)
@@ -167,16 +167,17 @@ def minimum_norm_attack(
             found = call(
                 model, part.data, target[rows], ball=ball(radius), data_range=part.bounds, **masked
             ).data
-            success = is_fooled(model(found), target[rows], targeted)
+            success = is_fooled(checked(found), target[rows], targeted)
             hit, missed = rows[success], rows[~success]
             lower[missed] = radius[~success]
             if len(hit):
-                near = _nearest_fooling(model, data[hit], found[success], target[hit], targeted)
+                near = _nearest_fooling(checked, data[hit], found[success], target[hit], targeted)
                 length = _norm(near.double() - data[hit].double(), ball.p)
                 closer = length < upper[hit]
                 best[hit[closer]], upper[hit[closer]] = near[closer], length[closer]
-        fooled = is_fooled(model(best), target, targeted)
-        best[~fooled] = data[~fooled]
+        fooled = is_fooled(checked(best), target, targeted)
+        best[~fooled], upper[~fooled] = data[~fooled], 0.0
+        fooled = is_fooled(checked(best), target, targeted)  # which may depend on the batch
     return MinimumNorm(best, torch.where(fooled, upper, inf), fooled)
 
 

@@ -69,7 +69,7 @@ def nearest_rivals(
     allowed = around.of_perturbations()
     with torch.enable_grad():
         data = around.data.detach().clone().requires_grad_()
-        logits = model(data)
+        logits = model(data.clone())  # as it may work in place
         classes = most_likely_rivals(logits.detach(), target, min(among, logits.shape[1] - 1))
         margins = [margin_loss(logits, target, other) for other in classes.unbind(1)]
     worst = []

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rai_toolbox._torch import has_step_hooks, unhooked
-from rai_toolbox.modules import evaluating, frozen
+from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
 from rai_toolbox.perturbations.losses import Criterion
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
-from rai_toolbox.perturbations.models.base import PerturbationModel
+from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel
 
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
@@ -28,7 +32,7 @@ _FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
 
 
 class Attacked(NamedTuple):
-    """What an attack found for each example; all values are those of the rounded data.
+    """What an attack found for each example; all values are those of the rounded data, as a batch.
 
     Attributes
     ----------
@@ -73,16 +77,19 @@ class Objective:
         target: Tensor,
         rows: Tensor | None = None,
         params: list[Tensor] | None = None,
+        reused: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The perturbed data, costs and success; adds the gradients of `params`.
 
-        With `rows`, costs and success are those of some examples, whose target is given.
+        With `rows`, costs and success are those of some examples, whose target is given. A model
+        may work in place: it gets a copy of perturbed data that are `reused`.
         """
         losses, outputs = [], []
         with torch.set_grad_enabled(params is not None):
             for _ in range(self.samples):
                 perturbed = perturbation(data)
-                output = self.model(perturbed if rows is None else perturbed.index_select(0, rows))
+                given = perturbed if rows is None else perturbed.index_select(0, rows)
+                output = self.model(given.clone() if reused else given)
                 loss = self.criterion(output, target)
                 losses.append(loss.detach())
                 if self.success is not None:
@@ -126,16 +133,17 @@ def solve(
     params = [param for param in perturbation.parameters() if param.requires_grad]
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
-    rows, target_of_rows = None, target
+    rows, target_of_rows, reused = None, target, True
     for step in range(steps + 1):
         for param in params:
             param.grad = None
         last = step == steps
         perturbed, cost, success = objective.evaluate(
-            perturbation, data, target_of_rows, rows, None if last else params
+            perturbation, data, target_of_rows, rows, None if last else params, reused
         )
         if step == 0:
-            separate = parameters_per_example(perturbation, params, perturbed)
+            separate = own_rows(perturbation, params, perturbed)
+            reused = not (separate and isinstance(perturbation, InitializedModel))
             zero_gradient = _zero_gradient(params, perturbed, bool(separate))
             if use_best or stop or observe is not None:
                 check_per_example("criterion", cost, perturbed)
@@ -172,9 +180,7 @@ def copy_into(params: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         param.copy_(value)
 
 
-def parameters_per_example(
-    model: PerturbationModel, params: list[Tensor], data: Tensor
-) -> list[Tensor]:
+def own_rows(model: PerturbationModel, params: list[Tensor], data: Tensor) -> list[Tensor]:
     """The parameters, if each has one independent row per example; else none."""
     separate = getattr(model, "per_datum", False) and data.ndim > 0
     if isinstance(model, AdditivePerturbation):
@@ -212,8 +218,31 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
 
 
 @contextmanager
-def solving(model: object) -> Iterator[None]:
-    """Context: gradients enabled, and a module in eval mode with frozen weights; undone on exit."""
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    with torch.inference_mode(False), torch.enable_grad(), frozen(module), evaluating(module):
-        yield
+def solving(model: Any) -> Iterator[Any]:
+    """Context: gradients enabled, modules in eval mode, a module's weights frozen; undone on exit.
+
+    Gives the model to call. A callable whose modules cannot be found is watched for them. Replicas
+    of DistributedDataParallel call their module: ranks may need different numbers of calls.
+    """
+    modules, thread = modules_in(model), get_ident()
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
+        undo.callback(freeze(*(modules if isinstance(model, nn.Module) else [])))
+        undo.enter_context(evaluating(*modules))
+        for module in modules:
+            for sub in module.modules():
+                if isinstance(sub, DistributedDataParallel) and "forward" not in vars(sub):
+                    vars(sub)["forward"] = sub.module
+                    undo.callback(vars(sub).pop, "forward")
+
+        def meet(module: nn.Module, args: object) -> None:
+            is_ours = module.training and get_ident() == thread
+            if is_ours and (module.state_dict() or hasattr(module, "p")):  # p: that of dropout
+                undo.enter_context(evaluating(module))
+                text = f"`model` hides a {type(module).__name__} in training mode"
+                warnings.warn(f"{text}: it is in eval mode meanwhile", stacklevel=2)
+
+        def watched(data: Tensor) -> Any:
+            with register_module_forward_pre_hook(meet):
+                return model(data)
+
+        yield model if modules else watched

@@ -20,14 +20,7 @@ from rai_toolbox.perturbations.inputs import Model, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import PerturbationModel
-from rai_toolbox.perturbations.solve import (
-    Objective,
-    Success,
-    copy_into,
-    parameters_per_example,
-    solve,
-    solving,
-)
+from rai_toolbox.perturbations.solve import Objective, Success, copy_into, own_rows, solve, solving
 
 OptimizerLike = Optimizer | Callable[..., Any]
 PerturbationLike = PerturbationModel | Callable[[Tensor], PerturbationModel]
@@ -60,10 +53,14 @@ def gradient_ascent(
         \max_\theta \; \sum_i L\big(f(p_\theta(x)_i), y_i\big)
 
     where p is the perturbation model and theta are its parameters. Any optimizer does the steps,
-    and keeps the parameters in their set. Gradients are computed for these parameters only. A model
-    that is a module is in eval mode with frozen weights meanwhile, and is restored, also after an
-    error. Works inside `no_grad`, `inference_mode` and `autocast`; no step synchronizes with the
-    host.
+    and keeps the parameters in their set. Gradients are computed for these parameters only. Works
+    inside `no_grad`, `inference_mode` and `autocast`; no step synchronizes with the host.
+
+    A model that is a module is in eval mode with frozen weights meanwhile. Modules to which another
+    callable refers, in a closure, as a global, as an attribute or in a partial, are in eval mode.
+    If none is found, but a module in training mode is called, it is put in eval mode with a
+    warning. All is restored, also after an error. DistributedDataParallel calls its module
+    directly, as ranks may need different numbers of calls. The model may change its input in place.
 
     Parameters
     ----------
@@ -85,7 +82,8 @@ def gradient_ascent(
         Minimize the loss instead.
     use_best : bool
         Return the best iterate of each example; by default the last. A perturbation model instance
-        with `per_datum` is left with the parameters of those iterates.
+        with `per_datum` is left with the parameters of those iterates. The losses are those of the
+        iterates, also if the model depends on the rest of the batch, which then is another one.
     criterion : callable, optional
         The loss of each example, from the model's output and the target. By default cross entropy.
     reduction_fn : callable
@@ -117,6 +115,8 @@ def gradient_ascent(
     -----
     ZeroGradientWarning
         If the gradient of an example is 0 at the start.
+    UserWarning
+        If the model calls a module in training mode that could not be found.
 
     Examples
     --------
@@ -130,8 +130,8 @@ def gradient_ascent(
     check_count("samples", samples, 1)
     criterion = cross_entropy if criterion is None else criterion
     sign = 1.0 if targeted else -1.0
-    objective = Objective(model, criterion, sign, reduction_fn, samples, stop_once)
-    with solving(model):
+    with solving(model) as model:
+        objective = Objective(model, criterion, sign, reduction_fn, samples, stop_once)
         data = inputs.as_data(data)
         if isinstance(optimizer, Optimizer) and not _is_model(perturbation_model):
             rule = "be an instance, whose parameters the optimizer has, with an optimizer instance"
@@ -209,7 +209,7 @@ def random_restart(solver: Solver, repeats: int) -> Solver:
         if repeats == 1:
             return data, losses
         inputs.check_per_example("criterion", losses, data)
-        params = parameters_per_example(model, params, data)
+        params = own_rows(model, params, data)
         failure = torch.zeros_like(losses, dtype=torch.bool)
         best = BestOf(sign * losses, failure, [data, losses, *params])
         for _ in range(repeats - 1):
@@ -240,12 +240,9 @@ def _is_model(given: object) -> bool:
 
 
 def _perturbation(given: Any, data: Tensor) -> PerturbationModel:
-    if not (_is_model(given) or callable(given)):
-        rule = "be a PerturbationModel, or make one"
-        raise wrong("perturbation_model", rule, given, TypeError)
-    made = given if _is_model(given) else given(data)
+    made = given(data) if callable(given) and not _is_model(given) else given
     if not isinstance(made, PerturbationModel):
-        raise wrong("perturbation_model", "make a PerturbationModel", made, TypeError)
+        raise wrong("perturbation_model", "be or make a PerturbationModel", made, TypeError)
     return made
 
 

@@ -123,8 +123,9 @@ def universal_perturbation(
         raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = inputs.radius_of(ball)
     criterion = cross_entropy if criterion is None else criterion
-    work = (epochs + 2) * length_hint(loader)
-    with solving(model), progress_bar("universal perturbation", work, shown=progress) as bar:
+    title, work = "universal perturbation", (epochs + 2) * length_hint(loader)
+    with solving(model) as model, progress_bar(title, work, shown=progress) as bar:
+        ends = [inputs.without_history(torch.as_tensor(x)) for x in data_range or (-inf, inf)]
 
         def epoch() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in inputs.batches(loader, inputs.device_of(model)):
@@ -132,8 +133,7 @@ def universal_perturbation(
                 bar.update()
 
         def perturbed_model(data: Tensor) -> Tensor:
-            low, high = (torch.as_tensor(end).to(data) for end in data_range or (-inf, inf))
-            return model(perturbation(data).clamp(low, high))
+            return model(perturbation(data).clamp(*(end.to(data) for end in ends)))
 
         before = []
         for data, target in epoch():
@@ -143,14 +143,13 @@ def universal_perturbation(
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
         maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
         made = maker([perturbation.delta], constraint=ball, param_ndim=None)
-        total = epochs * len(before)
-        schedule = LinearLR(made, 1.0, 0.0, total) if optimizer is None else None
+        schedule = LinearLR(made, 1.0, 0.0, epochs * len(before)) if optimizer is None else None
         for _ in range(epochs):
             for data, target in epoch():
                 made.zero_grad()
                 loss = criterion(perturbed_model(data), target)
                 inputs.check_per_example("criterion", loss, data)
-                (loss if targeted else -loss).mean().backward()
+                (loss if targeted else -loss).mean().backward(inputs=[perturbation.delta])
                 made.step()
                 if schedule is not None:
                     schedule.step()
@@ -161,4 +160,4 @@ def universal_perturbation(
 
 @torch.no_grad()
 def _fooled(model: Model, data: Tensor, target: Tensor, targeted: bool) -> Tensor:
-    return is_fooled(model(data), target, targeted)
+    return is_fooled(inputs.classifier(model, target)(data), target, targeted)

@@ -126,7 +126,7 @@ def log_odds(logits: Tensor, target: Tensor) -> Tensor:
 
 def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True) -> Prediction:
     """Call `model`, in eval mode and with frozen weights, and compare with the classes."""
-    with solving(model), torch.set_grad_enabled(gradient):
+    with solving(model) as model, torch.set_grad_enabled(gradient):
         x = data.detach().clone().requires_grad_(gradient)
         logits = inputs.classifier(model, target)(x)
         target = target.clone().long()  # which autograd cannot keep if made in inference mode

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rai_toolbox.batch import sub_ndim
-from rai_toolbox.perturbations.inputs import wrong
+from rai_toolbox.perturbations.inputs import without_history, wrong
 from rai_toolbox.perturbations.models.base import InitializedModel
 
 
@@ -114,10 +114,11 @@ class MaskedPerturbation(AdditivePerturbation):
 
     mask: Tensor
 
+    @torch.inference_mode(False)
     def __init__(self, data_or_shape: Tensor | Sequence[int], mask: Tensor) -> None:
         check_mask(mask)
         super().__init__(data_or_shape)
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", without_history(mask))
 
     def forward(self, data: Tensor) -> Tensor:
         """See `AdditivePerturbation.forward`."""
@@ -127,4 +128,5 @@ class MaskedPerturbation(AdditivePerturbation):
 def check_mask(mask: object) -> None:
     """Raise unless `mask` is a tensor of bools."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise wrong("mask", "be a tensor of bools", getattr(mask, "dtype", mask), TypeError)
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise wrong("mask", "be a tensor of bools", got, TypeError)

@@ -46,6 +46,7 @@ class InitializedModel(nn.Module):
 
     _parameter: ClassVar[str]
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         data_or_shape: Tensor | Sequence[int],
