@@ -31,6 +31,8 @@ _FIRST, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06  # periods, as shares of all step
 _L1_PERIOD, _L1_SHRINK, _L1_LEAST = 0.04, 1.5, 0.1
 _DENSITY, _SPARSER = 0.2, 0.95
 
+_FAR = 100.0  # diameters, from where the projection is the linear minimum; float16 holds no more
+
 
 class APGD(OwnStepOptimizer):
     r"""Steepest steps in a norm ball, of a size that each sub-tensor finds for itself (Auto-PGD).
@@ -49,6 +51,9 @@ class APGD(OwnStepOptimizer):
     those by which the best point differs from the center. At each checkpoint the step size, first
     the radius, falls by a factor of 1.5, to a tenth at least; where the best point has become
     sparser by 5 %, it begins anew, from there (Croce & Hein, 2021). There is no inertia.
+
+    The last of the `steps` goes to the minimizer of the linearized loss over the set, by the
+    gradient at the best point: for a linear loss this is the exact minimum, in every norm.
 
     The optimizer has to know the loss of each sub-tensor: call `observe_` before each step, or in
     the closure that `step` is given.
@@ -315,14 +320,21 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
     Changes `gradient`.
     """
     constraint = group["constraint"]
+    rate, last = state["rate"], state["step"] == group["steps"] - 1
+    if last:
+        x, gradient = state["best"], _copy(state["best_gradient"])
+        rate = torch.full_like(rate, _FAR)
+    if last and ball.p == 1:
+        z: Tensor = constraint.lmo(gradient)
+        return z
     if ball.p == 1:
         direction = _sparse_(zero_outward_(gradient, x, constraint), state["density"])
-        size = state["rate"] * ball.epsilon
+        size = rate * ball.epsilon
     else:
-        direction, size = gradient, state["rate"] * 2 * ball.epsilon
+        direction, size = gradient, rate * 2 * ball.epsilon
         sign_([direction]) if ball.p == inf else normalize_(direction, 2, x.ndim - 1)
-    z: Tensor = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
-    if ball.p == 1 or state["step"] == 0:
+    z = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
+    if ball.p == 1 or last or state["step"] == 0:
         return z
     inertia = (x - state["previous"]).mul_(1 - group["momentum"])
     z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
