@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from host_reads import HostReads
+from sklearn.datasets import load_digits
+from tiers import slow_but
 from torch import nn
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS, SGD, Adam
 
 from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
-from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
+from rai_toolbox.optim import PGD, FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.losses import (
@@ -151,14 +153,14 @@ def test_a_mask_keeps_all_else_bit_for_bit(problem, ball, data_range, random_sta
 def test_losses_and_success_are_those_of_what_is_returned(problem, criterion, targeted):
     net, x, y = problem
     target = (y + 1) % CLASSES if targeted else y
-    if targeted and criterion is dlr_loss:
-        criterion = targeted_dlr_loss
     found = attack(
         net, x, target, ball=L2Ball(0.4), optimizer=STEP, steps=12, criterion=criterion,
         targeted=targeted,
     )  # fmt: skip
     with torch.no_grad():
         loss = margin_loss if criterion is None else criterion
+        if targeted and criterion is dlr_loss:
+            loss = targeted_dlr_loss  # which is chosen, as the other is flat far from the target
         assert torch.equal(found.losses, loss(net(found.data), target))
         assert torch.equal(found.fooled, is_fooled(net(found.data), target, targeted))
         clean = loss(net(x), target)
@@ -232,6 +234,44 @@ def test_the_last_call_is_spared_where_nothing_has_moved(problem):
         6,
         7,
     )
+
+
+@pytest.mark.parametrize("seed", slow_but(range(4)))
+@pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.5)], ids=repr)
+def test_one_run_by_default_fools_more_than_textbook_pgd(seed, ball):
+    pixels, classes = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels).float() / 16, torch.tensor(classes)
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    adam = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(60):
+        adam.zero_grad()
+        nn.functional.cross_entropy(net(x[150:]), y[150:]).backward()
+        adam.step()
+    run = partial(attack, net, x[:150], y[:150], ball=ball, steps=40)
+    by_default = int(run().fooled.sum())
+    for criterion in (cross_entropy, margin_loss):
+        assert by_default >= int(run(optimizer=PGD, criterion=criterion).fooled.sum())
+    assert by_default > int(run(criterion=margin_loss).fooled.sum())
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=repr)
+def test_without_lr_a_step_of_pgd_fits_the_radius(problem, ball):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=ball, steps=20)
+    fit = partial(PGD, lr=2.5 * ball.epsilon / 20)
+    assert torch.equal(run(optimizer=PGD).data, run(optimizer=fit).data)
+    momentum = partial(PGD, momentum=0.5)
+    assert torch.equal(run(optimizer=momentum).data, run(optimizer=partial(fit, momentum=0.5)).data)
+    # an inner optimizer that is given has its own lr
+    adam = partial(PGD, InnerOpt=partial(torch.optim.Adam, lr=0.03))
+    assert torch.equal(
+        run(optimizer=adam).data, run(optimizer=partial(PGD, InnerOpt=Adam, lr=0.03)).data
+    )
+    radii = torch.full((N,), ball.epsilon)
+    radii[0] = 0.0
+    each = run(ball=type(ball)(radii), optimizer=PGD)
+    torch.testing.assert_close(each.data[1:], run(optimizer=PGD).data[1:])
 
 
 def test_a_generator_makes_it_reproducible(problem):

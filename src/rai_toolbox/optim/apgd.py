@@ -319,14 +319,12 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
 
     Changes `gradient`.
     """
-    constraint = group["constraint"]
+    constraint: Constraint = group["constraint"]
     rate, last = state["rate"], state["step"] == group["steps"] - 1
     if last:
-        x, gradient = state["best"], _copy(state["best_gradient"])
-        rate = torch.full_like(rate, _FAR)
+        x, gradient, rate = state["best"], _copy(state["best_gradient"]), 0 * rate + _FAR
     if last and ball.p == 1:
-        z: Tensor = constraint.lmo(gradient)
-        return z
+        return constraint.lmo(gradient)
     if ball.p == 1:
         direction = _sparse_(zero_outward_(gradient, x, constraint), state["density"])
         size = rate * ball.epsilon
@@ -337,8 +335,7 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
     if ball.p == 1 or last or state["step"] == 0:
         return z
     inertia = (x - state["previous"]).mul_(1 - group["momentum"])
-    z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
-    return z
+    return constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
 
 
 def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:

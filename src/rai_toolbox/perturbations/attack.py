@@ -15,7 +15,8 @@ from torch import Generator, Tensor, nn
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.optim.apgd import APGD
-from rai_toolbox.perturbations import inputs
+from rai_toolbox.optim.pgd import PGD
+from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
@@ -23,6 +24,8 @@ from rai_toolbox.perturbations.losses import Criterion, is_fooled, margin_loss, 
 from rai_toolbox.perturbations.rivals import ChooseClasses
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving
 from rai_toolbox.perturbations.solvers import warn_of_zero_gradient
+
+_PACE = 2.5  # radii that all steps of PGD together go (Madry et al., 2018)
 
 
 def attack(
@@ -67,11 +70,12 @@ def attack(
         Lower and upper bound of all data; None for no bounds.
     optimizer : Optimizer class or functools.partial of one, optional
         Called with the parameters, `constraint`, and `steps` if it requires it. By default `APGD`.
+        A step of `PGD` without `lr` goes 2.5 of the largest radius / steps.
     steps : int
         Number of steps of each run, >= 0.
     criterion : callable, optional
-        The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`,
-        which does not saturate.
+        The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`
+        with its smooth gradient, which does not saturate, and finds more than cross entropy.
     targeted : bool
         Minimize the loss for `target` instead.
     restarts : int
@@ -126,8 +130,8 @@ def attack(
     check_count("steps", steps, 0)
     check_count("restarts", restarts, 1)
     check_count("samples", samples, 1)
-    criterion = margin_loss if criterion is None else criterion
-    make_optimizer = _optimizer_maker(optimizer or APGD, steps)
+    criterion = losses.criterion_of(criterion, partial(margin_loss, smooth=True), targeted)
+    make_optimizer = _optimizer_maker(optimizer or APGD, steps, ball)
     sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
     with solving(model):
         data = inputs.as_data(data)
@@ -210,12 +214,16 @@ def _rival_classes(
     return classes.to(target)
 
 
-def _optimizer_maker(given: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    """The optimizer class, which gets `steps` if it requires that."""
+def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Callable[..., Any]:
+    """The optimizer class, which gets `steps` if it requires that; `PGD` a step of its own."""
     if not callable(given):
         raise wrong("optimizer", "make an optimizer", given, TypeError)
     if not inputs.takes(given, "constraint")[0]:
         rule = "take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer do"
         raise wrong("optimizer", rule, given, TypeError)
+    given_settings = getattr(given, "keywords", {}).keys()
+    if getattr(given, "func", given) is PGD and not given_settings & {"lr", "InnerOpt"}:
+        radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
+        given = partial(given, lr=_PACE * max(radii, default=0.0) / max(steps, 1))
     _, required = inputs.takes(given, "steps")
     return partial(given, steps=steps) if required else given

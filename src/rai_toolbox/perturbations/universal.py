@@ -17,7 +17,7 @@ from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
-from rai_toolbox.perturbations import inputs
+from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy, is_fooled
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
@@ -122,7 +122,7 @@ def universal_perturbation(
     if isinstance(loader, Iterator):
         raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = inputs.radius_of(ball)
-    criterion = cross_entropy if criterion is None else criterion
+    criterion = losses.criterion_of(criterion, cross_entropy, targeted)
     work = (epochs + 2) * length_hint(loader)
     with solving(model), progress_bar("universal perturbation", work, shown=progress) as bar:
 
