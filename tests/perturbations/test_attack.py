@@ -22,7 +22,7 @@ from rai_toolbox.perturbations.losses import (
     margin_loss,
     targeted_dlr_loss,
 )
-from rai_toolbox.perturbations.solvers import ZeroGradientWarning
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent
 
 N, SIZE, CLASSES = 24, (1, 5, 4), 4
 ORDER = {LinfBall: np.inf, L2Ball: 2, L1Ball: 1}
@@ -380,15 +380,42 @@ def test_where_the_model_answers_nan_it_predicts_nothing(problem, optimizer, ent
         assert nothing.any() and found.fooled[nothing].all()
 
 
+NOT_FINITE = "entries of the first gradient are not finite"
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of 24 of 24 examples is 0")
 def test_a_nan_gradient_leaves_the_data_as_they_are(problem):
     net, x, y = problem
 
     def model(data):  # whose slope at the data is infinity times 0
         return net(data) + 0 * (data - x).abs().flatten(1).sum(1, keepdim=True).sqrt()
 
-    found = attack(model, x, y, ball=L2Ball(0.3), steps=5)
-    assert torch.equal(found.data, x) and not found.fooled.any()
+    with pytest.warns(UserWarning, match=f"480 {NOT_FINITE}"):
+        found = attack(model, x, y, ball=L2Ball(0.3), steps=5)
+    assert torch.equal(found.data, x) and not found.fooled.any() and found.zero_gradient.all()
     assert torch.equal(found.losses, margin_loss(net(x), y))
+
+
+@pytest.mark.parametrize("ball", [LinfBall(0.2), L2Ball(1.0), L1Ball(4.0)], ids=repr)
+@pytest.mark.parametrize("optimizer", [None, STEP, ORACLE, PGD])
+def test_entries_that_are_not_finite_count_as_0(problem, ball, optimizer):
+    net, x, y = problem
+
+    def squares_of_roots(data):  # whose slope at 0 is 0 times infinity
+        return net(data.sqrt().square())
+
+    def attacked(model):
+        return attack(model, x, y, ball=ball, optimizer=optimizer, steps=15)
+
+    with pytest.warns(UserWarning, match=f"{int((x == 0).sum())} {NOT_FINITE}"):
+        found = attacked(squares_of_roots)
+    assert found.data.isfinite().all() and not found.zero_gradient.any()
+    assert found.fooled.sum() > 0.6 * attacked(net).fooled.sum() > 0
+    with pytest.warns(UserWarning, match=NOT_FINITE):
+        data, losses = gradient_ascent(
+            model=squares_of_roots, data=x, target=y, optimizer=SGD, lr=0.01, steps=3
+        )
+    assert data.isfinite().any() and not torch.equal(data, x)
 
 
 # --- cost ---------------------------------------------------------------------------------------

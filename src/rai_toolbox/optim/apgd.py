@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox._torch import not_compiled
-from rai_toolbox.checks import check_count, check_fraction
+from rai_toolbox.checks import check_count, check_fraction, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
 from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
@@ -30,8 +30,6 @@ State = dict[str, Any]
 _FIRST, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06  # periods, as shares of all steps
 _L1_PERIOD, _L1_SHRINK, _L1_LEAST = 0.04, 1.5, 0.1
 _DENSITY, _SPARSER = 0.2, 0.95
-
-_FAR = 100.0  # diameters, from where the projection is the linear minimum; float16 holds no more
 
 
 class APGD(OwnStepOptimizer):
@@ -162,18 +160,16 @@ class APGD(OwnStepOptimizer):
             If it holds no real numbers, or not one for each sub-tensor.
         """
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
-            got = losses.dtype if isinstance(losses, Tensor) else repr(losses)
-            raise TypeError(f"`losses` must be a tensor of real numbers, got {got}")
+            got = getattr(losses, "dtype", losses)
+            raise wrong("losses", "be a tensor of real numbers", got, TypeError)
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
                 state = self.state.get(param)
                 rows = len(state["best"]) if state else batch_shape_in(param, group)[0]
                 if param.grad is not None and losses.numel() != rows:
-                    raise ValueError(
-                        f"`losses` must have one value per sub-tensor, shape ({rows},) for "
-                        f"{labels(group)[i]} of shape {tuple(param.shape)}, got shape "
-                        f"{tuple(losses.shape)}"
-                    )
+                    label = f"{labels(group)[i]} of shape {tuple(param.shape)}"
+                    rule = f"have one value per sub-tensor, shape ({rows},) for {label}"
+                    raise wrong("losses", rule, f"shape {tuple(losses.shape)}")
         self._losses = losses.detach().clone()
 
     @not_compiled  # what it does depends on the number of the step: each would be compiled anew
@@ -321,8 +317,8 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
     """
     constraint: Constraint = group["constraint"]
     rate, last = state["rate"], state["step"] == group["steps"] - 1
-    if last:
-        x, gradient, rate = state["best"], _copy(state["best_gradient"]), 0 * rate + _FAR
+    if last:  # from a hundred diameters away the projection is the linear minimum
+        x, gradient, rate = state["best"], _copy(state["best_gradient"]), 0 * rate + 100
     if last and ball.p == 1:
         return constraint.lmo(gradient)
     if ball.p == 1:

@@ -25,8 +25,6 @@ from rai_toolbox.perturbations.rivals import ChooseClasses
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving
 from rai_toolbox.perturbations.solvers import warn_of_zero_gradient
 
-_PACE = 2.5  # radii that all steps of PGD together go (Madry et al., 2018)
-
 
 def attack(
     model: Model,
@@ -115,6 +113,8 @@ def attack(
     -----
     ZeroGradientWarning
         If some examples were not attacked, because every run started at a zero gradient.
+    UserWarning
+        If entries of the first gradient are not finite; at any step they count as 0.
 
     Examples
     --------
@@ -224,6 +224,6 @@ def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Calla
     given_settings = getattr(given, "keywords", {}).keys()
     if getattr(given, "func", given) is PGD and not given_settings & {"lr", "InnerOpt"}:
         radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
-        given = partial(given, lr=_PACE * max(radii, default=0.0) / max(steps, 1))
+        given = partial(given, lr=2.5 * max(radii, default=0.0) / max(steps, 1))
     _, required = inputs.takes(given, "steps")
     return partial(given, steps=steps) if required else given

@@ -253,11 +253,12 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
-    """The gradient of the sum with respect to the data; 0 if it does not depend on them."""
+    """The gradient of the sum with respect to the data; 0 where it is not finite."""
     if not loss.requires_grad:
         return torch.zeros_like(data)
     ones = torch.ones_like(loss)  # as under `no_grad` the sum would have no gradient
-    return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
+    found = torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
+    return found.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:

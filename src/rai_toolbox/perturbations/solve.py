@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from rai_toolbox.perturbations.models.base import PerturbationModel
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
 
+_NOT_FINITE = "{} entries of the first gradient are not finite (a root at 0?), and count as 0"
 _FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
 """Evaluations after which examples that have succeeded are dropped, which synchronizes."""
 
@@ -121,12 +123,12 @@ def solve(
     """Optimize the parameters of a perturbation, inside `solving`.
 
     With `use_best` each example keeps its best iterate, else the last one. With `stop` it keeps the
-    first one that succeeds, and is evaluated no more.
+    first one that succeeds, and is evaluated no more. What is not finite in gradients counts as 0.
     """
     params = [param for param in perturbation.parameters() if param.requires_grad]
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
-    rows, target_of_rows = None, target
+    rows, target_of_rows, not_finite = None, target, torch.zeros(())
     for step in range(steps + 1):
         for param in params:
             param.grad = None
@@ -134,6 +136,11 @@ def solve(
         perturbed, cost, success = objective.evaluate(
             perturbation, data, target_of_rows, rows, None if last else params
         )
+        for param in params:
+            if param.grad is not None:
+                if step == 0:
+                    not_finite = not_finite + (~param.grad.isfinite()).sum()
+                param.grad.nan_to_num_(0.0, 0.0, 0.0)
         if step == 0:
             separate = parameters_per_example(perturbation, params, perturbed)
             zero_gradient = _zero_gradient(params, perturbed, bool(separate))
@@ -155,6 +162,8 @@ def solve(
         if observe is not None:
             observe(best.last_cost)
         take_step()
+    if not_finite:
+        warnings.warn(_NOT_FINITE.format(int(not_finite)), stacklevel=3)
     for param in params:
         param.grad = None
     perturbed = best.tensors[0]

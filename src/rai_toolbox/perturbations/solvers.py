@@ -117,6 +117,8 @@ def gradient_ascent(
     -----
     ZeroGradientWarning
         If the gradient of an example is 0 at the start.
+    UserWarning
+        If entries of it are not finite at the start; at any step they count as 0.
 
     Examples
     --------
