@@ -73,7 +73,7 @@ def attack(
         Number of steps of each run, >= 0.
     criterion : callable, optional
         The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`
-        with its smooth gradient, which does not saturate, and finds more than cross entropy.
+        with its smooth gradient, which does not saturate, and on most models finds more.
     targeted : bool
         Minimize the loss for `target` instead.
     restarts : int
