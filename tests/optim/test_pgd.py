@@ -98,6 +98,26 @@ def test_a_step_has_length_lr_in_the_norm_of_the_ball(ball, q, expected):
     torch.testing.assert_close(x.detach(), torch.tensor(expected))
 
 
+def test_a_step_has_no_length_but_a_given_one():
+    x, other = tensors((2, 3), (2, 3))
+    for InnerOpt in (SGD, torch.optim.Adam, partial(SGD, momentum=0.9)):
+        with pytest.raises(TypeError, match="`lr` must be given, to PGD or in every"):
+            PGD([x], InnerOpt, constraint=LinfBall(1.0))
+        with pytest.raises(TypeError, match="`lr` must be given, to PGD or in every"):
+            PGD([{"params": [x], "lr": 0.1}, {"params": [other]}], constraint=LinfBall(1.0))
+    lr = torch.tensor(0.25)
+    for opt in (
+        PGD([{"params": [x], "lr": lr}], constraint=LinfBall(1.0)),
+        PGD([x], partial(SGD, lr=lr), constraint=LinfBall(1.0)),
+        PGD(InnerOpt=SGD([{"params": [x], "constraint": LinfBall(1.0)}], lr=lr)),
+    ):
+        assert opt.param_groups[0]["lr"] is lr
+        x.detach().zero_()
+        x.grad = torch.ones_like(x)
+        opt.step()
+        assert x.eq(-0.25).all()
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 def test_a_sparse_step_is_not_wasted_on_a_bound(maximize):
     x = torch.tensor([[0.5, 0.0]], requires_grad=True)

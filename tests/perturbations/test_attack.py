@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from host_reads import HostReads
+from sklearn.datasets import load_digits
+from tiers import slow_but
 from torch import nn
-from torch.optim import LBFGS, SGD
+from torch.optim import LBFGS, SGD, Adam
 
 from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
-from rai_toolbox.optim import FrankWolfe, ProjectedOptimizer
+from rai_toolbox.optim import PGD, FrankWolfe, ProjectedOptimizer
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.losses import (
@@ -20,7 +22,7 @@ from rai_toolbox.perturbations.losses import (
     margin_loss,
     targeted_dlr_loss,
 )
-from rai_toolbox.perturbations.solvers import ZeroGradientWarning
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent
 
 N, SIZE, CLASSES = 24, (1, 5, 4), 4
 ORDER = {LinfBall: np.inf, L2Ball: 2, L1Ball: 1}
@@ -151,14 +153,14 @@ def test_a_mask_keeps_all_else_bit_for_bit(problem, ball, data_range, random_sta
 def test_losses_and_success_are_those_of_what_is_returned(problem, criterion, targeted):
     net, x, y = problem
     target = (y + 1) % CLASSES if targeted else y
-    if targeted and criterion is dlr_loss:
-        criterion = targeted_dlr_loss
     found = attack(
         net, x, target, ball=L2Ball(0.4), optimizer=STEP, steps=12, criterion=criterion,
         targeted=targeted,
     )  # fmt: skip
     with torch.no_grad():
         loss = margin_loss if criterion is None else criterion
+        if targeted and criterion is dlr_loss:
+            loss = targeted_dlr_loss  # which is chosen, as the other is flat far from the target
         assert torch.equal(found.losses, loss(net(found.data), target))
         assert torch.equal(found.fooled, is_fooled(net(found.data), target, targeted))
         clean = loss(net(x), target)
@@ -249,6 +251,47 @@ def test_a_ball_wider_than_the_range_warns(problem):
     run(ball=LinfBall(1.0))  # no warnings: all of the range, no more
     run(ball=LinfBall(8.0), data_range=None)
     run(ball=L2Ball(3.0), mask=torch.arange(20).view(SIZE) < 3)
+
+
+@pytest.mark.parametrize("seeds", slow_but([range(1), range(5)]), ids=len)
+@pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.5)], ids=repr)
+def test_one_run_by_default_fools_more_than_textbook_pgd(seeds, ball):
+    pixels, classes = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels).float() / 16, torch.tensor(classes)
+    fooled = []
+    for seed in seeds:  # (of single nets, one or two examples may be lost)
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        adam = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(60):
+            adam.zero_grad()
+            nn.functional.cross_entropy(net(x[150:]), y[150:]).backward()
+            adam.step()
+        run = partial(attack, net, x[:150], y[:150], ball=ball, steps=40)
+        textbook = run(optimizer=PGD, criterion=cross_entropy)
+        runs = [run(), textbook, run(criterion=margin_loss)]
+        fooled.append([int(found.fooled.sum()) for found in runs])
+    by_default, by_textbook, by_margin = torch.tensor(fooled).sum(0).tolist()
+    assert by_default > by_textbook and by_default > by_margin
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=repr)
+def test_without_lr_a_step_of_pgd_fits_the_radius(problem, ball):
+    net, x, y = problem
+    run = partial(attack, net, x, y, ball=ball, steps=20)
+    fit = partial(PGD, lr=2.5 * ball.epsilon / 20)
+    assert torch.equal(run(optimizer=PGD).data, run(optimizer=fit).data)
+    momentum = partial(PGD, momentum=0.5)
+    assert torch.equal(run(optimizer=momentum).data, run(optimizer=partial(fit, momentum=0.5)).data)
+    # an inner optimizer that is given has its own lr
+    adam = partial(PGD, InnerOpt=partial(torch.optim.Adam, lr=0.03))
+    assert torch.equal(
+        run(optimizer=adam).data, run(optimizer=partial(PGD, InnerOpt=Adam, lr=0.03)).data
+    )
+    radii = torch.full((N,), ball.epsilon)
+    radii[0] = 0.0
+    each = run(ball=type(ball)(radii), optimizer=PGD)
+    torch.testing.assert_close(each.data[1:], run(optimizer=PGD).data[1:])
 
 
 def test_a_generator_makes_it_reproducible(problem):
@@ -357,15 +400,42 @@ def test_where_the_model_answers_nan_it_predicts_nothing(problem, optimizer, ent
         assert nothing.any() and found.fooled[nothing].all()
 
 
+NOT_FINITE = "entries of the first gradient are not finite"
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of 24 of 24 examples is 0")
 def test_a_nan_gradient_leaves_the_data_as_they_are(problem):
     net, x, y = problem
 
     def model(data):  # whose slope at the data is infinity times 0
         return net(data) + 0 * (data - x).abs().flatten(1).sum(1, keepdim=True).sqrt()
 
-    found = attack(model, x, y, ball=L2Ball(0.3), steps=5)
-    assert torch.equal(found.data, x) and not found.fooled.any()
+    with pytest.warns(UserWarning, match=f"480 {NOT_FINITE}"):
+        found = attack(model, x, y, ball=L2Ball(0.3), steps=5)
+    assert torch.equal(found.data, x) and not found.fooled.any() and found.zero_gradient.all()
     assert torch.equal(found.losses, margin_loss(net(x), y))
+
+
+@pytest.mark.parametrize("ball", [LinfBall(0.2), L2Ball(1.0), L1Ball(4.0)], ids=repr)
+@pytest.mark.parametrize("optimizer", [None, STEP, ORACLE, PGD])
+def test_entries_that_are_not_finite_count_as_0(problem, ball, optimizer):
+    net, x, y = problem
+
+    def squares_of_roots(data):  # whose slope at 0 is 0 times infinity
+        return net(data.sqrt().square())
+
+    def attacked(model):
+        return attack(model, x, y, ball=ball, optimizer=optimizer, steps=15)
+
+    with pytest.warns(UserWarning, match=f"{int((x == 0).sum())} {NOT_FINITE}"):
+        found = attacked(squares_of_roots)
+    assert found.data.isfinite().all() and not found.zero_gradient.any()
+    assert found.fooled.sum() > 0.6 * attacked(net).fooled.sum() > 0
+    with pytest.warns(UserWarning, match=NOT_FINITE):
+        data, losses = gradient_ascent(
+            model=squares_of_roots, data=x, target=y, optimizer=SGD, lr=0.01, steps=3
+        )
+    assert data.isfinite().any() and not torch.equal(data, x)
 
 
 # --- cost ---------------------------------------------------------------------------------------

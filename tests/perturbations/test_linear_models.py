@@ -119,6 +119,18 @@ def test_one_step_for_each_rival_is_exact(
     check_inside(found.data, images, kind, epsilon)
 
 
+@pytest.mark.parametrize(("kind", "epsilon"), CASES)
+@pytest.mark.parametrize("rivals", slow_but([nearest_rivals, RIVALS]), ids=["nearest", "all"])
+@pytest.mark.parametrize("steps", slow_but([8, 40, 1]))
+def test_the_default_optimizer_is_exact(problem, worst_margins, kind, epsilon, rivals, steps):
+    model, test = problem
+    images, exact = test.images.double(), worst_margins[kind]
+    found = attack(model, images, test.labels, ball=kind(epsilon), rivals=rivals, steps=steps)
+    assert torch.equal(found.fooled, exact > 0)
+    assert ((exact - found.losses) / exact.abs()).abs().max() <= 1e-6
+    check_inside(found.data, images, kind, epsilon)
+
+
 def test_success_never_exceeds_the_exact_one(problem, worst_margins):
     # what any other way of attacking finds is in the same set: it cannot be worse than the worst
     model, test = problem

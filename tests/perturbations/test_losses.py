@@ -53,6 +53,24 @@ def test_each_loss_is_that_of_a_loop_over_the_data(name, logits, target):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_the_smooth_margin_has_the_gradient_of_a_mean_of_the_other_classes(logits, target):
+    logits[0, :3] = torch.tensor([-torch.inf, 1.0, 1.0])  # masked, and (1 is the target) a tie
+    target[0] = 1
+    z = logits.requires_grad_()
+    margin = margin_loss(z, target, smooth=True)
+    assert torch.equal(margin, margin_loss(z, target))
+    (found,) = torch.autograd.grad(margin.sum(), z)
+    for row, y, m, slope in zip(z.tolist(), target.tolist(), margin.tolist(), found, strict=True):
+        best = max(v for j, v in enumerate(row) if j != y)
+        parts = [
+            0.0 if j == y else math.exp((v - best) / abs(m)) if m else float(v == best)
+            for j, v in enumerate(row)
+        ]
+        expected = torch.tensor(parts, dtype=torch.float64) / sum(parts)
+        expected[y] = -1.0
+        torch.testing.assert_close(slope, expected)
+
+
 def toward_by_loops(name, z, y, t):
     ranked = sorted(z, reverse=True)
     if name == "cross entropy":

@@ -170,6 +170,18 @@ def test_wrong_input_is_refused(error, message, loader, settings):
         find(model, loader, **{"ball": LinfBall(0.1), **settings})
 
 
+@pytest.mark.parametrize("size", [24, 3])
+@pytest.mark.parametrize("criterion", [None, margin_loss])
+def test_the_defaults_get_there_with_few_batches_and_stop(size, criterion):
+    weight = weights()
+    model = TwoClasses(weight, threshold=0.0)
+    model.threshold = (0.6 * weight).sum().item() + 0.9 * 0.1 * weight.abs().sum().item()
+    found = find(model, batches(size=size), ball=LinfBall(0.1), criterion=criterion)
+    assert torch.equal(found.delta, 0.1 * weight.sign())
+    assert found.fooled_before == 0.0 < found.fooled_after
+    assert model.calls <= (2 + 25) * (24 // size)
+
+
 @pytest.mark.slow
 def test_digits_are_misread_in_numbers():
     from rai_toolbox.cli.digits import load_digits

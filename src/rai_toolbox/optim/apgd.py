@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox._torch import not_compiled
-from rai_toolbox.checks import check_count, check_fraction
+from rai_toolbox.checks import check_count, check_fraction, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
 from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
@@ -49,6 +49,9 @@ class APGD(OwnStepOptimizer):
     those by which the best point differs from the center. At each checkpoint the step size, first
     the radius, falls by a factor of 1.5, to a tenth at least; where the best point has become
     sparser by 5 %, it begins anew, from there (Croce & Hein, 2021). There is no inertia.
+
+    The last of the `steps` goes to the minimizer of the linearized loss over the set, by the
+    gradient at the best point: for a linear loss this is the exact minimum, in every norm.
 
     The optimizer has to know the loss of each sub-tensor: call `observe_` before each step, or in
     the closure that `step` is given.
@@ -157,18 +160,16 @@ class APGD(OwnStepOptimizer):
             If it holds no real numbers, or not one for each sub-tensor.
         """
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
-            got = losses.dtype if isinstance(losses, Tensor) else repr(losses)
-            raise TypeError(f"`losses` must be a tensor of real numbers, got {got}")
+            got = getattr(losses, "dtype", losses)
+            raise wrong("losses", "be a tensor of real numbers", got, TypeError)
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
                 state = self.state.get(param)
                 rows = len(state["best"]) if state else batch_shape_in(param, group)[0]
                 if param.grad is not None and losses.numel() != rows:
-                    raise ValueError(
-                        f"`losses` must have one value per sub-tensor, shape ({rows},) for "
-                        f"{labels(group)[i]} of shape {tuple(param.shape)}, got shape "
-                        f"{tuple(losses.shape)}"
-                    )
+                    label = f"{labels(group)[i]} of shape {tuple(param.shape)}"
+                    rule = f"have one value per sub-tensor, shape ({rows},) for {label}"
+                    raise wrong("losses", rule, f"shape {tuple(losses.shape)}")
         self._losses = losses.detach().clone()
 
     @not_compiled  # what it does depends on the number of the step: each would be compiled anew
@@ -306,18 +307,31 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
 
     Changes `gradient`.
     """
-    constraint = group["constraint"]
+    constraint: Constraint = group["constraint"]
+    rate, last = state["rate"], state["step"] == group["steps"] - 1
+    if last:  # from a hundred diameters away the projection is the linear minimum
+        x, gradient, rate = state["best"], _copy(state["best_gradient"]), 0 * rate + 100
+    if last and ball.p == 1:
+        return constraint.lmo(gradient)
     if ball.p == 1:
         direction = _sparse_(zero_outward_(gradient, x, constraint), state["density"])
-        size = state["rate"] * ball.epsilon
+        size = rate * ball.epsilon
     else:
-        direction, size = gradient, state["rate"] * 2 * ball.epsilon
+        direction, size = gradient, rate * 2 * ball.epsilon
         sign_([direction]) if ball.p == inf else normalize_(direction, 2, x.ndim - 1)
+<<<<<<< HEAD
     z: Tensor = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
     if ball.p != 1 and state["step"] > 0:
         inertia = (x - state["previous"]).mul_(1 - group["momentum"])
         z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
     return z
+=======
+    z = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
+    if ball.p == 1 or last or state["step"] == 0:
+        return z
+    inertia = (x - state["previous"]).mul_(1 - group["momentum"])
+    return constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
+>>>>>>> wstrength
 
 
 def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:

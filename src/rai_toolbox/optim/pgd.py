@@ -77,6 +77,9 @@ class PGD(ParamTransformingOptimizer):
     constraint : LinfBall, L2Ball, L1Ball, or BoundedBall of one
         The ball that each sub-tensor is kept in, alone or within bounds. To be given here or in
         every parameter group.
+    lr : float or Tensor
+        How far a step goes, in the norm of the ball. To be given here, in every parameter group, or
+        by `InnerOpt`, whose own default knows no radius.
     q : float
         The share of the gradient's entries that a step in an L1 ball leaves alone, in [0, 1]; of
         other balls it says nothing.
@@ -86,7 +89,7 @@ class PGD(ParamTransformingOptimizer):
     Raises
     ------
     TypeError
-        If `constraint` is missing, or another set.
+        If `constraint` or `lr` is missing, or `constraint` is another set.
     ValueError
         If its radius is infinite, it does not fit a parameter, or `q` is outside [0, 1].
 
@@ -112,6 +115,7 @@ class PGD(ParamTransformingOptimizer):
         InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
         *,
         constraint: Constraint | type[REQUIRED] = REQUIRED,
+        lr: float | Tensor | type[REQUIRED] = REQUIRED,
         q: float = 0.95,
         param_ndim: int | None = -1,
         grad_scale: float = 1.0,
@@ -119,4 +123,6 @@ class PGD(ParamTransformingOptimizer):
         defaults: Mapping[str, Any] | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
+        if lr is REQUIRED and isinstance(InnerOpt, partial):
+            lr = InnerOpt.keywords.get("lr", lr)
         super().__init__(**constructor_arguments(locals()))

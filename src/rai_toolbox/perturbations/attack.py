@@ -15,7 +15,8 @@ from torch import Generator, Tensor, nn
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.optim.apgd import APGD
-from rai_toolbox.perturbations import inputs
+from rai_toolbox.optim.pgd import PGD
+from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
@@ -67,11 +68,12 @@ def attack(
         Lower and upper bound of all data; None for no bounds.
     optimizer : Optimizer class or functools.partial of one, optional
         Called with the parameters, `constraint`, and `steps` if it requires it. By default `APGD`.
+        A step of `PGD` without `lr` goes 2.5 of the largest radius / steps.
     steps : int
         Number of steps of each run, >= 0.
     criterion : callable, optional
-        The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`,
-        which does not saturate.
+        The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`
+        with its smooth gradient, which does not saturate, and on most models finds more.
     targeted : bool
         Minimize the loss for `target` instead.
     restarts : int
@@ -112,7 +114,11 @@ def attack(
     ZeroGradientWarning
         If some examples were not attacked, because every run started at a zero gradient.
     UserWarning
+<<<<<<< HEAD
         If the ball is wider than the data range, which may mean another unit.
+=======
+        If entries of the first gradient are not finite; at any step they count as 0.
+>>>>>>> wstrength
 
     Examples
     --------
@@ -128,8 +134,8 @@ def attack(
     check_count("steps", steps, 0)
     check_count("restarts", restarts, 1)
     check_count("samples", samples, 1)
-    criterion = margin_loss if criterion is None else criterion
-    make_optimizer = _optimizer_maker(optimizer or APGD, steps)
+    criterion = losses.criterion_of(criterion, partial(margin_loss, smooth=True), targeted)
+    make_optimizer = _optimizer_maker(optimizer or APGD, steps, ball)
     sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
     with solving(model) as model:
         data = inputs.as_data(data)
@@ -208,12 +214,16 @@ def _rival_classes(
     return classes.to(target)
 
 
-def _optimizer_maker(given: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    """The optimizer class, which gets `steps` if it requires that."""
+def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Callable[..., Any]:
+    """The optimizer class, which gets `steps` if it requires that; `PGD` a step of its own."""
     if not callable(given):
         raise wrong("optimizer", "make an optimizer", given, TypeError)
     if not inputs.takes(given, "constraint")[0]:
         rule = "take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer do"
         raise wrong("optimizer", rule, given, TypeError)
+    given_settings = getattr(given, "keywords", {}).keys()
+    if getattr(given, "func", given) is PGD and not given_settings & {"lr", "InnerOpt"}:
+        radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
+        given = partial(given, lr=2.5 * max(radii, default=0.0) / max(steps, 1))
     _, required = inputs.takes(given, "steps")
     return partial(given, steps=steps) if required else given

@@ -45,12 +45,19 @@ def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -
     return functional.cross_entropy(wide, target, reduction="none")
 
 
-def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
+def margin_loss(
+    logits: Tensor, target: Tensor, rival: Tensor | None = None, *, smooth: bool = False
+) -> Tensor:
     """The margin of the best other class over the target; above 0 the example is fooled.
 
     ``max_{j != y} z_j - z_y`` (Carlini & Wagner, 2017). It does not saturate at any scale of the
     logits. Toward a rival t it is ``z_t - z_y``. On a linear model that is linear, so an attack
     finds its exact maximum over a convex set, and the largest of all rivals is the worst margin.
+
+    The best other class at the data is often not the one that an attack reaches first. With
+    `smooth` the value is the same, but the gradient that of ``sum_{j != y} w_j z_j - z_y`` with the
+    constant weights ``w = softmax(z / |margin|)``: all classes count that are about as near as the
+    best one, ever fewer as the margin approaches 0.
 
     Parameters
     ----------
@@ -59,6 +66,8 @@ def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> 
     target : Tensor of int, shape (N,)
     rival : Tensor of int, shape (N,), optional
         The class to predict, instead of the best other one.
+    smooth : bool
+        Whether the gradient is that of a mean of the other classes. Not with `rival`.
 
     Returns
     -------
@@ -73,11 +82,17 @@ def margin_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> 
     """
     # Of half-precision logits in float32, so that losses of nearby points differ.
     wide, own = logits.to(torch.promote_types(logits.dtype, torch.float32)), target.unsqueeze(1)
-    if rival is None:
-        largest = wide.scatter(1, own, -torch.inf).amax(1)
-    else:
-        largest = wide.gather(1, rival.unsqueeze(1)).squeeze(1)
-    return largest - wide.gather(1, own).squeeze(1)
+    if rival is not None:
+        return (wide.gather(1, rival.unsqueeze(1)) - wide.gather(1, own)).squeeze(1)
+    others = wide.scatter(1, own, -torch.inf)
+    largest = others.amax(1, keepdim=True)
+    margin = largest - wide.gather(1, own)
+    if not smooth:
+        return margin.squeeze(1)
+    unit = margin.detach().abs().clamp(min=torch.finfo(wide.dtype).tiny)
+    weights = ((others - largest).detach() / unit).softmax(1).scatter(1, own, -1.0)
+    mean = (weights * wide.where(weights != 0, 0.0)).sum(1)  # (a logit may be -inf)
+    return margin.detach().squeeze(1) + (mean - mean.detach())
 
 
 def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
@@ -86,8 +101,8 @@ def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Ten
     ``(max_{j != y} z_j - z_y) / (z_(1) - z_(3))`` with the logits in descending order ``z_(1) >=
     z_(2) >= ...`` (Croce & Hein, 2020). Scaling and shifting the logits does not change it, and it
     is 0 where the three are equal. Where the target has the third logit, it is constant: to raise
-    the target, use `targeted_dlr_loss`, or the form toward a rival t, ``(z_t - z_y) / (z_(1) -
-    (z_(3) + z_(4)) / 2)``.
+    the target, solvers take `targeted_dlr_loss` in its place. The form toward a rival t is ``(z_t -
+    z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``.
 
     Parameters
     ----------
@@ -146,6 +161,13 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     tensor([0.5000])
     """
     return _in_gaps(margin_loss(logits, target), logits, 4)
+
+
+def criterion_of(given: Criterion | None, default: Criterion, targeted: bool) -> Criterion:
+    """The loss of a search: the default if none is given, and the targeted form of one."""
+    if targeted and given is dlr_loss:
+        return targeted_dlr_loss
+    return default if given is None else given
 
 
 def rival_margin(rival: Tensor) -> Criterion:
@@ -233,11 +255,12 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
-    """The gradient of the sum with respect to the data; 0 if it does not depend on them."""
+    """The gradient of the sum with respect to the data; 0 where it is not finite."""
     if not loss.requires_grad:
         return torch.zeros_like(data)
     ones = torch.ones_like(loss)  # as under `no_grad` the sum would have no gradient
-    return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
+    found = torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
+    return found.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:

@@ -27,6 +27,7 @@ from rai_toolbox.perturbations.models.base import InitializedModel, Perturbation
 Success = Callable[[Tensor, Tensor], Tensor]
 """From the output of a model and the target to a bool for each example."""
 
+_NOT_FINITE = "{} entries of the first gradient are not finite (a root at 0?), and count as 0"
 _FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
 """Evaluations after which examples that have succeeded are dropped, which synchronizes."""
 
@@ -128,12 +129,16 @@ def solve(
     """Optimize the parameters of a perturbation, inside `solving`.
 
     With `use_best` each example keeps its best iterate, else the last one. With `stop` it keeps the
-    first one that succeeds, and is evaluated no more.
+    first one that succeeds, and is evaluated no more. What is not finite in gradients counts as 0.
     """
     params = [param for param in perturbation.parameters() if param.requires_grad]
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
+<<<<<<< HEAD
     rows, target_of_rows, reused = None, target, True
+=======
+    rows, target_of_rows, not_finite = None, target, torch.zeros(())
+>>>>>>> wstrength
     for step in range(steps + 1):
         for param in params:
             param.grad = None
@@ -141,6 +146,11 @@ def solve(
         perturbed, cost, success = objective.evaluate(
             perturbation, data, target_of_rows, rows, None if last else params, reused
         )
+        for param in params:
+            if param.grad is not None:
+                if step == 0:
+                    not_finite = not_finite + (~param.grad.isfinite()).sum()
+                param.grad.nan_to_num_(0.0, 0.0, 0.0)
         if step == 0:
             separate = own_rows(perturbation, params, perturbed)
             reused = not (separate and isinstance(perturbation, InitializedModel))
@@ -163,6 +173,8 @@ def solve(
         if observe is not None:
             observe(best.last_cost)
         take_step()
+    if not_finite:
+        warnings.warn(_NOT_FINITE.format(int(not_finite)), stacklevel=3)
     for param in params:
         param.grad = None
     perturbed = best.tensors[0]

@@ -17,7 +17,7 @@ from rai_toolbox.checks import check_count
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, wrong
-from rai_toolbox.perturbations.losses import Criterion, cross_entropy
+from rai_toolbox.perturbations.losses import Criterion, criterion_of, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import PerturbationModel
 from rai_toolbox.perturbations.solve import Objective, Success, copy_into, own_rows, solve, solving
@@ -116,7 +116,11 @@ def gradient_ascent(
     ZeroGradientWarning
         If the gradient of an example is 0 at the start.
     UserWarning
+<<<<<<< HEAD
         If the model calls a module in training mode that could not be found.
+=======
+        If entries of it are not finite at the start; at any step they count as 0.
+>>>>>>> wstrength
 
     Examples
     --------
@@ -128,7 +132,7 @@ def gradient_ascent(
     """
     check_count("steps", steps, 0)
     check_count("samples", samples, 1)
-    criterion = cross_entropy if criterion is None else criterion
+    criterion = criterion_of(criterion, cross_entropy, targeted)
     sign = 1.0 if targeted else -1.0
     with solving(model) as model:
         objective = Objective(model, criterion, sign, reduction_fn, samples, stop_once)

@@ -6,24 +6,23 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import inf
 from operator import length_hint
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
-from rai_toolbox.perturbations import inputs
+from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, cross_entropy, is_fooled
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.solve import solving
 
-_STEP = 0.1  # of the radius, at first
+_STEP, _LAST, _RISE = 0.2, 0.005, 0.01  # of the radius, the first and the last; of all the rise
 
 
 class UniversalPerturbation(NamedTuple):
@@ -48,7 +47,7 @@ def universal_perturbation(
     *,
     ball: Ball,
     data_range: Range = (0.0, 1.0),
-    epochs: int = 5,
+    epochs: int = 50,
     optimizer: Callable[..., Optimizer] | None = None,
     criterion: Criterion | None = None,
     targeted: bool = False,
@@ -69,18 +68,20 @@ def universal_perturbation(
     model : callable
         From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
     loader : iterable of (data, target)
-        Batches, such as a DataLoader, which is iterated ``epochs + 2`` times. They are moved to the
-        device of the model.
+        Batches, such as a DataLoader, which is iterated at most ``epochs + 2`` times. They are
+        moved to the device of the model.
     ball : LinfBall, L2Ball or L1Ball
         The set of delta; its `epsilon` is a number.
     data_range : tuple of float or Tensor, optional
         The bounds to which perturbed data are clipped; None for no bounds.
     epochs : int
-        Number of passes over the data.
+        Largest number of passes over the data. With the default optimizer the search ends when its
+        step is less than .005 of `epsilon`.
     optimizer : callable, optional
         Called as ``optimizer(params, constraint=ball, param_ndim=None)``:
         for example ``partial(ProjectedOptimizer, InnerOpt=torch.optim.Adam, lr=0.01)``. By default
-        `PGD` with a step of a tenth of `epsilon`, which decreases to 0 linearly.
+        `PGD` with a step of a fifth of `epsilon`, halved after each pass whose loss has risen by
+        less than a hundredth of all the rise so far.
     criterion : callable, optional
         The loss of each example, whose mean over a batch is maximized. By default `cross_entropy`.
         `margin_loss` has a gradient also where the cross entropy rounds to 0.
@@ -122,10 +123,16 @@ def universal_perturbation(
     if isinstance(loader, Iterator):
         raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = inputs.radius_of(ball)
+<<<<<<< HEAD
     criterion = cross_entropy if criterion is None else criterion
     title, work = "universal perturbation", (epochs + 2) * length_hint(loader)
     with solving(model) as model, progress_bar(title, work, shown=progress) as bar:
         ends = [inputs.without_history(torch.as_tensor(x)) for x in data_range or (-inf, inf)]
+=======
+    criterion = losses.criterion_of(criterion, cross_entropy, targeted)
+    work = (epochs + 2) * length_hint(loader)
+    with solving(model), progress_bar("universal perturbation", work, shown=progress) as bar:
+>>>>>>> wstrength
 
         def epoch() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in inputs.batches(loader, inputs.device_of(model)):
@@ -143,16 +150,30 @@ def universal_perturbation(
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
         maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
         made = maker([perturbation.delta], constraint=ball, param_ndim=None)
+<<<<<<< HEAD
         schedule = LinearLR(made, 1.0, 0.0, epochs * len(before)) if optimizer is None else None
+=======
+        gains: list[Any] = []
+>>>>>>> wstrength
         for _ in range(epochs):
+            gains.append(0.0)
             for data, target in epoch():
                 made.zero_grad()
                 loss = criterion(perturbed_model(data), target)
                 inputs.check_per_example("criterion", loss, data)
+<<<<<<< HEAD
                 (loss if targeted else -loss).mean().backward(inputs=[perturbation.delta])
+=======
+                cost = loss if targeted else -loss
+                cost.mean().backward()
+>>>>>>> wstrength
                 made.step()
-                if schedule is not None:
-                    schedule.step()
+                gains[-1] -= cost.detach().sum()
+            rise = gains[-1] - max(gains[:-1], default=-inf)
+            if optimizer is None and rise <= _RISE * (max(gains) - gains[0]):
+                made.param_groups[0]["lr"] /= 2
+                if made.param_groups[0]["lr"] <= _LAST * radius:
+                    break
         after = [_fooled(perturbed_model, *batch, targeted) for batch in epoch()]
     fractions = [torch.cat(fooled).double().mean().item() for fooled in (before, after)]
     return UniversalPerturbation(perturbation.delta.detach(), *fractions)
