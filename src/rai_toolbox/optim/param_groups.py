@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rai_toolbox._torch import NORMALIZATIONS
 from rai_toolbox.constraints.base import Constraint
@@ -29,7 +30,8 @@ def constrain(
     Each pattern makes one group, in the order of the mapping; parameters that no pattern matches
     are in a last group, whose constraint is None. A parameter that several modules share has
     several names, any of which may match, and is in one group. Frozen parameters are in their
-    groups, too.
+    groups, too, but no step changes them. A parametrized tensor is no parameter: name what it is
+    made from, ``"...parametrizations.weight.*"``.
 
     Parameters
     ----------
@@ -52,7 +54,8 @@ def constrain(
     Raises
     ------
     ValueError
-        If a pattern matches no parameter, or two match the same one; if there are no parameters.
+        If a pattern matches no parameter, or two match the same one; if there are no parameters;
+        if a type matches a parametrized module, and no pattern the parameters that it is made from.
     TypeError
         If a key or a value of `constraints` is of another type.
 
@@ -108,6 +111,15 @@ def constrain(
             "`constraints` must claim no parameter twice, got two claims of "
             f"{_listed(claimed_twice)}"
         )
+    for owner in filter(parametrize.is_parametrized, module.modules()):
+        if any(_matches(type(owner), pattern) for pattern in constraints):
+            parts = owner.get_submodule("parametrizations").parameters()
+            unnamed = [_name(keys[p][0]) for p in parts if not claims[p] and p not in left_out]
+            if unnamed:
+                raise ValueError(
+                    "`constraints` must name the parameters that make up a parametrized one, got "
+                    f"none of {_listed(unnamed)} for a {type(owner).__name__}"
+                )
     rest = [(keys[param][0], param) for param in keys if not claims[param]]
     return [*groups, {"params": rest, "constraint": None}] if rest else groups
 
