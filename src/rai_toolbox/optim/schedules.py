@@ -107,6 +107,15 @@ class SettingScheduler:
         """
         return list(map(_copied, self._last_value))
 
+    def get_last_lr(self) -> list[Any]:
+        """The learning rates of all groups, which trainers log.
+
+        Returns
+        -------
+        list
+        """
+        return [_copied(group.get("lr")) for group in self.optimizer.param_groups]
+
     def state_dict(self) -> dict[str, Any]:
         """What is to be saved, besides the state of the optimizer.
 
@@ -170,8 +179,8 @@ class SettingScheduler:
         paths = _paths(settings)
         if self.setting not in paths:
             raise ValueError(
-                f"`setting` must be one of {', '.join(paths)} (or `values` None) for {where}, got "
-                f"{self.setting!r}"
+                f"`setting` must be one of {', '.join(paths)} (or, in a list of one value for each "
+                f"group, the value None) for {where}, got {self.setting!r}"
             )
         names = paths[self.setting]
         check = getattr(self.optimizer, "_check_group", lambda group: None)
