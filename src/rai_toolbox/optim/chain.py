@@ -12,7 +12,6 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.optim.engine import SCALE, SHIFT, ParamTransformingOptimizer
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
-from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import base_name
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params, checked_group
 
@@ -143,10 +142,8 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
 
 def _member(given: Any, InnerOpt: object) -> tuple[ParamTransformingOptimizer, dict[str, Any]]:
     """A member, and the settings that count for it alone: those that the chain does not have."""
-    if not (
-        isinstance(given, (type, partial))
-        and issubclass(optimizer_class(given), ParamTransformingOptimizer)
-    ):
+    made_by = given.func if isinstance(given, partial) else given
+    if not (isinstance(made_by, type) and issubclass(made_by, ParamTransformingOptimizer)):
         raise TypeError(
             "`transforming_optimizers` must be ParamTransformingOptimizer classes or partials of "
             f"them, got {given!r}"
