@@ -457,7 +457,9 @@ def test_a_setting_that_is_not_there_lists_what_there_is(make, setting, there):
 def test_a_group_without_the_setting_needs_none():
     groups = [{"params": tensors((2, 2)), "constraint": c} for c in (L2Ball(4.0), None)]
     opt = ProjectedOptimizer(groups, lr=0.1)
-    with pytest.raises(ValueError, match="the value None. for group 1 at step 0, got"):
+    with pytest.raises(
+        ValueError, match=r"\(or None in a list for all groups\) for group 1 at step 0, got"
+    ):
         SettingScheduler(opt, "constraint.epsilon", falling)
     assert opt.param_groups[0]["constraint"] == L2Ball(4.0)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rai_toolbox._torch import NORMALIZATIONS
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import check_constraint
 from rai_toolbox.optim.wrapper import Group
@@ -74,9 +75,8 @@ def constrain(
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {module!r}")
     if not isinstance(constraints, Mapping):
-        raise TypeError(
-            f"`constraints` must be a dict from patterns to constraints, got {constraints!r}"
-        )
+        rule = "be a dict from patterns to constraints"
+        raise wrong("constraints", rule, repr(constraints), TypeError)
     keys = _keys(module)
     if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")
@@ -93,10 +93,8 @@ def constrain(
             if matches:
                 names = _listed(_name(keys[param][0]) for param in matches)
                 found = f"only what `skip_bias_and_norm` leaves out: {names}"
-            raise ValueError(
-                f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
-                f"which matches {found}"
-            )
+            found = f"{_name(pattern)}, which matches {found}"
+            raise wrong("constraints", "match a parameter with each pattern", found)
         for param in kept:
             claims[param].append(pattern)
         groups.append({"params": [(keys[param][0], param) for param in kept], **settings})
@@ -107,19 +105,15 @@ def constrain(
         if len(patterns) > 1
     ]
     if claimed_twice:
-        raise ValueError(
-            "`constraints` must claim no parameter twice, got two claims of "
-            f"{_listed(claimed_twice)}"
-        )
+        found = f"two claims of {_listed(claimed_twice)}"
+        raise wrong("constraints", "claim no parameter twice", found)
     for owner in filter(parametrize.is_parametrized, module.modules()):
         if any(_matches(type(owner), pattern) for pattern in constraints):
             parts = owner.get_submodule("parametrizations").parameters()
             unnamed = [_name(keys[p][0]) for p in parts if not claims[p] and p not in left_out]
             if unnamed:
-                raise ValueError(
-                    "`constraints` must name the parameters that make up a parametrized one, got "
-                    f"none of {_listed(unnamed)} for a {type(owner).__name__}"
-                )
+                found = f"none of {_listed(unnamed)} for a {type(owner).__name__}"
+                raise wrong("constraints", "name what a parametrized tensor is made from", found)
     rest = [(keys[param][0], param) for param in keys if not claims[param]]
     return [*groups, {"params": rest, "constraint": None}] if rest else groups
 
@@ -160,16 +154,12 @@ def _settings(pattern: Any, given: object) -> Mapping[str, Any]:
     """The settings of the group of a pattern, checked."""
     is_module_type = isinstance(pattern, type) and issubclass(pattern, nn.Module)
     if not (isinstance(pattern, str) or is_module_type):
-        raise TypeError(
-            "`constraints` must have names of parameters (globs) or types of modules as keys, "
-            f"got {pattern!r}"
-        )
+        rule = "have names of parameters (globs) or types of modules as keys"
+        raise wrong("constraints", rule, repr(pattern), TypeError)
     settings = given if isinstance(given, Mapping) else {"constraint": given}
     if "constraint" not in settings or "params" in settings:
-        raise ValueError(
-            "`constraints` must have `constraint`, and no `params`, in a dict of settings, got "
-            f"{list(settings)} for {_name(pattern)}"
-        )
+        rule = "have `constraint`, and no `params`, in a dict of settings"
+        raise wrong("constraints", rule, f"{list(settings)} for {_name(pattern)}")
     try:
         check_constraint(settings["constraint"])
     except TypeError as error:
