@@ -96,11 +96,18 @@ class Hook(Transform):
                     set_grad_dtype(shown, tensor.dtype)
                 shown.grad = view
             outer = self.owner._viewed  # set if `param` is a view that a hook of a chain got
-            self.owner._viewed = param if outer is None else outer
+            viewed, states = param if outer is None else outer, self.owner.state
+            own_state, before = self.owner._state_for_hook(viewed), states.get(shown)
             try:
+                self.owner._viewed = viewed
+                states[shown] = own_state
                 getattr(self.owner, self.hook)(shown, optim_group=group)
             finally:
                 self.owner._viewed = outer
+                if before is None:
+                    del states[shown]
+                else:
+                    states[shown] = before
             if self.hook == GRADIENT_HOOK and shown.grad is not view:
                 raise ValueError(
                     f"{type(self.owner).__name__}.{self.hook} must write into `param.grad` in "
