@@ -5,6 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from rai_toolbox.cli import main
+from rai_toolbox.cli.evaluate import load_model
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
 
@@ -19,10 +23,19 @@ NETS = '''
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+
+X = torch.rand(30, 4, generator=torch.Generator().manual_seed(1))
+
+
+def batches_done():
+    state = Path("out/state.json")
+    return len(json.loads(state.read_text())["batches"]) if state.exists() else 0
 
 
 class Mortal(nn.Sequential):
@@ -32,11 +45,14 @@ class Mortal(nn.Sequential):
 
     def forward(self, x):
         batches, calls = map(int, os.environ.get("KILLED_AFTER", "-1 0").split())
-        state = Path("out/state.json")
-        done = len(json.loads(state.read_text())["batches"]) if state.exists() else 0
-        self.calls += done == batches
         if os.environ.get("RANK", "0") != os.environ.get("KILLED_RANK", "0"):
             return super().forward(x)
+        if "KILLED_IN" in os.environ and torch.equal(x[0], X[int(os.environ["KILLED_IN"])]):
+            # Another rank writes the file while this one has begun its next batch.
+            while batches_done() < batches:
+                time.sleep(0.01)
+        done = batches_done()
+        self.calls += done == batches
         if self.calls > calls and done == batches:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
@@ -56,8 +72,7 @@ def flat():
 
 
 def data():
-    x = torch.rand(30, 4, generator=torch.Generator().manual_seed(1))
-    return x, net(x).argmax(1)
+    return X, net(X).argmax(1)
 
 
 def batches():
@@ -136,6 +151,38 @@ def test_weights_are_those_of_the_file(folder):
     assert report.clean_accuracy == expected < 1
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("nested", [None, "state_dict", "model_state_dict", "model"])
+def test_weights_of_wrapped_models_and_checkpoints_are_found(prefix, nested, folder):
+    torch.manual_seed(7)
+    # names that end alike, and a module whose version is stored beside the weights
+    nets = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+    nets[0].add_module("10", nets[1])
+    model, other = nets[0], deepcopy(nets[0])
+    wanted = {name: torch.rand_like(value.double()) for name, value in other.state_dict().items()}
+    other.load_state_dict(wanted)
+    state = other.state_dict(prefix=prefix)
+    saved = state if nested is None else {"epoch": 3, nested: state, "optimizer": {}}
+    torch.save(saved, folder / "weights.pt")
+    sys.modules["nets"] = SimpleNamespace(net=model)
+    load_model("nets:net", "weights.pt", torch.device("cpu"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+def test_weights_of_another_model_behind_a_prefix_are_refused(folder, capsys):
+    weights = {"module.0.weight": torch.zeros(3, 4), "ema.0.bias": torch.zeros(3)}
+    torch.save(weights, folder / "weights.pt")
+    assert main(run(weights="weights.pt")) == 2
+    assert "--weights must be a state_dict of the model" in capsys.readouterr().err
+
+
+def test_norms_and_radii_are_taken_as_people_write_them(folder):
+    assert main(run(norm="Linf", epsilon="8/255 0.1", limit="5")) == 0
+    report = RobustnessReport.from_json((folder / "out/report.json").read_text(encoding="utf-8"))
+    assert report.epsilons == {"Linf": (8 / 255, 0.1)}
+
+
 def test_images_of_integers_are_scaled_and_limited(folder):
     arrays = np.load(folder / "data.npz")
     pixels = (255 * arrays["data"]).round().astype(np.uint8)
@@ -201,7 +248,8 @@ def by_ranks(number, command, **environment):
 @pytest.mark.slow
 def test_ranks_share_the_work_and_go_on_where_one_was_killed(folder):
     command = run("--batch-size", "7")  # five batches
-    killed = by_ranks(2, command, KILLED_AFTER="2 4", KILLED_RANK="1")
+    # (row 21 is the first of batch 3, the second one of rank 1)
+    killed = by_ranks(2, command, KILLED_AFTER="2 4", KILLED_RANK="1", KILLED_IN="21")
     assert killed.returncode == 1 and "Signal 9" in killed.stderr
     kept = json.loads((folder / "out/state.json").read_text(encoding="utf-8"))
     assert len(kept["batches"]) == 2  # one of each
@@ -255,14 +303,14 @@ def misshapen(path):
         ({"weights": "other.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "unsafe.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "text.npz"}, "--weights must be a state_dict of the model, saved by torch"),
+        ({"weights": "list.pt"}, "--weights must be a state_dict of the model, saved by torch"),
+        ({"weights": "tensor.pt"}, "--weights must be a state_dict of the model, saved by torch"),
+        ({"weights": "inner.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"device": "cuda:99"}, "--device must be one that is there, got 'cuda:99': "),
         ({"device": "toaster"}, "--device must be one that is there, got 'toaster': "),
         ({"range": "1 0"}, "--range must be LOWER < UPPER, got 1 0"),
         ({"range": "0 0.5"}, "`data` must be within `data_range`, [0, 0.5], got"),
-        (
-            {"data": "bytes.npz"},
-            "`data` must be of a floating-point dtype (images of bytes: `data.float() / 255`)",
-        ),
+        ({"data": "bytes.npz"}, "--data of torch.uint8 need --divide-by: 255 for images of bytes"),
         ({"data": "high.npz"}, "`target` must hold classes from 0 to 2, got 3"),
     ],
 )
@@ -277,6 +325,9 @@ def test_what_cannot_be_done_is_one_clear_line(folder, options, said, capsys):
     misshapen(folder / "misshapen.npz")
     torch.save({"weight": torch.zeros(1)}, folder / "other.pt")
     torch.save({"run": os.getcwd}, folder / "unsafe.pt")
+    torch.save([torch.zeros(1)], folder / "list.pt")
+    torch.save(torch.zeros(1), folder / "tensor.pt")
+    torch.save({"state_dict": torch.zeros(1)}, folder / "inner.pt")
     assert main(run(**options)) == 2
     (line,) = [t for t in capsys.readouterr().err.splitlines() if t.startswith("rai-toolbox: ")]
     assert line.startswith("rai-toolbox: error: ")
@@ -291,6 +342,9 @@ def test_what_cannot_be_done_is_one_clear_line(folder, options, said, capsys):
         ({"epsilon": "-0.1"}, "--epsilon: must be >= 0 and finite, got -0.1"),
         ({"epsilon": "nan"}, "--epsilon: must be >= 0 and finite, got nan"),
         ({"epsilon": "much"}, "--epsilon: invalid"),
+        ({"epsilon": "8/"}, "--epsilon: invalid"),
+        ({"epsilon": "8/0"}, "--epsilon: must be >= 0 and finite, got 8/0"),
+        ({"epsilon": "8/-255"}, "--epsilon: must be >= 0 and finite, got 8/-255"),
         ({"epsilon": ""}, "--epsilon: expected at least one argument"),
         ({"steps": "0"}, "--steps: must be >= 1, got 0"),
         ({"divide_by": "0"}, "--divide-by: must be > 0 and finite, got 0"),
@@ -312,13 +366,15 @@ def test_errors_of_the_users_own_code_keep_their_traceback(folder):
         main(run(data="nets:broken"))
 
 
-def test_without_matplotlib_the_extra_is_named(folder, monkeypatch, capsys):
+def test_without_matplotlib_there_is_all_but_the_picture(folder, monkeypatch, capsys):
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    words = ["evaluate", "--model", "nets:net", "--data", "data.npz", "--norm", "l1"]
-    assert main([*words, "--epsilon", "1"]) == 2
-    assert 'pip install "rai-toolbox[plots]"' in capsys.readouterr().err
-    assert not (folder / "out").exists()
+    assert main(run()) == 0
+    shown = capsys.readouterr()
+    assert f"warning: there is no {Path('out/report.png')}: matplotlib cannot be" in shown.err
+    assert 'pip install "rai-toolbox[plots]"' in shown.err and "report.png" not in shown.out
+    names = sorted(file.name for file in (folder / "out").iterdir())
+    assert names == ["report.csv", "report.json"]
 
 
 def test_the_help_says_what_it_needs(capsys):

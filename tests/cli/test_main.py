@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-import rai_toolbox
+import rai_toolbox.__main__
 from rai_toolbox import cli
 from rai_toolbox.extras import progress
 
@@ -69,6 +70,13 @@ def test_the_module_runs_and_help_loads_no_extra():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: rai-toolbox")
+
+
+def test_the_command_is_the_entry_of_the_module():
+    # Both go through `run`, which ends processes that torchrun started.
+    root = Path(__file__).parents[2]
+    assert 'rai-toolbox = "rai_toolbox.cli:run"' in (root / "pyproject.toml").read_text("utf-8")
+    assert rai_toolbox.__main__.run is cli.run
 
 
 def test_progress_is_a_bar(capsys):

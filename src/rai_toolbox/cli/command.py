@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from math import inf
+from math import inf, nan
 from typing import Any
 
 
@@ -12,7 +12,13 @@ class Refused(Exception):
     """The command cannot do what was asked for; the message says why."""
 
 
-def _number(kind: type[int] | type[float], rule: str, holds: Callable[[float], bool]) -> Any:
+def fraction(text: str) -> float:
+    """A number, or the fraction of two, such as 8/255; NaN if that is of 0."""
+    top, slash, bottom = text.partition("/")
+    return float(top) / ((float(bottom) or nan) if slash else 1.0)
+
+
+def _number(kind: Callable[[str], float], rule: str, holds: Callable[[float], bool]) -> Any:
     """A type for argparse: numbers for which `holds` is true."""
 
     def parse(text: str) -> float:
@@ -27,5 +33,5 @@ def _number(kind: type[int] | type[float], rule: str, holds: Callable[[float], b
 
 count = _number(int, ">= 1", lambda number: number >= 1)
 seed = _number(int, "in [0, 2**63)", lambda number: 0 <= number < 2**63)
-radius = _number(float, ">= 0 and finite", lambda number: 0 <= number < inf)
-positive = _number(float, "> 0 and finite", lambda number: 0 < number < inf)
+radius = _number(fraction, ">= 0 and finite", lambda number: 0 <= number < inf)
+positive = _number(fraction, "> 0 and finite", lambda number: 0 < number < inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import traceback
 import warnings
@@ -14,17 +13,19 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pickle import PickleError
 from textwrap import shorten
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from rai_toolbox.cli.command import Refused, count, positive, radius, seed
 from rai_toolbox.constraints.balls import BALLS, Ball
-from rai_toolbox.extras import require
+from rai_toolbox.extras import MissingExtra, require
 from rai_toolbox.perturbations import RobustnessWarning, attack, evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
@@ -34,10 +35,11 @@ NORMS = {ball.norm_name.lower(): ball for ball in BALLS.values()}
 def evaluate(arguments: Namespace) -> int:
     """Evaluate, print the table, write report.json, report.csv and report.png to the folder.
 
+    Without matplotlib there is no report.png.
+
     1 if what the solver returned was not always finite, in its ball and in the data range. If
     `torchrun` started several processes, they share the work, and the first one writes.
     """
-    require("matplotlib.figure", extra="plots")  # fail before the work starts, not after it
     norms, epsilons = arguments.norm, arguments.epsilon
     if len(norms) != len(epsilons):
         got = f"{len(norms)} and {len(epsilons)}"
@@ -45,8 +47,7 @@ def evaluate(arguments: Namespace) -> int:
     lower, upper = arguments.range
     if not lower < upper:
         raise Refused(f"--range must be LOWER < UPPER, got {lower:g} {upper:g}")
-    of_norms = zip(norms, epsilons, strict=True)
-    balls = [NORMS[norm](epsilon) for norm, radii in of_norms for epsilon in radii]
+    balls = [NORMS[norm](r) for norm, radii in zip(norms, epsilons, strict=True) for r in radii]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _evaluate(arguments, balls, None)
     # Messages are small and not on a GPU. A rank that ends is noticed at once; a slow one may take
@@ -95,10 +96,13 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
         files = [arguments.out / name for name in ("report.json", "report.csv", "report.png")]
         write_whole(files[0], report.to_json())
         write_whole(files[1], report.to_csv())
-        report.plot().savefig(files[2])
         print(report)
         for line in report.warnings():
             print(f"warning: {line}", file=sys.stderr)
+        try:
+            report.plot().savefig(files[2])
+        except MissingExtra as missing:
+            print(f"warning: there is no {files.pop()}: {missing}", file=sys.stderr)
         print("", *files, sep="\n")
         state.unlink(missing_ok=True)
     return 0 if report.feasible else 1
@@ -116,12 +120,23 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
     model.to(device)
     try:
         if weights is not None:
-            model.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, TypeError, EOFError, ValueError) as error:
+            found = torch.load(weights, map_location=device, weights_only=True)
+            model.load_state_dict(_state_dict(found, model))
+    except (AttributeError, EOFError, RuntimeError, TypeError, ValueError, PickleError) as error:
         got = f"{weights}: {shorten(str(error), 300)}"
         rule = "be a state_dict of the model, saved by torch.save"
         raise Refused(f"--weights must {rule}, got {got}") from error
     return model
+
+
+def _state_dict(found: Any, model: nn.Module) -> Any:
+    """The state_dict in a checkpoint, without the prefix of a wrapper, such as ``module.``."""
+    for name in ("state_dict", "model_state_dict", "model"):
+        found = found.get(name, found)
+    first = next(iter(model.state_dict()), "")
+    ends = [key.removesuffix(first) for key in found if f".{key}".endswith(f".{first}")]
+    consume_prefix_in_state_dict_if_present(found, min(ends, key=len, default=""))
+    return found
 
 
 def load_data(arguments: Namespace) -> Iterable[Any]:
@@ -134,6 +149,8 @@ def load_data(arguments: Namespace) -> Iterable[Any]:
         if len(data) != len(target):
             got = f"{len(data)} examples and {len(target)} targets"
             raise Refused(f"--data must have one target per example, got {got}")
+        if not data.is_floating_point() and arguments.divide_by == 1:
+            raise Refused(f"--data of {data.dtype} need --divide-by: 255 for images of bytes")
         if arguments.divide_by != 1:
             data = data.to(torch.get_default_dtype()) / arguments.divide_by
         found = TensorDataset(data[: arguments.limit], target[: arguments.limit])
@@ -203,8 +220,8 @@ def add_to(commands: Any) -> None:
         "evaluate",
         help="measure how robust your model is",
         description="Clean and robust accuracy of a model within norm balls around data, verified "
-        "independently of the solver. Writes report.json, report.csv and report.png. Import paths "
-        'are looked up in the working directory, too. Needs: pip install "rai-toolbox[plots]".',
+        "independently of the solver. Writes report.json, report.csv and report.png (the last with "
+        '"rai-toolbox[plots]"). Import paths are looked up in the working directory, too.',
         epilog="example: rai-toolbox evaluate --model nets:small --weights small.pt "
         "--data digits.npz --norm linf --epsilon 0.05 0.1 --norm l2 --epsilon 0.5 1",
     )
@@ -212,16 +229,11 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="MODULE:NAME", help="a model, or a callable returning it")
     add("--weights", metavar="FILE", help="a state_dict for it, saved by torch.save")
-    add(
-        "--data",
-        required=True,
-        metavar="FILE.npz|MODULE:NAME",
-        help="arrays `data` and `target`; or (data, target), a Dataset or batches, or a callable "
-        "that returns one of these",
-    )
+    data_help = "arrays `data` and `target`; or (data, target), a Dataset, batches, or their maker"
+    add("--data", required=True, metavar="FILE.npz|MODULE:NAME", help=data_help)
     repeated = {"required": True, "action": "append"}
-    add("--norm", **repeated, choices=NORMS, help="of balls; repeat it and --epsilon for several")
-    add("--epsilon", **repeated, type=radius, nargs="+", help="radii for the preceding --norm")
+    add("--norm", **repeated, type=str.lower, choices=NORMS, help="of balls, each before --epsilon")
+    add("--epsilon", **repeated, type=radius, nargs="+", help="radii for that norm, such as 8/255")
     add("--range", type=float, nargs=2, metavar=("LOWER", "UPPER"), help="of data (default: 0 1)")
     add("--divide-by", type=positive, default=1.0, help="255 for integer images (default: 1)")
     add("--steps", type=count, default=100, help="of each attack (default: %(default)s)")

@@ -12,16 +12,9 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import (
-    BLOCK,
-    MANY,
-    in_blocks,
-    in_groups,
-    needs_grad,
-    row_blocks,
-)
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
-from rai_toolbox.constraints.kernels.l1 import project_l1_rows, project_l1_rows_
+from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
@@ -218,26 +211,17 @@ class L1Ball(_Ball):
         return x
 
     def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
-        if self.center is not None or isinstance(self.epsilon, Tensor):
-            for x in batches:
-                super().project_(x)
-            return
         for x in batches:
             self._check_batch(x)
-        most = max(map(Tensor.numel, batches), default=0)
-        size = 2 * min(most, MANY) if most > BLOCK and len(batches) > 1 else 0
-        memory = torch.empty(size, dtype=torch.float32, device="cpu")
-        in_groups(batches, lambda x: self._project_rows_(x, memory))
-
-    def _project_rows_(self, x: Tensor, memory: Tensor) -> None:
-        if not in_blocks(x) or needs_grad(x):
-            super().project_(x)
-            return
-        for part in [x] if x.numel() <= MANY else [x[rows] for rows in row_blocks(x, MANY)]:
-            rows = part.reshape(len(part), -1)
-            project_l1_rows_(rows, self.epsilon, memory)
-            if rows.data_ptr() != part.data_ptr():
-                part.copy_(rows.view(part.shape))
+        joins = self.center is None and not isinstance(self.epsilon, Tensor)
+        plain = []
+        for x in batches:
+            if joins and in_blocks(x) and not needs_grad(x):
+                plain.append(x)
+            else:
+                super().project_(x)
+        if plain:
+            project_l1_each_(plain, self.epsilon)
 
     def _projected(self, units: Tensor) -> Tensor:
         if self.center is None:

@@ -125,6 +125,7 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
 
     def logits_of(data: Tensor) -> Tensor:
         logits: Any = model(data)
+        logits = getattr(logits, "logits", logits)  # as models of Transformers return them
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             rule = f"give logits of shape ({len(data)}, K), one row per example"
@@ -154,8 +155,12 @@ def batches(loader: Iterable[Any], device: torch.device | None) -> Iterator[tupl
     for i, batch in enumerate(loader):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = f"{type(batch).__name__} as batch {i}"
+            if isinstance(batch, (tuple, list)):
+                got += f" with {len(batch)} items: `[(x, y) for x, y, *_ in loader]` takes two"
             raise wrong("loader", "give pairs (data, target)", got, TypeError)
         data, target = batch
+        if isinstance(target, int) or getattr(target, "ndim", 1) == 0:
+            raise wrong("loader", "give batches, as a DataLoader does", "one example", TypeError)
         check_batch(data, target)
         if len(data):
             yield as_data(data).to(device or data.device), target.to(device or data.device)

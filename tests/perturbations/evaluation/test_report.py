@@ -156,6 +156,12 @@ def test_panels_show_the_table(drawn):
     assert l2.lines[0].get_xydata().tolist() == [[0, 80], [1, 0]]
 
 
+def test_curves_are_named(drawn):
+    for axes in drawn(4).subfigs[0].axes:
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == ["robust accuracy (band: 95% interval)"]
+
+
 def test_examples_show_what_was_changed_and_misread(drawn):
     grid = drawn(2, 2).subfigs[1].subfigs[0].axes
     original, change, result = (axes.images[0].get_array() for axes in grid[::3])

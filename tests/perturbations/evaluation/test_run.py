@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.optim import FrankWolfe
+from rai_toolbox.optim import PGD, FrankWolfe
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
@@ -115,6 +115,18 @@ def test_what_is_outside_fools_nobody_and_is_warned_of():
     assert not report.feasible
 
 
+def test_a_textbook_solver_is_believed_where_its_points_fool_the_model():
+    def textbook(model, data, target, *, ball, data_range, generator):
+        slope = model.weight.detach()[1 - target] - model.weight.detach()[target]
+        delta = (slope.sign() * ball.epsilon).clamp(-ball.epsilon, ball.epsilon)
+        return SimpleNamespace(data=(data + delta).clamp(*data_range))
+
+    report = evaluated(solver=textbook)
+    robust = [report.robust_accuracy(ball) for ball in BALLS]
+    assert robust == [(worst_margins(ball.epsilon) < 0).double().mean() for ball in BALLS]
+    assert report.warnings() == [] and report.feasible
+
+
 def test_the_solver_s_own_word_is_not_taken():
     def boaster(model, data, target, **settings):
         return SimpleNamespace(data=data, fooled=torch.ones(len(data), dtype=torch.bool))
@@ -122,6 +134,19 @@ def test_the_solver_s_own_word_is_not_taken():
     with pytest.warns(RobustnessWarning, match="did not rise"):
         report = evaluated(solver=boaster, balls=BALLS[-1:])
     assert report.robust_accuracy(BALLS[-1]) == report.clean_accuracy
+
+
+def test_steps_that_are_too_short_are_warned_of():
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(solver=partial(attack, optimizer=partial(PGD, lr=1e-4)), steps=20)
+    assert [str(w.message).partition(": ")[0] for w in caught] == [
+        "Linf 0.1",
+        "Linf 0.2",
+        "Linf 0.3",
+    ]
+    assert all("withstand within half of the radius: " in str(w.message) for w in caught)
+    assert evaluated(solver=partial(attack, optimizer=partial(PGD, lr=0.02))).warnings() == []
+    assert "underused" in report.to_csv()
 
 
 def test_flat_models_are_warned_of():
@@ -194,6 +219,8 @@ def test_norms_have_their_own_columns(ball):
     balls = [ball(0.3), LinfBall(0.05), ball(0), LinfBall(0.05)]  # one of them twice
     solver = partial(attack, optimizer=FrankWolfe)
     report = evaluated(balls=balls, solver=solver, steps=5)
+    single = evaluated(balls=balls[0], solver=solver, steps=5)
+    assert single.robust_accuracy(balls[0]) == report.robust_accuracy(balls[0])
     name = ball.__name__.removesuffix("Ball")
     assert report.epsilons == {name: (0.0, 0.3), "Linf": (0.05,)}
     assert report.robust_accuracy(ball(0)) == report.clean_accuracy  # it has one point
@@ -209,6 +236,19 @@ def test_any_loader_will_do(capsys):
     assert "evaluating" in capsys.readouterr().err
     assert evaluated([*batches(), (DATA[:0], TARGET[:0])]) == expected
     assert capsys.readouterr().err == ""
+
+
+def test_batches_may_be_dicts_and_outputs_hold_logits():
+    expected = evaluated(solver=attack, steps=3)
+
+    def model(x):
+        return SimpleNamespace(loss=None, logits=MODEL(x))
+
+    dicts = [{"labels": y, "pixel_values": x, "ids": None} for x, y in batches()]
+    found = evaluated(dicts, keys=("pixel_values", "labels"), model=model, solver=attack, steps=3)
+    assert found == expected
+    tuples = [(None, x, y) for x, y in batches()]
+    assert evaluated(tuples, keys=(1, 2), solver=attack, steps=3) == expected
 
 
 def test_examples_are_data_that_were_read_right():
@@ -334,6 +374,7 @@ def test_settings_are_described_as_plain_data():
     [
         ({"balls": []}, ValueError, "`balls` must be one ball at least, got none"),
         ({"balls": [0.1]}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
+        ({"balls": 0.1}, TypeError, "`ball` must be a LinfBall, L2Ball or L1Ball, got 0.1"),
         ({"balls": [LinfBall(float("inf"))]}, ValueError, "must be a finite number"),
         ({"balls": [LinfBall(torch.ones(1))]}, ValueError, "must be a finite number"),
         ({"balls": [LinfBall(1.0, center=0.5)]}, ValueError, "`ball` must have no center"),
@@ -341,6 +382,13 @@ def test_settings_are_described_as_plain_data():
         ({"seed": 0.5}, TypeError, "`seed` must be an int, got 0.5"),
         ({"loader": []}, ValueError, "`loader` must give one batch at least, got none"),
         ({"loader": [DATA]}, TypeError, r"pairs \(data, target\), got Tensor as batch 0"),
+        (
+            {"loader": [(DATA, TARGET, TARGET)]},
+            TypeError,
+            r"pairs .*, got tuple as batch 0 with 3 items: `\[\(x, y\) for x, y, \*_ in loader\]`",
+        ),
+        ({"loader": TensorDataset(DATA, TARGET)}, TypeError, "batches, as a DataLoader does, got"),
+        ({"loader": [(DATA[0], 1)]}, TypeError, "as a DataLoader does, got one example"),
         ({"loader": [(DATA.byte(), TARGET)]}, TypeError, "must be of a floating-point dtype"),
         (
             {"loader": [(DATA, TARGET + 1)]},

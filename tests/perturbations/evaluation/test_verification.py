@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.verification import (
     VerificationReport,
+    beyond_ball,
     log_odds,
     predict,
     verify,
@@ -63,6 +65,106 @@ def test_bounds_of_elements_count_as_rounded_to_the_dtype():
     above = torch.full((1, 2), 0.1 + 1e-12, dtype=torch.float64)  # nearer than the next float32
     report = verify(reads_larger, data, target, above, ball=LinfBall(1.0), data_range=(0.0, 0.1))
     assert report.outside_box == 1
+
+
+# Points that others made: rounding of data and of the sum is no excess
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BYTES = torch.arange(256, dtype=torch.float64)
+
+
+def excess_without_allowance(data, perturbed, ball):
+    change = (perturbed.double() - data.double()).flatten(1)
+    return torch.linalg.vector_norm(change, ball.p, dim=1) - ball.epsilon
+
+
+def examples_of_bytes(number, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (number, size), generator=generator).double()
+    pixels[::2, ::3] = 0  # where the sum is not rounded, but the perturbation is
+    toward = torch.randn(number, size, generator=generator, dtype=torch.float64).abs()
+    return (pixels / 255).to(dtype), torch.where(pixels < 128, toward, -toward).to(dtype)
+
+
+def projected_as_in_textbooks(delta, ball):
+    """In the dtype of delta, each operation rounded."""
+    if ball.p == math.inf:
+        return delta.clamp(-ball.epsilon, ball.epsilon)
+    norms = torch.linalg.vector_norm(delta, ball.p, dim=1, keepdim=True)
+    return delta * (ball.epsilon / norms).clamp(max=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ball", [LinfBall(0.1), LinfBall(8 / 255), L2Ball(0.3), L1Ball(2.0)])
+def test_points_of_textbook_solvers_are_inside(ball, dtype):
+    beyond = 0
+    for size in (2, 64, 784):
+        data, noise = examples_of_bytes(200, size, dtype)
+        perturbed = (data + projected_as_in_textbooks(noise, ball)).clamp(0, 1)
+        beyond += int((excess_without_allowance(data, perturbed, ball) > 0).sum())
+        assert (beyond_ball(data, perturbed, ball) <= 0).all()
+    assert beyond > 20  # this tests something
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("changed", [1, 8])
+def test_steps_on_the_grid_of_bytes_are_inside(changed, dtype):
+    data, perturbed = (BYTES[:-changed] / 255), (BYTES[changed:] / 255)
+    radius, size = changed / 255, len(data)
+    one_by_one = [tensor.to(dtype).unsqueeze(1) for tensor in (data, perturbed)]
+    together = [tensor.to(dtype).unsqueeze(0) for tensor in (data, perturbed)]
+    for ball in (LinfBall(radius), L2Ball(radius), L1Ball(radius)):
+        assert (beyond_ball(*one_by_one, ball) <= 0).all()
+        assert (beyond_ball(*reversed(one_by_one), ball) <= 0).all()
+    for ball in (LinfBall(radius), L2Ball(radius * size**0.5), L1Ball(radius * size)):
+        assert (beyond_ball(*together, ball) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("epsilon", [8 / 255, 0.1, 0.3, 2.7, 3e-5])
+def test_the_allowance_is_a_bound_for_every_number_and_not_more(dtype, epsilon):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    data = bits.view(dtype)
+    data = data[data.abs() <= 4].unsqueeze(1)  # all of them
+    perturbed = data + torch.tensor(epsilon, dtype=dtype)
+    ball = LinfBall(epsilon)
+    assert (beyond_ball(data, perturbed, ball) <= 0).all()
+    assert (beyond_ball(perturbed, data, ball) <= 0).all()
+    steps = torch.finfo(dtype).eps * torch.maximum(data.abs(), perturbed.abs()).double()
+    outside = (data.double() + epsilon + 3 * steps + 1e-7).to(dtype)  # three steps of the dtype
+    ball_excess = beyond_ball(data, outside, ball)
+    assert torch.equal(ball_excess, excess_without_allowance(data, outside, ball))
+    assert (ball_excess > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
+def test_points_really_outside_are_refused(ball, dtype):
+    data, _ = examples_of_bytes(50, 64, dtype)
+    perturbed = data + (0.125 + 0.125 * (data < 0.5))
+    norms = excess_without_allowance(data, perturbed, ball(0.0))
+    share = {torch.float16: 0.03, torch.bfloat16: 0.2, torch.float32: 3e-6, torch.float64: 1e-14}
+    assert (beyond_ball(data, perturbed, ball(norms.min().item() / (1 + share[dtype]))) > 0).all()
+
+
+@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
+def test_a_radius_beyond_the_dtype_is_no_infinite_one(ball):
+    data = torch.full((1, 2), -6e4, dtype=torch.float16)
+    assert beyond_ball(data, -data, ball(7e4)).item() > 4e4
+    assert beyond_ball(data, -data, ball(3e5)).item() <= 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ball", [LinfBall(8 / 255), L2Ball(0.3), L1Ball(2.0)])
+def test_our_own_points_need_no_allowance(ball, dtype):
+    torch.manual_seed(0)
+    data, _ = examples_of_bytes(20, 64, dtype)
+    model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    found = attack(model, data, torch.arange(20) % 3, ball=ball, steps=5)
+    rounded = max(ball.epsilon, torch.tensor(ball.epsilon).to(dtype).item())  # elementwise bounds
+    radius = rounded if ball.p == math.inf else ball.epsilon
+    judge = type(ball)(radius * (1 + 66 * 2.0**-53))  # the rounding of float64
+    assert (excess_without_allowance(data, found.data, judge) <= 0).all()
 
 
 def test_radii_may_differ_between_data():
@@ -155,6 +257,28 @@ def test_each_kind_of_trouble_has_its_words():
         "L2 1: the gradient is exactly 0 at 5 of 8 examples (62.5%): the model is flat there",
         "L2 1: the loss did not rise for 6 of 8 examples (75.0%)",
     ]
+
+
+def test_a_ball_of_which_most_used_little_is_warned_of():
+    few = VerificationReport(data=10, fooled=4, underused=3)
+    most = VerificationReport(data=10, fooled=5, underused=3)
+    assert few.warnings() == []
+    assert most.warnings("L2 1") == [
+        "L2 1: 3 of 10 examples (30.0%) withstand within half of the radius: "
+        "take more or longer steps"
+    ]
+    assert (most + few).underused == 6 and (most + few).warnings() != []
+
+
+@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
+def test_little_use_of_the_ball_is_counted(ball):
+    data, perturbed = [0.75, 0.25], [0.6875, 0.25]  # the loss rises, the class stays
+    counts = [verified(data, perturbed, ball(1 / 8 + d)).underused for d in (-1e-3, 0, 1e-3)]
+    assert counts == [0, 0, 1]
+    assert verified(data, [0.8125, 0.25], ball(1.0)).underused == 0  # the loss falls
+    assert verified(data, perturbed, ball(1.0), target=1).underused == 0  # fooled
+    radii = verified(data, perturbed, ball(torch.tensor([[1.0]])))
+    assert radii.underused == 1
 
 
 def test_no_data_is_no_trouble():

@@ -62,26 +62,38 @@ def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
         yield slice(start, start + height)
 
 
+def joined(batches: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Rows of the batches, in lists of up to `size` elements of one dtype and length of rows."""
+    pieces: list[list[Tensor]] = []
+    last: dict[tuple[torch.dtype, int], tuple[list[Tensor], int]] = {}  # and the room left in it
+    for x in batches:
+        if x.numel() == 0:
+            continue
+        kind = (x.dtype, x.numel() // len(x))
+        for part in [x] if x.numel() <= size else [x[rows] for rows in row_blocks(x, size)]:
+            piece, room = last.get(kind, ([], 0))
+            if part.numel() > room:
+                piece, room = [], size
+                pieces.append(piece)
+            piece.append(part)
+            last[kind] = piece, room - part.numel()
+    return pieces
+
+
 def in_groups(batches: list[Tensor], act_: Callable[[Tensor], object]) -> None:
     """Let `act_` change the rows of each batch in place; small batches are joined for it.
 
     Batches of the same dtype and length of rows are joined up to `BLOCK` elements: one call then
     costs what it would for one of them, and stays in cache.
     """
-    alike: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+    small = []
     for x in batches:
-        if x.numel() == 0:
-            continue
         if x.numel() > BLOCK // 2 or len(batches) == 1 or not in_blocks(x) or needs_grad(x):
             act_(x)
         else:
-            alike.setdefault((x.dtype, x.numel() // len(x)), []).append(x)
-    for (_, size), some in alike.items():
-        height = max(1, BLOCK // max(x.numel() for x in some))
-        for start in range(0, len(some), height):
-            group = some[start : start + height]
-            rows = torch.cat([x.reshape(-1, size) for x in group])
-            act_(rows)
-            parts = rows.split([len(x) for x in group])
-            for x, part in zip(group, parts, strict=True):
-                x.copy_(part.view(x.shape))
+            small.append(x)
+    for group in joined(small, BLOCK):
+        rows = torch.cat([x.reshape(len(x), -1) for x in group])
+        act_(rows)
+        for x, part in zip(group, rows.split([len(x) for x in group]), strict=True):
+            x.copy_(part.view(x.shape))

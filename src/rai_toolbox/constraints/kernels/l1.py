@@ -7,7 +7,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import (
+    MANY,
+    in_blocks,
+    joined,
+    needs_grad,
+    wide_dtype,
+)
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
 from rai_toolbox.constraints.kernels.threshold import lower_, lowered, wide_sum
 
@@ -21,52 +27,63 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
     exact arithmetic. Rows that are not finite become NaN.
     """
     if in_blocks(x) and not needs_grad(x):
-        return project_l1_rows_(x.clone(), epsilon)
+        y = x.clone()
+        project_l1_each_([y], epsilon)
+        return y
     values = x.abs().to(_working_dtype(x, epsilon))
     length = wide_sum(values.detach())
-    nearest = _rounded_down(lowered(values, _goal(values, epsilon)), x.dtype)
+    nearest = lowered(values, _goal(values, epsilon))
+    nearest = nearest if x.dtype == nearest.dtype else round_down(nearest, x.dtype)
     nearest = torch.where(length.isfinite(), torch.copysign(nearest, x), torch.nan)
     return torch.where(length <= epsilon, x, nearest)
 
 
-def project_l1_rows_(x: Tensor, epsilon: float | Tensor, memory: Tensor | None = None) -> Tensor:
-    """`project_l1_rows`, in place, of a plain tensor on the CPU.
+def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
+    """`project_l1_rows`, in place, of plain batches (N, ...) on the CPU.
 
-    `memory`, of float32 and twice the size of x, spares new memory, which is slow to touch.
+    Batches of the same kind are joined up to `MANY` elements, for which small operators cost
+    little. All pieces use the same memory, because new memory is slow to touch.
     """
-    dtype = _working_dtype(x, epsilon)
-    if memory is None or dtype != memory.dtype or len(memory) < 2 * x.numel():
-        # (one piece: the allocator keeps that, but gives two back to the system)
-        memory = x.new_empty(2 * x.numel(), dtype=dtype)
-    values, buffer = memory[: 2 * x.numel()].view(2, *x.shape)
-    values.copy_(x).abs_() if x.dtype != dtype else torch.abs(x, out=values)
-    rough, error = values.sum(1, keepdim=True), x.shape[1] * torch.finfo(dtype).eps
+    memory = torch.empty(0)
+    for piece in [batches] if isinstance(epsilon, Tensor) else joined(batches, MANY):
+        dtype = _working_dtype(piece[0], epsilon)
+        heights = list(map(len, piece))
+        size = sum(map(Tensor.numel, piece))
+        if memory.dtype != dtype or len(memory) < 2 * size:
+            memory = piece[0].new_empty(2 * size, dtype=dtype)
+        values, buffer = memory[: 2 * size].view(2, sum(heights), -1)
+        parts = values.split(heights)
+        for x, part in zip(piece, parts, strict=True):
+            part.view(x.shape).copy_(x)
+        if _lower_to_ball_(values.abs_(), epsilon, buffer):
+            for x, part in zip(piece, parts, strict=True):
+                nearest = part.view(x.shape)
+                nearest = nearest if x.dtype == dtype else round_down(nearest, x.dtype)
+                torch.copysign(nearest, x, out=x)
+
+
+def _lower_to_ball_(values: Tensor, epsilon: float | Tensor, buffer: Tensor) -> bool:
+    """Lower the magnitudes in rows that are outside; returns False if there are none."""
+    rough, error = values.sum(1, keepdim=True), values.shape[1] * torch.finfo(values.dtype).eps
     if bool((rough * (1 + error) < epsilon).all()):
-        return x
-    part, at, finite = x, None, None
-    if not bool(((rough * (1 - error) > epsilon) & (rough < inf)).all()):
-        length = wide_sum(values)
-        finite = length.isfinite()
-        at = (~finite | (length > epsilon)).view(-1).nonzero().view(-1)
-        if len(at) == 0:
-            return x
-        part, values, buffer, finite = x[at], values[at], buffer[: len(at)], finite[at]
+        return False
+    if bool(((rough * (1 - error) > epsilon) & (rough < inf)).all()):
+        lower_(values, _goal(values, epsilon), buffer)
+        return True
+    length = wide_sum(values)
+    at = (~(length <= epsilon)).view(-1).nonzero().view(-1)
+    if len(at) > 0:
         if isinstance(epsilon, Tensor) and len(epsilon) > 1:
             epsilon = epsilon[at]
-    nearest = _rounded_down(lower_(values, _goal(values, epsilon), buffer), x.dtype)
-    torch.copysign(nearest, part, out=part)
-    if at is None or finite is None:
-        return x
-    return x.index_copy_(0, at, part.masked_fill_(~finite, torch.nan))
+        some, finite = values[at], length[at].isfinite()
+        lower_(some.masked_fill_(~finite, 0.0), _goal(some, epsilon), buffer[: len(at)])
+        values[at] = some.masked_fill_(~finite, torch.nan)
+    return len(at) > 0
 
 
 def _goal(values: Tensor, epsilon: float | Tensor) -> float | Tensor:
     """What rows are to sum to: rounding of the last factor, of its products, and errors of sums."""
     return epsilon * (1 - 2 * torch.finfo(values.dtype).eps - 4 * noise(values.shape[1]))
-
-
-def _rounded_down(y: Tensor, dtype: torch.dtype) -> Tensor:
-    return y if y.dtype == dtype else round_down(y, dtype)
 
 
 def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:

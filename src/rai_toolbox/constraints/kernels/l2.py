@@ -35,8 +35,8 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     size = x.shape[x.ndim - ndim :].numel()
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = _inner_radius(epsilon, x, size, error) / outer
-    factor = torch.where(length.isinf(), torch.nan, factor)  # its direction is not known
-    return scale_(x, torch.where(inside, 1.0, factor))
+    factor = factor.masked_fill(length.isinf(), torch.nan)  # its direction is not known
+    return scale_(x, factor.masked_fill(inside, 1.0))
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
@@ -49,12 +49,15 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         return x
     dtype = scale_dtype(x)  # a wide factor would take a wide copy of x
     info = torch.finfo(dtype)
+    if in_blocks(x) and not needs_grad(factor):
+        least, most = factor.aminmax()
+        if info.smallest_normal <= float(least) and float(most) <= info.max:
+            part.mul_(factor.to(dtype))
+            return x
+    # A factor below the normal numbers has few digits, so that the rest is rounded again.
     first = factor.clamp(info.smallest_normal, info.max)
-    part.mul_(first.to(dtype))
-    if not (in_blocks(x) and bool((first == factor).all())):
-        # A factor below the normal numbers has few digits, so that the rest is rounded again.
-        rest = factor / first * (1 - 2 * torch.finfo(x.dtype).eps)
-        part.mul_(torch.where(first == factor, 1.0, rest).to(dtype))
+    rest = factor / first * (1 - 2 * torch.finfo(x.dtype).eps)
+    part.mul_(first.to(dtype)).mul_(torch.where(first == factor, 1.0, rest).to(dtype))
     return x
 
 

@@ -53,25 +53,26 @@ def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor | Non
     """
     size = x.shape[x.ndim - ndim :].numel()
     narrow = x.dtype == torch.float32 and x.numel() > BLOCK and x.is_contiguous()
-    if not narrow or not in_blocks(x) or needs_grad(x):
+    fits = not isinstance(limit, Tensor) and limit > 2 * _LEAST
+    if not (narrow and fits and in_blocks(x)) or needs_grad(x):
         return norm(x, 2, ndim), noise(size)
     rows = x.view(-1, size)
-    if not isinstance(limit, Tensor):
-        error = _error(size)
-        surely = limit * (1 - error) - error * _LEAST
-        if bool((torch.linalg.vector_norm(rows, dim=1) < surely).all()):
-            return None, error
+    largest = float(torch.linalg.vector_norm(rows, dim=1).amax())
+    error = _error(size)
+    if largest < limit * (1 - error) - error * _LEAST:
+        return None, error
     error = _error(min(size, _CHUNK))
-    length = _chunked_norm(rows).view(*x.shape[: x.ndim - ndim], *(1,) * ndim)
-    larger = torch.maximum(length, length.new_full((), _LEAST))
-    larger = larger.maximum(limit) if isinstance(limit, Tensor) else larger.clamp(min=limit)
-    close = ~((length - limit).abs() > error * larger)  # so is what is not finite
-    at = close.view(-1).nonzero().view(-1)
-    if 8 * len(at) > len(rows):
+    length = _chunked_norm(rows)
+    close = (length - limit).abs_() <= 2 * error * limit  # (beyond 2 limit none is, nor below half)
+    if not largest < math.inf:
+        close |= ~length.isfinite()
+    number = int(close.count_nonzero())
+    if 8 * number > len(rows):
         return norm(x, 2, ndim), error
-    if len(at):
+    if number:
+        at = close.view(-1).nonzero().view(-1)
         length.view(-1)[at] = norm(rows[at], 2, 1).view(-1)
-    return length, error
+    return length.view(*x.shape[: x.ndim - ndim], *(1,) * ndim), error
 
 
 def _error(size: int) -> float:

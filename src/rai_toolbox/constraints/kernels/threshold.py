@@ -8,9 +8,8 @@ from torch import Tensor
 from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, wide_dtype
 
-_GROUPS = 4  # of entries; the search begins with the largest of each few
-_WIDE = 128  # entries of a row for which that pays
-_FIRST_STEPS = 3
+_WIDE = 128  # entries of a row for which a search among some of them pays
+_FIRST_STEPS = 3  # of that search
 
 
 def lowered(v: Tensor, total: float | Tensor) -> Tensor:
@@ -46,24 +45,13 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
 
 def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
     """`lowered`, in place, of a plain tensor on the CPU; `buffer` is memory in the shape of v."""
-    v.sub_(v.amax(1, keepdim=True))
     goal = torch.as_tensor(total, dtype=v.dtype, device=v.device).expand(len(v), 1)
-    if v.shape[1] < _WIDE:
-        t = _least(v, goal)
-    else:  # the threshold of some entries is never above that of all
-        size = v.shape[1] // _GROUPS
-        some = v[:, : _GROUPS * size].unflatten(1, (_GROUPS, size)).amax(1)
-        t = _least(some, goal)
-        over = torch.empty_like(some)
-        for _ in range(_FIRST_STEPS):
-            number = torch.gt(some, t, out=over).sum(1, keepdim=True)
-            t = _stepped(some, t, goal, number, over)
-    t, number = _settled(v, t, goal, buffer)
+    t, number = _settled(v, _start(v, goal, buffer), goal, buffer)
     over = v.sub_(t)
     missed = total - wide_sum(torch.clamp(over, min=0, out=buffer))
     over.add_((missed / number.clamp(min=1)).to(v.dtype)).relu_()
     # Where no entry has come or gone the sum is right.
-    kept = torch.gt(over, torch.zeros_like(t), out=buffer).sum(1, keepdim=True)
+    kept = torch.gt(over, v.new_zeros(()), out=buffer).sum(1, keepdim=True)
     right = (kept == number) & (missed.abs() <= goal)
     return v if bool(right.all()) else v.mul_(_last_factor(v, total).masked_fill_(right, 1.0))
 
@@ -90,27 +78,48 @@ def _least(below: Tensor, goal: float | Tensor) -> Tensor:
     return torch.maximum(mean - goal / below.shape[1], torch.zeros_like(mean) - goal)
 
 
+def _start(v: Tensor, goal: Tensor, buffer: Tensor) -> Tensor:
+    """Take the maximum off each row, in place; a threshold that is not above the right one."""
+    width = v.shape[1] // 4
+    if 4 * width < _WIDE:
+        return _least(v.sub_(v.amax(1, keepdim=True)), goal)
+    # The threshold of some entries is never above that of all: of the largest of every four.
+    parts = buffer.view(-1)[: 4 * width * len(v)].view(4, len(v), width)
+    halves = parts[:2].view(len(v), 2 * width)
+    torch.maximum(v[:, : 2 * width], v[:, 2 * width : 4 * width], out=halves)
+    some = torch.maximum(halves[:, :width], halves[:, width:], out=parts[2])
+    top = some.amax(1, keepdim=True)
+    if 4 * width < v.shape[1]:
+        top = top.maximum(v[:, 4 * width :].amax(1, keepdim=True))
+    v.sub_(top)
+    t = _least(some.sub_(top), goal)
+    for _ in range(_FIRST_STEPS):
+        t, _ = _stepped(some, t, goal, parts[3])
+    return t
+
+
 def _settled(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """The threshold that is right for the entries above it, from one below; their number."""
-    number = torch.gt(v, t, out=buffer).sum(1, keepdim=True)
-    moving = number >= 0
-    while True:  # (a row's bits do not depend on the other rows)
-        t = torch.where(moving, _stepped(v, t, goal, number, buffer), t)
-        before, number = number, torch.gt(v, t, out=buffer).sum(1, keepdim=True)
-        moving = number < before
+    t, number = _stepped(v, t, goal, buffer)
+    while True:
+        farther, now = _stepped(v, t, goal, buffer)
+        moving = now < number
         count = int(moving.count_nonzero())
         if count == 0:
             return t, number
-        if 4 * count < len(v):
+        t, number = farther, now
+        if 4 * count < len(v) and v.numel() > BLOCK // 8:
             at = moving.view(-1).nonzero().view(-1)
             t[at], number[at] = _settled(v[at], t[at], goal[at], buffer[:count])
             return t, number
 
 
-def _stepped(v: Tensor, t: Tensor, goal: Tensor, number: Tensor, buffer: Tensor) -> Tensor:
-    """The threshold that is right for the `number` of entries above t."""
-    excess = torch.sub(v, t, out=buffer).relu_().sum(1, keepdim=True).sub_(goal)
-    return t + excess.div_(number.clamp(min=1)).clamp_(min=0)
+def _stepped(v: Tensor, t: Tensor, goal: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """The threshold that is right for the entries above t; their number."""
+    over = torch.sub(v, t, out=buffer).relu_()
+    excess = over.sum(1, keepdim=True).sub_(goal)
+    number = over.gt_(v.new_zeros(())).sum(1, keepdim=True)  # (a number would be made a tensor)
+    return excess.div_(number.clamp(min=1)).clamp_(min=0).add_(t), number
 
 
 def _newton(v: Tensor, t: Tensor, goal: float | Tensor) -> Tensor:

@@ -26,12 +26,11 @@ def draw_report(report: Any) -> Any:
     columns = max((len(shown.data) for shown in examples), default=0)
     width = max(PANEL, CELL * columns + 0.6)
     heights = [PANEL, 3 * CELL + 0.6] if examples else [PANEL]
-    figure = figures.Figure(
-        figsize=(width * len(norms), sum(heights)), dpi=120, layout="constrained"
-    )
+    size = width * len(norms), sum(heights)
+    figure = figures.Figure(figsize=size, dpi=120, layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, norm in zip(parts[0].subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
-        draw_accuracy(axes, {"": report}, norm)
+        draw_accuracy(axes, {"robust accuracy": report}, norm)
     if examples:
         below = parts[1].subfigures(1, len(examples), squeeze=False)[0]
         for part, shown in zip(below, examples, strict=True):
@@ -47,7 +46,7 @@ def draw_accuracy(axes: Any, reports: Mapping[str, Any], norm: str) -> None:
         low, high = [100 * row.low for row in rows], [100 * row.high for row in rows]
         axes.fill_between(epsilons, low, high, color=color, alpha=0.15, linewidth=0)
         accuracies = [100 * row.robust_accuracy for row in rows]
-        label = f"{name} (band: 95% interval)".strip()
+        label = f"{name} (band: 95% interval)"
         axes.plot(epsilons, accuracies, color=color, marker=marker, linewidth=2, label=label)
     axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
     axes.set(xlabel="ε (at 0: the original data)", xlim=(0, None))

@@ -171,9 +171,8 @@ class RobustnessReport:
         for row in self.rows():
             accuracies = f"{row.clean_accuracy:>7.1%} {row.robust_accuracy:>7.1%}"
             interval = f"{row.low:.1%} - {row.high:.1%}"
-            lines.append(
-                f"{row.norm:<5} {row.epsilon:>7g} {row.data:>6} {accuracies}  {interval:>13}"
-            )
+            start = f"{row.norm:<5} {row.epsilon:>7g} {row.data:>6}"
+            lines.append(f"{start} {accuracies}  {interval:>13}")
         return "\n".join(lines)
 
     # Parts

@@ -17,11 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rai_toolbox import extras
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.sharding import is_sharded
-from rai_toolbox.extras import Bar
-from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.batch import Batch
@@ -37,7 +36,7 @@ def evaluate_robustness(
     model: Model,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    balls: Iterable[Ball],
+    balls: Ball | Iterable[Ball],
     data_range: Range = (0.0, 1.0),
     solver: Callable[..., Any] = attack,
     steps: int | None = None,
@@ -47,6 +46,7 @@ def evaluate_robustness(
     progress: bool = True,
     examples: int = 4,
     group: dist.ProcessGroup | None = None,
+    keys: tuple[Any, Any] | None = None,
 ) -> RobustnessReport:
     """Clean and robust accuracy over norms and radii, verified independently of the solver.
 
@@ -56,7 +56,8 @@ def evaluate_robustness(
 
     Examples that are predicted wrong, or fooled at a smaller epsilon, are not attacked again. A
     perturbation counts only if a new call of the model predicts another class, and norm and bounds
-    hold in float64. A `RobustnessWarning` reports each reason to doubt a result.
+    hold up to rounding in the dtype of the data, as `verify` allows. A `RobustnessWarning` reports
+    each reason to doubt a result.
 
     The result for an example depends on its batch and on `seed`, and not on other batches or their
     order: random numbers are seeded by the content of the batch. So ranks can share the work, see
@@ -65,10 +66,11 @@ def evaluate_robustness(
     Parameters
     ----------
     model : Callable
-        From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
+        From data to logits, shape (N, K), or to an object with `logits`. A module is in eval mode
+        with frozen weights meanwhile.
     loader : Iterable
-        Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader.
-    balls : Iterable of LinfBall, L2Ball or L1Ball
+        Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader; see `keys`.
+    balls : LinfBall, L2Ball or L1Ball, or an iterable of them
         Each has a number as radius, and no center.
     data_range : (float or Tensor, float or Tensor), optional
         Lower and upper bound of all data, also of perturbed ones; None for no bounds.
@@ -94,6 +96,9 @@ def evaluate_robustness(
         with the same arguments (except `device`), reads all batches, attacks every k-th one, and
         returns the whole report. The first one has the bar, the state file and the warnings. An
         error on one rank raises on all. None: this process works alone.
+    keys : pair, optional
+        Where data and classes are in each batch: ``("pixel_values", "labels")`` for dicts, ``(0,
+        1)`` for tuples of more items. None: batches are pairs.
 
     Returns
     -------
@@ -137,9 +142,10 @@ def evaluate_robustness(
     shown: list[Any] = []
     per_batch = sum(map(len, by_norm.values()))
 
-    def unknown_batches(bar: Bar) -> Iterator[Batch]:
+    def unknown_batches(bar: extras.Bar) -> Iterator[Batch]:
         number = 0
-        for number, (data, target) in enumerate(inputs.batches(loader, device), start=1):
+        pairs = loader if keys is None else ([batch[key] for key in keys] for batch in loader)
+        for number, (data, target) in enumerate(inputs.batches(pairs, device), start=1):
             inputs.bounds_of(data, data_range)  # which checks the data
             name = fingerprint(data, target)
             batch = Batch(model, by_norm, data_range, solver, seed, data, target, name)
@@ -152,7 +158,7 @@ def evaluate_robustness(
         state.check_number(number)
 
     total = length_hint(loader) * per_batch
-    with progress_bar("evaluating", total, shown=progress and ranks.rank == 0) as bar:
+    with extras.progress("evaluating", total, shown=progress and ranks.rank == 0) as bar:
         remaining = unknown_batches(bar)
 
         def next_round() -> tuple[list[str], RobustnessReport]:
@@ -182,10 +188,10 @@ def evaluate_robustness(
     return report
 
 
-def _by_norm(balls: Iterable[Ball]) -> dict[str, list[Ball]]:
+def _by_norm(balls: Ball | Iterable[Ball]) -> dict[str, list[Ball]]:
     """The balls of each norm by ascending radius, without duplicates."""
     found: dict[str, dict[float, Ball]] = {}
-    for ball in balls:
+    for ball in balls if isinstance(balls, Iterable) else [balls]:
         radius = inputs.radius_of(ball)
         found.setdefault(ball.norm_name, {})[radius] = type(ball)(radius)
     if not found:
