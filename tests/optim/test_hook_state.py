@@ -124,6 +124,9 @@ def test_a_hook_without_state_leaves_none():
     opt = Halved([x], lr=0.1)
     opt.step()
     assert not opt.state
+    chain = ChainedParamTransformingOptimizer(Halved, Halved, params=[x], InnerOpt=Adam, lr=0.1)
+    chain.step()
+    assert chain.state[x].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
     class Failing(Halved):
         def _pre_step_transform_(self, param, optim_group):

@@ -107,11 +107,6 @@ class OptimizerWrapper(Optimizer):
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.inner_opt.state = state
 
-    def _state_for_hook(self, param: Tensor) -> Any:
-        """What a hook that sees a view of a parameter finds and leaves in its state."""
-        state = self.inner_opt.state.get(param) or self._new_state.setdefault(param, {})
-        return state.setdefault(self._prefix, {}) if self._prefix else state
-
     def _add_new_state(self) -> None:
         for param, new_state in self._new_state.items():
             if new_state and param.grad is not None:  # (else the inner may have its own to make)
