@@ -487,6 +487,28 @@ def test_nothing_is_dropped_that_is_given_beside_an_instance(cls):
         assert_refused(make, TypeError, words, inner, params)
 
 
+def test_settings_are_not_dropped_if_the_instance_has_loaded_those_of_a_wrapper():
+    saved = ClampedParameterOptimizer(tensors("w", (2, 3)), Adam, clamp_max=0.5).state_dict()
+    bare = Adam(tensors("w", (2, 3)))
+    bare.load_state_dict(saved)
+    for make in (ClampedParameterOptimizer, SignedGradientOptim):
+        kwargs = {"clamp_max": 5.0} if make is ClampedParameterOptimizer else {}
+        with pytest.raises(ValueError, match="nor have loaded what a wrapper saved"):
+            make(InnerOpt=bare, **kwargs)
+
+
+@pytest.mark.parametrize("given", [SGD, SGD([torch.ones(2, requires_grad=True)], lr=0.1)])
+def test_an_optimizer_in_the_place_of_the_parameters(given):
+    with pytest.raises(TypeError, match=r"\(an optimizer is given as InnerOpt=\), got"):
+        ClampedParameterOptimizer(given, clamp_max=5.0)
+
+
+def test_a_group_without_a_constraint():
+    groups = [{"params": tensors("w", (2, 3))}]
+    with pytest.raises(TypeError, match="`constraint` must be given.*None leaves it unconstrained"):
+        ProjectedOptimizer(groups, lr=0.1)
+
+
 def test_settings_are_not_dropped_if_the_instance_is_wrapped_already():
     x = torch.full((2,), 9.0, requires_grad=True)
     inner = SGD([x], lr=1.0)

@@ -640,6 +640,7 @@ def test_l1q_is_the_chain_spelled_by_hand(param_ndim, dq):
 REFUSED = {
     "no member": ((), ValueError, "`transforming_optimizers` must not be empty"),
     "instance": ((SignedGradientOptim([_x]),), TypeError, "`transforming_optimizers` must be "),
+    "partial function": ((partial(print),), TypeError, "`transforming_optimizers` must be .*print"),
     "inner optimizer": ((SGD,), TypeError, "`transforming_optimizers` must be .* got <class"),
     "Frank-Wolfe": ((FrankWolfe,), TypeError, "`transforming_optimizers` must be "),
     "Frank-Wolfe on a ball": ((partial(L1FrankWolfe, epsilon=1.0),), TypeError, "L1FrankWolfe"),

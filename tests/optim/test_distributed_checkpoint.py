@@ -336,3 +336,13 @@ def test_a_closure_at_lr_zero_is_a_step():
     x.grad.zero_()
     ClampedParameterOptimizer([x], lr=0.0, clamp_max=1.0).step(lambda: 0.0)
     assert x.tolist() == [1.0] * 3
+
+
+def test_steps_at_lr_zero_project_if_the_inner_keeps_no_state():
+    (x,) = tensors(3)
+    x.detach().fill_(5.0)
+    x.grad.zero_()
+    opt = ClampedParameterOptimizer([x], lr=0.0, clamp_max=1.0)
+    opt.step()  # may be that of a checkpoint
+    opt.step()
+    assert x.tolist() == [1.0] * 3

@@ -116,7 +116,14 @@ def test_the_module_itself_can_be_of_the_type():
 
 def test_a_parametrized_weight_is_found_where_torch_keeps_it():
     module = named(a=parametrizations.weight_norm(nn.Linear(2, 1)))
-    assert names(module, nn.Linear) == ["a.bias"]
+    with pytest.raises(ValueError, match=r"got none of 'a\.parametrizations\.weight\.original0', "):
+        constrain(module, {nn.Linear: POSITIVE})
+    assert names(module, nn.Module)[1:] == [
+        "a.parametrizations.weight.original0",
+        "a.parametrizations.weight.original1",
+    ]
+    by_name = constrain(module, {nn.Linear: POSITIVE, "a.parametrizations.*": None})
+    assert shown(by_name)[0] == (POSITIVE, ["a.bias"])
     assert names(module, "a.parametrizations.weight.original1") == [
         "a.parametrizations.weight.original1"
     ]
@@ -131,7 +138,13 @@ def test_frozen_parameters_are_claimed_too():
     assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
     with torch.no_grad():
         module.head.weight.fill_(-1.0)
-    ProjectedOptimizer(groups, lr=0.1).step()
+        module.head.bias.fill_(-1.0)
+    optimizer = ProjectedOptimizer(groups, lr=0.1)
+    optimizer.step()
+    assert (module.head.bias == 0).all()
+    assert (module.head.weight == -1).all()
+    module.head.weight.requires_grad_()
+    optimizer.step()
     assert (module.head.weight == 0).all()
 
 

@@ -14,6 +14,7 @@ from torch.testing._internal.common_distributed import spawn_threads_and_init_co
 from torch_versions import takes_grad_dtype
 
 from rai_toolbox import optim
+from rai_toolbox.constraints import L2Ball, LinfBall
 
 of_each_class = pytest.mark.parametrize("name", CASES)
 of_each_with_hooks = pytest.mark.parametrize("name", TRANSFORMING)
@@ -286,9 +287,42 @@ def test_parameters_without_gradient_are_projected_only(name):
         for idle in (frozen, unused):
             assert idle.grad is None
             assert idle not in optimizer.state
-            expected = np.array([case.project(row) for row in data.numpy()])
-            assert torch.allclose(idle, torch.tensor(expected), rtol=1e-6)
+        expected = np.array([case.project(row) for row in data.numpy()])
+        assert torch.allclose(unused, torch.tensor(expected), rtol=1e-6)
+        assert torch.equal(frozen, data)
     assert (frozen.requires_grad, unused.requires_grad) == (False, True)
+    frozen.grad = torch.ones_like(frozen)  # which torch's optimizers follow
+    optimizer.step()
+    expected = torch.tensor(np.array([case.project(row) for row in frozen.numpy()]))
+    assert torch.allclose(frozen, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integer_parameters_stay_as_they_are(dtype):
+    packed, (data, grad) = torch.tensor([[3, 1, 0]]).to(dtype), data_and_grad()
+    for make in (
+        partial(optim.ClampedParameterOptimizer, clamp_max=0.5),
+        partial(optim.ProjectedOptimizer, constraint=L2Ball(0.5)),
+        partial(optim.PGD, constraint=LinfBall(0.5)),
+    ):
+        before, param = packed.clone(), leaf(data, grad.clone())
+        optimizer = make([packed, param], lr=0.1)
+        optimizer.step()
+        if isinstance(optimizer, optim.ProjectedOptimizer):
+            optimizer.make_feasible_()
+        assert torch.equal(packed, before)
+
+
+def test_frozen_parameters_are_not_made_feasible():
+    adapted = torch.nn.Linear(3, 2)
+    adapted.weight.requires_grad_(False)
+    before = adapted.weight.clone()
+    optimizer = optim.ProjectedOptimizer(
+        adapted.parameters(), constraint=L2Ball(0.01), param_ndim=None, lr=0.1
+    )
+    optimizer.make_feasible_()
+    assert torch.equal(adapted.weight, before)
+    assert adapted.bias.norm() <= 0.01
 
 
 @of_each_class

@@ -457,7 +457,9 @@ def test_a_setting_that_is_not_there_lists_what_there_is(make, setting, there):
 def test_a_group_without_the_setting_needs_none():
     groups = [{"params": tensors((2, 2)), "constraint": c} for c in (L2Ball(4.0), None)]
     opt = ProjectedOptimizer(groups, lr=0.1)
-    with pytest.raises(ValueError, match=r"\(or `values` None\) for group 1 at step 0, got"):
+    with pytest.raises(
+        ValueError, match=r"\(or None in a list for all groups\) for group 1 at step 0, got"
+    ):
         SettingScheduler(opt, "constraint.epsilon", falling)
     assert opt.param_groups[0]["constraint"] == L2Ball(4.0)
 
@@ -660,3 +662,13 @@ def test_the_schedule_finds_groups_that_were_replaced():
     opt.param_groups = [dict(group) for group in opt.param_groups]
     scheduler.step()
     assert [group["epsilon"] for group in opt.param_groups] == [0.75, 0.5]
+
+
+def test_trainers_find_the_learning_rates():
+    groups = [{"params": tensors((2, 2)), "lr": lr} for lr in (0.5, torch.tensor(0.25))]
+    opt = ClampedParameterOptimizer(groups, clamp_max=4.0)
+    scheduler = LinearSetting(opt, "clamp_max", start=4.0, end=1.0, total_steps=3)
+    assert scheduler.get_last_lr() == [0.5, torch.tensor(0.25)]
+    opt.param_groups[0]["lr"] = 0.125
+    assert scheduler.get_last_lr()[0] == 0.125
+    assert LinearSetting(opt, "lr", [2.0, None], [1.0, None], 3).get_last_lr()[0] == 2.0

@@ -806,3 +806,46 @@ def test_random_draws_are_one_per_parameter_and_step():
         opt.step()
     torch.rand(3 * 2, generator=reference)
     assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=reference))
+
+
+# --- arguments of the inner's step ----------------------------------------------------------------
+
+
+class WithBatchSize(SGD):
+    """An optimizer whose step takes more, as that of Sophia."""
+
+    def step(self, closure=None, bs=1):
+        self.bs = bs
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closure", [None, lambda: 0.5])
+def test_more_arguments_go_to_the_inner_step(closure):
+    seen = []
+    (x,) = tensors((2, 3))
+    opt = ClampedParameterOptimizer([x], WithBatchSize, lr=0.1, clamp_max=0.5)
+    opt.inner_opt.register_step_pre_hook(lambda inner, args, kwargs: seen.append(kwargs))
+    for attach in (lambda: None, lambda: lr_scheduler.StepLR(opt, 1)):
+        attach()
+        assert opt.step(closure, bs=7) == (None if closure is None else 0.5)
+        assert opt.inner_opt.bs == 7 and seen[0] == {"bs": 7}
+        seen.clear()
+    opt.step()
+    assert opt.inner_opt.bs == 1
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bs'"):
+        ClampedParameterOptimizer([x], SGD, lr=0.1, clamp_max=0.5).step(bs=7)
+
+
+def test_an_interrupted_step_leaves_the_groups_as_they_were():
+    class Interrupting(dict):
+        def __setitem__(self, name, value):
+            super().__setitem__(name, value)
+            if value is True:
+                raise KeyboardInterrupt
+
+    params = tensors((2, 3), (2, 3))
+    opt = ClampedParameterOptimizer(params, lr=0.1, clamp_max=0.5)
+    opt.inner_opt.param_groups[0] = Interrupting(opt.param_groups[0])
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert opt.param_groups[0]["foreach"] is None

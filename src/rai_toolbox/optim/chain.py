@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.optim import SGD, Optimizer
 
+from rai_toolbox.checks import wrong
 from rai_toolbox.optim.engine import SCALE, SHIFT, ParamTransformingOptimizer
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
-from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import base_name
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params, checked_group
 
@@ -129,10 +129,8 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
             if key in settings:
                 raise ValueError(f"`{key}` must be given once, got it as `{name}` too")
             if name not in self._keys and name.partition(".")[0].isdigit():
-                raise ValueError(
-                    f"`{name}` must be a setting of a member (one of "
-                    f"{', '.join(sorted(self._keys))}), got {name}={value!r}"
-                )
+                rule = f"be a setting of a member (one of {', '.join(sorted(self._keys))})"
+                raise wrong(name, rule, f"{name}={value!r}")
             settings[key] = value
         return settings
 
@@ -143,23 +141,18 @@ class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
 
 def _member(given: Any, InnerOpt: object) -> tuple[ParamTransformingOptimizer, dict[str, Any]]:
     """A member, and the settings that count for it alone: those that the chain does not have."""
-    if not (
-        isinstance(given, (type, partial))
-        and issubclass(optimizer_class(given), ParamTransformingOptimizer)
-    ):
-        raise TypeError(
-            "`transforming_optimizers` must be ParamTransformingOptimizer classes or partials of "
-            f"them, got {given!r}"
-        )
+    made_by = given.func if isinstance(given, partial) else given
+    if not (isinstance(made_by, type) and issubclass(made_by, ParamTransformingOptimizer)):
+        rule = "be ParamTransformingOptimizer classes or partials of them"
+        raise wrong("transforming_optimizers", rule, repr(given), TypeError)
     accepted = inspect.signature(given).parameters
     if "InnerOpt" not in accepted and all(p.kind is not p.VAR_KEYWORD for p in accepted.values()):
         raise TypeError(f"`transforming_optimizers` must take an `InnerOpt`, got {given!r}")
     bound = given.keywords if isinstance(given, partial) else {}
     for name in ("params", "InnerOpt"):
         if name in bound:
-            raise TypeError(
-                f"`{name}` must be given to the chain, not to a member, got {bound[name]!r}"
-            )
+            rule = "be given to the chain, not to a member"
+            raise wrong(name, rule, repr(bound[name]), TypeError)
     member: ParamTransformingOptimizer = given(params=MEMBER, InnerOpt=InnerOpt)
     return member, {
         name: value

@@ -13,8 +13,8 @@ from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
-from rai_toolbox.optim.inner import step_inner
-from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
+from rai_toolbox.optim.inner import step_inner, with_iterates
+from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels, trained
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
@@ -30,7 +30,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     On its own it transforms nothing. A subclass overrides one or both of the hooks
     `_pre_step_transform_` (T) and `_post_step_transform_` (P), which see each tensor as a batch
-    of sub-tensors, of shape `(N, d0, ...)`.
+    of sub-tensors, of shape `(N, d0, ...)`. Its settings are `defaults`, and what it remembers of
+    a parameter is in ``self.state[param]``; both are saved and loaded.
 
     Parameters
     ----------
@@ -55,7 +56,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     `param_ndim`, `grad_scale`, `grad_bias`, and the settings of each subclass can be given, and
     scheduled, per parameter group. `state`, `param_groups` and `defaults` are those of
     `inner_opt`; so is `state_dict()`. With a closure, gradients are transformed after each of its
-    evaluations, and parameters once, after the step.
+    evaluations, and parameters once, after the step. Frozen parameters (those that require no
+    gradient and have none, and so all integer ones) stay as they are.
+
+    An inner optimizer's second iterates are transformed as the parameters are: the slow weights of
+    Lookahead (`slow_param`, `slow_params` or `slow_buffer` in its state), and the `z` of
+    schedule-free optimizers, whose `train` and `eval` the wrapper then has, too.
 
     Raises
     ------
@@ -83,6 +89,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
 
+    _has_initialized = False
+    """Whether a distributed checkpoint may have made its step."""
+
     def _pre_step_transform_(self, param: Tensor, optim_group: Group) -> None:
         """Transform `param.grad` in place, before the inner step. For subclasses to override.
 
@@ -90,6 +99,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         ----------
         param : Tensor, shape (N, d0, ...)
             View of a parameter that has a gradient; `param.grad` is the same view of that.
+            ``self.state[param]`` is the state of the parameter, which the inner optimizer shares:
+            use names that it does not. In a chain, each member has its own part of it.
         optim_group : dict
             The parameter group, with all its settings. It is passed by keyword.
         """
@@ -105,7 +116,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         Parameters
         ----------
         param : Tensor, shape (N, d0, ...)
-            View of a parameter, with or without a gradient.
+            View of a parameter, with or without a gradient, that is not frozen; or of a second
+            iterate of it.
         optim_group : dict
             The parameter group, with all its settings. It is passed by keyword.
         """
@@ -161,19 +173,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         }
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, **kwargs: Any) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], **kwargs: Any) -> float: ...
 
     @use_grad_for_differentiable
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> float | None:
         """Transform the gradients, step `inner_opt`, transform the parameters.
 
         Parameters
         ----------
         closure : callable, optional
             Reevaluates the model and returns the loss.
+        **kwargs
+            More arguments of the step of `inner_opt`, where that has any.
 
         Returns
         -------
@@ -182,19 +196,23 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
+        self._new_state.clear()  # what a step that failed has left
         if closure is not None:
             closure = partial(self._evaluated, closure)
         elif not compiling and self._initializes_state():
-            step_inner(self.inner_opt, None)
+            step_inner(self.inner_opt, None, kwargs)
             for group in self.param_groups:
                 for transform in without_hooks(self._before):
                     transform.init_state(group, self)
+            if self._has_initialized:  # a step of the user's, around an inner that has no state
+                self._post_step(is_step=False)
+            self._has_initialized = True
             return None
         else:
             self._pre_step()
             if compiling and self._must_break_graph():
                 graph_break()
-        loss: float | None = step_inner(self.inner_opt, closure)
+        loss: float | None = step_inner(self.inner_opt, closure, kwargs)
         self._post_step()
         return loss
 
@@ -229,15 +247,33 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 for transform in active:
                     transform.apply_(grads, params, group, self)
 
-    def _post_step(self) -> None:
-        for param, new_state in self._new_state.items():
-            self.state[param].update(new_state)
-        self._new_state.clear()
+    def _post_step(self, is_step: bool = True) -> None:
+        self._add_new_state()
         transforms = self._transforms(PARAMETER_HOOK)
         for group in self.inner_opt.param_groups:
+            params = trained(group)
+            tensors, owners = with_iterates(self.inner_opt, params)
             for transform in transforms:
-                transform.count_step(group)
-                transform.apply_(group["params"], group["params"], group, self)
+                if is_step:
+                    transform.count_step(group)
+                transform.apply_(tensors, owners, group, self)
+        self._add_new_state()
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """The method of a schedule-free `inner_opt` that starts training; others have none."""
+        return partial(self._switch, self.inner_opt.train)  # type: ignore[attr-defined]
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """The same for evaluation. The parameters are then in their sets, too."""
+        return partial(self._switch, self.inner_opt.eval)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _switch(self, switch: Callable[[], object]) -> None:
+        switch()
+        if any(self.inner_opt.state.values()):  # parameters stay as they are before the first step
+            self._post_step(is_step=False)
 
     def _gradients(
         self, group: Group, transforms: list[Transform], seen: set[int]

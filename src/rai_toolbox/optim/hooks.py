@@ -96,11 +96,22 @@ class Hook(Transform):
                     set_grad_dtype(shown, tensor.dtype)
                 shown.grad = view
             outer = self.owner._viewed  # set if `param` is a view that a hook of a chain got
-            self.owner._viewed = param if outer is None else outer
+            viewed, states = param if outer is None else outer, self.owner.state
+            state = states.get(viewed) or self.owner._new_state.setdefault(viewed, {})
+            own_state = state.get(self.owner._prefix, {}) if self.owner._prefix else state
+            before = states.get(shown)
             try:
+                self.owner._viewed = viewed
+                states[shown] = own_state
                 getattr(self.owner, self.hook)(shown, optim_group=group)
             finally:
                 self.owner._viewed = outer
+                if before is None:
+                    del states[shown]
+                else:
+                    states[shown] = before
+                if own_state is not state and own_state:  # that of a chain's member
+                    state[self.owner._prefix] = own_state
             if self.hook == GRADIENT_HOOK and shown.grad is not view:
                 raise ValueError(
                     f"{type(self.owner).__name__}.{self.hook} must write into `param.grad` in "

@@ -8,10 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
 from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, unhooked
+from rai_toolbox.checks import wrong
+
+_SLOW = {"slow_buffer", "slow_param", "slow_params"}
+"""Names of the slow weights in the state of Lookahead, in its implementations."""
 
 
 def optimizer_class(InnerOpt: object) -> type[Optimizer]:
@@ -20,10 +25,8 @@ def optimizer_class(InnerOpt: object) -> type[Optimizer]:
     if isinstance(made_by, Optimizer):
         made_by = type(made_by)
     if not (inspect.isclass(made_by) and issubclass(made_by, Optimizer)):
-        raise TypeError(
-            "`InnerOpt` must be a torch.optim.Optimizer class, a functools.partial of one, or an "
-            f"instance, got {InnerOpt!r}"
-        )
+        rule = "be a torch.optim.Optimizer class, a functools.partial of one, or an instance"
+        raise wrong("InnerOpt", rule, repr(InnerOpt), TypeError)
     return made_by
 
 
@@ -44,7 +47,7 @@ def make_inner(
     return InnerOpt(groups, **kwargs)
 
 
-def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
+def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
     """Step the inner optimizer as a part of another optimizer's step.
 
     Torch gives each optimizer class a `step` that runs the global step hooks; those belong to the
@@ -54,28 +57,42 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None) -> Any:
     own = inner.__dict__.get("step")
     if own is not None:
         if not (is_wrapped_by_scheduler(own) and own.__wrapped__ is type(inner).step):
-            return own(*args)  # a user has replaced it
+            return own(*args, **kwargs)  # a user has replaced it
         mark_stepped(inner)  # as the scheduler's wrapper does
     step: Any = unhooked(type(inner).step)
     if torch.compiler.is_compiling():
         # Without the decorator that switches grad mode, and so would break the graph.
         step = getattr(step, "__wrapped__", step)
     args = (inner, *args)
-    kwargs: dict[str, Any] = {}
-    for pre_hook in inner._optimizer_step_pre_hooks.values():
+    for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
     # (not with a closure, which would see the changed groups)
     together = _plain_groups(inner) if type(inner) is SGD and closure is None else []
-    for group in together:
-        group["foreach"] = True
     try:
+        for group in together:
+            group["foreach"] = True
         result = step(*args, **kwargs)
     finally:
         for group in together:
             group["foreach"] = None
-    for post_hook in inner._optimizer_step_post_hooks.values():
+    for post_hook in getattr(inner, "_optimizer_step_post_hooks", {}).values():
         post_hook(inner, args, kwargs)
     return result
+
+
+def with_iterates(inner: Optimizer, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and all else that must be in their sets, and the parameter that each belongs to.
+
+    That is the slow weights of Lookahead, and the second iterate of schedule-free optimizers, from
+    which the next parameters are made.
+    """
+    state = inner.state
+    one = next(iter(state.values()), None)
+    names = {*_SLOW, "z"} if hasattr(inner, "eval") else _SLOW
+    if not isinstance(one, dict) or names.isdisjoint(one):
+        return params, params
+    more = [(state[p][name], p) for p in params for name in names if name in state.get(p, ())]
+    return [*params, *(iterate for iterate, _ in more)], [*params, *(param for _, param in more)]
 
 
 def _plain_groups(inner: SGD) -> list[dict[str, Any]]:

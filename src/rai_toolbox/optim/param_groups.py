@@ -7,8 +7,10 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rai_toolbox._torch import NORMALIZATIONS
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import check_constraint
 from rai_toolbox.optim.wrapper import Group
@@ -29,7 +31,8 @@ def constrain(
     Each pattern makes one group, in the order of the mapping; parameters that no pattern matches
     are in a last group, whose constraint is None. A parameter that several modules share has
     several names, any of which may match, and is in one group. Frozen parameters are in their
-    groups, too.
+    groups, too, but no step changes them. A parametrized tensor is no parameter: name what it is
+    made from, ``"...parametrizations.weight.*"``.
 
     Parameters
     ----------
@@ -52,7 +55,8 @@ def constrain(
     Raises
     ------
     ValueError
-        If a pattern matches no parameter, or two match the same one; if there are no parameters.
+        If a pattern matches no parameter, or two match the same one; if there are no parameters;
+        if a type matches a parametrized module, and no pattern the parameters that it is made from.
     TypeError
         If a key or a value of `constraints` is of another type.
 
@@ -71,9 +75,8 @@ def constrain(
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch.nn.Module, got {module!r}")
     if not isinstance(constraints, Mapping):
-        raise TypeError(
-            f"`constraints` must be a dict from patterns to constraints, got {constraints!r}"
-        )
+        rule = "be a dict from patterns to constraints"
+        raise wrong("constraints", rule, repr(constraints), TypeError)
     keys = _keys(module)
     if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")
@@ -90,10 +93,8 @@ def constrain(
             if matches:
                 names = _listed(_name(keys[param][0]) for param in matches)
                 found = f"only what `skip_bias_and_norm` leaves out: {names}"
-            raise ValueError(
-                f"`constraints` must match a parameter with each pattern, got {_name(pattern)}, "
-                f"which matches {found}"
-            )
+            found = f"{_name(pattern)}, which matches {found}"
+            raise wrong("constraints", "match a parameter with each pattern", found)
         for param in kept:
             claims[param].append(pattern)
         groups.append({"params": [(keys[param][0], param) for param in kept], **settings})
@@ -104,10 +105,15 @@ def constrain(
         if len(patterns) > 1
     ]
     if claimed_twice:
-        raise ValueError(
-            "`constraints` must claim no parameter twice, got two claims of "
-            f"{_listed(claimed_twice)}"
-        )
+        found = f"two claims of {_listed(claimed_twice)}"
+        raise wrong("constraints", "claim no parameter twice", found)
+    for owner in filter(parametrize.is_parametrized, module.modules()):
+        if any(_matches(type(owner), pattern) for pattern in constraints):
+            parts = owner.get_submodule("parametrizations").parameters()
+            unnamed = [_name(keys[p][0]) for p in parts if not claims[p] and p not in left_out]
+            if unnamed:
+                found = f"none of {_listed(unnamed)} for a {type(owner).__name__}"
+                raise wrong("constraints", "name what a parametrized tensor is made from", found)
     rest = [(keys[param][0], param) for param in keys if not claims[param]]
     return [*groups, {"params": rest, "constraint": None}] if rest else groups
 
@@ -148,16 +154,12 @@ def _settings(pattern: Any, given: object) -> Mapping[str, Any]:
     """The settings of the group of a pattern, checked."""
     is_module_type = isinstance(pattern, type) and issubclass(pattern, nn.Module)
     if not (isinstance(pattern, str) or is_module_type):
-        raise TypeError(
-            "`constraints` must have names of parameters (globs) or types of modules as keys, "
-            f"got {pattern!r}"
-        )
+        rule = "have names of parameters (globs) or types of modules as keys"
+        raise wrong("constraints", rule, repr(pattern), TypeError)
     settings = given if isinstance(given, Mapping) else {"constraint": given}
     if "constraint" not in settings or "params" in settings:
-        raise ValueError(
-            "`constraints` must have `constraint`, and no `params`, in a dict of settings, got "
-            f"{list(settings)} for {_name(pattern)}"
-        )
+        rule = "have `constraint`, and no `params`, in a dict of settings"
+        raise wrong("constraints", rule, f"{list(settings)} for {_name(pattern)}")
     try:
         check_constraint(settings["constraint"])
     except TypeError as error:

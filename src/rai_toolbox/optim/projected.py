@@ -17,7 +17,7 @@ from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
-from rai_toolbox.optim.settings import REQUIRED, constructor_arguments
+from rai_toolbox.optim.settings import REQUIRED, constructor_arguments, trained
 from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -150,9 +150,9 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
 
     @torch.no_grad()
     def make_feasible_(self) -> None:
-        """Project all parameters onto their sets, now."""
+        """Project all parameters but frozen ones onto their sets, now."""
         for group in self.param_groups:
-            _PROJECTION.change_(group["params"], group)
+            _PROJECTION.change_(trained(group), group)
 
     def violation(self) -> list[Tensor]:
         """How far each group is outside its set: the largest over its sub-tensors.

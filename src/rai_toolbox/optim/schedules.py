@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox.checks import as_plain, check_setting
+from rai_toolbox.checks import as_plain, check_setting, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import as_loaded, as_saved
 from rai_toolbox.optim.wrapper import Group
@@ -107,6 +107,15 @@ class SettingScheduler:
         """
         return list(map(_copied, self._last_value))
 
+    def get_last_lr(self) -> list[Any]:
+        """The learning rates of all groups, which trainers log.
+
+        Returns
+        -------
+        list
+        """
+        return [_copied(group.get("lr")) for group in self.optimizer.param_groups]
+
     def state_dict(self) -> dict[str, Any]:
         """What is to be saved, besides the state of the optimizer.
 
@@ -139,9 +148,8 @@ class SettingScheduler:
             if name not in state_dict:
                 raise ValueError(f"`state_dict` must have `{name}`, got {list(state_dict)}")
         if state_dict["setting"] != self.setting:
-            raise ValueError(
-                f"`setting` in `state_dict` must be {self.setting!r}, got {state_dict['setting']!r}"
-            )
+            got = repr(state_dict["setting"])
+            raise wrong("setting` in `state_dict", f"be {self.setting!r}", got)
         _check_int("last_step", state_dict["last_step"], -1)
         for name in ("last_value", "values"):
             _check_length(f"`{name}` in `state_dict`", state_dict[name], len(self.values))
@@ -169,10 +177,8 @@ class SettingScheduler:
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         paths = _paths(settings)
         if self.setting not in paths:
-            raise ValueError(
-                f"`setting` must be one of {', '.join(paths)} (or `values` None) for {where}, got "
-                f"{self.setting!r}"
-            )
+            rule = f"be one of {', '.join(paths)} (or None in a list for all groups) for {where}"
+            raise wrong("setting", rule, repr(self.setting))
         names = paths[self.setting]
         check = getattr(self.optimizer, "_check_group", lambda group: None)
         try:
@@ -230,10 +236,8 @@ class LinearSetting(SettingScheduler):
         schedules = []
         for first, last in zip(starts, ends, strict=True):
             if (first is None) != (last is None):
-                raise ValueError(
-                    "`start` and `end` must be None for the same groups, got "
-                    f"{first!r} and {last!r}"
-                )
+                got = f"{first!r} and {last!r}"
+                raise wrong("start` and `end", "be None for the same groups", got)
             schedules.append(None if first is None else _Linear(first, last, total_steps))
         super().__init__(optimizer, setting, schedules, last_step=last_step)
 

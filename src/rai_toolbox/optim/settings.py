@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, view_or_copy
-from rai_toolbox.checks import as_plain
+from rai_toolbox.checks import as_plain, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.sharding import check_view
 
@@ -51,6 +51,11 @@ def labels(group: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def trained(group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group that a step may change: all but frozen ones."""
+    return [p for p in group["params"] if p.requires_grad or p.grad is not None]
+
+
 def is_zero_on_host(value: object) -> bool:
     """Whether a setting is 0, as far as that is known without synchronizing with a device."""
     if isinstance(value, Tensor):
@@ -90,9 +95,8 @@ def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -
 def check_constraint(constraint: object) -> None:
     """Raise unless it is a constraint, or None."""
     if constraint is not None and not isinstance(constraint, Constraint):
-        raise TypeError(
-            f"`constraint` must be a set of rai_toolbox.constraints or None, got {constraint!r}"
-        )
+        rule = "be a set of rai_toolbox.constraints or None"
+        raise wrong("constraint", rule, repr(constraint), TypeError)
 
 
 def batch_shape_in(
@@ -122,6 +126,8 @@ def check_fits(
     """Raise, with its name, if a parameter of a group is no batch that the constraint takes."""
     refuse_complex(group, "`constraint`")
     for param, label in zip(group["params"], labels(group), strict=True):
+        if not (param.is_floating_point() or param.is_complex()):
+            continue  # no step changes it
         couples = not constraint.elementwise and group[param_ndim] == -1
         if couples and param.ndim == 1 < param.numel():
             raise ValueError(

@@ -122,7 +122,8 @@ class Clamp(_Elementwise):
         given = [name for name in (lower, upper) if group[name] is not None]
         if not given:
             raise ValueError(
-                f"`{lower}` or `{upper}` must be given, got {lower}=None and {upper}=None"
+                f"`{lower}` or `{upper}` must be given (an infinity leaves all free), got "
+                f"{lower}=None and {upper}=None"
             )
         for name in given:
             check_number(name, group[name])

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled
-from rai_toolbox.checks import as_plain
+from rai_toolbox.checks import as_plain, wrong
 from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
 from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
@@ -55,7 +55,7 @@ class OptimizerWrapper(Optimizer):
         self._settings: dict[str, Any] = settings | dict(defaults or {})
         # State for parameters that have none yet. It is added after the inner step, because inner
         # optimizers take a state that is not empty for one of their own.
-        self._new_state: dict[Tensor, dict[str, Tensor]] = {}
+        self._new_state: dict[Tensor, dict[str, Any]] = {}
         if issubclass(optimizer_class(InnerOpt), OptimizerWrapper):
             raise TypeError(
                 "`InnerOpt` must not transform parameters itself (chain the two by "
@@ -63,9 +63,8 @@ class OptimizerWrapper(Optimizer):
             )
         if params is MEMBER:
             for name, value in inner_opt_kwargs.items():
-                raise TypeError(
-                    f"`{name}` must be given to the chain, not to a member, got {value!r}"
-                )
+                rule = "be given to the chain, not to a member"
+                raise wrong(name, rule, repr(value), TypeError)
             return
         # (distributed checkpoints keep only what groups name)
         self._settings |= dict.fromkeys(self._generators())
@@ -76,10 +75,11 @@ class OptimizerWrapper(Optimizer):
                     f"`{given}` must not be given together with an InnerOpt instance, which has "
                     f"its own, got InnerOpt={type(InnerOpt).__name__}(...)"
                 )
-            if "param_ndim" in InnerOpt.defaults:
+            if any(settings.keys() <= group.keys() for group in InnerOpt.param_groups):
                 raise ValueError(
-                    "`InnerOpt` must not have been wrapped before (its groups hold the settings of "
-                    f"that wrapper, not the given {', '.join(self._settings)}), got {InnerOpt!r}"
+                    "`InnerOpt` must not have been wrapped, nor have loaded what a wrapper saved "
+                    "(its groups hold the settings of that wrapper, not the given "
+                    f"{', '.join(self._settings)}), got {InnerOpt!r}"
                 )
             self.inner_opt = InnerOpt
             self.param_groups = InnerOpt.param_groups  # (completed)
@@ -107,6 +107,12 @@ class OptimizerWrapper(Optimizer):
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.inner_opt.state = state
 
+    def _add_new_state(self) -> None:
+        for param, new_state in self._new_state.items():
+            if new_state and param.grad is not None:  # (else the inner may have its own to make)
+                self.state[param].update(new_state)
+        self._new_state.clear()
+
     @property
     def defaults(self) -> dict[str, Any]:
         """The group defaults of `inner_opt`, which include the settings of this class."""
@@ -126,7 +132,8 @@ class OptimizerWrapper(Optimizer):
         completed = [self._completed(group) for group in groups]
         for group, full in zip(groups, completed, strict=True):  # all of them have been checked
             group.update({name: full[name] for name in self._settings})
-        self.inner_opt.param_groups = groups
+        if groups is not self.inner_opt.param_groups:  # some have no setter
+            self.inner_opt.param_groups = groups
 
     @not_compiled
     def add_param_group(self, param_group: Group) -> None:
@@ -164,10 +171,10 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.inner_opt.state_dict()
-        groups = [as_saved(group) for group in state_dict["param_groups"]]
+        groups = [as_saved(group) for group in _holder_of_groups(state_dict)["param_groups"]]
         for group in groups[:1]:
             group.update({name: g.get_state() for name, g in self._generators().items()})
-        state_dict = {**state_dict, "param_groups": groups}
+        state_dict = _with_groups(state_dict, groups)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             if changed is not None:
@@ -193,11 +200,12 @@ class OptimizerWrapper(Optimizer):
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
+        holder = _holder_of_groups(state_dict)
         for name in ("state", "param_groups"):
-            if name not in state_dict:
+            if name not in holder:
                 raise ValueError(f"`state_dict` must have `{name}`, got {list(state_dict)}")
-        groups, generator_states = self._merged(state_dict["param_groups"])
-        self.inner_opt.load_state_dict({**state_dict, "param_groups": groups})
+        groups, generator_states = self._merged(holder["param_groups"])
+        self.inner_opt.load_state_dict(_with_groups(state_dict, groups))
         for generator, state in generator_states:
             generator.set_state(state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -211,19 +219,15 @@ class OptimizerWrapper(Optimizer):
         Both are checked.
         """
         if len(loaded) != len(self.param_groups):
-            raise ValueError(
-                f"`state_dict` must have {len(self.param_groups)} parameter groups, got "
-                f"{len(loaded)}"
-            )
+            rule = f"have {len(self.param_groups)} parameter groups"
+            raise wrong("state_dict", rule, len(loaded))
         merged = []
         for i, (live, new) in enumerate(zip(self.param_groups, loaded, strict=True)):
             if "params" not in new:
                 raise ValueError(f"`state_dict` must have `params` in group {i}, got {list(new)}")
             if len(live["params"]) != len(new["params"]):
-                raise ValueError(
-                    f"`state_dict` must have {len(live['params'])} parameters in group {i}, got "
-                    f"{len(new['params'])}"
-                )
+                rule = f"have {len(live['params'])} parameters in group {i}"
+                raise wrong("state_dict", rule, len(new["params"]))
             group = {k: None if base_name(k) == "generator_state" else v for k, v in new.items()}
             device = live["params"][0].device if live["params"] else None
             ours = as_loaded({name: group.get(name, live[name]) for name in self._settings}, device)
@@ -257,10 +261,10 @@ class OptimizerWrapper(Optimizer):
         group = self._settings | checked_group(param_group)
         for name in self._settings:
             if group[name] is REQUIRED:
-                raise TypeError(
-                    f"`{name}` must be given, to {type(self).__name__} or in every parameter "
-                    f"group, got a group without it"
-                )
+                rule = f"be given, to {type(self).__name__} or in every parameter group"
+                if base_name(name) == "constraint":
+                    rule += " (in ProjectedOptimizer None leaves it unconstrained)"
+                raise wrong(name, rule, "a group without it", TypeError)
             group[name] = as_plain(group[name])
         if all(isinstance(param, Tensor) for param in group["params"]):  # else the inner refuses
             self._check_group(group)
@@ -272,6 +276,20 @@ class OptimizerWrapper(Optimizer):
 
     def _repr_name(self) -> str:
         return type(self).__name__
+
+
+def _holder_of_groups(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where `param_groups` are: Lookahead has them in the `state_dict` of another optimizer."""
+    nested = [v for v in state_dict.values() if isinstance(v, Mapping) and "param_groups" in v]
+    return nested[0] if nested else state_dict
+
+
+def _with_groups(state_dict: Mapping[str, Any], groups: list[Group]) -> dict[str, Any]:
+    holder = _holder_of_groups(state_dict)
+    full = {**holder, "param_groups": groups}
+    if holder is state_dict:
+        return full
+    return {name: full if value is holder else value for name, value in state_dict.items()}
 
 
 def as_groups(params: Any) -> list[Any]:
@@ -307,7 +325,8 @@ def _in_order(params: Any) -> list[Any]:
     if isinstance(params, (set, frozenset)):
         raise TypeError("`params` must have an order that is the same in every run, got a set")
     if not isinstance(params, Iterable):
-        raise TypeError(f"`params` must be an iterable, got {params!r}")
+        rule = "be an iterable (an optimizer is given as InnerOpt=)"
+        raise wrong("params", rule, repr(params), TypeError)
     return list(params)
 
 
