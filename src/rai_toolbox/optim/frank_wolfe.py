@@ -14,7 +14,7 @@ from rai_toolbox._torch import get_value
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.diagnosis import frank_wolfe_gap, totals
+from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
 from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, check_lr_value, evaluated
 from rai_toolbox.optim.settings import TINY, check_constraint, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params
@@ -24,7 +24,7 @@ _DECREASE, _INCREASE = 0.9, 2.0
 _MOST_TRIALS = 40
 
 
-class FrankWolfe(OwnStepOptimizer):
+class FrankWolfe(Constrained, OwnStepOptimizer):
     r"""Move each parameter towards the answer of a linear minimization oracle.
 
     .. math::
