@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf, nan
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from rai_toolbox.optim.wrapper import Group
 UNCONSTRAINED = Box(-inf, inf)
 """What None as a constraint stands for."""
 
-_PROJECTION = Projection()
-
 
 class Constrained:
     """What all optimizers with a set in each group have: their sets, and two looks at them."""
@@ -30,12 +28,9 @@ class Constrained:
     _ball: ClassVar[type[Any] | None] = None
     """The set, where groups have its radius, `epsilon`, instead of a `constraint`."""
 
-    def _constraint(self, group: Group) -> Constraint | None:
-        """The set that the parameters of a group are in."""
-        ball = self._ball
-        return cast(
-            "Constraint | None", group["constraint"] if ball is None else ball(group["epsilon"])
-        )
+    def _constraint(self, group: Group) -> Any:
+        """The set that the parameters of a group are in; None if they are unconstrained."""
+        return group["constraint"] if self._ball is None else self._ball(group["epsilon"])
 
     def _with_sets(self) -> list[Group]:
         groups = self.param_groups  # type: ignore[attr-defined]
@@ -45,7 +40,7 @@ class Constrained:
     def make_feasible_(self) -> None:
         """Project all parameters onto their sets, now."""
         for group in self._with_sets():
-            _PROJECTION.change_(group["params"], group)
+            Projection().change_(group["params"], group)
 
     def violation(self) -> list[Tensor]:
         """How far each group is outside its set: the largest over its sub-tensors.
