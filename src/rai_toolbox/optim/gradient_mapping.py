@@ -160,7 +160,7 @@ class GradientMapping(OfSet):
 
 @dataclass(frozen=True)
 class ClampMapping(GradientMapping):
-    """The gradient mapping in the box of two bounds, with the default settings."""
+    """The gradient mapping in the box of two bounds, without averages: it keeps no state."""
 
     clamp_min: Key = "clamp_min"
     clamp_max: Key = "clamp_max"
@@ -171,6 +171,9 @@ class ClampMapping(GradientMapping):
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
         return not issubclass(self.inner, _ELEMENTWISE)
+
+    def _past(self, group: Group) -> float:
+        return 0.0
 
 
 def downhill(g: Tensor, group: Group, scale: Key = "grad_scale", bias: Key = "grad_bias") -> Tensor:
