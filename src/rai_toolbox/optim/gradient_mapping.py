@@ -69,7 +69,9 @@ class GradientMapping(OfSet):
         wanted, constraint = group[self.gradient_mapping], self.set_of(group)
         if constraint is None:
             return False
-        right = _ELEMENTWISE if super().is_elementwise(group) else _STEP_ALONG_GRADIENTS
+        # (what `check` is to refuse may be anything)
+        elementwise = getattr(constraint, "elementwise", True)
+        right = _ELEMENTWISE if elementwise else _STEP_ALONG_GRADIENTS
         return not issubclass(self.inner, right) if wanted is None else wanted
 
     def apply_(  # noqa: D102
