@@ -14,7 +14,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import LBFGS, SGD, Adam
 from torch_versions import differentiates_lr, takes_grad_dtype
 
-from rai_toolbox.constraints import Affine, Box, Hyperplane, L1Ball, L2Ball, Simplex
+from rai_toolbox.constraints import (
+    Affine,
+    Box,
+    Hyperplane,
+    L1Ball,
+    L2Ball,
+    Simplex,
+    UnitNorm,
+)
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     L2NormedGradientOptim,
@@ -46,7 +54,8 @@ def test_the_step_is_that_of_the_formula(averaging):
     for seed in range(5):
         grad = normal(3, 5, seed=seed)
         mean = grad if mean is None else share * mean + (1 - share) * grad
-        e = 0.1 * bare.detach().norm(dim=1, keepdim=True) / grad.norm(dim=1, keepdim=True)
+        slope = torch.maximum(grad.norm(dim=1, keepdim=True), mean.norm(dim=1, keepdim=True))
+        e = 0.1 * bare.detach().norm(dim=1, keepdim=True) / slope
         y = bare.detach() - e * mean
         bare.grad = grad + (y - L1Ball(1.0).project(y)) / e
         adam.step()
@@ -66,6 +75,7 @@ def test_the_step_is_that_of_the_formula(averaging):
         (partial(LBFGS, max_iter=1), L2Ball(1.0)),
         (Adam, Affine(normal(2, 4), normal(2))),
         (Adam, Hyperplane(normal(4), 1.0)),
+        (Adam, UnitNorm()),  # not convex
         (Adam, None),
     ],
 )

@@ -729,3 +729,45 @@ def test_a_search_needs_a_closure():
     with pytest.raises(ValueError, match="`closure` must be given with `line_search=True`"):
         opt.step()
     assert torch.equal(x.detach(), before)
+
+
+# --- a start outside the set ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"smoothness": 2.0},
+        {"line_search": True},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first_lr", [None, 0.0])
+def test_the_first_step_from_outside_leads_into_the_set(settings, first_lr):
+    x = torch.tensor([5.0, 4.0], dtype=torch.float64, requires_grad=True)
+    opt = FrankWolfe([x], constraint=L2Ball(1.0), param_ndim=None, **settings)
+
+    def closure():
+        opt.zero_grad()
+        loss = (x - 3).square().sum()
+        loss.backward()
+        return loss
+
+    if first_lr is not None:  # which moves nothing
+        lr, opt.param_groups[0]["lr"] = opt.param_groups[0]["lr"], first_lr
+        opt.step(closure)
+        assert x.tolist() == [5.0, 4.0]
+        opt.param_groups[0]["lr"] = lr
+    for _ in range(50):
+        opt.step(closure)
+        assert L2Ball(1.0).violation(x.detach()[None]) <= 1e-12
+    assert closure().item() == pytest.approx(2 * (3 - 0.5**0.5) ** 2, rel=0.02)
+
+
+def test_a_point_of_the_set_is_where_short_steps_start():
+    x = torch.tensor([0.2, 0.3, 0.5], requires_grad=True)
+    opt = FrankWolfe([x], constraint=Simplex(), param_ndim=None, smoothness=1e9)
+    x.grad = torch.tensor([0.0, 1.0, 2.0])
+    opt.step()
+    torch.testing.assert_close(x.detach(), torch.tensor([0.2, 0.3, 0.5]), rtol=0, atol=1e-6)

@@ -125,8 +125,10 @@ def test_a_box_is_what_the_clamping_optimizer_does(inner):
         (Adam, L1Ball(0.5), None, True),
         (Adam, L1Ball(0.5), False, False),
         (Adam, Box(-0.1, 0.1), None, False),
-        (Adam, LinfBall(0.1), True, False),
-        (Adam, None, None, False),
+        (Adam, LinfBall(0.1), True, True),
+        (Adam, None, True, False),
+        (LBFGS, Box(-0.1, 0.1), None, True),
+        (LBFGS, Box(-0.1, 0.1), False, False),
         (LBFGS, Simplex(), None, True),
     ],
 )
@@ -510,8 +512,13 @@ def test_groups_of_nothing():
         constraint=L2Ball(3.0),
     )
     optimizer.step()
-    words = ("violation", "kkt_residual", "active_fraction", "frank_wolfe_gap")
-    assert all(getattr(optimizer, word)() == [0.0, 0.0] for word in words)
+    assert optimizer.violation() == [0.0, 0.0]
+    for word in ("kkt_residual", "active_fraction", "frank_wolfe_gap"):
+        assert all(value.isnan() for value in getattr(optimizer, word)())
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.zeros_like(group["params"][0])
+    for word in ("kkt_residual", "active_fraction"):
+        assert getattr(optimizer, word)() == [0.0, 0.0]
 
 
 # --- bad input: see test_bad_input for the settings -----------------------------------------------

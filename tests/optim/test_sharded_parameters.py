@@ -19,6 +19,9 @@ from torch.testing._internal.common_distributed import spawn_threads_and_init_co
 from torch.testing._internal.two_tensor import TwoTensor
 from torch_versions import shards_on_cpu
 
+from rai_toolbox.constraints import L2Ball
+from rai_toolbox.optim import ProjectedOptimizer
+
 RANKS = 2
 
 
@@ -120,6 +123,29 @@ def test_where_sub_tensors_are_whole_the_ranks_do_not_talk(name):
         return talk.get_total_counts()
 
     assert on_each_rank(run) == [0, 0]
+
+
+@shards_on_cpu
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_step_of_the_gradient_mapping_in_balls_with_centers_of_their_own(dim):
+    radii = torch.tensor([[0.5], [1.0], [2.0], [0.1]])
+
+    def end(shard):
+        p, g = (shard(tensors((4, 6), seed=seed)[0].detach() + 9) for seed in (0, 1))
+        param = nn.Parameter(p)
+        ball = L2Ball(radii, center=9.0)
+        opt = ProjectedOptimizer([param], torch.optim.Adam, lr=0.3, constraint=ball)
+        for _ in range(3):
+            param.grad = g.clone()
+            opt.step()
+        return param.detach()
+
+    def run(mesh):
+        return end(lambda x: distribute_tensor(x, mesh, [Shard(dim)])).full_tensor()
+
+    whole = end(lambda x: x)
+    for of_rank in on_each_rank(run):
+        torch.testing.assert_close(of_rank, whole)
 
 
 def test_the_measure_of_talk_sees_it():

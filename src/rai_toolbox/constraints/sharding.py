@@ -69,6 +69,14 @@ def local_part(scale: Any, x: Any) -> Tensor:
     return local
 
 
+def beside(setting: Any, x: Any) -> Any:
+    """A setting, which broadcasts against x, as what computes with x; nothing is sent."""
+    if not (isinstance(setting, Tensor) and is_sharded(x)):
+        return setting
+    aligned = setting.reshape((1,) * (x.ndim - setting.ndim) + setting.shape)
+    return _divided(aligned, x, _divided_as(aligned.shape, x))
+
+
 def complete(x: Any) -> Tensor:
     """All of x on each rank: for small tensors, such as a sum, of which `float` reads a part."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero
 from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
 from rai_toolbox.constraints.kernels.directions import normalize_, sign_
 from rai_toolbox.constraints.kernels.rounding import as_rounded
+from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, evaluated
 from rai_toolbox.optim.settings import batch_shape_in, labels
 from rai_toolbox.optim.wrapper import Group, Params
@@ -32,7 +33,7 @@ _L1_PERIOD, _L1_SHRINK, _L1_LEAST = 0.04, 1.5, 0.1
 _DENSITY, _SPARSER = 0.2, 0.95
 
 
-class APGD(OwnStepOptimizer):
+class APGD(Constrained, OwnStepOptimizer):
     r"""Steepest steps in a norm ball, of a size that each sub-tensor finds for itself (Auto-PGD).
 
     .. math::

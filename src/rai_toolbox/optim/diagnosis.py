@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from math import inf
+from collections.abc import Callable, Sequence
+from math import inf, nan
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,17 +13,64 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.gradient_mapping import step_size
+from rai_toolbox.optim.gradient_mapping import downhill, step_size
 from rai_toolbox.optim.own_step import as_batches, device_of
+from rai_toolbox.optim.transforms import Projection
 from rai_toolbox.optim.wrapper import Group
 
 UNCONSTRAINED = Box(-inf, inf)
 """What None as a constraint stands for."""
 
 
+class Constrained:
+    """What all optimizers with a set in each group have: their sets, and two looks at them."""
+
+    _ball: ClassVar[type[Any] | None] = None
+    """The set, where groups have its radius, `epsilon`, instead of a `constraint`."""
+
+    def _constraint(self, group: Group) -> Any:
+        """The set that the parameters of a group are in; None if they are unconstrained."""
+        return group["constraint"] if self._ball is None else self._ball(group["epsilon"])
+
+    def _with_sets(self) -> list[Group]:
+        groups = self.param_groups  # type: ignore[attr-defined]
+        return [{"param_ndim": -1, **each, "constraint": self._constraint(each)} for each in groups]
+
+    @torch.no_grad()
+    def make_feasible_(self) -> None:
+        """Project all parameters onto their sets, now."""
+        for group in self._with_sets():
+            Projection().change_(group["params"], group)
+
+    def violation(self) -> list[Tensor]:
+        """How far each group is outside its set: the largest over its sub-tensors.
+
+        Returns
+        -------
+        list of Tensor
+            One number per group, in float64, without synchronizing with the host.
+        """
+        return totals(self._with_sets(), lambda x, _, c: c.violation(x), torch.amax, False)
+
+    def kkt_residual(self) -> list[Tensor]:
+        """How far each group is from a stationary point: ``|p - P(p - g)|``.
+
+        Here g is what the inner optimizer descends on: the gradient with `grad_scale` and
+        `grad_bias`, or minus it with `maximize`. Weight decay, which the inner optimizer adds in
+        its step, is no part of g. Call it between `backward` and `step`, which changes gradients:
+        it is NaN where no parameter has one, and ``|g|`` for an unconstrained group.
+
+        Returns
+        -------
+        list of Tensor
+            One number per group, in float64, without synchronizing with the host.
+        """
+        return totals(self._with_sets(), kkt_residual, torch.linalg.vector_norm)
+
+
 @torch.no_grad()
 def totals(
-    groups: Iterable[Group],
+    groups: Sequence[Group],
     of: Callable[[Tensor, Tensor, Constraint], Tensor],
     total: Callable[[Tensor], Tensor],
     gradients: bool = True,
@@ -30,9 +78,10 @@ def totals(
     """The total of what `of` finds for each parameter of a group, in float64.
 
     With `gradients` only parameters that have one count, and it is that which the optimizer
-    descends.
+    descends. Where none has one, nothing is known: NaN.
     """
     found = []
+    known = not gradients or any(p.grad is not None for each in groups for p in each["params"])
     for group in groups:
         constraint = UNCONSTRAINED if group["constraint"] is None else group["constraint"]
         device = device_of(group)
@@ -40,10 +89,10 @@ def totals(
         for param in group["params"]:
             if param.numel() > 0 and (param.grad is not None or not gradients):
                 x, gradient = as_batches(param, group)
-                downhill = -gradient if group.get("maximize", False) else gradient
-                value = complete(of(x, downhill, constraint))
+                value = complete(of(x, downhill(gradient, group), constraint))
                 values.append(value.to(device, torch.float64).flatten())
-        found.append(total(torch.cat(values or [torch.zeros(1, device=device).double()])))
+        none = torch.full((1,), 0.0 if known else nan, dtype=torch.float64, device=device)
+        found.append(total(torch.cat(values or [none])))
     return found
 
 

@@ -13,12 +13,13 @@ from rai_toolbox.checks import check_flag, check_positive
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
+from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
 from rai_toolbox.optim.settings import batch_shape_in, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params
 
 
-class ExponentiatedGradient(OwnStepOptimizer):
+class ExponentiatedGradient(Constrained, OwnStepOptimizer):
     r"""Keep each sub-tensor on the simplex by multiplicative steps.
 
     .. math::

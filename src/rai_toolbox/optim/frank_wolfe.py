@@ -14,9 +14,10 @@ from rai_toolbox._torch import get_value
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.optim.diagnosis import frank_wolfe_gap, totals
+from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
 from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, check_lr_value, evaluated
 from rai_toolbox.optim.settings import TINY, check_constraint, is_zero_on_host
+from rai_toolbox.optim.transforms import Projection
 from rai_toolbox.optim.wrapper import Group, Params
 
 # The factors by which the line search lowers and raises the smoothness (Pedregosa et al., 2020).
@@ -24,14 +25,15 @@ _DECREASE, _INCREASE = 0.9, 2.0
 _MOST_TRIALS = 40
 
 
-class FrankWolfe(OwnStepOptimizer):
+class FrankWolfe(Constrained, OwnStepOptimizer):
     r"""Move each parameter towards the answer of a linear minimization oracle.
 
     .. math::
         p \leftarrow (1 - a) p + a s, \quad s \in \arg\min_{s \in C} \langle g, s \rangle
 
     The `constraint` C must be bounded and convex and have an oracle. All iterates are in C if the
-    start is, and otherwise after a first step with a = 1; `gap` is an upper bound of f - min f
+    start is, and otherwise after a first step with a = 1; before short steps, a start outside is
+    projected. `gap` is an upper bound of f - min f
     (Frank & Wolfe, 1956; Jaggi, 2013). There is no projection: in sets other than boxes, rounding
     errors add up to a violation of about 1e-6 of the size of C in 1,000 steps in float32, and of
     some percent in bfloat16 and float16. The step size a is one of
@@ -196,6 +198,7 @@ class FrankWolfe(OwnStepOptimizer):
 
     def _init_group(self, group: Group, params: list[Tensor], steps: list[Tensor]) -> None:
         # By this name torch.compile knows the method that creates the state, and runs it eagerly.
+        self._enter_(group)
         for param in group["params"]:
             if param.grad is not None:
                 state = self.state[param]
@@ -205,12 +208,25 @@ class FrankWolfe(OwnStepOptimizer):
                 params.append(param)
                 steps.append(state["step"])
 
+    def _enter_(self, group: Group) -> None:
+        """Project what has not moved yet before a short step, which stays between two points.
+
+        (The first step of the schedule leads into the set from anywhere.)
+        """
+        short = group["line_search"] or group["smoothness"] is not None
+        if short and not torch.compiler.is_compiling() and not is_zero_on_host(group["lr"]):
+            states = ((p, self.state.get(p)) for p in group["params"] if p.requires_grad)
+            new = [p for p, state in states if not state or get_value(state["step"]) == 0]
+            Projection().change_(new, group)
+
     def _search(self, closure: Callable[[], Any] | None) -> Any:
         self._check_groups(self.param_groups)  # a group may have been edited
         if closure is None:
             if all(is_zero_on_host(group["lr"]) for group in self.param_groups):
                 return None  # the step by which a distributed checkpoint creates empty state
             raise ValueError("`closure` must be given with `line_search=True`, got None")
+        for group in self.param_groups:
+            self._enter_(group)
         loss = evaluated(closure)
         moving = [(group, *each) for group in self.param_groups for each in self._moving(group)]
         segments = [_Segment(param, group) for group, param, _ in moving]

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 from torch.optim import ASGD, LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
+from rai_toolbox.constraints.sharding import beside
+from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import batch_in
 from rai_toolbox.optim.transforms import Key, OfSet
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
 _STEP_ALONG_GRADIENTS = (SGD, ASGD)
+# Their step scales averages elementwise, by positive numbers: right in elementwise sets, too.
+_SCALED = "Adadelta Adafactor Adagrad Adam Adamax NAdam RAdam RMSprop Rprop SparseAdam"
+# (those of this library know their sets)
+_ELEMENTWISE = (SGD, ASGD, OwnStepOptimizer, *(getattr(optim, name) for name in _SCALED.split()))
 # Their weight decay is no part of the gradient; so it is in groups with `decoupled_weight_decay`.
 _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
-_AVERAGING = 0.9
+_REACH, _AVERAGING = 0.1, 0.9
 _STATE = "gradient_average"
+_OPEN = Box(-inf, inf)
 
 
 @dataclass(frozen=True)
@@ -36,27 +47,38 @@ class GradientMapping(OfSet):
     averaging: Key = "averaging"
     warmup: Key = "warmup"
     steps_taken: Key = "steps_taken"
+    grad_scale: Key = "grad_scale"
+    grad_bias: Key = "grad_bias"
 
     def check(self, group: Group) -> None:  # noqa: D102
         wanted, reach, averaging = self.gradient_mapping, self.reach, self.averaging
-        if group[wanted] is not None and not isinstance(group[wanted], bool):
+        if not isinstance(group.get(wanted), (bool, type(None))):
             raise TypeError(f"`{wanted}` must be a bool or None, got {group[wanted]!r}")
-        if not 0 < check_number(reach, group[reach]) < float("inf"):
+        if not 0 < check_number(reach, group.get(reach, _REACH)) < float("inf"):
             raise ValueError(f"`{reach}` must be > 0 and finite, got {group[reach]!r}")
-        if group[averaging] is not None and not 0 <= check_number(averaging, group[averaging]) < 1:
+        if not 0 <= check_number(averaging, group.get(averaging) or 0.0) < 1:
             raise ValueError(f"`{averaging}` must be >= 0 and < 1, got {group[averaging]!r}")
+        search = group.get("line_search_fn")
+        if search is not None and self.set_of(group) not in (None, _OPEN):
+            raise ValueError(f"`line_search_fn` must be None with a constraint, got {search!r}")
+
+    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
+        return not self.is_active(group)
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
-        wanted = group[self.gradient_mapping]
-        if wanted is None:
-            wanted = not issubclass(self.inner, _STEP_ALONG_GRADIENTS)
-        return wanted and not self.is_elementwise(group)
+        wanted, constraint = group[self.gradient_mapping], self.set_of(group)
+        if constraint is None:
+            return False
+        # (what `check` is to refuse may be anything)
+        elementwise = getattr(constraint, "elementwise", True)
+        right = _ELEMENTWISE if elementwise else _STEP_ALONG_GRADIENTS
+        return not issubclass(self.inner, right) if wanted is None else wanted
 
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
         averages = self._averages(tensors, params, group, optimizer)
-        if group[self.steps_taken] < group[self.warmup]:
+        if group.get(self.steps_taken, 0) < group.get(self.warmup, 0):
             return
         for grad, param, average in zip(tensors, params, averages, strict=True):
             x, _ = batch_in(param, group, self.param_ndim)
@@ -77,20 +99,22 @@ class GradientMapping(OfSet):
         Where the inner optimizer ascends (`maximize`), or adds ``weight_decay * x`` to its
         gradient, that is allowed for: it then descends on the mapping of the sum.
         """
-        constraint, maximize = group[self.constraint], group.get("maximize", False)
+        constraint, scale = self.set_of(group), group.get(self.grad_scale, 1.0)
         decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
         weight_decay = 0.0 if decoupled else group.get("weight_decay", 0.0)
         dtype = torch.promote_types(scale_dtype(x), grad.dtype)
-        x = x.to(dtype)
-        averages = [] if average is None else [average.reshape(x.shape)]
-        downhill = []
-        for gradient in (readable(grad), *averages):
-            down = gradient.to(dtype).neg() if maximize else gradient.to(dtype)
-            downhill.append(down + weight_decay * x if weight_decay != 0.0 else down)
-        e = step_size(x, downhill[0], constraint, reach=group[self.reach], lr=group.get("lr", 1.0))
-        y = x - e * downhill[-1]
+        x, g = readable(x).to(dtype), readable(grad)  # (changed before this is differentiated)
+        followed = []
+        for gradient in [g] if average is None else [g, average.reshape(x.shape)]:
+            down = downhill(gradient.to(dtype), group, self.grad_scale, self.grad_bias)
+            followed.append(down + weight_decay * x if weight_decay != 0.0 else down)
+        reach, lr = group.get(self.reach, _REACH), group.get("lr", 1.0)
+        whole = not issubclass(self.inner, _ELEMENTWISE)
+        e = step_size(x, followed[0], constraint, reach=reach, lr=lr, m=followed[-1], whole=whole)
+        y = x - e * followed[-1]
         pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
-        return grad.sub_(pushed_back) if maximize else grad.add_(pushed_back)
+        # (the gradient is still to be scaled, where that is not by 0)
+        return grad.add_(pushed_back, alpha=(-1 if group.get("maximize") else 1) / (scale or 1.0))
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
         if self.is_active(group) and self._past(group) != 0.0:
@@ -119,34 +143,76 @@ class GradientMapping(OfSet):
                 state = optimizer._new_state.setdefault(param, {})
             if name not in state:
                 state[name] = grad.clone()
-            elif torch.is_grad_enabled():  # a differentiable step
-                state[name] = state[name].lerp(grad, 1.0 - past)
             else:
-                state[name].lerp_(grad, 1.0 - past)
+                lerp = Tensor.lerp if torch.is_grad_enabled() else Tensor.lerp_  # (differentiable)
+                state[name] = lerp(state[name], grad, 1.0 - past)
             averages.append(state[name])
         return averages
 
     def _past(self, group: Group) -> float:
         """The share of past gradients in the average."""
-        given: float | None = group[self.averaging]
+        given: float | None = group.get(self.averaging)
         if given is not None:
             return given
-        exact = group[self.constraint].flat or issubclass(self.inner, LBFGS)
+        constraint = self.set_of(group)
+        # (what pushed against a curve that is not convex pushes elsewhere after a step along it)
+        exact = constraint.flat or not constraint.convex or issubclass(self.inner, LBFGS)
         return 0.0 if exact else _AVERAGING
 
 
-def step_size(
-    x: Tensor, gradient: Tensor, constraint: Constraint, *, reach: float, lr: float | Tensor
-) -> Tensor:
-    """``e = reach * |x| / |gradient|``, one for all elements that the constraint couples.
+@dataclass(frozen=True)
+class ClampMapping(GradientMapping):
+    """The gradient mapping in the box of two bounds, without averages: it keeps no state."""
 
+    clamp_min: Key = "clamp_min"
+    clamp_max: Key = "clamp_max"
+
+    def set_of(self, group: Group) -> Box:  # noqa: D102
+        # (checked by `Clamp`, and not again in each step)
+        return _OPEN._replaced({"lower": group[self.clamp_min], "upper": group[self.clamp_max]})
+
+    def is_active(self, group: Group) -> bool:  # noqa: D102
+        return not issubclass(self.inner, _ELEMENTWISE)
+
+    def _past(self, group: Group) -> float:
+        return 0.0
+
+
+def downhill(g: Tensor, group: Group, scale: Key = "grad_scale", bias: Key = "grad_bias") -> Tensor:
+    """What the inner optimizer is to descend on: the gradient scaled and shifted, or minus it."""
+    factor, shift = group.get(scale, 1.0), group.get(bias, 0.0)
+    if factor != 1.0 or shift != 0.0:
+        g = factor * g + shift
+    return g.neg() if group.get("maximize", False) else g
+
+
+def step_size(
+    x: Tensor,
+    gradient: Tensor,
+    constraint: Constraint,
+    *,
+    reach: float,
+    lr: float | Tensor,
+    m: Tensor | None = None,
+    whole: bool = False,
+) -> Tensor:
+    """``e = reach * |x| / max(|g|, |m|)``, of a gradient g and an average m.
+
+    It is one number for all elements that the constraint couples, or for the `whole` batch.
     Neither the units of the gradient nor those of x matter, and a gradient that is mostly noise
-    is not followed far. Where x is 0, which has no scale, e is `lr`.
+    is not followed far. Where x is 0, which has no scale, its length counts as that of a step of
+    `lr` in each element; in a ball with a center of its own, as the radius at most.
     """
-    dims, wide = constraint.coupled_dims(x.ndim), wide_dtype(x)
-    # (both are changed in place before this is differentiated)
-    length = torch.linalg.vector_norm(readable(x), 2, dims, keepdim=True, dtype=wide)
-    slope = torch.linalg.vector_norm(readable(gradient), 2, dims, keepdim=True, dtype=wide)
-    e = torch.where(length > 0, reach * length / torch.where(slope > 0, slope, 1.0), lr)
+    dims, wide = tuple(range(x.ndim)) if whole else constraint.coupled_dims(x.ndim), wide_dtype(x)
+    norm = partial(torch.linalg.vector_norm, ord=2, dim=dims, keepdim=True, dtype=wide)
+    length, slope = norm(x), norm(gradient)
+    if m is not None and m is not gradient:
+        slope = torch.maximum(slope, norm(m))
+    of_step = lr * (x.numel() / max(slope.numel(), 1)) ** 0.5
+    length = torch.where(length > 0, length, of_step)
+    ball: Any = getattr(constraint, "ball", constraint)
+    if getattr(ball, "center", None) is not None:
+        length = length.clamp(max=beside(ball.epsilon, x))
+    e: Tensor = reach * length / slope.clamp(min=torch.finfo(wide).tiny)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)

@@ -10,10 +10,15 @@ from torch import Generator, Tensor, default_generator
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_finite
+from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.optim import transforms
 from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
+from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_lr
+from rai_toolbox.optim.gradient_mapping import ClampMapping
+from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import REQUIRED, TINY, constructor_arguments
 from rai_toolbox.optim.wrapper import Group, Params
 
@@ -34,14 +39,18 @@ class _ClampingOptimizer(ParamTransformingOptimizer):
         param_ndim: int | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
+        if isinstance(self, ClampedParameterOptimizer):
+            self._before = (*self._before, ClampMapping(optimizer_class(InnerOpt)))
         super().__init__(**constructor_arguments(locals()))
 
 
-class ClampedParameterOptimizer(_ClampingOptimizer):
+class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
     """Clamp each element of each parameter to [clamp_min, clamp_max] after the inner step.
 
     ``p <- min(max(p, clamp_min), clamp_max)``, elementwise: the Euclidean projection onto the
-    box. Bounds count as rounded to the parameter's dtype. NaN stays NaN.
+    box. Bounds count as rounded to the parameter's dtype. NaN stays NaN. Around inner optimizers
+    that mix elements, such as LBFGS and Muon, gradients are replaced by their gradient mapping, see
+    `ProjectedOptimizer`.
 
     Parameters
     ----------
@@ -53,7 +62,8 @@ class ClampedParameterOptimizer(_ClampingOptimizer):
     Raises
     ------
     ValueError
-        If no bound is given, a bound is NaN, or ``clamp_min > clamp_max``.
+        If no bound is given, a bound is NaN, ``clamp_min > clamp_max``, or LBFGS is to search along
+        a line.
 
     Examples
     --------
@@ -70,6 +80,9 @@ class ClampedParameterOptimizer(_ClampingOptimizer):
     """
 
     _after = (transforms.Clamp(),)
+
+    def _constraint(self, group: Group) -> Box:
+        return Box(group["clamp_min"], group["clamp_max"])
 
 
 class ClampedGradientOptimizer(_ClampingOptimizer):
@@ -233,7 +246,7 @@ class L2NormedGradientOptim(_NormedGradientOptim):
     _before: tuple[transforms.Transform, ...] = (transforms.Normalize(p),)
 
 
-class L2ProjectedOptim(L2NormedGradientOptim):
+class L2ProjectedOptim(Constrained, L2NormedGradientOptim):
     """L2-normalize each gradient, step, and project each parameter onto an L2 ball.
 
     ``g <- g / |g|_2``, inner step, ``p <- p * min(1, epsilon / |p|_2)``, for each sub-tensor.
@@ -267,7 +280,7 @@ class L2ProjectedOptim(L2NormedGradientOptim):
     tensor([-0.7885,  0.1353], requires_grad=True)
     """
 
-    _after = (transforms.L2Projection(),)
+    _after, _ball = (transforms.L2Projection(),), L2Ball
 
     def __init__(
         self,
@@ -285,7 +298,7 @@ class L2ProjectedOptim(L2NormedGradientOptim):
         super().__init__(**constructor_arguments(locals()))
 
 
-class LinfProjectedOptim(SignedGradientOptim):
+class LinfProjectedOptim(Constrained, SignedGradientOptim):
     """Take the sign of each gradient, step, and clamp each parameter to [-epsilon, epsilon].
 
     ``g <- sign(g)``, inner step, ``p <- min(max(p, -epsilon), epsilon)``, elementwise.
@@ -316,7 +329,7 @@ class LinfProjectedOptim(SignedGradientOptim):
     tensor([-1.8000,  1.5000], requires_grad=True)
     """
 
-    _after = (transforms.LinfProjection(),)
+    _after, _ball = (transforms.LinfProjection(),), LinfBall
 
     def __init__(
         self,
@@ -457,7 +470,7 @@ class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
         )
 
 
-class _FrankWolfeOnBall(ParamTransformingOptimizer):
+class _FrankWolfeOnBall(Constrained, ParamTransformingOptimizer):
     """`FrankWolfe`, for gradients that become minus the answer of a ball's oracle.
 
     That is `epsilon` times the direction that the other transforms make of the gradient.
@@ -522,7 +535,7 @@ class L1FrankWolfe(_FrankWolfeOnBall):
     tensor([ 0.0000, -1.8000], requires_grad=True)
     """
 
-    _before = (transforms.LargestSign(), transforms.Scale("epsilon"))
+    _before, _ball = (transforms.LargestSign(), transforms.Scale("epsilon")), L1Ball
 
 
 class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
@@ -560,7 +573,7 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
     tensor([-0.8050, -1.6100], requires_grad=True)
     """
 
-    _before = (transforms.Normalize(2), transforms.Scale("epsilon"))
+    _before, _ball = (transforms.Normalize(2), transforms.Scale("epsilon")), L2Ball
 
 
 class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
@@ -598,7 +611,7 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
     tensor([-1.8000, -1.8000], requires_grad=True)
     """
 
-    _before = (transforms.Sign(), transforms.Scale("epsilon"))
+    _before, _ball = (transforms.Sign(), transforms.Scale("epsilon")), LinfBall
 
 
 class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
@@ -639,7 +652,7 @@ class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
     tensor([ 0.0000, -0.9000, -0.9000], requires_grad=True)
     """
 
-    _before = (transforms.Scale("epsilon"),)
+    _before, _ball = (transforms.Scale("epsilon"),), L1Ball
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
+from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
@@ -59,7 +60,7 @@ class SteepestStep(OfSet):
         top_q_(grad, min(group[self.q], 1 - 1 / size), group[self.param_ndim])
 
 
-class PGD(ParamTransformingOptimizer):
+class PGD(Constrained, ParamTransformingOptimizer):
     r"""Step in the steepest direction of the norm of a ball, and project onto the ball.
 
     .. math::

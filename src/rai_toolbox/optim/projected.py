@@ -49,10 +49,7 @@ class PeriodicProjection(Projection):
             group[self.steps_taken] += 1
 
 
-_PROJECTION = PeriodicProjection()
-
-
-class ProjectedOptimizer(ParamTransformingOptimizer):
+class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
     r"""Keep each parameter in a set: step, and go to the nearest point of the set.
 
     .. math::
@@ -60,10 +57,10 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         p \leftarrow \text{inner step}(p, g), \quad p \leftarrow P(p)
 
     The first of these is the gradient mapping. Inner optimizers that scale gradients elementwise,
-    such as Adam, need it to converge to a stationary point, unless the set is elementwise, too. It
-    removes from g what pushes against the constraint, as measured by an average m of recent
-    gradients, and leaves g unchanged where the constraint is not active. See the user guide for
-    proof and figures.
+    such as Adam, need it to converge to a stationary point, unless the set is elementwise, too;
+    those that mix elements, such as LBFGS and Muon, need it in any set. It removes from g what
+    pushes against the constraint, as measured by an average m of recent gradients, and leaves g
+    unchanged where the constraint is not active. See the user guide for proof and figures.
 
     Parameters
     ----------
@@ -72,17 +69,18 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         here or in every parameter group.
     gradient_mapping : bool, optional
         Whether g is replaced by its gradient mapping. By default it is where that changes the
-        point of convergence: not with SGD and ASGD. On an elementwise
-        set it never is.
+        point of convergence: not with SGD and ASGD, and on an elementwise set not with torch's
+        optimizers that scale elementwise.
     reach : float
         How far the gradient mapping looks ahead, as a share of the length of a sub-tensor:
-        ``e = reach * |p| / |g|``. A larger one is quicker without noise, a smaller one is less
-        sensitive to noise.
+        ``e = reach * |p| / max(|g|, |m|)``. A larger one is quicker without noise, a smaller one
+        is less sensitive to noise.
     averaging : float, optional
         The share of the past in m, ``m <- averaging * m + (1 - averaging) * g``: a larger one is
         less sensitive to noise, and a smaller one quicker where there is none. With 0, m is g, and
         no m is kept in `state`. By default 0.9; 0 with LBFGS, which needs differences of exact
-        gradients, and in affine subspaces, where the projection is linear and noise averages out.
+        gradients, in affine subspaces, where the projection is linear and noise averages out, and
+        on sets that are not convex, with whose turns an average does not keep up.
     every : int
         Project in each `every`-th step only.
     warmup : int
@@ -95,8 +93,8 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     TypeError
         If `constraint` is missing, or is no constraint.
     ValueError
-        If the constraint does not fit a parameter as seen by `param_ndim`, or another setting is
-        out of its range.
+        If the constraint does not fit a parameter as seen by `param_ndim`, another setting is out
+        of its range, or LBFGS is to search along a line, which leaves the set.
 
     Notes
     -----
@@ -118,7 +116,7 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
     tensor([0.7500, 0.2500, 0.0000], requires_grad=True)
     """
 
-    _after = (_PROJECTION,)
+    _after = (PeriodicProjection(),)
 
     def __init__(
         self,
@@ -142,12 +140,12 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         inner = optimizer_class(InnerOpt)
         if issubclass(inner, FrankWolfe):
             raise TypeError(
-                "`InnerOpt` must not be FrankWolfe, which takes a constraint of its own, got "
-                f"{inner.__name__}"
+                "`InnerOpt` must not be FrankWolfe, which has its own set, got FrankWolfe"
             )
         self._before = (GradientMapping(inner),)
         super().__init__(**arguments)
 
+<<<<<<< HEAD
     @torch.no_grad()
     def make_feasible_(self) -> None:
         """Project all parameters but frozen ones onto their sets, now."""
@@ -179,6 +177,8 @@ class ProjectedOptimizer(ParamTransformingOptimizer):
         """
         return diagnosis.totals(self.param_groups, diagnosis.kkt_residual, torch.linalg.vector_norm)
 
+=======
+>>>>>>> wmapping
     def active_fraction(self) -> list[Tensor]:
         """Share of a group's sub-tensors that a small step along -g takes out of their set.
 

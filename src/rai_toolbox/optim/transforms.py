@@ -198,9 +198,13 @@ class OfSet(Transform):
 
     constraint: Key = field(default="constraint", kw_only=True)
 
+    def set_of(self, group: Group) -> Any:
+        """The set of a group."""
+        return group[self.constraint]
+
     def is_elementwise(self, group: Group) -> bool:
         # (None, or what `check` is to refuse, constrains nothing)
-        return bool(getattr(group[self.constraint], "elementwise", True))
+        return bool(getattr(self.set_of(group), "elementwise", True))
 
 
 @dataclass(frozen=True)

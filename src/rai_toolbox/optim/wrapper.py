@@ -86,6 +86,8 @@ class OptimizerWrapper(Optimizer):
         else:
             groups = [self._completed(group) for group in as_groups(params)]
             self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
+            for group in self.inner_opt.param_groups:  # which have settings of the inner by now
+                self._check_group(group)
         given_settings = {name: v for name, v in self._settings.items() if v is not REQUIRED}
         self.inner_opt.defaults.update(given_settings)
         # Not Optimizer.__init__: that would give this object groups and a state of its own.
