@@ -320,19 +320,12 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
     else:
         direction, size = gradient, rate * 2 * ball.epsilon
         sign_([direction]) if ball.p == inf else normalize_(direction, 2, x.ndim - 1)
-<<<<<<< HEAD
     z: Tensor = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
-    if ball.p != 1 and state["step"] > 0:
-        inertia = (x - state["previous"]).mul_(1 - group["momentum"])
-        z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
-    return z
-=======
-    z = constraint.project_(x - direction.to(x.dtype).mul_(size.to(x.dtype)))
     if ball.p == 1 or last or state["step"] == 0:
         return z
     inertia = (x - state["previous"]).mul_(1 - group["momentum"])
-    return constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
->>>>>>> wstrength
+    z = constraint.project_(inertia.add_(torch.lerp(x, z, group["momentum"])))
+    return z
 
 
 def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.gradient_mapping import downhill, step_size
 from rai_toolbox.optim.own_step import as_batches, device_of
+from rai_toolbox.optim.settings import trained
 from rai_toolbox.optim.transforms import Projection
 from rai_toolbox.optim.wrapper import Group
 
@@ -38,9 +39,9 @@ class Constrained:
 
     @torch.no_grad()
     def make_feasible_(self) -> None:
-        """Project all parameters onto their sets, now."""
+        """Project all parameters but frozen ones onto their sets, now."""
         for group in self._with_sets():
-            Projection().change_(group["params"], group)
+            Projection().change_(trained(group), group)
 
     def violation(self) -> list[Tensor]:
         """How far each group is outside its set: the largest over its sub-tensors.
@@ -86,7 +87,7 @@ def totals(
         constraint = UNCONSTRAINED if group["constraint"] is None else group["constraint"]
         device = device_of(group)
         values = []
-        for param in group["params"]:
+        for param in trained(group):
             if param.numel() > 0 and (param.grad is not None or not gradients):
                 x, gradient = as_batches(param, group)
                 value = complete(of(x, downhill(gradient, group), constraint))

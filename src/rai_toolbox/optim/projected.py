@@ -17,7 +17,7 @@ from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
-from rai_toolbox.optim.settings import REQUIRED, constructor_arguments, trained
+from rai_toolbox.optim.settings import REQUIRED, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -145,40 +145,6 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
         self._before = (GradientMapping(inner),)
         super().__init__(**arguments)
 
-<<<<<<< HEAD
-    @torch.no_grad()
-    def make_feasible_(self) -> None:
-        """Project all parameters but frozen ones onto their sets, now."""
-        for group in self.param_groups:
-            _PROJECTION.change_(trained(group), group)
-
-    def violation(self) -> list[Tensor]:
-        """How far each group is outside its set: the largest over its sub-tensors.
-
-        Returns
-        -------
-        list of Tensor
-            One number per group, without synchronizing with the host; as the methods below.
-        """
-        return diagnosis.totals(
-            self.param_groups, lambda x, _, c: c.violation(x), torch.amax, gradients=False
-        )
-
-    def kkt_residual(self) -> list[Tensor]:
-        """How far each group is from a stationary point: ``|p - P(p - g)|``.
-
-        That is ``|g|`` for an unconstrained group. Call it between `backward` and `step`, which
-        changes gradients. Weight decay, which the inner optimizer adds in its step, is no part of
-        g.
-
-        Returns
-        -------
-        list of Tensor
-        """
-        return diagnosis.totals(self.param_groups, diagnosis.kkt_residual, torch.linalg.vector_norm)
-
-=======
->>>>>>> wmapping
     def active_fraction(self) -> list[Tensor]:
         """Share of a group's sub-tensors that a small step along -g takes out of their set.
 

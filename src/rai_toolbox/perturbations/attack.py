@@ -114,11 +114,8 @@ def attack(
     ZeroGradientWarning
         If some examples were not attacked, because every run started at a zero gradient.
     UserWarning
-<<<<<<< HEAD
-        If the ball is wider than the data range, which may mean another unit.
-=======
-        If entries of the first gradient are not finite; at any step they count as 0.
->>>>>>> wstrength
+        If the ball is wider than the data range, which may mean another unit; or if entries of the
+        first gradient are not finite, which count as 0 at every step.
 
     Examples
     --------

@@ -127,26 +127,14 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
     lowest, highest = (int(wide.min()), int(wide.max())) if wide.numel() else (0, 0)
 
     def logits_of(data: Tensor) -> Tensor:
-<<<<<<< HEAD
-        logits: Any = model(data)
-        logits = getattr(logits, "logits", logits)  # as models of Transformers return them
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(data):
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            rule = f"give logits of shape ({len(data)}, K), one row per example"
-            raise wrong("model", rule, got)
-        number = logits.shape[1]
-        if number < 2:
-            rule = "give logits of two classes at least (not one number for both)"
-            raise wrong("model", rule, f"shape {tuple(logits.shape)}")
-=======
         # Leaves are used again, results of recorded operators are not: a model may work in place.
-        logits = model(data.clone() if data.is_leaf else data)
+        logits: Any = model(data.clone() if data.is_leaf else data)
+        logits = getattr(logits, "logits", logits)  # as models of Transformers return them
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
         if len(shape) != 2 or shape[0] != len(data) or shape[1] < 2:
             rule = f"give logits of shape ({len(data)}, K), of two classes at least"
             raise wrong("model", rule, f"{type(logits).__name__} of shape {shape}")
         number = shape[1]
->>>>>>> wattack
         if lowest < 0 or highest >= number:
             rule = f"hold classes from 0 to {number - 1}"
             raise wrong(name, rule, lowest if lowest < 0 else highest)

@@ -134,11 +134,8 @@ def solve(
     params = [param for param in perturbation.parameters() if param.requires_grad]
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
-<<<<<<< HEAD
     rows, target_of_rows, reused = None, target, True
-=======
-    rows, target_of_rows, not_finite = None, target, torch.zeros(())
->>>>>>> wstrength
+    not_finite = torch.zeros(())
     for step in range(steps + 1):
         for param in params:
             param.grad = None

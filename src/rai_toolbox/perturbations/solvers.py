@@ -116,11 +116,8 @@ def gradient_ascent(
     ZeroGradientWarning
         If the gradient of an example is 0 at the start.
     UserWarning
-<<<<<<< HEAD
-        If the model calls a module in training mode that could not be found.
-=======
-        If entries of it are not finite at the start; at any step they count as 0.
->>>>>>> wstrength
+        If the model calls a module in training mode that could not be found; or if entries of the
+        first gradient are not finite, which count as 0 at every step.
 
     Examples
     --------

@@ -123,16 +123,10 @@ def universal_perturbation(
     if isinstance(loader, Iterator):
         raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = inputs.radius_of(ball)
-<<<<<<< HEAD
-    criterion = cross_entropy if criterion is None else criterion
+    criterion = losses.criterion_of(criterion, cross_entropy, targeted)
     title, work = "universal perturbation", (epochs + 2) * length_hint(loader)
     with solving(model) as model, progress_bar(title, work, shown=progress) as bar:
         ends = [inputs.without_history(torch.as_tensor(x)) for x in data_range or (-inf, inf)]
-=======
-    criterion = losses.criterion_of(criterion, cross_entropy, targeted)
-    work = (epochs + 2) * length_hint(loader)
-    with solving(model), progress_bar("universal perturbation", work, shown=progress) as bar:
->>>>>>> wstrength
 
         def epoch() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in inputs.batches(loader, inputs.device_of(model)):
@@ -150,23 +144,15 @@ def universal_perturbation(
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
         maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
         made = maker([perturbation.delta], constraint=ball, param_ndim=None)
-<<<<<<< HEAD
-        schedule = LinearLR(made, 1.0, 0.0, epochs * len(before)) if optimizer is None else None
-=======
         gains: list[Any] = []
->>>>>>> wstrength
         for _ in range(epochs):
             gains.append(0.0)
             for data, target in epoch():
                 made.zero_grad()
                 loss = criterion(perturbed_model(data), target)
                 inputs.check_per_example("criterion", loss, data)
-<<<<<<< HEAD
-                (loss if targeted else -loss).mean().backward(inputs=[perturbation.delta])
-=======
                 cost = loss if targeted else -loss
-                cost.mean().backward()
->>>>>>> wstrength
+                cost.mean().backward(inputs=[perturbation.delta])
                 made.step()
                 gains[-1] -= cost.detach().sum()
             rise = gains[-1] - max(gains[:-1], default=-inf)
