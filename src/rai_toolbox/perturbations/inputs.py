@@ -128,8 +128,8 @@ def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
 
     def logits_of(data: Tensor) -> Tensor:
         # Leaves are used again, results of recorded operators are not: a model may work in place.
-        logits: Any = model(data.clone() if data.is_leaf else data)
-        logits = getattr(logits, "logits", logits)  # as models of Transformers return them
+        output: Any = model(data.clone() if data.is_leaf else data)
+        logits: Tensor = getattr(output, "logits", output)  # (Transformers)
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
         if len(shape) != 2 or shape[0] != len(data) or shape[1] < 2:
             rule = f"give logits of shape ({len(data)}, K), of two classes at least"
