@@ -92,7 +92,7 @@ class BoundedBall(Constraint):
         self.__dict__["_known"] = {}  # the bounds as they count in a dtype
         self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
         epsilon, gap = self._radius_and_gap()
-        self.__dict__["_apart"] = bool((gap > 0).any())
+        self.__dict__["_apart"] = bool((gap > 0).any()) and self.ball.p < inf
         _check_reach(epsilon, gap)
 
     def _check_shape(self, shape: torch.Size) -> None:
@@ -215,7 +215,7 @@ class BoundedBall(Constraint):
         if not linf:  # what sums of float64 may be off
             radius = radius * (1 - 8 * noise(x.shape[1]))
         middle = as_rows(as_rounded(0.0 if center is None else center, dtype, x), x)
-        return middle, radius.expand(len(x), 1), *rounded_bounds(self.lower, self.upper, x, dtype)
+        return middle, radius.expand(len(x), -1), *rounded_bounds(self.lower, self.upper, x, dtype)
 
 
 def _larger(a: float | Tensor, b: float | Tensor) -> Any:
@@ -251,6 +251,7 @@ def norm_ball_of(constraint: object) -> Any:
     if not isinstance(ball, Ball):
         rule = "be a LinfBall, L2Ball or L1Ball, or a BoundedBall of one"
         raise wrong("constraint", rule, repr(constraint), TypeError)
+    check_ball("constraint", ball)
     if not ball.bounded:
         raise ValueError(f"`epsilon` of `constraint` must be finite, got {constraint!r}")
     return ball
