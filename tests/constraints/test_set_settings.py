@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -232,7 +233,9 @@ def test_words_of_unbounded_sets_say_so():
                 getattr(c, word)(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("name", ["L1Ball", "L2Ball", "LinfBall", "Simplex", "MaxNorm", "Masked"])
+@pytest.mark.parametrize(
+    "name", ["L1Ball", "L2Ball", "LinfBall", "Simplex", "MaxNorm", "p=1", "MinMaxNorm", "Masked"]
+)
 @pytest.mark.parametrize("bounded", [False, True])
 def test_autograd_of_a_setting_alone(name, bounded):
     """What a set does quickly for a batch without gradients is no reason to lose a setting's."""
@@ -240,7 +243,12 @@ def test_autograd_of_a_setting_alone(name, bounded):
         return
 
     def project(size, x):
-        kind = sets.Simplex if name == "Masked" else getattr(sets, name)
+        others = {
+            "Masked": sets.Simplex,
+            "p=1": partial(sets.MaxNorm, p=1),
+            "MinMaxNorm": partial(sets.MinMaxNorm, 0.1),
+        }
+        kind = others.get(name) or getattr(sets, name)
         made = kind(size)
         made = sets.BoundedBall(made, -1.0, 1.0) if bounded else made
         return (sets.Masked(made, torch.arange(6) < 5) if name == "Masked" else made).project(x)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox._torch import function_transforms_active
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain, check_count, wrong
 from rai_toolbox.constraints.along import as_dims, dims_in, on_rows
@@ -33,10 +32,6 @@ def _of_any_batch(method: _Method) -> _Method:
             # (a batch of that shape without its memory)
             constraint._check_batch(torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape))
             return ON_SHARDS[method.__name__](of_any, constraint, x, *args, **kwargs)
-        if constraint._tensors and method.__name__ == "project_" and constraint._records_alone(x):
-            # What is quick because nothing is recorded would lose the derivative.
-            recorded = x.detach().clone().requires_grad_()
-            return x.copy_(method(constraint, recorded.clone()))
         if constraint._dims is not None:
             return on_rows(method, constraint, x, *args, **kwargs)
         return method(constraint, x, *args, **kwargs)
@@ -95,7 +90,7 @@ class Constraint:
 
     def __post_init__(self) -> None:
         settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}
-        tensors = (k for k, v in settings.items() if k not in self._fixed and _tensors_in(v))
+        tensors = (k for k, v in settings.items() if k not in self._fixed and _holds_tensors(v))
         self.__dict__.update(settings, _tensors=tuple(tensors))
         self.__dict__["_dims"] = as_dims(settings.get("dim"))
         if settings.get("flatten") is not None:
@@ -402,12 +397,6 @@ class Constraint:
         other.__dict__.update({**self.__dict__, **settings})
         return other
 
-    def _records_alone(self, x: Tensor) -> bool:
-        """Whether autograd records a setting, but not x."""
-        if x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        return not function_transforms_active() and any(t.requires_grad for t in _tensors_in(self))
-
     def _whole_dims(self, shape: torch.Size) -> Iterable[int]:
         """The dims of a batch of this shape that no two ranks may share."""
         return () if self.elementwise else self.coupled_dims(len(shape))
@@ -483,12 +472,10 @@ def check_device(name: str, setting: Tensor, x: Tensor) -> None:
         raise wrong(name, rule, f"{setting.device}; see `to`")
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Constraint):
-        value = tuple(getattr(value, name) for name in value._tensors)
+def _holds_tensors(value: Any) -> bool:
     if isinstance(value, tuple):
-        return [tensor for member in value for tensor in _tensors_in(member)]
-    return [value] if isinstance(value, Tensor) else []
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor) or (isinstance(value, Constraint) and bool(value._tensors))
 
 
 def _mapped(value: Any, name: str, change: _Change) -> Any:

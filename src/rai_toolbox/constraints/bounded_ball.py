@@ -23,7 +23,7 @@ from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     nearest_in_l2,
     nearest_in_linf,
 )
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, row_blocks
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, needs_grad, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
     outside_bounds,
@@ -134,7 +134,7 @@ class BoundedBall(Constraint):
             x.dtype not in (torch.float32, torch.float64)
             or self.ball.center is not None
             or self.__dict__["_apart"]
-            or (torch.is_grad_enabled() and x.requires_grad)
+            or needs_grad(x, self.ball.epsilon, self.lower, self.upper)
             or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
             or x.numel() == 0
             or x.device.type == "mps"

@@ -80,7 +80,7 @@ class MinMaxNorm(Constraint):
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             self._check_batch(x)
             project_l2_ball_(x, self.max_norm, x.ndim - 1)
-        elif self.p == 2 and x.numel() > 0 and not needs_grad(x):
+        elif self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
             self._check_batch(x)
             self._scale_(x)
         else:
