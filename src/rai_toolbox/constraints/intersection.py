@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -17,10 +16,7 @@ from rai_toolbox.constraints.kernels.rounding import resolution
 
 _CYCLES = 10  # between two checks of convergence, each of which synchronizes with the device
 _HALF = _CYCLES // 2
-_MEMORY = 5  # rounds whose changes a jump is to cancel
-_RANK = 1e-9  # relative size of changes that are too much alike
-_NOISE, _TINY = 2e-15, 1e-300  # relative error of float64 in corrections; what no entry is below
-_FAR = 1e9  # distance of common points, relative to the sub-tensor, at which to give up
+_SHORTEST, _LONGEST = 0.5, 1e12  # jumps, in units of what `_HALF` cycles change
 _SLOWEST = 1e-4  # smallest rate of convergence that is assumed; rounding noise looks like 0
 
 
@@ -31,14 +27,13 @@ class Intersection(Constraint):
     ``{x : x in C_1, ..., x in C_k}``, by Dykstra's algorithm (Boyle and Dykstra, 1986): it
     projects onto the sets in turn, each time first taking back what the last projection onto that
     set has changed. It is done when the moves that are left are small (those of all corrections,
-    as of Birgin and Raydan, 2005), which takes tens of cycles or hundreds: jumps between them
-    (Anderson, 1965) make few of what sets that meet at a small angle need. A sub-tensor that is in
-    all sets costs one `violation` of each of them.
+    as of Birgin and Raydan, 2005), which takes tens of cycles or hundreds; most where sets meet at
+    a small angle, or a sub-tensor is far away, beyond 1e4 times the size of the sets. One that is
+    in all sets costs one `violation` of each of them.
 
     A result is the nearest point to within about `tolerance`, relative to the largest magnitude
     of the sub-tensor and of the result: for a sub-tensor that is very far away it is a point of
-    the set which need not be the nearest; and at an angle t to within what float64 resolves, about
-    1e-16 / t^2. What is in all sets to within `tolerance` and the
+    the set which need not be the nearest. What is in all sets to within `tolerance` and the
     rounding of its entries counts as inside, and has the derivative 1, also where an equation has
     no interior; elsewhere autograd goes through all cycles, and keeps them.
 
@@ -52,8 +47,7 @@ class Intersection(Constraint):
         The relative accuracy.
     max_iterations : int
         The largest number of cycles, rounded up to tens. A projection that needs more raises a
-        RuntimeError with the violation of each set at its end, and writes nothing. It says whether
-        the sets have no common point, as far as it could see, or it has not converged.
+        RuntimeError with the violation of each set at its end, and writes nothing.
 
     Raises
     ------
@@ -138,10 +132,10 @@ class Intersection(Constraint):
         """Dykstra's algorithm on each row, until it has converged for all of them.
 
         Where sets meet at a small angle, or `x` is far away, very many cycles change the
-        corrections in nearly the same directions. So each round of cycles starts with a jump to
-        where the changes of the last rounds cancel (Anderson, 1965), and is undone if it lowers the
-        dual value. Any corrections are a valid start, as the algorithm is coordinate ascent on the
-        dual problem: x = y + sum of corrections.
+        corrections in nearly the same direction. So each round of cycles starts with a jump along
+        the change of the last round, and is undone if its own changes turn against the jump. Any
+        corrections are a valid start, as the algorithm is coordinate descent on the dual problem:
+        x = y + sum of corrections.
 
         Where `x` is far away, float64 leaves an error relative to `x` in a result that is small.
         Such a row starts again from its result: projections do not expand distances, so the
@@ -152,87 +146,56 @@ class Intersection(Constraint):
             return x
         with_origin = self._inside(torch.zeros_like(x), dtype)
         start = result = x
-        corrections = kept = none = x.new_zeros(len(self.sets), *x.shape)
-        best = x.new_full((len(x),), -inf)
-        past = [(none, none)]
+        corrections = jump = none = x.new_zeros(len(self.sets), *x.shape)
+        stride = x.new_full((len(x),), _SHORTEST)
         for _ in range(0, self.max_iterations, _CYCLES):
-            y, half, before, _ = self._cycles(start - sum(corrections), corrections, _HALF)
-            y, after, moved, support = self._cycles(y, half, _HALF)
-            change, offset = after - half, (start - y).detach()
-            largest = _size(after.transpose(0, 1).flatten(1))
-            noise = _NOISE * after.detach().abs().sum((0, 2)) * _size(start)
-            least = (offset * start.detach()).sum(1) - support - noise
-            value = least - offset.square().sum(1) / 2
-            worse = value < best - 4 * noise - _NOISE * best.abs()
-            apart = least / torch.linalg.vector_norm(offset, dim=1).clamp(min=_NOISE)
+            jumped = corrections + jump
+            y, half, before = self._cycles(start - sum(jumped), jumped, _HALF)
+            y, after, moved = self._cycles(y, half, _HALF)
+            change = (after - half).detach()
+            left = _left(before, moved, _HALF)
+            overshot = (change * jump).sum((0, 2)) < 0
             reach = torch.maximum(_size(start), _size(y))
-            # float64 has no smaller moves of corrections that are so large
-            left = torch.where(moved <= _NOISE * largest, moved, _left(before, moved, _HALF))
             # a cone's apex would be approached forever, each time a little nearer
             near_origin = torch.maximum(_size(y), left) <= self.tolerance * reach
             end = _where(near_origin & with_origin, 0.0, y)
-            settled = ~worse & (left <= self.tolerance * reach)
+            settled = ~overshot & (left <= self.tolerance * reach)
             found = settled & self._inside(end, dtype) & ~done
             result, done = _where(found, end, result), done | found
-            if bool((done | (apart > _FAR * reach)).all()):
-                break
+            if bool(done.all()):
+                return result
             start = _where(settled, end, start)
-            kept = _where(settled, none, _where(worse, kept, after))
-            best = torch.where(settled, -inf, torch.maximum(best, value))
-            fresh = settled | worse
-            past = [(_where(fresh, 0.0, c), _where(fresh, 0.0, d)) for c, d in past[-_MEMORY:]]
-            past.append((_where(fresh, 0.0, after), _where(fresh, 0.0, change)))
-            corrections = kept + _canceling(past)
-        if bool(done.all()):
-            return result
-        raise RuntimeError(self._failure(end[~done].detach(), (apart - reach)[~done]))
+            corrections = _where(settled, none, _where(overshot, corrections, after))
+            longer = torch.where(overshot, stride / 32, 4 * stride)
+            stride = torch.where(settled, _SHORTEST, longer.clamp(max=_LONGEST))
+            jump = _where(overshot | settled, none, stride.unsqueeze(1) * change)
+        raise RuntimeError(self._failure(end[~done].detach()))
 
-    def _cycles(self, y: Tensor, corrections: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Project onto each set in turn, `count` times.
-
-        Also return the corrections, and of the last time the moves and the sum of the largest
-        products of the corrections with points of their sets.
-        """
+    def _cycles(self, y: Tensor, corrections: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Project onto each set in turn, `count` times; also return the moves of the last time."""
         for _ in range(count):
-            after, moved, support = [], y.new_zeros(len(y)), y.new_zeros(len(y))
+            after, moved = [], y.new_zeros(len(y))
             for member, correction in zip(self.sets, corrections, strict=True):
                 corrected = y + correction
                 near = member.project(self._batch(corrected)).view(y.shape)
                 moved = moved + _size(near - y)
                 after.append(corrected - near)
-                support = support + (after[-1] * near).detach().sum(1)
                 y = near
             corrections = torch.stack(after)
-        return y, corrections, moved, support
+        return y, corrections, moved
 
     def _inside(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return self._excess(y.detach().to(dtype).to(y.dtype), dtype) <= 0
 
-    def _failure(self, y: Tensor, apart: Tensor) -> str:
+    def _failure(self, y: Tensor) -> str:
         outside = ", ".join(
             f"{float(member.violation(self._batch(y)).amax()):.3g} outside {type(member).__name__}"
             for member in self.sets
         )
-        why = "not converged, which a larger number or `tolerance` may mend"
-        if bool((apart > 0).any()):
-            why = f"they have none within {float(apart.amax()):.3g} of a sub-tensor"
         return (
             "`sets` must have points in common, the nearest of which is found within "
-            f"max_iterations={self.max_iterations}; {len(y)} sub-tensors ended up to {outside}; "
-            + why
+            f"max_iterations={self.max_iterations}; {len(y)} sub-tensors ended up to {outside}"
         )
-
-
-def _canceling(past: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The step of the corrections that would cancel their last change, by the rounds before it."""
-    rows = [torch.stack(some, -1).transpose(0, 1) for some in zip(*past, strict=True)]
-    corrections, changes = (row.flatten(1, 2) for row in rows)  # of shape (rows, entries, rounds)
-    known = (corrections[..., :-1] != 0).any(1, keepdim=True)
-    steps, turns = corrections.diff(dim=-1) * known, changes.diff(dim=-1) * known
-    unit = turns.detach().abs().amax(1, keepdim=True).clamp(min=_TINY)
-    weights = torch.linalg.pinv(turns.detach() / unit, rtol=_RANK) @ changes[..., -1:].detach()
-    found: Tensor = (steps / unit @ weights).view(rows[0].shape[:-1])
-    return -found.transpose(0, 1)
 
 
 def _where(rows: Tensor, a: Tensor | float, b: Tensor) -> Tensor:
