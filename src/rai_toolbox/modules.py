@@ -222,6 +222,6 @@ def modules_in(call: object) -> list[nn.Module]:
             reached += [*get_referents(item), vars(type(item)).get("__call__")]
             if isinstance(item, FunctionType):
                 # All globals of its file, of which it names some, are not searched.
-                seen |= {id(item.__globals__), id(item.__builtins__)}
+                seen |= {id(item.__globals__), id(item.__builtins__)}  # type: ignore[attr-defined]
                 reached += [item.__globals__.get(name) for name in item.__code__.co_names]
     return list(found.values())

@@ -123,6 +123,15 @@ CASES = [
         compiles=True,
     ),
     *_ball("LinfBall"),
+    _case("LinfBall", "elements", lambda s, rand: sets.LinfBall(rand(n) * s), symmetric="scale"),
+    _case(
+        "BoundedBall",
+        "a radius for each channel",
+        lambda s, rand: sets.BoundedBall(
+            sets.LinfBall(rand(2, 1) * s + 0.2 * s, center=0.3 * s), 0.1 * s, s
+        ),
+        (N, 2, 3),
+    ),
     *_ball("L2Ball"),
     *_ball("L1Ball"),
     _case(
@@ -150,12 +159,10 @@ CASES = [
     ),
     _case("BoxSection", "open", lambda s, rand: sets.BoxSection(1.0, s, None, 0.6 * s)),
     _case("BoxSection", "simplex", lambda s, rand: sets.BoxSection(1.0, s, 0.0, None)),
-    *_norms("UnitNorm", lambda s, p: sets.UnitNorm(p), "sign permutation", scales=(1.0,)),
-    *_norms("MaxNorm", lambda s, p: sets.MaxNorm(0.8 * s, p)),
-    _case(
-        "MaxNorm", "each", lambda s, rand: sets.MaxNorm((rand(N, 1) + 0.1) * s, 2), compiles=True
-    ),
-    *_norms("MinMaxNorm", lambda s, p: sets.MinMaxNorm(0.6 * s, 1.7 * s, p)),
+    *_norms("UnitNorm", lambda s, p: sets.UnitNorm(p=p), "sign permutation", scales=(1.0,)),
+    *_norms("MaxNorm", lambda s, p: sets.MaxNorm(0.8 * s, p=p)),
+    _case("MaxNorm", "each", lambda s, rand: sets.MaxNorm((rand(N, 1) + 0.1) * s), compiles=True),
+    *_norms("MinMaxNorm", lambda s, p: sets.MinMaxNorm(0.6 * s, 1.7 * s, p=p)),
     _case(
         "MinMaxNorm",
         "each",
@@ -254,6 +261,7 @@ CASES = [
         )
         for kind in ("SpectralBall", "NuclearBall")
     ),
+    _case("SpectralBall", "kernels", lambda s, rand: sets.SpectralBall(s, flatten=1), (N, 2, 2, 2)),
     _case("PSD", "3x3", lambda s, rand: sets.PSD(), (N, 3, 3), symmetric="scale", compiles=True),
     _case("PSD", "1x1", lambda s, rand: sets.PSD(), (N, 1, 1)),
     _case(
@@ -265,6 +273,7 @@ CASES = [
         symmetric="sign permutation",
         compiles=True,
     ),
+    _case("Stiefel", "3x5", lambda s, rand: sets.Stiefel(), (N, 3, 5), scales=(1.0,)),
     _case("Stiefel", "2x2", lambda s, rand: sets.Stiefel(), (N, 2, 2), scales=(1.0,)),
     _case(
         "Intersection",

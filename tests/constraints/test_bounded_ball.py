@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
-from rai_toolbox.constraints.bounded_ball import BoundedBall
+from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of
 from rai_toolbox.constraints.box import Box
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +40,7 @@ def bounded(ball, n, where=None, seed=0, scale=1.0, share=0.3, dtype=torch.float
     order = BALLS[ball]
     nearest = 0.0 if center is None else torch.linalg.vector_norm(gap.double(), order).item()
     epsilon = 1.001 * nearest + share * torch.linalg.vector_norm(corners, order).item()
-    return BoundedBall(ball(epsilon, center), lower, upper)
+    return BoundedBall(ball(epsilon, center=center), lower, upper)
 
 
 def length(row, center, order):
@@ -55,15 +55,15 @@ def length(row, center, order):
     [
         (BoundedBall(L1Ball(1.0), 0.0, 0.4), [0.9, 0.5, 0.3], [0.4, 0.4, 0.2]),
         (BoundedBall(L2Ball(1.0), 0.0, 1.0), [2, 0.5, -0.4], [4 / 17**0.5, 1 / 17**0.5, 0]),
-        (BoundedBall(LinfBall(0.25, 0.5), 0.5, 1.0), [0.9, 0.5, 0.3], [0.75, 0.5, 0.5]),
+        (BoundedBall(LinfBall(0.25, center=0.5), 0.5, 1.0), [0.9, 0.5, 0.3], [0.75, 0.5, 0.5]),
         (BoundedBall(L1Ball(2.0), -9.0, 9.0), [1, -2, 0.5], [0.5, -1.5, 0]),
         (BoundedBall(L1Ball(1.0), None, 9.0), [3.0, -4.0], [0.0, -1.0]),
         (BoundedBall(L2Ball(1.0), -9.0, None), [3.0, -4.0], [0.6, -0.8]),
         (BoundedBall(L2Ball(5.0), 3.0, None), [9.0, 0.0], [4.0, 3.0]),
         (BoundedBall(L2Ball(5.0), 4.0, 9.0), [9.0], [5.0]),
-        (BoundedBall(L1Ball(0.0, 1.0), 0.0, 2.0), [9.0, 1.5], [1.0, 1.0]),
-        (BoundedBall(L2Ball(0.0, 1.0), 0.0, 2.0), [9.0, 1.5], [1.0, 1.0]),
-        (BoundedBall(LinfBall(0.0, 1.0), 0.0, 2.0), [9.0, 1.5], [1.0, 1.0]),
+        (BoundedBall(L1Ball(0.0, center=1.0), 0.0, 2.0), [9.0, 1.5], [1.0, 1.0]),
+        (BoundedBall(L2Ball(0.0, center=1.0), 0.0, 2.0), [9.0, 1.5], [1.0, 1.0]),
+        (BoundedBall(LinfBall(0.0, center=1.0), 0.0, 2.0), [9.0, 1.5], [1.0, 1.0]),
     ],
 )
 def test_reference_values(dtype, c, x, expected):
@@ -161,7 +161,7 @@ def test_as_another_solver(ball, where):
 def test_wide_bounds_leave_the_ball_and_a_wide_ball_the_bounds(ball):
     x = randn(5, 30) * 3
     for center in (None, randn(30)):
-        plain = ball(2.0, center)
+        plain = ball(2.0, center=center)
         wide = BoundedBall(plain, -1e6, 1e6)
         torch.testing.assert_close(wide.project(x), plain.project(x), rtol=1e-12, atol=1e-12)
         worth = (wide.lmo(x) * x).sum(1)
@@ -169,7 +169,7 @@ def test_wide_bounds_leave_the_ball_and_a_wide_ball_the_bounds(ball):
         half_open = BoundedBall(plain, None, 1e6)
         torch.testing.assert_close(half_open.project(x), wide.project(x), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(half_open.lmo(x), wide.lmo(x), rtol=1e-12, atol=1e-12)
-        box = BoundedBall(ball(1e6, center), -0.5, torch.full((30,), 0.25))
+        box = BoundedBall(ball(1e6, center=center), -0.5, torch.full((30,), 0.25))
         assert torch.equal(box.project(x), Box(-0.5, 0.25).project(x))
         torch.testing.assert_close(box.lmo(x), Box(-0.5, 0.25).lmo(x))
 
@@ -179,7 +179,7 @@ def test_worst_case_of_a_linear_classifier(ball):
     """The largest ``cost . d`` with ``|d| <= epsilon`` and ``0 <= x + d <= 1``."""
     x, cost = randn(8, 50).sigmoid(), randn(8, 50, seed=1)
     epsilon = {LinfBall: 0.3, L2Ball: 1.0, L1Ball: 3.0}[ball]
-    attack = BoundedBall(ball(epsilon, x), 0.0, 1.0).lmo(-cost) - x
+    attack = BoundedBall(ball(epsilon, center=x), 0.0, 1.0).lmo(-cost) - x
     room = torch.where(cost > 0, 1 - x, x)
     if ball is LinfBall:
         best = (cost.abs() * room.clamp(max=epsilon)).sum(1)
@@ -203,7 +203,7 @@ def test_worst_case_of_a_linear_classifier(ball):
 
 @with_each_ball
 def test_inside_stays_bitwise(ball):
-    c = BoundedBall(ball(0.5, 0.25), 0.0, 1.0)
+    c = BoundedBall(ball(0.5, center=0.25), 0.0, 1.0)
     x = torch.tensor([[0.25, 0.25, 0.25], [0.3, 0.25, 0.2], [-0.0, 0.25, 0.3]])
     assert torch.equal(c.project(x).view(torch.int32), x.view(torch.int32))
 
@@ -224,13 +224,17 @@ def test_batched_as_one_by_one_in_any_layout(ball, where):
 def test_settings_per_sub_tensor(ball):
     x, center = randn(4, 3, 2) * 3, randn(4, 3, 2).sigmoid()
     epsilon = torch.tensor([0.0, 0.1, 0.5, 2.0]).double().reshape(4, 1, 1)
-    c = BoundedBall(ball(epsilon, center), torch.zeros(2), 1.0)
+    c = BoundedBall(ball(epsilon, center=center), torch.zeros(2), 1.0)
     y = c.project(x)
     for i in range(4):
-        alone = BoundedBall(ball(epsilon[i].item(), center[i]), 0.0, 1.0)
+        alone = BoundedBall(ball(epsilon[i].item(), center=center[i]), 0.0, 1.0)
         assert torch.equal(alone.project(x[i : i + 1])[0], y[i])
+    each = BoundedBall(ball(torch.ones(2)), 0.0, 1.0)
+    if ball is LinfBall:  # a radius of each element
+        assert (each.violation(each.project(x)) == 0).all()
+        return
     with pytest.raises(ValueError, match="`epsilon` must have one value per sub-tensor"):
-        BoundedBall(ball(torch.ones(2)), 0.0, 1.0).project(x)
+        each.project(x)
 
 
 @with_each_ball
@@ -278,10 +282,17 @@ def test_what_is_not_finite_shows(ball, bad):
     assert (y[1] == 0).all()
 
 
+def test_balls_within_bounds_are_of_whole_sub_tensors():
+    with pytest.raises(ValueError, match="`ball` must be a ball of whole sub-tensors"):
+        BoundedBall(L2Ball(1.0, dim=0), 0.0, 1.0)
+    with pytest.raises(ValueError, match="`constraint` must be a ball of whole sub-tensors"):
+        norm_ball_of(L2Ball(1.0, dim=0))
+
+
 @with_each_ball
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
 def test_empty_batches(ball, shape):
-    c = BoundedBall(ball(0.5, 2.0), 0.0, 1.75)
+    c = BoundedBall(ball(0.5, center=2.0), 0.0, 1.75)
     for word in (c.project, c.lmo, c.sample_):
         assert word(torch.ones(shape)).shape == shape
 
@@ -299,14 +310,14 @@ def test_empty_batches(ball, shape):
             ValueError,
             "`epsilon` must be at least .*2",
         ),
-        (lambda: BoundedBall(L1Ball(1.0, 5.0), 2.0, 3.0), ValueError, "got 1.0"),
+        (lambda: BoundedBall(L1Ball(1.0, center=5.0), 2.0, 3.0), ValueError, "got 1.0"),
         (
             lambda: BoundedBall(L2Ball(torch.tensor([[9.0], [0.5]])), torch.ones(2, 3), None),
             ValueError,
             "got 0.5",
         ),
         (
-            lambda: BoundedBall(L2Ball(1.0, torch.ones(3)), torch.zeros(2), None),
+            lambda: BoundedBall(L2Ball(1.0, center=torch.ones(3)), torch.zeros(2), None),
             ValueError,
             "broadcast against each other",
         ),
@@ -320,13 +331,13 @@ def test_wrong_settings(make, error, message):
 @pytest.mark.parametrize("ball, n", [(L1Ball, 3), (L2Ball, 5)])
 def test_empty_sets_are_refused_before_anything_is_written(ball, n):
     for center in (3.0, torch.full((n,), 3.0)):
-        c = BoundedBall(ball(2.0, center), 0.0, 2.0)
+        c = BoundedBall(ball(2.0, center=center), 0.0, 2.0)
         x = torch.full((2, n), 7.0)
         for _ in range(2):
             with pytest.raises(ValueError, match="`epsilon` must be at least the distance"):
                 c.project_(x)
         assert (x == 7).all()
-    few = BoundedBall(ball(2.0, 3.0), 0.0, 2.0)
+    few = BoundedBall(ball(2.0, center=3.0), 0.0, 2.0)
     assert (few.project(torch.full((1, n - 1), 7.0)) <= 2).all()
 
 

@@ -307,3 +307,28 @@ def test_plain_data():
     other = Constraint.from_plain(c.to_plain())
     assert c == other
     assert torch.equal(c.project(randn(2, 5)), other.project(randn(2, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_box_of_one_point_is_judged_after_rounding(dtype):
+    """A sum that is rounded to the dtype is that of the entries, as it is for `violation`."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (3, 10, 100):
+        point = torch.randn(4, size, generator=generator).to(dtype)
+        total = point.double().sum(1, keepdim=True).to(dtype)
+        for only in (
+            BoxSection(1.0, total, point, point),
+            BoxSection(1.0, total[0].item(), point[0], point[0]),
+        ):
+            x = torch.randn(4, size, generator=generator).to(dtype)
+            y = only.project(x)
+            assert torch.equal(y, only.lower.expand(4, size))
+            assert (only.violation(y) == 0).all()
+
+
+def test_what_no_rounding_explains_is_refused_for_each_dtype():
+    budget = BoxSection(1.0, 1.001, 0.0, 0.25)
+    assert (budget.violation(budget.project(torch.ones(2, 4, dtype=torch.bfloat16))) == 0).all()
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ValueError, match="`total` must be between"):
+            budget.project_(torch.ones(2, 4, dtype=dtype))

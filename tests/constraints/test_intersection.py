@@ -197,6 +197,7 @@ class Circle(Box):
     [
         (lambda: Intersection(), ValueError, "`sets` must be at least one constraint"),
         (lambda: Intersection(1.0), TypeError, "`sets` must be constraints, got 1.0"),
+        (lambda: Intersection([Box(0, 1)]), TypeError, r"unpack them: Intersection\(\*sets\)"),
         (lambda: Intersection(Circle(0, 1)), ValueError, "`sets` must be convex"),
         (lambda: Intersection(NonNegative(), tolerance=0), ValueError, r"in \(0, 1\), got 0"),
         (lambda: Intersection(NonNegative(), tolerance=math.nan), ValueError, "not be NaN"),

@@ -87,7 +87,8 @@ def test_what_is_selected_is_not_hidden():
 
 def test_nothing_selected():
     x = batch(torch.float32)
-    for member in (Box(5.0, 6.0), Hyperplane(1.0, 1.0)):
+    affine = Affine(torch.ones(1, 6), 1.0)  # which takes no batch without elements
+    for member in (Box(5.0, 6.0), Hyperplane(1.0, 1.0), Hyperplane(torch.ones(6), 1.0), affine):
         nothing = Masked(member, torch.zeros(2, 3, dtype=torch.bool))
         assert equal_bits(nothing.project(x), x)
         assert nothing.violation(x).tolist() == [0.0] * 4

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ BAD = [
     (lambda: sets.BoxSection(1.0, 1.0, 2.0, 1.0), "`lower` must be <= `upper`"),
     (lambda: sets.MaxNorm(-1.0), "`max_norm` must be >= 0, got -1.0"),
     (lambda: sets.MaxNorm(math.nan), "`max_norm` must not be NaN, got nan"),
-    (lambda: sets.MaxNorm(1.0, 3), "`p` must be"),
-    (lambda: sets.UnitNorm(0), "`p` must be"),
+    (lambda: sets.MaxNorm(1.0, p=3), "`p` must be"),
+    (lambda: sets.UnitNorm(p=0), "`p` must be"),
     (lambda: sets.MinMaxNorm(2.0, 1.0), "`min_norm` must be <= `max_norm`"),
     (lambda: sets.BoundedBall(sets.L2Ball(1.0), 2.0, 1.0), "`lower` must be <= `upper`"),
     (lambda: sets.TopK(-1), "`k` must be >= 0, got -1"),
@@ -61,6 +62,7 @@ BAD = [
     (lambda: sets.Affine(torch.ones(3, 2), 1.0), "`matrix` must have the shape (m, n)"),
     (lambda: sets.Affine(torch.ones(2, 3), torch.ones(2)), "`matrix`"),
     (lambda: sets.Affine(torch.eye(2), torch.ones(3)), "`offset` must have the shape"),
+    (lambda: sets.Stiefel(flatten=0), "`flatten` must be >= 1, got 0"),
     (lambda: sets.Intersection(), "`sets` must be at least one constraint"),
 ]
 BAD_TYPES = [
@@ -101,7 +103,11 @@ def test_a_wrong_setting_is_named(make, message, kind):
         (lambda: sets.L2Ball(1.0), (4,), "L2Ball takes a batch of shape (N, ...), got (4,)"),
         (lambda: sets.PSD(), (2, 3), "PSD takes a batch of shape (N, ..., m, k), got (2, 3)"),
         (lambda: sets.PSD(), (2, 3, 4), "square"),
-        (lambda: sets.Stiefel(), (2, 3, 4), "transpose"),
+        (lambda: sets.Stiefel(), (2, 3, 4, 4), "flatten=1 makes one matrix of a sub-tensor"),
+        (lambda: sets.NuclearBall(1.0), (2, 3, 4, 4), "takes sub-tensors of 2 dims"),
+        (lambda: sets.SpectralBall(1.0, flatten=2), (2, 3, 4), "takes a batch of shape"),
+        (lambda: sets.Simplex(), (4,), "param_ndim=None for a tensor as a whole"),
+        (lambda: sets.Simplex(), (), "param_ndim=None for a tensor as a whole"),
         (lambda: sets.BoxSection(1.0, 9.0, 0.0, 1.0), (2, 4), "`total`"),
         (lambda: sets.BoxSection(torch.ones(3), 9.0, 0.0, 1.0), (2, 3), "`total`"),
         (lambda: sets.Affine(torch.eye(3), 1.0), (2, 4), "`matrix` must have one column"),
@@ -225,3 +231,35 @@ def test_words_of_unbounded_sets_say_so():
                 ValueError, match=f"`{word}` needs a bounded set, got {type(c).__name__}"
             ):
                 getattr(c, word)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "name", ["L1Ball", "L2Ball", "LinfBall", "Simplex", "MaxNorm", "p=1", "MinMaxNorm", "Masked"]
+)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_autograd_of_a_setting_alone(name, bounded):
+    """What a set does quickly for a batch without gradients is no reason to lose a setting's."""
+    if bounded and not name.endswith("Ball"):
+        return
+
+    def project(size, x):
+        others = {
+            "Masked": sets.Simplex,
+            "p=1": partial(sets.MaxNorm, p=1),
+            "MinMaxNorm": partial(sets.MinMaxNorm, 0.1),
+        }
+        kind = others.get(name) or getattr(sets, name)
+        made = kind(size)
+        made = sets.BoundedBall(made, -1.0, 1.0) if bounded else made
+        return (sets.Masked(made, torch.arange(6) < 5) if name == "Masked" else made).project(x)
+
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e-3  # inside
+    size = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(project, (size, x))
+    torch.testing.assert_close(project(size, x), project(0.7, x))
+    expected = project(size, x.clone().requires_grad_())
+    found = project(size, x)
+    for y in (expected, found):
+        assert y.requires_grad
+    assert torch.autograd.grad(found.sum(), size) == torch.autograd.grad(expected.sum(), size)

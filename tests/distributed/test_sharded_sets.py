@@ -36,7 +36,7 @@ SETS = {
     "BoundedBall": sets.BoundedBall(sets.L2Ball(0.3), -0.1, 0.2),
     "Simplex": sets.Simplex(),
     "BoxSection": sets.BoxSection(1.0, 0.5, -0.2, 0.6),
-    "MaxNorm": sets.MaxNorm(0.3, 1),
+    "MaxNorm": sets.MaxNorm(0.3, p=1),
     "MaxNorm of columns": sets.MaxNorm(0.3, dim=0),
     "MinMaxNorm": sets.MinMaxNorm(0.2, 0.3),
     "UnitNorm": sets.UnitNorm(),

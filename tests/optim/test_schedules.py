@@ -163,7 +163,7 @@ def test_a_whole_set_can_be_a_value():
         if expected is not sets[-1]:
             scheduler.step()
     saved = scheduler.state_dict()
-    assert saved["last_value"] == [{"set": "L2Ball", "epsilon": 1.0, "center": None}]
+    assert saved["last_value"] == [{"set": "L2Ball", "epsilon": 1.0, "center": None, "dim": None}]
     opt.param_groups[0]["constraint"] = None
     scheduler.load_state_dict(saved)
     assert opt.param_groups[0]["constraint"] == L2Ball(1.0)

@@ -273,7 +273,7 @@ def broken_laws(constraint):
         if name == "compiled" and not isinstance(constraint, LookingBall):
             continue  # which takes a second, and has its own right sets above
         try:
-            law(Trial(constraint, (32, 6)))
+            law(Trial(constraint, (32, 6), reach=1e20))
         except AssertionError as error:
             found[name] = str(error)
     return found
@@ -312,6 +312,29 @@ def test_the_worst_row_is_named():
         AssertionError, match=r"feasible: .* row \d+ is worst, of \d+ of 32: .* at \["
     ):
         check_constraint(OutwardBall(1.0), dtypes=[torch.float32], laws=["feasible"])
+
+
+@dataclass(frozen=True, eq=False)
+class ToyBand(Constraint):
+    """An inequality, aimed inward by rounding, whose sums lose digits to points that are far."""
+
+    width: float
+
+    def _excess(self, x, dtype):
+        return (x.mean(1).abs() - self.width).clamp(min=0)
+
+    def _nearest(self, x, dtype):
+        mean = x.mean(1, keepdim=True)
+        rounding = torch.finfo(dtype).eps * x.abs().amax(1, keepdim=True)
+        most = (self.width - rounding).clamp(min=0)
+        return x - mean + mean.clamp(-most, most)
+
+
+def test_an_honest_set_keeps_the_laws_where_users_meet_it():
+    for width in (0.1, 1.0):
+        check_constraint(ToyBand(width), dtypes=[torch.float64, torch.bfloat16])
+    with pytest.raises(AssertionError, match=r"reach=1e\+20, tolerance=0\)"):
+        check_constraint(ToyBand(0.5), dtypes=[torch.float64], reach=1e20)
 
 
 def test_laws_are_known():

@@ -37,11 +37,6 @@ def on_rows(method: Any, constraint: Any, x: Tensor, *args: Any, **kwargs: Any) 
     constraint._check_batch(x)
     dims, name = constraint.coupled_dims(x.ndim), method.__name__
     end = tuple(range(-len(dims), 0))
-    shape = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
-
-    def of_rows(_: str, setting: Tensor) -> Tensor:
-        return setting.expand(shape).movedim(dims, end).reshape(-1, 1)
-
     whole = x if name == "project_" else x.detach().clone() if name == "lmo" else x.detach()
     moved = whole.movedim(dims, end)
     kept = moved.shape[: -len(dims)]
@@ -49,9 +44,14 @@ def on_rows(method: Any, constraint: Any, x: Tensor, *args: Any, **kwargs: Any) 
     if torch.is_grad_enabled() or len(rows) == 1:
         # A view with other strides could not be copied to what it is a view of.
         rows = rows.clone()
-    found: Tensor = method(
-        constraint._map(of_rows)._replaced({"_dims": None}), rows, *args, **kwargs
-    )
+
+    def of_rows(_: str, setting: Tensor) -> Tensor:
+        aligned = setting.expand(*(1,) * (x.ndim - setting.ndim), *setting.shape).movedim(dims, end)
+        size = 1 if prod(aligned.shape[-len(dims) :]) == 1 else rows.shape[1]
+        shape = moved.shape if size > 1 else (*kept, *(1,) * len(dims))
+        return aligned.expand(shape).reshape(len(rows), size)
+
+    found: Tensor = method(constraint._of_rows(of_rows), rows, *args, **kwargs)
     if name == "violation":
         return found.view(kept)
     moved.copy_(found.view(moved.shape))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_setting
+from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
@@ -33,7 +33,8 @@ class _Ball(Constraint):
     """The norm as it is written: "L1", "L2" or "Linf"."""
 
     epsilon: float | Tensor
-    center: float | Tensor | None = None
+    center: float | Tensor | None = field(default=None, kw_only=True)
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         check_setting("epsilon", self.epsilon, least=0, finite=False)
@@ -81,7 +82,7 @@ class LinfBall(_Ball):
     Parameters
     ----------
     epsilon : float or Tensor
-        Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
+        Radius, >= 0; a tensor broadcasts against the batch: one per element, channel or sub-tensor.
     center : float or Tensor, optional
         By default 0. Counts as rounded to the dtype of x.
 
@@ -101,6 +102,7 @@ class LinfBall(_Ball):
     p: ClassVar[float] = math.inf
     norm_name: ClassVar[str] = "Linf"
     elementwise: ClassVar[bool] = True
+    dim: None = field(default=None, init=False, repr=False)  # no entry is bound to another
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
@@ -142,6 +144,8 @@ class L2Ball(_Ball):
         Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
     center : float or Tensor, optional
         By default 0. Counts as rounded to the dtype of x.
+    dim : int or tuple of int, optional
+        Along which dims of the batch a ball lies; by default all but the first.
 
     Raises
     ------
@@ -189,6 +193,8 @@ class L1Ball(_Ball):
         Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
     center : float or Tensor, optional
         By default 0. Counts as rounded to the dtype of x.
+    dim : int or tuple of int, optional
+        Along which dims of the batch a ball lies; by default all but the first.
 
     Raises
     ------
@@ -213,7 +219,7 @@ class L1Ball(_Ball):
     def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
         for x in batches:
             self._check_batch(x)
-        joins = self.center is None and not isinstance(self.epsilon, Tensor)
+        joins = self.center is None and self._dims is None and not isinstance(self.epsilon, Tensor)
         plain = []
         for x in batches:
             if joins and in_blocks(x) and not needs_grad(x):
@@ -243,6 +249,8 @@ def check_ball(name: str, value: object) -> Ball:
     """Return `value` if it is a norm ball."""
     if not isinstance(value, Ball):
         raise TypeError(f"`{name}` must be a LinfBall, L2Ball or L1Ball, got {value!r}")
+    if value.dim is not None:
+        raise wrong(name, "be a ball of whole sub-tensors, without `dim`", value)
     return value
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.autograd import readable, with_value
-from rai_toolbox.checks import as_plain, wrong
-from rai_toolbox.constraints.along import dims_in, on_rows
+from rai_toolbox.checks import as_plain, check_count, wrong
+from rai_toolbox.constraints.along import as_dims, dims_in, on_rows
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_groups, row_blocks, widened
 from rai_toolbox.constraints.sharding import ON_SHARDS, PLAIN, is_sharded
 
@@ -56,6 +56,9 @@ class Constraint:
     Nothing non-finite is hidden. In an elementwise set a NaN stays NaN, and an infinity is a very
     large number; in any other set a NaN or an infinity makes its whole sub-tensor NaN.
 
+    A field `dim`, an int or a tuple of them, makes it a set of what lies along these dims of the
+    batch, such as 0 for the columns of a matrix; by default all dims but the first.
+
     A set of your own is a frozen dataclass with `_excess` and `_nearest`, both of which get
     float64; `rai_toolbox.testing.check_constraint` checks it.
     """
@@ -89,6 +92,9 @@ class Constraint:
         settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}
         tensors = (k for k, v in settings.items() if k not in self._fixed and _holds_tensors(v))
         self.__dict__.update(settings, _tensors=tuple(tensors))
+        self.__dict__["_dims"] = as_dims(settings.get("dim"))
+        if settings.get("flatten") is not None:
+            check_count("flatten", settings["flatten"], 1)
         self._check_settings()
 
     @property
@@ -350,18 +356,23 @@ class Constraint:
             x = x.unsqueeze(0)
         for rows in row_blocks(x) if x.numel() > BLOCK else [slice(0, len(x))]:
             block = x if rows.stop - rows.start >= len(x) else x[rows]
-            points = readable(block)
-            if not self._of_matrices:
-                points = points.reshape(len(points), -1)
+            points = self._points(readable(block))
             settings = partial(self._aligned, x, rows)
             yield block, points, self._map(settings) if self._tensors else self
+
+    def _points(self, batch: Tensor) -> Tensor:
+        """The points of a batch, as rows or as matrices."""
+        if not self._of_matrices:
+            return batch.reshape(len(batch), -1)
+        rows = self.__dict__.get("flatten")
+        return batch.flatten(1 + rows).flatten(1, rows) if rows else batch
 
     def _aligned(self, x: Tensor, rows: slice, name: str, setting: Tensor) -> Tensor:
         """A setting in float64, to broadcast against the points of some rows of x."""
         setting = setting.reshape((1,) * (x.ndim - setting.ndim) + setting.shape)
         setting = widened(setting[rows] if len(setting) > 1 else setting)
         if self._of_matrices:
-            return setting
+            return self._points(setting)
         if prod(setting.shape[1:]) == 1:
             return setting.reshape(-1, 1)
         return setting.expand(-1, *x.shape[1:]).flatten(1)
@@ -371,6 +382,10 @@ class Constraint:
     def _map(self: _Self, change: _Change) -> _Self:
         """The set with ``change(name, setting)`` in place of each tensor setting; unchecked."""
         return self._replaced({k: _mapped(getattr(self, k), k, change) for k in self._tensors})
+
+    def _of_rows(self: _Self, change: _Change) -> _Self:
+        """The set of rows that a set of what lies along some dims is; unchecked."""
+        return self._map(change)._replaced({"_dims": None})
 
     def _at_rows(self: _Self, x: Tensor, at: Tensor | slice) -> _Self:
         """The set as some sub-tensors of the batch x see it; unchecked."""
@@ -396,17 +411,27 @@ class Constraint:
         name = type(self).__name__
         if not x.is_floating_point():
             raise TypeError(f"{name} takes real floating-point tensors, got {x.dtype}")
-        least = 3 if self._of_matrices else 2
+        rows = self.__dict__.get("flatten", 0)  # of a matrix: how many dims
+        least = 2 + max(1, rows or 0) if self._of_matrices else 2
         if x.ndim < least and not self.elementwise:
             shape = "(N, ..., m, k)" if self._of_matrices else "(N, ...)"
-            hint = "=2 for a matrix" if self._of_matrices else ""
+            hint = "=2 for a matrix" if self._of_matrices else "=None for a tensor as a whole"
             raise ValueError(
                 f"{name} takes a batch of shape {shape}, got {tuple(x.shape)}; "
-                f"rai_toolbox.to_batch makes one (with optimizers: `param_ndim`{hint})"
+                f"rai_toolbox.to_batch makes one (as optimizers do), with param_ndim{hint}"
             )
+        if x.ndim > 3 and rows is None:
+            raise ValueError(
+                f"{name} takes sub-tensors of 2 dims, got a batch of shape {tuple(x.shape)}; "
+                "flatten=1 makes one matrix of a sub-tensor, its first dim by all others (for a "
+                "convolution: with param_ndim=None), param_ndim=2 one of each last two dims"
+            )
+        if 0 in x.shape[1:]:
+            return  # without elements, all settings fit
         if self._tensors:
             self._check_tensors(x)
-        self._check_shape(x.shape)
+        if self._dims is None:  # (else that of its rows is checked)
+            self._check_shape(x.shape)
 
     def _check_tensors(self, x: Tensor) -> None:
         for name in self._tensors:
@@ -425,7 +450,7 @@ class Constraint:
         )
         if not fits:
             raise wrong(name, f"broadcast against the batch of shape {batch}", f"shape {shape}")
-        coupled = self.coupled_dims(x.ndim) if name in self._for_each else ()
+        coupled = self._whole_dims(x.shape) if name in self._for_each else ()
         of_each = tuple(1 if dim in coupled else size for dim, size in enumerate(batch))
         if any(shape[dim - x.ndim] != 1 for dim in coupled if dim >= x.ndim - len(shape)):
             rule = f"have one value per sub-tensor, shape {of_each} for the batch of shape {batch}"

@@ -23,7 +23,7 @@ from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     nearest_in_l2,
     nearest_in_linf,
 )
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, row_blocks
+from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, needs_grad, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
     outside_bounds,
@@ -92,7 +92,7 @@ class BoundedBall(Constraint):
         self.__dict__["_known"] = {}  # the bounds as they count in a dtype
         self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
         epsilon, gap = self._radius_and_gap()
-        self.__dict__["_apart"] = bool((gap > 0).any())
+        self.__dict__["_apart"] = bool((gap > 0).any()) and self.ball.p < inf
         _check_reach(epsilon, gap)
 
     def _check_shape(self, shape: torch.Size) -> None:
@@ -134,7 +134,7 @@ class BoundedBall(Constraint):
             x.dtype not in (torch.float32, torch.float64)
             or self.ball.center is not None
             or self.__dict__["_apart"]
-            or (torch.is_grad_enabled() and x.requires_grad)
+            or needs_grad(x, self.ball.epsilon, self.lower, self.upper)
             or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
             or x.numel() == 0
             or x.device.type == "mps"
@@ -215,7 +215,7 @@ class BoundedBall(Constraint):
         if not linf:  # what sums of float64 may be off
             radius = radius * (1 - 8 * noise(x.shape[1]))
         middle = as_rows(as_rounded(0.0 if center is None else center, dtype, x), x)
-        return middle, radius.expand(len(x), 1), *rounded_bounds(self.lower, self.upper, x, dtype)
+        return middle, radius.expand(len(x), -1), *rounded_bounds(self.lower, self.upper, x, dtype)
 
 
 def _larger(a: float | Tensor, b: float | Tensor) -> Any:
@@ -251,6 +251,7 @@ def norm_ball_of(constraint: object) -> Any:
     if not isinstance(ball, Ball):
         rule = "be a LinfBall, L2Ball or L1Ball, or a BoundedBall of one"
         raise wrong("constraint", rule, repr(constraint), TypeError)
+    check_ball("constraint", ball)
     if not ball.bounded:
         raise ValueError(f"`epsilon` of `constraint` must be finite, got {constraint!r}")
     return ball

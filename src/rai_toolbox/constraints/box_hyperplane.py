@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import ClassVar
 
@@ -42,6 +42,8 @@ class BoxSection(Constraint):
         The weighted sum; a tensor has one value per sub-tensor.
     lower, upper : float or Tensor or None
         The bounds; None, or an infinity, leaves a side open. `lmo` and `sample_` need both.
+    dim : int or tuple of int, optional
+        Along which dims of the batch the sum is taken; by default all but the first.
 
     Raises
     ------
@@ -65,33 +67,37 @@ class BoxSection(Constraint):
     total: float | Tensor
     lower: float | Tensor | None
     upper: float | Tensor | None
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         check_setting("weight", self.weight)
         check_setting("total", self.total)
         is_open = self.lower is None and self.upper is None
         self.__dict__["_bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
-        self.__dict__["_feasible"] = set()  # shapes that have a point of the set
+        self.__dict__["_feasible"] = set()  # shapes that have a point of the set in a dtype
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
-            self._check_total(least.reshape(1, -1), most.reshape(1, -1), repeated=True)
+            coarsest = torch.finfo(torch.bfloat16).eps  # that a batch may have
+            self._check_total(least.reshape(1, -1), most.reshape(1, -1), coarsest, repeated=True)
 
-    def _check_shape(self, shape: torch.Size) -> None:
-        if 0 in shape or shape in self.__dict__["_feasible"]:
+    def _check_batch(self, x: Tensor) -> None:
+        super()._check_batch(x)
+        shape, batch = x.shape, (x.shape, x.dtype)
+        if self._dims is not None or 0 in shape or batch in self.__dict__["_feasible"]:
             return
         least, most = (
             end.expand(len(end) if end.ndim == len(shape) else 1, *shape[1:]).flatten(1)
             for end in self._least_and_most()
         )
-        self._check_total(least, most)
-        self.__dict__["_feasible"].add(shape)
+        self._check_total(least, most, torch.finfo(x.dtype).eps)
+        self.__dict__["_feasible"].add(batch)
 
-    def _check_total(self, least: Tensor, most: Tensor, repeated: bool = False) -> None:
+    def _check_total(self, least: Tensor, most: Tensor, eps: float, repeated: bool = False) -> None:
         """Raise where no point has the sum; NaN, of bounds that are infinite, is no point either.
 
-        Sums may be off by what rounding may hide.
+        Sums may be off by what rounding to a dtype of that eps may hide, as for `violation`.
         """
-        slack = 4 * noise(least.shape[1])
+        slack = eps + 4 * noise(least.shape[1])
         low = least.sum(1) - slack * least.abs().sum(1)
         high = most.sum(1) + slack * most.abs().sum(1)
         if repeated:

@@ -85,7 +85,8 @@ class Intersection(Constraint):
             raise wrong("sets", "be at least one constraint", "none")
         for member in self.sets:
             if not isinstance(member, Constraint):
-                raise wrong("sets", "be constraints", repr(member), TypeError)
+                unpacked = "; unpack them: Intersection(*sets)" * isinstance(member, (list, tuple))
+                raise wrong("sets", "be constraints", f"{member!r}{unpacked}", TypeError)
             if not member.convex:
                 raise wrong("sets", "be convex", member)
         if not 0 < check_number("tolerance", self.tolerance) < 1:
@@ -104,15 +105,19 @@ class Intersection(Constraint):
     def _blocks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Intersection]]:
         # All at once: nothing may be written unless all converge, and members have blocks of
         # their own. They see the shape of the batch, which rows do not have.
+        # Sub-tensors that a member couples are one row.
+        coupled = 0 in self.coupled_dims(x.ndim)
         if x.numel():
-            yield x, readable(x).reshape(len(x), -1), self._replaced({"_shape": x.shape[1:]})
+            rows = readable(x).reshape(1 if coupled else len(x), -1)
+            yield x, rows, self._replaced({"_shape": (len(x) if coupled else -1, *x.shape[1:])})
 
     def _batch(self, rows: Tensor) -> Tensor:
-        return rows.reshape(len(rows), *self.__dict__["_shape"])
+        return rows.reshape(self.__dict__["_shape"])
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         batch = self._batch(x.to(dtype))
-        worst = torch.stack([member.violation(batch) for member in self.sets]).amax(0)
+        found = [member.violation(batch).reshape(len(x), -1).amax(1) for member in self.sets]
+        worst = torch.stack(found).amax(0)
         sizes = x.abs()
         entries = sizes.shape[1]
         rounding = resolution(sizes.sum(1), entries, entries, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Monotone(Constraint):
     ----------
     increasing : bool
         Whether the entries may only rise, or else only fall.
+    dim : int or tuple of int, optional
+        Along which dims of the batch a sequence lies; by default all but the first.
 
     Raises
     ------
@@ -42,6 +44,7 @@ class Monotone(Constraint):
     """
 
     increasing: bool = True
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         if not isinstance(self.increasing, bool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ class _Linear(Constraint):
 
     normal: float | Tensor
     offset: float | Tensor
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         check_setting("normal", self.normal)
@@ -76,6 +77,8 @@ class Hyperplane(_Linear):
         weights 0 and an offset other than 0 has no solution: its projection is NaN.
     offset : float or Tensor
         The value c of the weighted sum, one per sub-tensor.
+    dim : int or tuple of int, optional
+        Along which dims of the batch the sum is taken; by default all but the first.
 
     Raises
     ------
@@ -109,6 +112,8 @@ class HalfSpace(_Linear):
         weights 0 and an offset below 0 has no solution: its projection is NaN.
     offset : float or Tensor
         The largest value c of the weighted sum, one per sub-tensor.
+    dim : int or tuple of int, optional
+        Along which dims of the batch the sum is taken; by default all but the first.
 
     Raises
     ------
@@ -140,6 +145,8 @@ class Affine(Constraint):
         One equation per row, for sub-tensors of n elements.
     offset : float or Tensor, shape (m,) or (N, m)
         The right-hand side b, which sub-tensors share or have one each of.
+    dim : int or tuple of int, optional
+        Along which dims of the batch the n elements lie; by default all but the first.
 
     Raises
     ------
@@ -163,6 +170,7 @@ class Affine(Constraint):
 
     matrix: Tensor
     offset: float | Tensor
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         if not isinstance(self.matrix, Tensor):
@@ -202,6 +210,9 @@ class Affine(Constraint):
 
     # The settings belong to equations, not elements: they do not broadcast against the batch.
 
+    def _of_rows(self, _: Any) -> Affine:
+        return self._replaced({"_dims": None})
+
     def to(self, *args: Any, **kwargs: Any) -> Constraint:  # noqa: D102
         return replace(super().to(*args, **kwargs))  # with an inverse of its own
 
@@ -210,7 +221,7 @@ class Affine(Constraint):
         super()._check_batch(x)
 
     def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
-        if setting.ndim == 2 and len(setting) not in (1, len(x)):
+        if self._dims is None and setting.ndim == 2 and len(setting) not in (1, len(x)):
             rule = f"have a row per sub-tensor of the batch of shape {tuple(x.shape)}"
             raise wrong(name, rule, f"shape {tuple(setting.shape)}")
 

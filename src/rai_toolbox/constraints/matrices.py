@@ -1,8 +1,8 @@
-"""Kinds of matrices: positive semidefinite ones, and those with orthonormal columns."""
+"""Kinds of matrices: positive semidefinite ones, and those with orthonormal columns or rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import ClassVar
 
@@ -77,14 +77,19 @@ class PSD(Constraint):
 
 @dataclass(frozen=True, eq=False)
 class Stiefel(Constraint):
-    """Matrices with orthonormal columns; not convex.
+    """Matrices with orthonormal columns, or, if they have more columns than rows, rows; not convex.
 
-    ``{X : X^T X = I}``, matrices of at least as many rows as columns in the last two dims of a
-    batch (N, ..., m, k); ``P(X) = U V^T`` for ``X = U diag(s) V^T``, the polar factor (Fan &
+    ``{X : X^T X = I}``, or ``{X : X X^T = I}`` for m < k, for the matrices of a batch (N, m, k);
+    ``P(X) = U V^T`` for ``X = U diag(s) V^T``, the polar factor (Fan &
     Hoffman 1955; Schonemann 1966), at the cost of a singular value decomposition in float64,
-    O(m k^2), which synchronizes with a GPU. A matrix of lower rank has many nearest points, of
-    which one is returned; there the derivative is NaN or infinite. Samples are uniform (Haar):
+    O(m k min(m, k)), which synchronizes with a GPU. A matrix of lower rank has many nearest points,
+    of which one is returned; there the derivative is NaN or infinite. Samples are uniform (Haar):
     polar factors of normal matrices (Chikuse 2003).
+
+    Parameters
+    ----------
+    flatten : int, optional
+        See `SpectralBall`.
 
     Examples
     --------
@@ -101,14 +106,10 @@ class Stiefel(Constraint):
     _of_matrices: ClassVar[bool] = True
     _bounded: ClassVar[bool] = True
 
-    def _check_shape(self, shape: torch.Size) -> None:
-        if shape[-2] < shape[-1]:
-            raise ValueError(
-                "Stiefel takes matrices of at least as many rows as columns, got a batch of shape "
-                f"{tuple(shape)}; transpose it (`x.mT`) for orthonormal rows"
-            )
+    flatten: int | None = field(default=None, kw_only=True)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.mT if x.shape[-2] < x.shape[-1] else x
         columns = x.clamp(-_LARGE, _LARGE)
         magnitudes = columns.abs()
         gram, terms = columns.mT @ columns, magnitudes.mT @ magnitudes

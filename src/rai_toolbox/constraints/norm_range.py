@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
-from rai_toolbox.constraints.along import as_dims
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
@@ -65,8 +64,8 @@ class MinMaxNorm(Constraint):
 
     min_norm: float | Tensor
     max_norm: float | Tensor
-    p: float = 2
-    dim: int | tuple[int, ...] | None = None
+    p: float = field(default=2, kw_only=True)
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         check_setting("min_norm", self.min_norm, least=0)
@@ -74,7 +73,6 @@ class MinMaxNorm(Constraint):
         check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
         if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
-        self.__dict__["_dims"] = as_dims(self.dim)
         self.__dict__["convex"] = not torch.as_tensor(self.min_norm, dtype=torch.float64).any()
         self.__dict__["_bounded"] = are_finite(self.max_norm)
 
@@ -82,7 +80,7 @@ class MinMaxNorm(Constraint):
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             self._check_batch(x)
             project_l2_ball_(x, self.max_norm, x.ndim - 1)
-        elif self.p == 2 and x.numel() > 0 and not needs_grad(x):
+        elif self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
             self._check_batch(x)
             self._scale_(x)
         else:
@@ -185,7 +183,7 @@ def _range_of_numbers(
 ) -> tuple[Any, Any, Any]:
     """`MinMaxNorm._range` as numbers, for settings that are numbers."""
     like = torch.empty(0, dtype=torch.float64, device="cpu")
-    low, high, missed = MinMaxNorm(least, most, p)._range(like, size, dtype)
+    low, high, missed = MinMaxNorm(least, most, p=p)._range(like, size, dtype)
     return low.item(), high.item(), missed.item()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,10 @@ class Simplex(Constraint):
     Parameters
     ----------
     total : float or Tensor
-        The sum, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
+        The sum, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...), or of size 1 along `dim`.
+    dim : int or tuple of int, optional
+        Along which dims of the batch the sum is taken, such as 0 for a column-stochastic matrix. By
+        default all but the first.
 
     Raises
     ------
@@ -40,6 +43,9 @@ class Simplex(Constraint):
     >>> Simplex().project_(torch.tensor([[0.5, 2.1, -3.5], [0.6, 0.5, 0.3]]))
     tensor([[0.0000, 1.0000, 0.0000],
             [0.4667, 0.3667, 0.1667]])
+    >>> Simplex(dim=0).project_(torch.tensor([[0.5, 3.0], [2.5, 0.0]]))  # columns
+    tensor([[0., 1.],
+            [1., 0.]])
     """
 
     _bounded: ClassVar[bool] = True
@@ -47,6 +53,7 @@ class Simplex(Constraint):
     _is_equation: ClassVar[bool] = True
 
     total: float | Tensor = 1.0
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         check_setting("total", self.total, least=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,8 @@ class TopK(Constraint):
     ----------
     k : int
         How many entries may be other than zero; the size of a sub-tensor, or more, allows all.
+    dim : int or tuple of int, optional
+        Along which dims of the batch they are counted; by default all but the first.
 
     Raises
     ------
@@ -49,6 +51,7 @@ class TopK(Constraint):
     _is_equation: ClassVar[bool] = True  # of the entries that are 0
 
     k: int
+    dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
         check_non_negative("k", self.k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, sqrt
 from typing import ClassVar
 
@@ -34,6 +34,7 @@ class _SingularValueBall(Constraint):
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     epsilon: float | Tensor
+    flatten: int | None = field(default=None, kw_only=True)
 
     def _shrunk(self, values: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest values of norm `radius`; which of them change with their own value."""
@@ -105,7 +106,7 @@ class _SingularValueBall(Constraint):
 class SpectralBall(_SingularValueBall):
     """Matrices whose largest singular value is at most `epsilon`.
 
-    ``{X : s_1(X) <= epsilon}``, matrices in the last two dims of a batch (N, ..., m, k);
+    ``{X : s_1(X) <= epsilon}``, for the matrices of a batch (N, m, k);
     ``P(X) = U diag(min(s, epsilon)) V^T`` for ``X = U diag(s) V^T`` (von Neumann 1937; Lewis
     1995), at the cost of a singular value decomposition in float64, O(m k min(m, k)), which
     synchronizes with a GPU. The derivative is exact, also where singular values are equal or 0.
@@ -115,6 +116,9 @@ class SpectralBall(_SingularValueBall):
     ----------
     epsilon : float or Tensor
         The radius, finite and >= 0.
+    flatten : int, optional
+        How many dims of a sub-tensor make the rows of one matrix, all others its columns: 1 for the
+        weight of a convolution, with ``param_ndim=None``. By default a sub-tensor has 2 dims.
 
     Raises
     ------
@@ -143,8 +147,8 @@ class SpectralBall(_SingularValueBall):
 class NuclearBall(_SingularValueBall):
     """Matrices whose singular values sum up to at most `epsilon`.
 
-    ``{X : sum_i s_i(X) <= epsilon}``, the convex hull of the matrices of rank one in it, in the
-    last two dims of a batch (N, ..., m, k); ``P(X) = U diag(max(s - theta, 0)) V^T`` for
+    ``{X : sum_i s_i(X) <= epsilon}``, the convex hull of the matrices of rank one in it, for those
+    of a batch (N, m, k); ``P(X) = U diag(max(s - theta, 0)) V^T`` for
     ``X = U diag(s) V^T``, with the theta that makes the sum epsilon (Cai, Candes & Shen 2010;
     Duchi et al. 2008), at the cost of a singular value decomposition in float64,
     O(m k min(m, k)), which synchronizes with a GPU. The derivative is exact, also where singular
@@ -155,6 +159,9 @@ class NuclearBall(_SingularValueBall):
     ----------
     epsilon : float or Tensor
         The radius, finite and >= 0.
+    flatten : int, optional
+        How many dims of a sub-tensor make the rows of one matrix, all others its columns: 1 for the
+        weight of a convolution, with ``param_ndim=None``. By default a sub-tensor has 2 dims.
 
     Raises
     ------

@@ -46,10 +46,12 @@ class Trial:
     scale: float = 1.0
     seed: int = 0
     tolerance: float = 0.0
-    reach: float = 1e20
+    reach: float = 10.0
 
     def __str__(self) -> str:
-        return f"{self.constraint!r}, {self.dtype}, scale {self.scale:g}, shape {self.shape}"
+        tried = f"scale {self.scale:g}, shape {self.shape}"
+        allowed = f"reach={self.reach:g}, tolerance={self.tolerance:g}"
+        return f"{self.constraint!r}, {self.dtype}, {tried}, {allowed}"
 
     def generator(self, salt: int = 0) -> Generator:
         """A generator of random numbers, another one for each `salt`."""

@@ -44,9 +44,10 @@ def in_blocks(x: Tensor) -> bool:
     )
 
 
-def needs_grad(x: Tensor) -> bool:
-    """Whether autograd records what is done to `x`."""
-    return torch.is_grad_enabled() and x.requires_grad
+def needs_grad(*values: object) -> bool:
+    """Whether autograd records what is done to any of the values, such as x and the settings."""
+    tensors = (value for value in values if isinstance(value, Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:

@@ -26,7 +26,7 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
     Rows that are inside stay as they are, bit for bit; the others are inside after rounding, in
     exact arithmetic. Rows that are not finite become NaN.
     """
-    if in_blocks(x) and not needs_grad(x):
+    if in_blocks(x) and not needs_grad(x, epsilon):
         y = x.clone()
         project_l1_each_([y], epsilon)
         return y

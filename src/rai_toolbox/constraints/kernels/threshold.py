@@ -27,7 +27,7 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
     above the threshold are then no larger than `total`. A last factor, near 1, makes the sum right
     to within the rounding of its terms. Autograd can differentiate the result.
     """
-    if in_blocks(v) and not needs_grad(v):
+    if in_blocks(v) and not needs_grad(v, total):
         return lower_(v.clone(), total, torch.empty_like(v))
     below = v - v.detach().amax(1, keepdim=True)
     goal = total.to(v.dtype) if isinstance(total, Tensor) else total
