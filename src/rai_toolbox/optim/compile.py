@@ -137,13 +137,13 @@ class _CompiledStep:
         return creates_state
 
     def _can_be_compiled(self) -> bool:
+        # Torch.compile does not notice what replaces a method, and would trace hooks of the inner.
         both = (self.optimizer, self._inner)
         own = [vars(each)[name] for each in both for name in _METHODS & vars(each).keys()]
-        if not all(map(_torch.is_wrapped_by_scheduler, own)):
-            return False  # somebody has replaced them, which torch.compile does not notice
         hooks = (self._inner._optimizer_step_pre_hooks, self._inner._optimizer_step_post_hooks)
-        if self._inner is not self.optimizer and any(hooks):
-            return False  # (they would be in the graph)
+        has_hooks = self._inner is not self.optimizer and any(hooks)
+        if has_hooks or not all(map(_torch.is_wrapped_by_scheduler, own)):
+            return False
         # Torch's formulas for tensor learning rates, such as Adam's, divide by them.
         return not any(
             is_zero_on_host(group.get("lr")) or group.get("differentiable")
