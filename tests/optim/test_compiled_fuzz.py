@@ -370,7 +370,7 @@ def differences(seed, backend):
     return "", said, plan, graphs
 
 
-@pytest.mark.parametrize("seed", [0, 2, 4, 10, 11])
+@pytest.mark.parametrize("seed", [0, 2, 4, 10, 11, 318])
 def test_compiled_steps_do_what_eager_ones_do(seed):
     found, *_ = differences(seed, "eager")
     assert not found

@@ -107,6 +107,7 @@ class _CompiledStep:
         self.graphs = 0
         self._captures = 0
         self._is_eager = False
+        self._stepped: set[int] = set()  # ids of parameters that have had a gradient
         self._bare: set[int] = set()  # ids of parameters that had a gradient and no state before
         # In the present step: it is to be checked, or a graph has run, so that it must be finished.
         self._may_compile = False
@@ -132,8 +133,10 @@ class _CompiledStep:
         """Whether a parameter may get its first state, or again after that was cleared."""
         params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         bare = {id(param) for param in params if param not in self.optimizer.state}
-        creates_state = not params or not bare <= self._bare
-        self._bare = self._bare.difference(map(id, params)) | bare
+        ids = set(map(id, params))
+        creates_state = not (ids and ids <= self._stepped and bare <= self._bare)
+        self._stepped |= ids
+        self._bare = (self._bare - ids) | bare
         return creates_state
 
     def _can_be_compiled(self) -> bool:
