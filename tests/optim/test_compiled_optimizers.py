@@ -4,6 +4,7 @@ The backend runs the graphs as they are, so that no C++ compiler is needed.
 """
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from rai_toolbox.constraints import (
     L2Ball,
     LinfBall,
     Masked,
+    NonNegative,
+    TopK,
 )
 from rai_toolbox.optim import (
+    ChainedParamTransformingOptimizer,
     ClampedParameterOptimizer,
+    L2NormedGradientOptim,
     L2ProjectedOptim,
     ProjectedOptimizer,
     SettingScheduler,
@@ -524,6 +529,81 @@ def test_groups_that_share_a_set_after_load_state_dict():
     same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=5, change=load)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["another set", "another k", "a checkpoint"])
+def test_groups_that_share_a_set_with_what_the_graph_holds_as_a_constant(change):
+    def make():
+        groups = [{"params": [param]} for param in parameters()]
+        return ProjectedOptimizer(groups, constraint=TopK(2), lr=0.1)
+
+    saved = make()
+    saved.param_groups[1]["constraint"] = NonNegative()
+    saved = saved.state_dict()
+
+    def replaced(optimizer, k):
+        if k != 4:
+            return
+        if change == "another set":
+            optimizer.param_groups[1]["constraint"] = NonNegative()
+        elif change == "another k":
+            SettingScheduler(optimizer, "constraint.k", [None, lambda step: 1])
+        else:
+            optimizer.load_state_dict(saved)
+
+    same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=6, change=replaced)
+
+
+def test_parameters_that_get_state_later_get_it_by_an_eager_step():
+    def make():
+        optimizer = ClampedParameterOptimizer(parameters(), Adam, lr=0.1, clamp_max=0.5)
+        saved.append(optimizer.state_dict())
+        return optimizer
+
+    def fresh(optimizer, k):
+        if k == 3:
+            optimizer.load_state_dict(saved[0])
+        if k == 4:
+            optimizer.param_groups[0]["params"].append(torch.ones(2, requires_grad=True))
+
+    saved = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step = same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=6, change=fresh)
+    assert step.graphs == 2  # (of two parameters, and of three)
+
+
+def test_a_step_without_any_gradient_is_eager():
+    optimizer = ClampedParameterOptimizer(parameters(), Adam, lr=0.1, clamp_max=0.5)
+    step = compiled(optimizer, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step()
+        run(optimizer, step, steps=2)
+        optimizer.zero_grad()
+        step()
+        assert run(optimizer, step, steps=2) == [1, 1]
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_parameter_that_is_a_view(wrapped):
+    bases = [torch.linspace(-1, 1, 24).view(6, 4) for _ in range(2)]
+    optimizers = []
+    for base in bases:
+        params = [base[::2, 1:].requires_grad_()]
+        optimizers.append(
+            ClampedParameterOptimizer(params, AdamW, lr=0.1, clamp_max=0.5)
+            if wrapped
+            else AdamW(params, lr=0.1)
+        )
+    step = compiled(optimizers[0], backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(optimizers[0], step, steps=3)
+    run(optimizers[1], optimizers[1].step, steps=3)
+    assert step.graphs == 1
+    torch.testing.assert_close(*bases, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("inner", [Adam, AdamW])
 def test_a_learning_rate_of_0_with_rows_that_have_no_gradient_yet(inner):
     def make():
@@ -550,16 +630,19 @@ def test_differentiable_steps_are_eager():
     assert param.tolist() == pytest.approx([0.7, 0.7])
 
 
-@pytest.mark.slow
-def test_every_and_warmup_leave_no_trace_in_the_group():
+@pytest.mark.parametrize("inner", slow_but([SGD, Adam]))
+def test_every_and_warmup_leave_no_trace_in_the_group(inner):
     def make():
         return ProjectedOptimizer(
-            parameters(), Adam, constraint=L2Ball(0.5), every=2, warmup=1, lr=0.1
+            parameters(), inner, constraint=LinfBall(0.5), every=2, warmup=1, lr=0.1
         )
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*stays eager")
-        same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), steps=8)
+        warnings.simplefilter("error", UserWarning)
+        step = same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=4)
+    assert step.graphs > 0
+    groups = step.optimizer.param_groups + step.optimizer.state_dict()["param_groups"]
+    assert not any(group.get("capturable") for group in groups)
 
 
 def test_hooks_run_once_and_what_they_write_counts():
@@ -582,6 +665,59 @@ def test_hooks_run_once_and_what_they_write_counts():
     step = same_as_eager(make, lambda o: compiled(o, backend="aot_eager"), steps=5)
     assert step.graphs == 1
     assert len(calls) == 10
+
+
+def set_transform(optimizer):
+    optimizer._pre_step_transform_ = lambda param, optim_group: param.grad.neg_()
+
+
+def set_projection(optimizer):
+    optimizer._post_step_transform_ = lambda param, optim_group: param.clamp_(max=0.1)
+
+
+def set_inner_step(optimizer):
+    step = optimizer.inner_opt.step
+    optimizer.inner_opt.step = lambda: [step(), optimizer.param_groups[0].update(clamp_max=0.2)]
+
+
+def add_inner_hook(optimizer):
+    def lower(inner, args, kwargs):
+        inner.param_groups[0]["lr"] *= 0.5
+
+    optimizer.inner_opt.register_step_post_hook(lower)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    "change",
+    [set_transform, set_projection, set_inner_step, add_inner_hook],
+    ids=lambda f: f.__name__,
+)
+def test_methods_and_inner_hooks_that_an_instance_gets(change, at):
+    def make():
+        optimizer = ClampedParameterOptimizer(parameters(), lr=0.1, clamp_max=0.5)
+        if at == 0:
+            change(optimizer)
+        return optimizer
+
+    def later(optimizer, k):
+        if k == at:
+            change(optimizer)
+
+    step = same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=5, change=later)
+    assert step.graphs == (at > 0)
+
+
+@pytest.mark.slow
+def test_inner_hooks_between_two_graphs():
+    def make():
+        return L2NormedGradientOptim(parameters(), lr=0.1)
+
+    def later(optimizer, k):
+        if k == 3:
+            add_inner_hook(optimizer)
+
+    same_as_eager(make, lambda o: compiled(o, backend="eager"), steps=5, change=later)
 
 
 def test_a_step_that_is_replaced_later_on_the_instance_is_called():
@@ -608,14 +744,20 @@ def test_a_step_that_compiles_anew_again_and_again_stays_eager():
     assert sum(w.category is UserWarning for w in found) == 1
 
 
+SLOW_TO_TRACE = [
+    BoxSection(torch.ones(4), 1.0, lower=-1.0, upper=0.8),
+    BoundedBall(L2Ball(1.0), -0.5, 0.5),
+    Intersection(L2Ball(1.0), LinfBall(0.5)),
+]
+
+
 @pytest.mark.parametrize(
     "constraint",
     [
-        BoxSection(torch.ones(4), 1.0, lower=-1.0, upper=0.8),
-        BoundedBall(L2Ball(1.0), -0.5, 0.5),
-        Intersection(L2Ball(1.0), LinfBall(0.5)),
+        *SLOW_TO_TRACE,
+        *(Masked(inside, torch.ones(4, dtype=torch.bool)) for inside in SLOW_TO_TRACE),
     ],
-    ids=lambda constraint: type(constraint).__name__,
+    ids=lambda constraint: type(getattr(constraint, "constraint", constraint)).__name__,
 )
 def test_sets_that_take_minutes_to_trace_stay_eager(constraint):
     def make():
@@ -623,5 +765,19 @@ def test_sets_that_take_minutes_to_trace_stay_eager(constraint):
 
     match = f"stays eager: it takes minutes to trace .* {type(constraint).__name__}"
     with pytest.warns(UserWarning, match=match):
+        step = same_as_eager(make, lambda o: compiled(o, backend="eager"))
+    assert step.graphs == 0
+
+
+def test_such_sets_in_a_chain_stay_eager():
+    def make():
+        return ChainedParamTransformingOptimizer(
+            partial(ProjectedOptimizer, constraint=SLOW_TO_TRACE[1]),
+            partial(ProjectedOptimizer, constraint=L2Ball(0.4)),
+            params=parameters(),
+            lr=0.1,
+        )
+
+    with pytest.warns(UserWarning, match="stays eager: it takes minutes to trace .* BoundedBall"):
         step = same_as_eager(make, lambda o: compiled(o, backend="eager"))
     assert step.graphs == 0

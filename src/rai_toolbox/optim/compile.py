@@ -16,12 +16,14 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
 from rai_toolbox.constraints.intersection import Intersection
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK
 from rai_toolbox.optim.settings import is_zero_on_host
 from rai_toolbox.optim.snapshot import Snapshot
 
 __all__ = ["compiled"]
 
 _BOUNDS = {"clamp_min", "clamp_max", "epsilon"}  # settings of groups that may be tensors
+_METHODS = {"step", GRADIENT_HOOK, PARAMETER_HOOK}  # that an instance may have its own of
 _MOST_CAPTURES = 8  # torch's own limit, beyond which it runs a function eagerly
 
 
@@ -34,16 +36,19 @@ def compiled(
     written once. The optimizer itself does not change: its state, groups and schedulers are used,
     and ``optimizer.step()`` remains the eager step; the two may alternate.
 
-    The first step is eager, because it creates the state. The second one compiles, which takes
-    seconds to minutes, more with more tensors. A learning rate, or another number in a group, may
-    change between steps without a new compilation.
+    The first step is eager, because it creates the state; so is the first one with the gradient of
+    a parameter that had none before. The second one compiles, which takes seconds to minutes, more
+    with more tensors. A learning rate, or another number in a group, may change between steps
+    without a new compilation.
 
     A step that compiles is computed twice, compiled and eagerly, from the same values, and the
     eager result is kept. If the two differ by more than rounding, if the step cannot be captured,
     or if the compiler fails, one warning says so and all later steps are eager. This needs memory
     for two more copies of parameters, gradients and state, during that step only.
 
-    Steps with a closure, with a learning rate of 0, and differentiable ones are eager.
+    Steps with a closure, with a learning rate of 0, and differentiable ones are eager, and so are
+    those of an instance that has a `step` or a transform of its own in the place of its class's, or
+    whose inner optimizer has hooks.
 
     Parameters
     ----------
@@ -68,8 +73,12 @@ def compiled(
     cannot compile them together with the update. Compiled and eager steps agree within rounding.
     Before torch 2.13 at most 8 steps per process are compiled; others stay eager.
     `APGD` and `TopQGradientOptimizer` with ``dq > 0`` stay eager, and so do sets whose projection
-    iterates: `SpectralBall`, `NuclearBall`, `Intersection`, `BoxSection`, and `BoundedBall` of a
-    ball other than `LinfBall`.
+    iterates: `Intersection`, `BoxSection`, and `BoundedBall` of a ball other than `LinfBall`, also
+    within `Masked`.
+
+    Plain ``torch.compile(optimizer.step)`` checks nothing, and does not notice everything: where
+    two groups have one object as a setting (a set, or a tensor as learning rate), it goes on with
+    that in both after one of them got another one. Torch's own optimizers do the same.
 
     Examples
     --------
@@ -94,10 +103,12 @@ class _CompiledStep:
 
     def __init__(self, optimizer: Optimizer, backend: str | Callable[..., Any]) -> None:
         self.optimizer = optimizer
+        self._inner = getattr(optimizer, "inner_opt", optimizer)
         self.graphs = 0
         self._captures = 0
         self._is_eager = False
-        self._has_state = False
+        self._stepped: set[int] = set()  # ids of parameters that have had a gradient
+        self._bare: set[int] = set()  # ids of parameters that had a gradient and no state before
         # In the present step: it is to be checked, or a graph has run, so that it must be finished.
         self._may_compile = False
         self._backend = _torch.lookup_backend(backend)
@@ -112,16 +123,30 @@ class _CompiledStep:
     def __call__(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is not None:
             return self.optimizer.step(closure)
-        if self._is_eager or not self._has_state or not self._can_be_compiled():
-            self._has_state = True
+        if self._creates_state() or self._is_eager or not self._can_be_compiled():
             return self.optimizer.step()
         _torch.mark_stepped(self.optimizer)
+        _torch.mark_stepped(self._inner)
         return self._hooked_step(self.optimizer)
 
+    def _creates_state(self) -> bool:
+        """Whether a parameter may get its first state, or again after that was cleared."""
+        params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        bare = {id(param) for param in params if param not in self.optimizer.state}
+        ids = set(map(id, params))
+        creates_state = not (ids and ids <= self._stepped and bare <= self._bare)
+        self._stepped |= ids
+        self._bare = (self._bare - ids) | bare
+        return creates_state
+
     def _can_be_compiled(self) -> bool:
-        own = vars(self.optimizer).get("step")
-        if own is not None and not _torch.is_wrapped_by_scheduler(own):
-            return False  # somebody has replaced the step of this instance
+        # Torch.compile does not notice what replaces a method, and would trace hooks of the inner.
+        both = (self.optimizer, self._inner)
+        own = [vars(each)[name] for each in both for name in _METHODS & vars(each).keys()]
+        hooks = (self._inner._optimizer_step_pre_hooks, self._inner._optimizer_step_post_hooks)
+        has_hooks = self._inner is not self.optimizer and any(hooks)
+        if has_hooks or not all(map(_torch.is_wrapped_by_scheduler, own)):
+            return False
         # Torch's formulas for tensor learning rates, such as Adam's, divide by them.
         return not any(
             is_zero_on_host(group.get("lr")) or group.get("differentiable")
@@ -168,9 +193,8 @@ class _CompiledStep:
     def _try_step(self) -> str:
         """Compile and run a step; return the reason if that failed, else an empty string."""
         for group in self.optimizer.param_groups:
-            constraint = group.get("constraint")
-            if _is_slow_to_trace(constraint):
-                return f"it takes minutes to trace the projection of {type(constraint).__name__}"
+            for setting in filter(_is_slow_to_trace, group.values()):
+                return f"it takes minutes to trace the projection of {type(setting).__name__}"
         graphs_before, breaks_before = self.graphs, _torch.graph_breaks()
         self._may_compile = True
         try:
@@ -201,12 +225,12 @@ class _CompiledStep:
 
         A graph would have any other number compiled in.
         """
-        inner = getattr(self.optimizer, "inner_opt", self.optimizer)
-        names = _BOUNDS | ({"lr"} if type(inner).__module__.startswith("torch.optim") else set())
+        of_torch = type(self._inner).__module__.startswith("torch.optim")
+        names = _BOUNDS | ({"lr"} if of_torch else set())
         originals = []
         for group in self.optimizer.param_groups:
             tensors = _as_tensors(group, names)
-            kept = {"capturable", *tensors} & group.keys()  # (torch sets that while it traces)
+            kept = {"capturable", *tensors} & group.keys()  # (torch sets or adds it as it traces)
             originals.append((group, {name: group[name] for name in kept}))
             group.update(tensors)
         try:
@@ -215,6 +239,8 @@ class _CompiledStep:
         finally:
             for group, original in originals:
                 group.update(original)
+                if "capturable" not in original:
+                    group.pop("capturable", None)
 
 
 def _as_tensors(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -238,8 +264,10 @@ def _as_tensors(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return tensors
 
 
-def _is_slow_to_trace(constraint: object) -> bool:
-    """Whether a projection takes 10 s and more for each tensor, as its loops are unrolled."""
-    if isinstance(constraint, BoundedBall):
-        return not constraint.ball.elementwise
-    return isinstance(constraint, (BoxSection, Intersection))
+def _is_slow_to_trace(setting: object) -> bool:
+    """Whether it is or holds a set whose unrolled loops take 10 s and more for each tensor."""
+    if isinstance(setting, BoundedBall):
+        return not setting.ball.elementwise
+    if isinstance(setting, (BoxSection, Intersection)):
+        return True
+    return isinstance(setting, Constraint) and any(map(_is_slow_to_trace, vars(setting).values()))
