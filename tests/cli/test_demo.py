@@ -20,8 +20,7 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "not" / "there yet"
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     assert main(["demo", "--quick", "--out", str(out)]) == 0
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
     return out
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rai_toolbox.constraints import L2Ball, UnitNorm
+from rai_toolbox.constraints import L1Ball, L2Ball, UnitNorm
+from rai_toolbox.constraints.kernels import blocks
 
 MANY = [(3, 20)] * 50 + [(7, 5, 4), (1, 20), (0, 20), (400, 20), (5, 6), (2, 5000)]
 
@@ -30,6 +31,52 @@ def test_grouped_is_one_by_one(make, dtype, epsilon, scale):
     for ours, theirs in zip(together, alone, strict=True):
         rounding = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(ours, theirs, rtol=rounding, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+# of sums around 15: all rows are outside, about half of them, none
+@pytest.mark.parametrize("epsilon", [1.0, 15.0, 1e4])
+def test_joined_rows_of_l1_balls_are_those_of_one_by_one(dtype, epsilon):
+    together, alone = batches(dtype, 1.0), batches(dtype, 1.0)
+    large = torch.randn(blocks.MANY // 400 + 9, 600, generator=torch.Generator().manual_seed(1))
+    large[::3] /= 1e3
+    large[5, 7], large[900, 0] = torch.nan, -torch.inf
+    for some in (together, alone):
+        some.insert(3, large.to(dtype).clone())
+        some.append(some[3].clone())
+    constraint = L1Ball(epsilon)
+    constraint.project_each_(together)
+    for ours, theirs in zip(together, alone, strict=True):
+        rows = torch.cat([constraint.project(row) for row in theirs.split(1)] or [theirs])
+        rounding = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, rows, rtol=rounding, atol=rounding, equal_nan=True)
+        sums = theirs.double().flatten(1).abs().sum(1)
+        assert torch.equal(ours[sums <= epsilon], theirs[sums <= epsilon])
+        assert (constraint.violation(ours).nan_to_num(0) == 0).all()
+        assert torch.equal(ours.isnan().flatten(1).any(1), ~sums.isfinite())
+
+
+@pytest.mark.parametrize("radius", [2.0**-31, 1e-8, 1.0, 1e15])
+def test_rows_of_large_tensors_whose_norms_are_close_to_the_radius(radius):
+    """Norms in float32 cannot tell on which side of the radius these rows are."""
+    x = torch.randn(1200, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x *= radius / x.norm(dim=1, keepdim=True)
+    x *= 1 + 10.0 ** -torch.arange(1, 13).repeat(100).unsqueeze(1) * (
+        1 - 2 * (torch.arange(1200) % 7 % 2)
+    ).unsqueeze(1)
+    far, at = x.clone(), torch.arange(0, 1200, 100)
+    far[torch.arange(1200) % 100 != 0] *= 3  # few of them are close
+    far[at[3], 5], far[at[4], 5] = torch.nan, torch.inf
+    for rows in (x.float(), far.float()):
+        y = L2Ball(radius).project(rows)
+        length, after = rows.double().norm(dim=1), y.double().norm(dim=1)
+        assert (after[length.isfinite()] <= radius * (1 + 1e-13)).all()
+        assert torch.equal(y[length < radius], rows[length < radius])
+        assert y[~length.isfinite()].isnan().all()
+        assert torch.equal(L2Ball(radius).project(y).nan_to_num(), y.nan_to_num())
+        exact = rows.double() * (radius / length).clamp(max=1).unsqueeze(1)
+        off = (y.double() - exact)[length.isfinite()].abs().max()
+        assert off <= 5e-6 * radius
 
 
 def test_what_is_inside_is_not_written_to():

