@@ -579,7 +579,7 @@ BAD = {
     "target float": (
         {"target": lambda y: y.float()},
         TypeError,
-        r"`target` must hold classes, .* \(for others: `gradient_ascent`\), got torch.float32",
+        r"`target` must hold classes, .* got torch.float32 \(if not of classes: pass `criterion`, ",
     ),
     "loss of all": (
         {"criterion": nn.CrossEntropyLoss()},

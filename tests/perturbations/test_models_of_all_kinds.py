@@ -1,6 +1,7 @@
 """Models that work in place, in training mode, wrapped, replicated, or called in inference mode."""
 
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,16 @@ from rai_toolbox.perturbations import (
     ColorShift,
     MaskedPerturbation,
     attack,
+    cross_entropy,
+    dlr_loss,
     evaluate_robustness,
     gradient_ascent,
+    is_fooled,
+    margin_loss,
     minimum_norm_attack,
     nearest_rivals,
     random_restart,
+    targeted_dlr_loss,
     uniform_like_linf_n_ball_,
     universal_perturbation,
     verify,
@@ -148,6 +154,45 @@ def test_a_model_may_work_in_place(name):
     found = run(CALLS[name], in_place, x, y)
     assert same((x, y), before)
     assert same(found, run(CALLS[name], out_of_place, x, y))
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+OUTPUTS = {
+    "attribute": lambda logits: SimpleNamespace(logits=logits, loss=None),
+    "item": lambda logits: {"logits": logits, "hidden": None},
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_outputs_may_hold_logits(name, kind):
+    net, x, y = problem()
+    found = run(CALLS[name], lambda data: OUTPUTS[kind](net(data)), x, y)
+    assert same(found, run(CALLS[name], lambda data: net(data), x, y))
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("criterion", [cross_entropy, margin_loss, dlr_loss, targeted_dlr_loss])
+def test_losses_and_rules_find_the_logits(kind, samples, criterion):
+    net, x, y = problem()
+    options = {"criterion": criterion, "samples": samples, "stop_once": is_fooled}
+    call = partial(ascent, AdditivePerturbation, use_best=True, x=x, y=y, **options)
+    assert same(call(model=lambda data: OUTPUTS[kind](net(data))), call(model=net))
+
+
+def test_other_outputs_are_refused():
+    net, x, y = problem()
+    rule = "`model` must give logits of shape .*, or an object or dict with `logits`, got dict"
+    for name in ("attack, default", "minimum norm", "universal", "evaluate", "verify"):
+        with pytest.raises(ValueError, match=rule):
+            run(CALLS[name], lambda data: {"out": net(data)}, x, y)
+    with pytest.raises(TypeError, match="`model` must give tensors where there are `samples`"):
+        ascent(
+            AdditivePerturbation, lambda data: {"out": net(data)}, x, y, samples=2,
+            criterion=lambda output, target: output["out"].sum(1), stop_once=is_fooled,
+        )  # fmt: skip
 
 
 # --- inference mode -----------------------------------------------------------------------------
