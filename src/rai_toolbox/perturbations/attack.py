@@ -45,6 +45,7 @@ def attack(
     stop_once_fooled: bool = False,
     samples: int = 1,
     generator: Generator | None = None,
+    levels: int | None = None,
 ) -> Attacked:
     r"""Find the perturbed data, in a ball around each example, that a classifier predicts worst.
 
@@ -101,6 +102,10 @@ def attack(
         Number of evaluations per gradient, for random models.
     generator : torch.Generator, optional
         For the random starts.
+    levels : int, optional
+        Search on a grid only, such as that of 8-bit images with 256: of this number of values in
+        `data_range`, evenly spaced, its ends included. The data must be on it. The values count as
+        they are rounded: 8/255 holds only some of the changes by 8 levels, 8.5/255 holds all.
 
     Returns
     -------
@@ -112,7 +117,7 @@ def attack(
         If data or target have the wrong dtype, `optimizer` has no argument `constraint`, or
         `criterion` no argument `rival` where there are `rivals`.
     ValueError
-        If data are outside their range, or not finite, targets are not classes and
+        If data are outside their range, not finite or not on the grid, targets are not classes and
         there is no criterion, the criterion does not give one loss per example, or another argument
         breaks its rule.
 
@@ -146,7 +151,7 @@ def attack(
     with solving(model) as model:
         data = inputs.as_data(data)
         target = inputs.as_target(target, data, must_be_classes)
-        allowed = FeasibleSet.around(data, ball, data_range, mask)
+        allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
         model = inputs.checked(model, target, must_be_classes or may_be_classes)
         objective = Objective(model, criterion, sign, samples=samples, success=success)
         goals, run_objective = [target], objective

@@ -62,6 +62,7 @@ def minimum_norm_attack(
     fooled: Rule | None = None,
     targeted: bool = False,
     mask: Tensor | None = None,
+    levels: int | None = None,
     solver: Callable[..., Any] | None = None,
 ) -> MinimumNorm:
     r"""Find the smallest perturbation of each example that fools the model.
@@ -109,11 +110,13 @@ def minimum_norm_attack(
         Whether the model is fooled if it predicts `target`.
     mask : Tensor of bool, optional
         True where data may change; broadcasts against the data.
+    levels : int, optional
+        As in `attack`: what is found is on a grid, such as that of 8-bit images with 256.
     solver : callable, optional
         `attack`, a partial of it, or another function whose result has an attribute `data`. It is
         called on the examples that are still searched, with `ball`, `data_range`, `steps` and
-        ``stop_once_fooled=True``, and with `criterion`, `fooled`, `targeted` and `mask` if
-        they are given. By default ``partial(attack, rivals=partial(nearest_rivals, number=2))``,
+        ``stop_once_fooled=True``, and with `criterion`, `fooled`, `targeted`, `mask` and `levels`
+        if they are given. By default ``partial(attack, rivals=partial(nearest_rivals, number=2))``,
         or `attack` with a criterion or if targeted.
 
     Returns
@@ -125,8 +128,8 @@ def minimum_norm_attack(
     TypeError
         If `ball` is another class.
     ValueError
-        If a number is outside its range, data are outside theirs, targets are not
-        classes and no rule is given, or neither `largest` nor the data range bounds the search.
+        If a number is outside its range, data are outside theirs or not on the grid, targets are
+        not classes and no rule is given, or neither `largest` nor the data range bounds the search.
 
     References
     ----------
@@ -154,14 +157,14 @@ def minimum_norm_attack(
         raise wrong("tolerance", "be > 0 and < 1", tolerance)
     check_number("largest", 0 if largest is None else largest, 0)
     solver = solver or (_TOWARD_NEAREST if criterion is None and not targeted else attack)
-    options: dict[str, Any] = {"criterion": criterion, "fooled": fooled}
+    options: dict[str, Any] = {"criterion": criterion, "fooled": fooled, "levels": levels}
     options = {name: option for name, option in options.items() if option is not None}
     options |= {"targeted": True} if targeted else {}
     call: Callable[..., Any] = partial(solver, steps=steps, stop_once_fooled=True, **options)
     rule = losses.fooled_rule(fooled, targeted)
     with solving(model) as model, torch.no_grad():
         data = inputs.as_data(data)
-        allowed = FeasibleSet.around(data, ball(0.0), data_range, mask)
+        allowed = FeasibleSet.around(data, ball(0.0), data_range, mask, levels)
         limit = _limit(allowed, ball.p, largest)
         must_be_classes = criterion is None and fooled is None
         may_be_classes = None if fooled is None else False
@@ -185,7 +188,7 @@ def minimum_norm_attack(
             part = allowed.rows(rows)
             masked = {} if part.mask is None else {"mask": part.mask}
             found = call(
-                model, part.data, target[rows], ball=ball(radius), data_range=part.bounds,
+                model, part.data, target[rows], ball=ball(radius), data_range=part.data_range,
                 **masked,
             ).data  # fmt: skip
             success = rule(checked(found), target[rows])
@@ -244,6 +247,8 @@ def _nearest_fooling(
         middle = (near + far) / 2
         # In float64, so that no entry leaves the interval from data to found.
         point = torch.lerp(data.double(), found.double(), middle.view(column))
+        if around.levels is not None:
+            point = around.grid.nearest(point)
         point = point.clamp(torch.minimum(data, found), torch.maximum(data, found)).to(data.dtype)
         fooled = fools(model(point), target)
         near, far = torch.where(fooled, near, middle), torch.where(fooled, middle, far)
