@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop, lr_scheduler
 from tiers import slow_but
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop, lr_scheduler
 from torch_versions import compiles
 
 from rai_toolbox.constraints import (
