@@ -82,7 +82,24 @@ CALLS = {
             "radii": {"ball": L2Ball(torch.linspace(0.1, 0.3, 12)), "random_start": True},
         }.items()
     },
+    "attack, levels": lambda model, x, y: attack(
+        model, (x * 255).round() / 255, y, ball=L2Ball(0.3), levels=256, steps=5
+    ),
+    "attack, rule": partial(
+        attack, ball=LinfBall(0.1), criterion=cross_entropy, fooled=is_fooled, steps=12
+    ),
     "minimum norm": partial(minimum_norm_attack, ball=L2Ball, steps=4, search_steps=3),
+    "minimum norm, levels": lambda model, x, y: minimum_norm_attack(
+        model, (x * 255).round() / 255, y, ball=LinfBall, levels=256, steps=4, search_steps=3
+    ),
+    "minimum norm, rule": partial(
+        minimum_norm_attack,
+        ball=L2Ball,
+        steps=4,
+        search_steps=3,
+        criterion=cross_entropy,
+        fooled=is_fooled,
+    ),
     "minimum norm, targeted": partial(
         minimum_norm_attack, ball=LinfBall, steps=4, search_steps=3, targeted=True
     ),
@@ -105,6 +122,15 @@ CALLS = {
         model, [(x, y)], balls=[LinfBall(0.05), L2Ball(0.3)], steps=5, progress=False, examples=2
     ).to_json(),
     "verify": lambda model, x, y: verify(model, x, y, x * 0.95, ball=LinfBall(0.1)),
+    "verify, rule": lambda model, x, y: verify(
+        model,
+        x,
+        y,
+        x * 0.95,
+        ball=LinfBall(0.1),
+        criterion=cross_entropy,
+        correct=lambda output, target: output.argmax(1) == target,
+    ),
     "each": partial(ascent, AdditivePerturbation, use_best=True),
     "last": partial(ascent, AdditivePerturbation),
     "instance": lambda model, x, y: ascent(AdditivePerturbation(x), model, x, y, use_best=True),

@@ -161,6 +161,22 @@ def test_the_smallest_perturbations(kind):
     assert not none.fooled.any() and none.radius.isinf().all()
 
 
+def test_a_point_that_fools_in_another_batch_only_is_not_the_end():
+    of = OneLogit()
+    side = torch.where(of.target == 1, 1.0, -1.0)[:, None]
+
+    def model(data):  # in the whole batch, a point next to the boundary does not fool
+        return of.model(data) + (0.01 * side if len(data) == N else 0)
+
+    found = minimum_norm_attack(
+        model, of.data, of.target, ball=L2Ball, data_range=None, largest=50.0, steps=20,
+        criterion=of.criterion, fooled=of.fooled,
+    )  # fmt: skip
+    assert found.fooled.all() and of.fooled(model(found.data), of.target).all()
+    change = (found.data - of.data).norm(dim=1)
+    torch.testing.assert_close(found.radius, change)
+
+
 @of_each_kind
 @pytest.mark.parametrize("how", ["argument", "solver", "own solver"])
 def test_robust_accuracy(kind, how):

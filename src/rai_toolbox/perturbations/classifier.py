@@ -70,14 +70,14 @@ class _Normalization(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, data: Tensor) -> Tensor:
-        return normalized(data, self.mean, self.std)
+        return _normalized(data, self.mean, self.std)
 
 
 def _call_normalized(model: Model, data: Tensor, *, mean: Tensor, std: Tensor) -> Any:
-    return model(normalized(data, mean, std))
+    return model(_normalized(data, mean, std))
 
 
-def normalized(data: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _normalized(data: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """``(data - mean) / std`` with a value per channel, dim 1."""
     for name, setting in (("mean", mean), ("std", std)):
         if setting.numel() > 1 and data.shape[1:2] != setting.shape:

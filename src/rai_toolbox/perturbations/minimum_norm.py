@@ -171,7 +171,7 @@ def minimum_norm_attack(
         target = inputs.as_target(target, data, must_be_classes)
         checked = inputs.checked(model, target, must_be_classes or may_be_classes)
         best, success = data.clone(), rule(checked(data), target)
-        ends = best.clone()  # of the lines on which the best are
+        firsts = best.clone()  # what fooled first, mostly by more than a little
         lower, upper = torch.zeros_like(limit), torch.where(success, 0.0, inf).to(limit)
         first = limit
         if fooled is None:
@@ -197,14 +197,19 @@ def minimum_norm_attack(
             if len(hit):
                 far = found[success]
                 near = _nearest_fooling(checked, surely, part.rows(success), far, target[hit])
+                is_first = upper[hit].isinf()
+                firsts[hit[is_first]] = far[is_first]
                 length = _norm(near.double() - data[hit].double(), ball.p)
                 closer = length < upper[hit]
                 best[hit[closer]], upper[hit[closer]] = near[closer], length[closer]
-                ends[hit[closer]] = far[closer]
-        for fallback in (ends, data):  # as whoever is fooled may depend on the rest of the batch
+        # Who is fooled may depend on the rest of the batch, if by rounding only.
+        success = rule(checked(best), target)
+        if bool((upper.isfinite() & ~success).any()):
+            again = _nearest_fooling(checked, surely, allowed, firsts, target)
+            best[~success] = again[~success]
+            upper[~success] = _norm(best.double() - data.double(), ball.p)[~success]
             success = rule(checked(best), target)
-            best[~success] = fallback[~success]
-            upper[~success] = _norm(fallback[~success].double() - data[~success].double(), ball.p)
+        best[~success], upper[~success] = data[~success], 0.0
         success = rule(checked(best), target)
     return MinimumNorm(best, torch.where(success, upper, inf), success)
 
