@@ -271,7 +271,7 @@ def test_a_criterion_alone_keeps_the_rule_of_classes():
         minimum_norm_attack, model, data, target, ball=L2Ball, data_range=None, largest=9.0, steps=9
     )
     assert search(criterion=cross_entropy).fooled.all()
-    with pytest.raises(ValueError, match="`target` must hold classes from 0 to 3, got 4"):
+    with pytest.raises(ValueError, match=r"classes from 0 to 3, got 4 \(if not a class: pass"):
         run(target=torch.full_like(target, 4), criterion=cross_entropy)
 
 

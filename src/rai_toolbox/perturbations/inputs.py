@@ -180,8 +180,9 @@ def checked(
         if (classes or (classes is None and are_classes(target))) and fits:
             number = output.shape[1]
             if lowest < 0 or highest >= number:
-                rule = f"hold classes from 0 to {number - 1}"
-                raise wrong(name, rule, lowest if lowest < 0 else highest)
+                got = str(lowest if lowest < 0 else highest)
+                got += " (if not a class: pass the rule `fooled`)" * (classes is None)
+                raise wrong(name, f"hold classes from 0 to {number - 1}", got)
         return output
 
     return output_of
