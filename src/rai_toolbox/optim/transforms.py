@@ -240,12 +240,13 @@ class Projection(OfSet):
             check_fits(group[self.constraint], group, self.param_ndim)
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        if group[self.constraint] is None:
+        if group[self.constraint] is None or not tensors:
             return
         batches = [batch_in(x, group, self.param_ndim) for x in tensors]
-        group[self.constraint].project_each_([view for view, _ in batches])
-        for x, (view, copied) in zip(tensors, batches, strict=True):
-            if copied:
+        views, copied = zip(*batches, strict=True)
+        group[self.constraint].project_each_(list(views))
+        for x, view, is_copy in zip(tensors, views, copied, strict=True):
+            if is_copy:
                 x.copy_(view.view(x.shape))
 
 
