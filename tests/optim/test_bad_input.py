@@ -25,6 +25,7 @@ from rai_toolbox.optim import (
     L2FrankWolfe,
     L2NormedGradientOptim,
     L2ProjectedOptim,
+    LinearSetting,
     LinfFrankWolfe,
     LinfProjectedOptim,
     ParamTransformingOptimizer,
@@ -78,6 +79,7 @@ ELEMENTWISE = [
     ClampedGradientOptimizer,
     SignedGradientOptim,
     LinfProjectedOptim,
+    LinearSetting,
     LinfFrankWolfe,
 ]
 with_inner = pytest.mark.parametrize("cls", WITH_INNER, ids=lambda cls: cls.__name__)
@@ -783,3 +785,44 @@ def test_checkpoints_are_plain_data_whatever_type_a_number_had(cls, name):
         file.seek(0)
         loaded = torch.load(file, weights_only=True)
         assert loaded["param_groups"][0][name] == number
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda x: ProjectedOptimizer([("scale", x)], constraint=MaxNorm(1.0)),
+            "`param_ndim` must be None for a tensor with 0 dims, got -1 (parameter 'scale')",
+        ),
+        (
+            lambda x: ClampedParameterOptimizer([x], clamp_max=np.ones(3)),
+            "`clamp_max` must be a number or a tensor, got array([1., 1., 1.])",
+        ),
+        (
+            lambda x: ProjectedOptimizer([x], constraint=Box(0.0, [1.0, 2.0])),
+            "`upper` must be a number or a tensor, got [1.0, 2.0]",
+        ),
+        (
+            lambda x: ClampedParameterOptimizer(Adam([x]), clamp_max=1.0),
+            "`params` must be an iterable (an optimizer is given as InnerOpt=), got Adam",
+        ),
+        (
+            lambda x: LinearSetting(
+                ProjectedOptimizer(
+                    [
+                        {"params": [x], "constraint": Box(0.0, 1.0)},
+                        {"params": [x.detach().clone()], "constraint": None},
+                    ]
+                ),
+                "constraint.upper",
+                *(3.0, 1.0, 5),
+            ),
+            "(in a list for all groups, None leaves one unchanged) for group 1 at step 0",
+        ),
+    ],
+    ids=["0-d parameter", "array", "list", "optimizer first", "schedule of a free group"],
+)
+def test_errors_say_what_to_do(call, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(torch.ones(()).requires_grad_())
+    assert words in str(caught.value)

@@ -177,7 +177,8 @@ class SettingScheduler:
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         paths = _paths(settings)
         if self.setting not in paths:
-            rule = f"be one of {', '.join(paths)} (or None in a list for all groups) for {where}"
+            hint = "(in a list for all groups, None leaves one unchanged)"
+            rule = f"be one of {', '.join(paths)} {hint} for {where}"
             raise wrong("setting", rule, repr(self.setting))
         names = paths[self.setting]
         check = getattr(self.optimizer, "_check_group", lambda group: None)
