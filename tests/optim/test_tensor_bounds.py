@@ -280,7 +280,7 @@ def test_groups_may_get_other_ones_between_steps():
 def test_they_can_be_scheduled():
     x = leaf(2, 3)
     optim = ClampedParameterOptimizer(
-        [{"params": [x], "clamp_max": HIGH.clone()}, {"params": [leaf(2)], "clamp_max": None}],
+        [{"params": [x], "clamp_max": HIGH}, {"params": [leaf(2)], "clamp_max": None}],
         clamp_min=None,
         lr=0.3,
     )
@@ -290,6 +290,7 @@ def test_they_can_be_scheduled():
         optim.step()
         schedule.step()
         torch.testing.assert_close(optim.param_groups[0]["clamp_max"], HIGH - k / 2)
+    assert HIGH.tolist() == [[0.5], [2.0]]  # (that is not overwritten)
     with pytest.raises(ValueError, match=r"broadcast against .* of group 0 at step 0"):
         SettingScheduler(optim, "clamp_max", [lambda step: torch.ones(5), None])
 

@@ -87,7 +87,10 @@ def totals(
         for param in trained(group):
             if param.numel() > 0 and (param.grad is not None or not gradients):
                 x, gradient = as_batches(param, group)
-                value = complete(of(x, downhill(gradient, group), constraint))
+                gradient = downhill(gradient, group)
+                if x.is_complex():  # it is unconstrained
+                    x, gradient = map(torch.view_as_real, (x, gradient.resolve_conj()))
+                value = complete(of(x, gradient, constraint))
                 values.append(value.to(device, torch.float64).flatten())
         none = torch.full((1,), 0.0 if known else nan, dtype=torch.float64, device=device)
         found.append(total(torch.cat(values or [none])))
