@@ -250,6 +250,15 @@ def test_they_survive_copies(copied):
     assert torch.equal(run(other)[0], run(optim)[0])
 
 
+def test_they_need_not_fit_integer_parameters_which_do_not_change():
+    packed = torch.nn.Parameter(torch.full((4,), 9, dtype=torch.int8), requires_grad=False)
+    optim = ClampedParameterOptimizer([packed, leaf(2, 3)], clamp_min=LOW, clamp_max=HIGH, lr=0.1)
+    optim.step()
+    optim.make_feasible_()
+    assert packed.tolist() == [9] * 4
+    assert optim.violation() == [0.0]
+
+
 @pytest.mark.parametrize("name", FREE)
 def test_nan_in_them_is_refused(name):
     bound = torch.tensor([0.0, float("nan"), 1.0])

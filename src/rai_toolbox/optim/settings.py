@@ -79,6 +79,8 @@ def check_bound(name: str, group: Mapping[str, Any]) -> None:
     if not isinstance(bound, Tensor):
         return
     for param, label in zip(group["params"], labels(group), strict=True):
+        if not param.is_floating_point():
+            continue  # no step changes it
         try:
             OPEN._check_fit(name, bound, param)
             check_device(name, bound, param)
