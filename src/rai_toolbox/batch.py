@@ -24,6 +24,8 @@ def sub_ndim(ndim: int, param_ndim: int | None, name: str = "param_ndim") -> int
         return ndim
     if abs(param_ndim) > ndim:
         rule = f"be None or lie in [-{ndim}, {ndim}] for a tensor with {ndim} dims"
+        if ndim == 0:
+            rule = "be None for a tensor with 0 dims"
         raise wrong(name, rule, param_ndim)
     return param_ndim if param_ndim >= 0 else ndim + param_ndim
 

@@ -30,10 +30,12 @@ def as_plain(value: Any) -> Any:
         return value  # for its check to refuse
 
 
-def check_number(name: str, value: object, least: float = -inf, finite: bool = False) -> float:
+def check_number(
+    name: str, value: object, least: float = -inf, finite: bool = False, kind: str = "a number"
+) -> float:
     """Return `value` if it is a real number, not NaN, >= `least`, and finite if asked."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number, got {value!r}")
+        raise TypeError(f"`{name}` must be {kind}, got {value!r}")
     try:
         number = float(value)
     except OverflowError:
@@ -92,7 +94,7 @@ def check_setting(name: str, value: object, least: float = -inf, finite: bool = 
     they are created.
     """
     if not isinstance(value, Tensor):
-        check_number(name, value, least, finite)
+        check_number(name, value, least, finite, "a number or a tensor")
         return
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"`{name}` must hold real numbers, got a tensor of {value.dtype}")

@@ -66,10 +66,10 @@ BAD = [
     (lambda: sets.Intersection(), "`sets` must be at least one constraint"),
 ]
 BAD_TYPES = [
-    (lambda: sets.Box("1", 2.0), "`lower` must be a number, got '1'"),
-    (lambda: sets.Box(True, 2.0), "`lower` must be a number, got True"),
-    (lambda: sets.L2Ball(None), "`epsilon` must be a number, got None"),
-    (lambda: sets.L2Ball(1j), "`epsilon` must be a number, got 1j"),
+    (lambda: sets.Box("1", 2.0), "`lower` must be a number or a tensor, got '1'"),
+    (lambda: sets.Box(True, 2.0), "`lower` must be a number or a tensor, got True"),
+    (lambda: sets.L2Ball(None), "`epsilon` must be a number or a tensor, got None"),
+    (lambda: sets.L2Ball(1j), "`epsilon` must be a number or a tensor, got 1j"),
     (lambda: sets.L2Ball(torch.ones(2, 1, dtype=torch.complex64)), "`epsilon` must hold real"),
     (lambda: sets.Simplex(torch.ones(2, 1, dtype=torch.bool)), "`total` must hold real numbers"),
     (lambda: sets.TopK(2.5), "`k` must be an int"),

@@ -25,6 +25,7 @@ from rai_toolbox.optim import (
     L2FrankWolfe,
     L2NormedGradientOptim,
     L2ProjectedOptim,
+    LinearSetting,
     LinfFrankWolfe,
     LinfProjectedOptim,
     ParamTransformingOptimizer,
@@ -78,6 +79,7 @@ ELEMENTWISE = [
     ClampedGradientOptimizer,
     SignedGradientOptim,
     LinfProjectedOptim,
+    LinearSetting,
     LinfFrankWolfe,
 ]
 with_inner = pytest.mark.parametrize("cls", WITH_INNER, ids=lambda cls: cls.__name__)
@@ -120,16 +122,20 @@ for _cls in (ClampedParameterOptimizer, ClampedGradientOptimizer):
     TABLE += [
         Bad(_cls, {"clamp_min": 3.0, "clamp_max": -1.0}, ValueError, _rule),
         Bad(_cls, {"clamp_min": INF}, ValueError, (_rule[0], "clamp_min=inf", "clamp_max=1.0")),
-        Bad(
-            _cls,
-            {"clamp_min": None, "clamp_max": None},
-            ValueError,
-            ("`clamp_min` or `clamp_max` must be given", "clamp_min=None", "clamp_max=None"),
+        *(
+            Bad(_cls, {name: bound}, ValueError, (f"`{name}` must {rule}", *words, "parameter"))
+            for name, bound, rule, *words in (
+                ("clamp_min", torch.zeros(3), "broadcast against", "(3, 2)", "got shape (3,)"),
+                ("clamp_max", torch.zeros(1, 3, 2), "broadcast against", "got shape (1, 3, 2)"),
+            )
         ),
+        Bad(_cls, {"clamp_max": torch.tensor([0, -2])}, ValueError, (_rule[0], "at (1,)")),
+        Bad(_cls, {"clamp_max": torch.tensor([1j, 0])}, TypeError, ("must hold real numbers",)),
     ]
     for _name in ("clamp_min", "clamp_max"):
         TABLE += out_of_range(_cls, _name, "not be NaN", [NAN, np.float64(NAN)])
-        TABLE += no_number(_cls, _name, [v for v in NOT_NUMBERS if v is not None])
+        not_bounds = [v for v in NOT_NUMBERS if not isinstance(v, (torch.Tensor, type(None)))]
+        TABLE += no_number(_cls, _name, not_bounds)
 for _cls in [c for c in WRAPPERS if issubclass(c, (L1NormedGradientOptim, L2NormedGradientOptim))]:
     TABLE += out_of_range(_cls, "div_by_zero_eps", ">= 0", [-1e-9, -INF])
     TABLE += out_of_range(_cls, "div_by_zero_eps", "not be NaN", [NAN])
@@ -201,7 +207,6 @@ for _cls in WRAPPERS:
 _numbers = ("`clamp_max` must be spelled as one of 1.clamp_max, 2.clamp_max", "got clamp_max=0.5")
 TABLE += [
     Bad(Chain, {"clamp_max": 0.5}, ValueError, _numbers),
-    Bad(Chain, {"1.clamp_max": None}, ValueError, ("clamp_max` must be given",)),
     Bad(Chain, {"2.clamp_max": NAN}, ValueError, ("clamp_max` must not be NaN, got nan",)),
     Bad(Chain, {"2.clamp_min": 5}, ValueError, ("clamp_min` must be <= ", "clamp_max=2.0")),
 ]
@@ -348,6 +353,25 @@ def test_bad_settings(rows, route):
             good["InnerOpt"] = Adam
         call, *watched = route(bad.cls, good, bad.settings)
         assert_refused(call, bad.error, bad.words, *watched)
+
+
+@pytest.mark.parametrize(
+    "route", [by_keyword, by_defaults, by_keyword_around_an_instance], ids=lambda r: r.__name__
+)
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (ClampedParameterOptimizer, ("clamp_min", "clamp_max")),
+        (ClampedGradientOptimizer, ("clamp_min", "clamp_max")),
+        (Chain, ("1.clamp_min", "1.clamp_max")),
+    ],
+    ids=["ClampedParameterOptimizer", "ClampedGradientOptimizer", "Chain"],
+)
+def test_no_bound_at_all(cls, names, route):
+    route = by_defaults if cls is Chain and route is by_keyword else route
+    call, *watched = route(cls, {}, dict.fromkeys(names))
+    words = (f"`{names[0]}` or `{names[1]}` must be given", *(f"{name}=None" for name in names))
+    assert_refused(call, ValueError, words, *watched)
 
 
 @pytest.mark.parametrize(
@@ -761,3 +785,44 @@ def test_checkpoints_are_plain_data_whatever_type_a_number_had(cls, name):
         file.seek(0)
         loaded = torch.load(file, weights_only=True)
         assert loaded["param_groups"][0][name] == number
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda x: ProjectedOptimizer([("scale", x)], constraint=MaxNorm(1.0)),
+            "`param_ndim` must be None for a tensor with 0 dims, got -1 (parameter 'scale')",
+        ),
+        (
+            lambda x: ClampedParameterOptimizer([x], clamp_max=np.ones(3)),
+            "`clamp_max` must be a number or a tensor, got array([1., 1., 1.])",
+        ),
+        (
+            lambda x: ProjectedOptimizer([x], constraint=Box(0.0, [1.0, 2.0])),
+            "`upper` must be a number or a tensor, got [1.0, 2.0]",
+        ),
+        (
+            lambda x: ClampedParameterOptimizer(Adam([x]), clamp_max=1.0),
+            "`params` must be an iterable (an optimizer is given as InnerOpt=), got Adam",
+        ),
+        (
+            lambda x: LinearSetting(
+                ProjectedOptimizer(
+                    [
+                        {"params": [x], "constraint": Box(0.0, 1.0)},
+                        {"params": [x.detach().clone()], "constraint": None},
+                    ]
+                ),
+                "constraint.upper",
+                *(3.0, 1.0, 5),
+            ),
+            "(in a list for all groups, None leaves one unchanged) for group 1 at step 0",
+        ),
+    ],
+    ids=["0-d parameter", "array", "list", "optimizer first", "schedule of a free group"],
+)
+def test_errors_say_what_to_do(call, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(torch.ones(()).requires_grad_())
+    assert words in str(caught.value)

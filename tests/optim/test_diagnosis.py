@@ -72,6 +72,22 @@ def test_frank_wolfe_without_a_set_is_unconstrained():
     torch.testing.assert_close(opt.kkt_residual(), [x.grad.norm()])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ProjectedOptimizer, constraint=None),
+        lambda x: ClampedParameterOptimizer([{"params": x, "clamp_min": None, "clamp_max": None}]),
+    ],
+)
+def test_what_is_unconstrained_may_be_complex(make):
+    x = torch.tensor([1 + 2j, 3j], requires_grad=True)
+    x.grad = torch.tensor([3j, 4 + 0j])
+    opt = make([x])
+    opt.make_feasible_()
+    assert opt.violation() == [0.0]
+    assert opt.kkt_residual()[0] == pytest.approx(5.0)
+
+
 def test_nothing_is_known_without_gradients():
     """A residual of 0 would mean that the work is done."""
     x, frozen = normal(2, 3).requires_grad_(), normal(2, 3)

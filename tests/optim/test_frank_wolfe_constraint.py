@@ -209,6 +209,7 @@ def test_the_named_optimizer_is_the_same_method():
 def test_the_schedule_is_the_formula(initial_step, as_tensor):
     constraint = L2Ball(1.0)
     (x,) = tensors((3, 4), dtype=torch.float64)
+    x.data = constraint.project(x.data)
     expected = x.detach().clone()
     lr = torch.tensor(1.5, dtype=torch.float64) if as_tensor else 1.5
     opt = FrankWolfe([x], constraint=constraint, lr=lr, initial_step=initial_step)
@@ -740,6 +741,8 @@ def test_a_search_needs_a_closure():
         {"smoothness": 2.0},
         {"line_search": True},
         {},
+        {"initial_step": 3},
+        {"use_default_lr_schedule": False, "lr": 0.2},
     ],
     ids=str,
 )

@@ -356,7 +356,7 @@ def test_linear_for_each_group_and_of_tensors():
         ((0.0, 1.0, True), ValueError, "`total_steps` must be an int >= 1, got True"),
         ((math.nan, 1.0, 2), ValueError, "`start` must not be NaN, got nan"),
         ((0.0, math.inf, 2), ValueError, "`end` must be finite, got inf"),
-        (("0", 1.0, 2), TypeError, "`start` must be a number, got '0'"),
+        (("0", 1.0, 2), TypeError, "`start` must be a number or a tensor, got '0'"),
         (([0.0], 1.0, 2), ValueError, "`start` must be of 2 groups, got 1"),
         ((0.0, [1.0, 2.0, 3.0], 2), ValueError, "`end` must be of 2 groups, got 3"),
         (([0.0, None], 1.0, 2), ValueError, "must be None for the same groups, got None and 1.0"),
@@ -458,7 +458,7 @@ def test_a_group_without_the_setting_needs_none():
     groups = [{"params": tensors((2, 2)), "constraint": c} for c in (L2Ball(4.0), None)]
     opt = ProjectedOptimizer(groups, lr=0.1)
     with pytest.raises(
-        ValueError, match=r"\(or None in a list for all groups\) for group 1 at step 0, got"
+        ValueError, match=r"\(in a list .* None leaves one unchanged\) for group 1 at step 0, got"
     ):
         SettingScheduler(opt, "constraint.epsilon", falling)
     assert opt.param_groups[0]["constraint"] == L2Ball(4.0)

@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+import warnings
 from collections import defaultdict
 
 import pytest
 import torch
+from tiers import slow_but
 from torch.optim import SGD, Adam, Optimizer
 
 from rai_toolbox.constraints import Box, L1Ball, L2Ball, Simplex
@@ -14,6 +16,7 @@ from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedParameterOptimizer,
     ProjectedOptimizer,
+    compiled,
 )
 
 
@@ -166,6 +169,22 @@ def test_momentum_is_no_iterate():
     for each, param in ((opt, x), (bare, y)):
         run(each, param, 1)
     assert torch.equal(opt.state[x]["momentum_buffer"], bare.state[y]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("backend", slow_but([lambda module, inputs: lambda *inputs: (), "eager"]))
+def test_a_compiled_step_that_is_undone_is_undone_in_the_optimizer_within(backend):
+    ends = []
+    for compile_it in (False, True):
+        x = torch.tensor([[0.5, -0.8, 0.9]], requires_grad=True)
+        opt = ClampedParameterOptimizer(InnerOpt=Lookahead(Adam([x], lr=0.3)), clamp_max=0.6)
+        step = compiled(opt, backend=backend) if compile_it else opt.step
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*stays eager")
+            for k in range(7):
+                x.grad = torch.sin(3 * x.detach() + k)
+                step()
+        ends.append(x.detach())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_with_the_groups_in_that_of_another_optimizer():

@@ -20,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch_versions import shards_on_cpu
 
 from rai_toolbox.constraints import L2Ball
-from rai_toolbox.optim import ProjectedOptimizer
+from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
 
 RANKS = 2
 
@@ -137,6 +137,27 @@ def test_the_step_of_the_gradient_mapping_in_balls_with_centers_of_their_own(dim
         opt = ProjectedOptimizer([param], torch.optim.Adam, lr=0.3, constraint=ball)
         for _ in range(3):
             param.grad = g.clone()
+            opt.step()
+        return param.detach()
+
+    def run(mesh):
+        return end(lambda x: distribute_tensor(x, mesh, [Shard(dim)])).full_tensor()
+
+    whole = end(lambda x: x)
+    for of_rank in on_each_rank(run):
+        torch.testing.assert_close(of_rank, whole)
+
+
+@shards_on_cpu
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("low", [-0.5, torch.linspace(-0.9, 0.0, 6)])
+def test_bounds_that_are_tensors_are_divided_as_the_parameters_are(low, dim):
+    def end(shard):
+        param = nn.Parameter(shard(tensors((4, 6))[0].detach()))
+        high = torch.linspace(0.1, 0.4, 4).unsqueeze(1)
+        opt = ClampedParameterOptimizer([param], lr=0.3, clamp_min=low, clamp_max=high)
+        for seed in range(3):
+            param.grad = shard(tensors((4, 6), seed=seed)[0].detach())
             opt.step()
         return param.detach()
 

@@ -120,18 +120,32 @@ class NonNegative(Box):
     upper: float | Tensor | None = field(default=None, init=False, repr=False)
 
 
+OPEN = Box(-inf, inf)
+"""The box of all numbers."""
+
+
+def checked_box(lower: float | Tensor | None, upper: float | Tensor | None) -> Any:
+    """The box of bounds that have been checked, which reads their values; None without bounds."""
+    if lower is None and upper is None:
+        return None
+    bounds = {"lower": lower, "upper": upper}
+    tensors = tuple(name for name, bound in bounds.items() if isinstance(bound, Tensor))
+    return OPEN._replaced({**bounds, "_tensors": tensors})
+
+
 def clamp_(
     tensors: list[Tensor], lower: float | Tensor | None, upper: float | Tensor | None
 ) -> None:
     """Clamp every element of every tensor to [lower, upper], in place; None leaves a side open.
 
-    The bounds count as rounded to each tensor's dtype. NaN stays NaN. Bounds that are tensors of
-    one number are those of compiled steps, which would be compiled anew for each other number.
+    The bounds count as rounded to each tensor's dtype. NaN stays NaN. In compiled steps bounds are
+    tensors, as each other number would be compiled anew.
     """
     if isinstance(lower, Tensor) or isinstance(upper, Tensor):
+        box = checked_box(lower, upper)
         for tensor in tensors:
-            tensor.clamp_(*(None if b is None else torch.as_tensor(b) for b in (lower, upper)))
-    elif any(bound is not None and _FLOAT16_MAX < abs(bound) < inf for bound in (lower, upper)):
+            box.project_(tensor)
+    elif _FLOAT16_MAX < abs(lower or 0.0) < inf or _FLOAT16_MAX < abs(upper or 0.0) < inf:
         for tensor in tensors:  # torch refuses bounds that overflow a tensor's dtype
             tensor.clamp_(in_dtype(lower, tensor.dtype), in_dtype(upper, tensor.dtype))
     elif together(tensors):

@@ -143,7 +143,8 @@ class _CompiledStep:
         # Torch.compile does not notice what replaces a method, and would trace hooks of the inner.
         both = (self.optimizer, self._inner)
         own = [vars(each)[name] for each in both for name in _METHODS & vars(each).keys()]
-        hooks = (self._inner._optimizer_step_pre_hooks, self._inner._optimizer_step_post_hooks)
+        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        hooks = (getattr(self._inner, name, None) for name in names)  # Lookahead has none
         has_hooks = self._inner is not self.optimizer and any(hooks)
         if has_hooks or not all(map(_torch.is_wrapped_by_scheduler, own)):
             return False

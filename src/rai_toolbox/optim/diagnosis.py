@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.box import OPEN
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.gradient_mapping import downhill, step_size
@@ -18,9 +18,6 @@ from rai_toolbox.optim.own_step import as_batches, device_of
 from rai_toolbox.optim.settings import trained
 from rai_toolbox.optim.transforms import Projection
 from rai_toolbox.optim.wrapper import Group
-
-UNCONSTRAINED = Box(-inf, inf)
-"""What None as a constraint stands for."""
 
 
 class Constrained:
@@ -84,13 +81,16 @@ def totals(
     found = []
     known = not gradients or any(p.grad is not None for each in groups for p in each["params"])
     for group in groups:
-        constraint = UNCONSTRAINED if group["constraint"] is None else group["constraint"]
+        constraint = OPEN if group["constraint"] is None else group["constraint"]
         device = device_of(group)
         values = []
         for param in trained(group):
             if param.numel() > 0 and (param.grad is not None or not gradients):
                 x, gradient = as_batches(param, group)
-                value = complete(of(x, downhill(gradient, group), constraint))
+                gradient = downhill(gradient, group)
+                if x.is_complex():  # it is unconstrained
+                    x, gradient = map(torch.view_as_real, (x, gradient.resolve_conj()))
+                value = complete(of(x, gradient, constraint))
                 values.append(value.to(device, torch.float64).flatten())
         none = torch.full((1,), 0.0 if known else nan, dtype=torch.float64, device=device)
         found.append(total(torch.cat(values or [none])))
@@ -118,7 +118,7 @@ def active_mask(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
 
 def frank_wolfe_gap(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
     """``<gradient, x - lmo(gradient)>``, an upper bound on f(x) - min f if f is convex."""
-    if constraint is UNCONSTRAINED:
+    if constraint is OPEN:
         return x.new_tensor(inf)
     gradient = widened(gradient)
     return (gradient * (widened(x) - constraint.lmo(gradient))).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, overload
 
@@ -14,9 +14,9 @@ from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
-from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels, trained
+from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
-from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
+from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
 
 SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
@@ -125,6 +125,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for transform in self._after:
             transform.apply_([param], [param], group, self)
 
+    def _completed(self, param_group: Mapping[str, Any]) -> Group:
+        given = checked_group(param_group)
+        for transform in without_hooks((*self._before, *self._after)):
+            transform.check_given(given, self._settings)
+        return super()._completed(given)
+
     def _group_of_view(self, group: Group) -> Group:
         """The settings by which a view `(N, d0, ...)` has the sub-tensors that it shows."""
         names = [name for name in self._settings if base_name(name) == "param_ndim"]
@@ -199,7 +205,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         self._new_state.clear()  # what a step that failed has left
         if closure is not None:
             closure = partial(self._evaluated, closure)
-        elif not compiling and self._initializes_state():
+        elif not (compiling or self.inner_opt.state) and self._initializes_state():
             step_inner(self.inner_opt, None, kwargs)
             for group in self.param_groups:
                 for transform in without_hooks(self._before):
@@ -248,16 +254,17 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                     transform.apply_(grads, params, group, self)
 
     def _post_step(self, is_step: bool = True) -> None:
-        self._add_new_state()
+        if self._new_state:
+            self._add_new_state()
         transforms = self._transforms(PARAMETER_HOOK)
         for group in self.inner_opt.param_groups:
-            params = trained(group)
-            tensors, owners = with_iterates(self.inner_opt, params)
+            tensors, owners = with_iterates(self.inner_opt, group)
             for transform in transforms:
                 if is_step:
                     transform.count_step(group)
                 transform.apply_(tensors, owners, group, self)
-        self._add_new_state()
+        if self._new_state:
+            self._add_new_state()
 
     @property
     def train(self) -> Callable[[], None]:
@@ -323,8 +330,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         It comes before any state is there, with every lr 0 and every gradient 0, and must leave
         parameters, gradients and random numbers alone. Values are read only if all else fits.
         """
-        if self.inner_opt.state:
-            return False
         if not all(is_zero_on_host(group.get("lr")) for group in self.param_groups):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]

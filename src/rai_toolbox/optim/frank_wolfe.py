@@ -32,11 +32,11 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         p \leftarrow (1 - a) p + a s, \quad s \in \arg\min_{s \in C} \langle g, s \rangle
 
     The `constraint` C must be bounded and convex and have an oracle. All iterates are in C if the
-    start is, and otherwise after a first step with a = 1; before short steps, a start outside is
-    projected. `gap` is an upper bound of f - min f
-    (Frank & Wolfe, 1956; Jaggi, 2013). There is no projection: in sets other than boxes, rounding
-    errors add up to a violation of about 1e-6 of the size of C in 1,000 steps in float32, and of
-    some percent in bfloat16 and float16. The step size a is one of
+    start is, and otherwise after a first step with a = 1; before other first steps, a start outside
+    is projected. `gap` is an upper bound of f - min f (Frank & Wolfe, 1956; Jaggi, 2013). There is
+    no other projection: in sets other than boxes, rounding errors add up to a violation of about
+    1e-6 of the size of C in 1,000 steps in float32, and of some percent in bfloat16 and float16.
+    The step size a is one of
 
     - the schedule ``lr / (lr + k)``, where k = 0, 1, ... counts the steps of each parameter: with
       lr = 2, ``f - min f`` falls like 1/k for any smooth convex f. The first step has a = 1 and
@@ -209,14 +209,17 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
                 steps.append(state["step"])
 
     def _enter_(self, group: Group) -> None:
-        """Project what has not moved yet before a short step, which stays between two points.
+        """Project what has not moved yet before a step that stays between two points.
 
         (The first step of the schedule leads into the set from anywhere.)
         """
-        short = group["line_search"] or group["smoothness"] is not None
-        if short and not torch.compiler.is_compiling() and not is_zero_on_host(group["lr"]):
+        done, scheduled = group["initial_step"], group["use_default_lr_schedule"]
+        short = group["line_search"] or group["smoothness"] is not None or not scheduled or done
+        if group["constraint"] is None or not short or torch.compiler.is_compiling():
+            return
+        if not is_zero_on_host(group["lr"]):
             states = ((p, self.state.get(p)) for p in group["params"] if p.requires_grad)
-            new = [p for p, state in states if not state or get_value(state["step"]) == 0]
+            new = [p for p, state in states if not state or get_value(state["step"]) == done]
             Projection().change_(new, group)
 
     def _search(self, closure: Callable[[], Any] | None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from rai_toolbox._torch import Muon, graph_break
 from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.box import OPEN, checked_box
 from rai_toolbox.constraints.kernels.blocks import wide_dtype
 from rai_toolbox.constraints.kernels.norms import scale_dtype
 from rai_toolbox.constraints.sharding import beside
 from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import batch_in
-from rai_toolbox.optim.transforms import Key, OfSet
+from rai_toolbox.optim.transforms import Key, OfSet, as_viewed
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 # Their step is one number times an average of gradients. Projected, it is right as it is.
@@ -29,12 +28,11 @@ _STEP_ALONG_GRADIENTS = (SGD, ASGD)
 # Their step scales averages elementwise, by positive numbers: right in elementwise sets, too.
 _SCALED = "Adadelta Adafactor Adagrad Adam Adamax NAdam RAdam RMSprop Rprop SparseAdam"
 # (those of this library know their sets)
-_ELEMENTWISE = (SGD, ASGD, OwnStepOptimizer, *(getattr(optim, name) for name in _SCALED.split()))
+ELEMENTWISE = (SGD, ASGD, OwnStepOptimizer, *(getattr(optim, name) for name in _SCALED.split()))
 # Their weight decay is no part of the gradient; so it is in groups with `decoupled_weight_decay`.
 _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _REACH, _AVERAGING = 0.1, 0.9
 _STATE = "gradient_average"
-_OPEN = Box(-inf, inf)
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class GradientMapping(OfSet):
         if not 0 <= check_number(averaging, group.get(averaging) or 0.0) < 1:
             raise ValueError(f"`{averaging}` must be >= 0 and < 1, got {group[averaging]!r}")
         search = group.get("line_search_fn")
-        if search is not None and self.set_of(group) not in (None, _OPEN):
+        if search is not None and self.set_of(group) not in (None, OPEN):
             raise ValueError(f"`line_search_fn` must be None with a constraint, got {search!r}")
 
     def is_elementwise(self, group: Group) -> bool:  # noqa: D102
@@ -71,7 +69,7 @@ class GradientMapping(OfSet):
             return False
         # (what `check` is to refuse may be anything)
         elementwise = getattr(constraint, "elementwise", True)
-        right = _ELEMENTWISE if elementwise else _STEP_ALONG_GRADIENTS
+        right = ELEMENTWISE if elementwise else _STEP_ALONG_GRADIENTS
         return not issubclass(self.inner, right) if wanted is None else wanted
 
     def apply_(  # noqa: D102
@@ -109,7 +107,7 @@ class GradientMapping(OfSet):
             down = downhill(gradient.to(dtype), group, self.grad_scale, self.grad_bias)
             followed.append(down + weight_decay * x if weight_decay != 0.0 else down)
         reach, lr = group.get(self.reach, _REACH), group.get("lr", 1.0)
-        whole = not issubclass(self.inner, _ELEMENTWISE)
+        whole = not issubclass(self.inner, ELEMENTWISE)
         e = step_size(x, followed[0], constraint, reach=reach, lr=lr, m=followed[-1], whole=whole)
         y = x - e * followed[-1]
         pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
@@ -167,12 +165,22 @@ class ClampMapping(GradientMapping):
     clamp_min: Key = "clamp_min"
     clamp_max: Key = "clamp_max"
 
-    def set_of(self, group: Group) -> Box:  # noqa: D102
-        # (checked by `Clamp`, and not again in each step)
-        return _OPEN._replaced({"lower": group[self.clamp_min], "upper": group[self.clamp_max]})
+    def set_of(self, group: Group) -> Any:  # noqa: D102
+        return checked_box(group[self.clamp_min], group[self.clamp_max])
+
+    def is_elementwise(self, group: Group) -> bool:  # noqa: D102
+        return True
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
-        return not issubclass(self.inner, _ELEMENTWISE)
+        return self.set_of(group) is not None
+
+    def apply_(  # noqa: D102
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        group = {**group, self.param_ndim: None}
+        if optimizer._viewed is not None:
+            group = as_viewed(group, (self.clamp_min, self.clamp_max), params[0], optimizer._viewed)
+        super().apply_(tensors, params, group, optimizer)
 
     def _past(self, group: Group) -> float:
         return 0.0

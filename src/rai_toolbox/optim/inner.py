@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from rai_toolbox import foreach
 from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, unhooked
 from rai_toolbox.checks import wrong
+from rai_toolbox.optim.settings import trained
 
 _SLOW = {"slow_buffer", "slow_param", "slow_params"}
 """Names of the slow weights in the state of Lookahead, in its implementations."""
@@ -80,13 +81,13 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
     return result
 
 
-def with_iterates(inner: Optimizer, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and all else that must be in their sets, and the parameter that each belongs to.
+def with_iterates(inner: Optimizer, group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """All tensors of a group that must be in its set, and the parameter that each belongs to.
 
-    That is the slow weights of Lookahead, and the second iterate of schedule-free optimizers, from
-    which the next parameters are made.
+    Besides the parameters that is the slow weights of Lookahead, and the second iterate of
+    schedule-free optimizers, from which the next parameters are made.
     """
-    state = inner.state
+    params, state = trained(group), inner.state
     one = next(iter(state.values()), None)
     names = {*_SLOW, "z"} if hasattr(inner, "eval") else _SLOW
     if not isinstance(one, dict) or names.isdisjoint(one):

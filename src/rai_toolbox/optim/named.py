@@ -11,13 +11,13 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_finite
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
-from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.box import Box, checked_box
 from rai_toolbox.optim import transforms
 from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_lr
-from rai_toolbox.optim.gradient_mapping import ClampMapping
+from rai_toolbox.optim.gradient_mapping import ELEMENTWISE, ClampMapping
 from rai_toolbox.optim.inner import optimizer_class
 from rai_toolbox.optim.settings import REQUIRED, TINY, constructor_arguments
 from rai_toolbox.optim.wrapper import Group, Params
@@ -31,17 +31,19 @@ class _ClampingOptimizer(ParamTransformingOptimizer):
         params: Params = None,
         InnerOpt: type[Optimizer] | partial[Any] | Optimizer = SGD,
         *,
-        clamp_min: float | None = None,
-        clamp_max: float | None = None,
+        clamp_min: float | Tensor | None = None,
+        clamp_max: float | Tensor | None = None,
         grad_scale: float = 1.0,
         grad_bias: float = 0.0,
         defaults: Mapping[str, Any] | None = None,
         param_ndim: int | None = None,
         **inner_opt_kwargs: Any,
     ) -> None:
-        if isinstance(self, ClampedParameterOptimizer):
-            self._before = (*self._before, ClampMapping(optimizer_class(InnerOpt)))
-        super().__init__(**constructor_arguments(locals()))
+        arguments = constructor_arguments(locals())
+        inner = optimizer_class(InnerOpt)
+        if isinstance(self, ClampedParameterOptimizer) and not issubclass(inner, ELEMENTWISE):
+            self._before = (*self._before, ClampMapping(inner))
+        super().__init__(**arguments)
 
 
 class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
@@ -54,16 +56,18 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
 
     Parameters
     ----------
-    clamp_min, clamp_max : float or None
-        The bounds; at least one of them must be given, to the optimizer or to each group.
+    clamp_min, clamp_max : float or Tensor or None
+        The bounds; a tensor broadcasts against each parameter of its group. At least one of them
+        must be given, to the optimizer or to each group. A group that gives None for both is left
+        free.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 
     Raises
     ------
     ValueError
-        If no bound is given, a bound is NaN, ``clamp_min > clamp_max``, or LBFGS is to search along
-        a line.
+        If no bound is given, a bound is NaN or does not fit a parameter, ``clamp_min > clamp_max``
+        anywhere, or LBFGS is to search along a line.
 
     Examples
     --------
@@ -81,8 +85,12 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
 
     _after = (transforms.Clamp(),)
 
-    def _constraint(self, group: Group) -> Box:
-        return Box(group["clamp_min"], group["clamp_max"])
+    def _constraint(self, group: Group) -> Box | None:
+        box: Box | None = checked_box(group["clamp_min"], group["clamp_max"])
+        return box
+
+    def _with_sets(self) -> list[Group]:
+        return [{**group, "param_ndim": None} for group in super()._with_sets()]
 
 
 class ClampedGradientOptimizer(_ClampingOptimizer):
@@ -93,15 +101,16 @@ class ClampedGradientOptimizer(_ClampingOptimizer):
 
     Parameters
     ----------
-    clamp_min, clamp_max : float or None
-        The bounds; at least one of them must be given, to the optimizer or to each group.
+    clamp_min, clamp_max : float or Tensor or None
+        The bounds, as in `ClampedParameterOptimizer`; a tensor broadcasts against each gradient.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 
     Raises
     ------
     ValueError
-        If no bound is given, a bound is NaN, or ``clamp_min > clamp_max``.
+        If no bound is given, a bound is NaN or does not fit a parameter, or
+        ``clamp_min > clamp_max`` anywhere.
 
     Examples
     --------

@@ -50,8 +50,8 @@ class SettingScheduler:
     Notes
     -----
     Values are kept in `optimizer.param_groups`, and so in its checkpoint; save `state_dict()` of
-    the scheduler, too. Nothing synchronizes with the host, except that a set with tensors as
-    settings reads them when it is created. Other optimizers check no value before their step.
+    the scheduler, too. Nothing synchronizes with the host, except that tensors as settings, but
+    for learning rates, are read to check them. Other optimizers check no value before their step.
 
     Examples
     --------
@@ -177,7 +177,8 @@ class SettingScheduler:
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         paths = _paths(settings)
         if self.setting not in paths:
-            rule = f"be one of {', '.join(paths)} (or None in a list for all groups) for {where}"
+            hint = "(in a list for all groups, None leaves one unchanged)"
+            rule = f"be one of {', '.join(paths)} {hint} for {where}"
             raise wrong("setting", rule, repr(self.setting))
         names = paths[self.setting]
         check = getattr(self.optimizer, "_check_group", lambda group: None)
@@ -328,10 +329,11 @@ def _replaced(value: Any, names: list[str], new: Any) -> Any:
 
 @torch.no_grad()
 def _write(groups: list[Group], group: Group, name: str, value: Any) -> None:
-    """Set a setting; in place where it is a tensor, which a captured graph may read."""
+    """Set a setting; in place where it is a learning rate that a captured graph may read."""
     present = group[name]
     same_shape = isinstance(value, Tensor) and value.shape == getattr(present, "shape", None)
-    if not (isinstance(present, Tensor) and (same_shape or isinstance(value, (int, float)))):
+    in_place = isinstance(present, Tensor) and (same_shape or isinstance(value, (int, float)))
+    if name != "lr" or not in_place:
         group[name] = value
         return
     if sum(other.get(name) is present for other in groups) > 1:  # groups that share a default

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, view_or_copy
-from rai_toolbox.checks import as_plain, wrong
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.checks import as_plain, check_setting, wrong
+from rai_toolbox.constraints.base import Constraint, check_device
+from rai_toolbox.constraints.box import OPEN
 from rai_toolbox.constraints.sharding import check_view
 
 TINY = torch.finfo(torch.float32).tiny
@@ -71,6 +72,22 @@ def refuse_complex(group: Mapping[str, Any], names: str) -> None:
             raise TypeError(f"{names} must bound real numbers, got {param.dtype} for {label}")
 
 
+def check_bound(name: str, group: Mapping[str, Any]) -> None:
+    """Raise unless a setting is a number, or a tensor that fits each parameter of its group."""
+    bound = group[name]
+    check_setting(name, bound, finite=False)
+    if not isinstance(bound, Tensor):
+        return
+    for param, label in zip(group["params"], labels(group), strict=True):
+        if not param.is_floating_point():
+            continue  # no step changes it
+        try:
+            OPEN._check_fit(name, bound, param)
+            check_device(name, bound, param)
+        except ValueError as error:
+            raise ValueError(f"{error} ({label})") from None
+
+
 def as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A group as a checkpoint holds it: each constraint as plain data."""
     return {
@@ -84,12 +101,15 @@ def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -
 
     A checkpoint may have been loaded to another device than its parameters.
     """
-    return {
-        name: Constraint.from_plain(value).to(device)
-        if isinstance(value, Mapping) and "set" in value
-        else as_plain(value)
-        for name, value in settings.items()
-    }
+
+    def loaded(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping) and "set" in value:
+            return Constraint.from_plain(value).to(device)
+        if isinstance(value, Tensor) and name != "lr":  # (which may be on the host)
+            return value.to(device)
+        return as_plain(value)
+
+    return {name: loaded(name, value) for name, value in settings.items()}
 
 
 def check_constraint(constraint: object) -> None:

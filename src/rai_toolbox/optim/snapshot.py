@@ -59,7 +59,8 @@ def _named_values(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     for i, param in enumerate(_params(optimizer)):
         yield from _leaves(f"parameter {i}", param)
         yield from _leaves(f"the gradient of parameter {i}", param.grad)
-    yield from _leaves("state", list(optimizer.state.values()))
+    for depth, state in enumerate(_states(optimizer)):
+        yield from _leaves(f"state {depth}" if depth else "state", list(state.values()))
     for i, group in enumerate(optimizer.param_groups):
         yield from _leaves(f"group {i}", {k: v for k, v in group.items() if k != "params"})
 
@@ -75,15 +76,29 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _leaves(f"{name}[{key!r}]", part)
 
 
+def _nested(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, the one that it wraps, the one that this wraps (Lookahead), and so on."""
+    found = [optimizer]
+    for each in found:
+        inside = [value for value in vars(each).values() if isinstance(value, Optimizer)]
+        found += [value for value in inside if all(value is not other for other in found)]
+    return found
+
+
+def _states(optimizer: Optimizer) -> list[Any]:
+    """The states of all of them; an optimizer of this library has that of the one it wraps."""
+    return list({id(each.state): each.state for each in _nested(optimizer)}.values())
+
+
 def _params(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _containers(optimizer: Optimizer) -> list[dict[Any, Any]]:
     """The dicts in which a step may put other objects."""
-    inner = getattr(optimizer, "inner_opt", optimizer)
-    of_params = [value for value in optimizer.state.values() if isinstance(value, dict)]
-    return [vars(optimizer), vars(inner), optimizer.state, *of_params, *optimizer.param_groups]
+    states = _states(optimizer)
+    of_params = [value for state in states for value in state.values() if isinstance(value, dict)]
+    return [*map(vars, _nested(optimizer)), *states, *of_params, *optimizer.param_groups]
 
 
 def _agree(start: Tensor | None, eager: Tensor, compiled: Tensor) -> bool:

@@ -7,7 +7,7 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, ClassVar, TypeVar
@@ -17,13 +17,19 @@ from torch import Generator, Tensor, default_generator
 
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
-from rai_toolbox.checks import check_fraction, check_non_negative, check_number, check_order
+from rai_toolbox.checks import check_fraction, check_non_negative, check_order
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
-from rai_toolbox.optim.settings import batch_in, check_constraint, check_fits, refuse_complex
+from rai_toolbox.optim.settings import (
+    batch_in,
+    check_bound,
+    check_constraint,
+    check_fits,
+    refuse_complex,
+)
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper
 
 Key = str
@@ -51,6 +57,9 @@ class Transform:
         keys = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Key"}
         new_keys = {field: names.get(key, key) for field, key in keys.items()}
         return replace(self, prefix=prefix + self.prefix, **new_keys)
+
+    def check_given(self, given: Group, defaults: Group) -> None:
+        """Raise if a new group lacks what neither it nor the defaults have."""
 
     def check(self, group: Group) -> None:
         """Raise if one of its settings breaks its rule, or does not fit a parameter."""
@@ -112,30 +121,44 @@ class Sign(_Elementwise):
 
 @dataclass(frozen=True)
 class Clamp(_Elementwise):
-    """``min(max(x, clamp_min), clamp_max)``."""
+    """``min(max(x, clamp_min), clamp_max)``; nothing where both are None."""
 
     clamp_min: Key = "clamp_min"
     clamp_max: Key = "clamp_max"
 
+    def check_given(self, given: Group, defaults: Group) -> None:
+        lower, upper = self.clamp_min, self.clamp_max
+        no_default = defaults[lower] is None and defaults[upper] is None
+        if no_default and not {lower, upper} & given.keys():
+            raise ValueError(
+                f"`{lower}` or `{upper}` must be given (None for both, in a group, leaves it "
+                f"free), got {lower}=None and {upper}=None"
+            )
+
     def check(self, group: Group) -> None:
         lower, upper = self.clamp_min, self.clamp_max
-        given = [name for name in (lower, upper) if group[name] is not None]
-        if not given:
-            raise ValueError(
-                f"`{lower}` or `{upper}` must be given (an infinity leaves all free), got "
-                f"{lower}=None and {upper}=None"
-            )
-        for name in given:
-            check_number(name, group[name])
+        for name in (lower, upper):
+            if group[name] is not None:
+                check_bound(name, group)
+                refuse_complex(group, f"`{lower}` and `{upper}`")
         check_order(lower, group[lower], upper, group[upper])
-        refuse_complex(group, f"`{lower}` and `{upper}`")
 
     def keeps_zero(self, group: Group) -> bool:
         lower, upper = group[self.clamp_min], group[self.clamp_max]
+        if isinstance(lower, Tensor) or isinstance(upper, Tensor):
+            return False  # the values of a sparse gradient have another shape
         return (lower is None or lower <= 0) and (upper is None or upper >= 0)
 
-    def change_(self, tensors: list[Tensor], group: Group) -> None:
-        clamp_(tensors, group[self.clamp_min], group[self.clamp_max])
+    def is_active(self, group: Group) -> bool:
+        return group[self.clamp_min] is not None or group[self.clamp_max] is not None
+
+    def apply_(
+        self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
+    ) -> None:
+        if optimizer._viewed is not None:
+            group = as_viewed(group, (self.clamp_min, self.clamp_max), params[0], optimizer._viewed)
+        if self.is_active(group):
+            clamp_(tensors, group[self.clamp_min], group[self.clamp_max])
 
 
 @dataclass(frozen=True)
@@ -217,12 +240,13 @@ class Projection(OfSet):
             check_fits(group[self.constraint], group, self.param_ndim)
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        if group[self.constraint] is None:
+        if group[self.constraint] is None or not tensors:
             return
         batches = [batch_in(x, group, self.param_ndim) for x in tensors]
-        group[self.constraint].project_each_([view for view, _ in batches])
-        for x, (view, copied) in zip(tensors, batches, strict=True):
-            if copied:
+        views, copied = zip(*batches, strict=True)
+        group[self.constraint].project_each_(list(views))
+        for x, view, is_copy in zip(tensors, views, copied, strict=True):
+            if is_copy:
                 x.copy_(view.view(x.shape))
 
 
@@ -277,6 +301,12 @@ class LargestSign(Transform):
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         for grad in tensors:
             _on_rows_(grad, group[self.param_ndim], directions.largest_sign_)
+
+
+def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -> Group:
+    """A group with its tensors of these names as a hook's view shows the parameter."""
+    bounds = {name: group[name] for name in names if isinstance(group[name], Tensor)}
+    return group | {k: bound.expand(param.shape).reshape(view.shape) for k, bound in bounds.items()}
 
 
 def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:

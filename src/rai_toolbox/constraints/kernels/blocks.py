@@ -46,8 +46,7 @@ def in_blocks(x: Tensor) -> bool:
 
 def needs_grad(*values: object) -> bool:
     """Whether autograd records what is done to any of the values, such as x and the settings."""
-    tensors = (value for value in values if isinstance(value, Tensor))
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", 0) for value in values)
 
 
 def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
