@@ -165,7 +165,10 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def criterion_of(given: Criterion | None, default: Criterion, targeted: bool) -> Criterion:
     """The loss of a search: the default if none is given, and the targeted form of one."""
-    if targeted and given is dlr_loss:
+    if given is not None and not callable(given):
+        raise wrong("criterion", "be callable, such as `cross_entropy`", repr(given), TypeError)
+    plain = isinstance(given, partial) and not given.keywords and not given.args
+    if targeted and (given.func if plain else given) is dlr_loss:  # type: ignore[union-attr]
         return targeted_dlr_loss
     return default if given is None else given
 
@@ -255,12 +258,11 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
-    """The gradient of the sum with respect to the data; 0 where it is not finite."""
+    """The gradient of the sum with respect to the data; 0 if it does not depend on them."""
     if not loss.requires_grad:
         return torch.zeros_like(data)
     ones = torch.ones_like(loss)  # as under `no_grad` the sum would have no gradient
-    found = torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
-    return found.nan_to_num(0.0, 0.0, 0.0)
+    return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
 
 
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:
