@@ -593,7 +593,7 @@ BAD = {
     "target float": (
         {"target": lambda y: y.float()},
         TypeError,
-        r"`target` must hold classes, .* \(for others: `gradient_ascent`\), got torch.float32",
+        r"`target` must hold classes, .* got torch.float32 \(if not of classes: pass `criterion`, ",
     ),
     "loss of all": (
         {"criterion": nn.CrossEntropyLoss()},
@@ -701,7 +701,7 @@ BAD = {
     "name of a criterion": (
         {"criterion": "ce"},
         TypeError,
-        "`criterion` must be callable, such as `cross_entropy`, got 'ce'",
+        "`criterion` must be a function of output and target, .* got 'ce'",
     ),
     "optimizer": ({"optimizer": SGD}, TypeError, "`optimizer` must take `constraint`"),
     "logits": (
