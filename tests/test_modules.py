@@ -575,6 +575,20 @@ def test_modules_in_callables():
         assert modules_in(call) == []
 
 
+def test_modules_that_a_module_holds_in_collections_and_what_names_a_namespace():
+    plain, held, of_class = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    model = nn.Sequential(nn.Linear(1, 1), nn.Identity())
+    model[1].others = {"all": [(held, model)]}  # also itself
+    vars(model)["plain"] = plain
+    assert modules_in(model) == [model, plain, held]
+    Namespace.net = of_class
+    assert modules_in(lambda data: Namespace.net(data)) == [of_class]
+
+
+class Namespace:
+    net: nn.Module
+
+
 def test_the_search_ends():
     one, data = nn.Linear(2, 2), [[torch.ones(1), number] for number in range(10_000)]
     data.append(data)

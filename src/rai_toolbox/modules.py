@@ -10,6 +10,7 @@ from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,7 +22,12 @@ group (its ``"params"``), or an iterable of these or of `(name, tensor)` pairs."
 
 _Holder: TypeAlias = Tensor | nn.Module | Optimizer
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
-_NOT_SEARCHED = (type, ModuleType, Tensor)  # for modules that a callable refers to
+
+# The search for the modules that a callable refers to.
+_NOT_SEARCHED = (type, ModuleType, Tensor)
+_IN_ATTRIBUTES = (nn.Module, list, tuple, dict, set)  # what may hold modules that are no submodules
+_OF_ALL_MODULES = vars(nn.Module()).keys()
+_OBJECTS, _REFERENTS = 3_000, 1_000  # the largest numbers to look at, of all and of one
 
 
 def _holders(item: Freezable) -> Iterator[_Holder]:
@@ -94,7 +100,8 @@ def freeze(*items: Freezable) -> Callable[[], None]:
         for tensor, flag in zip(tensors, before, strict=True):
             # (in-place operators may have made it a non-leaf tensor)
             if tensor.is_leaf:
-                tensor.requires_grad_(flag)
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.requires_grad_(flag)
 
     for tensor in tensors:
         tensor.requires_grad_(False)
@@ -200,28 +207,47 @@ class evaluating(_Switch):
 def _evaluate(modules: Iterable[nn.Module]) -> Callable[[], None]:
     with ExitStack() as undo:  # last in, first out: what two modules share ends as it was at first
         for module in modules:
-            for sub in module.modules():
-                undo.callback(setattr, sub, "training", sub.training)
-            module.eval()
+            for sub in module.modules():  # of which frozen scripts have no mode
+                undo.callback(setattr, sub, "training", getattr(sub, "training", False))
+            try:
+                module.eval()
+            except NotImplementedError:  # of an exported program, whose mode is fixed
+                if not any("train" in vars(sub) for sub in module.modules()):
+                    raise
+                for sub in module.modules():
+                    sub.training = False
         return undo.pop_all().close
 
 
 def modules_in(call: object) -> list[nn.Module]:
-    """The modules that a callable is or refers to, the nearest first; none inside of others.
+    """The modules that a callable is or refers to, the nearest first; no submodules of others.
 
     The search follows closures, defaults and the globals that functions name, bound objects,
-    arguments of `functools.partial`, attributes, and collections. It looks at a limited number of
-    objects, in some milliseconds: not at a whole data set that a closure holds.
+    arguments of `functools.partial`, attributes, and collections, such as a list of networks that a
+    module holds. It looks at a limited number of objects, in some milliseconds: not at a whole data
+    set that a closure holds.
     """
-    found, reached, seen = dict[int, nn.Module](), [call], set[int]()
+    found, inside = list[nn.Module](), set[int]()
+    reached, seen = [call], set[int]()
     for item in reached:  # which grows
         if isinstance(item, nn.Module):
-            found[id(item)] = item
-        elif id(item) not in seen and len(seen) < 3_000 and not isinstance(item, _NOT_SEARCHED):
+            if id(item) in inside:
+                continue
+            found.append(item)
+            for sub in item.modules():
+                inside.add(id(sub))
+                own = [value for key, value in vars(sub).items() if key not in _OF_ALL_MODULES]
+                reached += [value for value in own if isinstance(value, _IN_ATTRIBUTES)]
+        elif id(item) not in seen and len(seen) < _OBJECTS and not isinstance(item, _NOT_SEARCHED):
             seen.add(id(item))
-            reached += [*get_referents(item), vars(type(item)).get("__call__")]
+            referents = get_referents(item)
+            reached += referents if len(referents) < _REFERENTS else []
+            reached.append(vars(type(item)).get("__call__"))
             if isinstance(item, FunctionType):
                 # All globals of its file, of which it names some, are not searched.
                 seen |= {id(item.__globals__), id(item.__builtins__)}  # type: ignore[attr-defined]
-                reached += [item.__globals__.get(name) for name in item.__code__.co_names]
-    return list(found.values())
+                names = item.__code__.co_names
+                named = [item.__globals__.get(name) for name in names]
+                spaces = [vars(space) for space in named if isinstance(space, (type, ModuleType))]
+                reached += named + [space.get(name) for space in spaces for name in names]
+    return found

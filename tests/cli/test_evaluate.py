@@ -303,6 +303,7 @@ def misshapen(path):
         ({"weights": "other.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "unsafe.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "text.npz"}, "--weights must be a state_dict of the model, saved by torch"),
+        ({"weights": "short.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "list.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "tensor.pt"}, "--weights must be a state_dict of the model, saved by torch"),
         ({"weights": "inner.pt"}, "--weights must be a state_dict of the model, saved by torch"),
@@ -326,6 +327,7 @@ def test_what_cannot_be_done_is_one_clear_line(folder, options, said, capsys):
     torch.save({"weight": torch.zeros(1)}, folder / "other.pt")
     torch.save({"run": os.getcwd}, folder / "unsafe.pt")
     torch.save([torch.zeros(1)], folder / "list.pt")
+    (folder / "short.pt").write_text("junk")
     torch.save(torch.zeros(1), folder / "tensor.pt")
     torch.save({"state_dict": torch.zeros(1)}, folder / "inner.pt")
     assert main(run(**options)) == 2

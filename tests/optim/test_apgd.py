@@ -82,9 +82,27 @@ def test_the_worst_case_of_a_linear_objective(kind):
     c, constraint, least = linear_cases(kind)
     make = partial(APGD, constraint=constraint, steps=100)
     reached = solved(make, torch.zeros_like(c), lambda x: (c * x).sum(1), 100)
-    gap = {"linf": 1e-12, "l2": 1e-6, "l1": 1e-12}[kind]
     assert ((reached - least) >= -1e-9).all()
-    assert ((reached - least) <= gap * least.abs()).all()
+    assert ((reached - least) <= 1e-12 * least.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 30])
+def test_the_worst_case_where_bounds_leave_the_small_slopes_only(dtype, steps):
+    # the large slope leads out of its bound; and a zero slope leaves the start as it is
+    c = torch.tensor([[1.0, -2e-3, 1e-3], [0.0, 0.0, 0.0]], dtype=dtype)
+    lower = torch.tensor([0.0, -1.0, -1.0], dtype=dtype)
+    start = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.2, 0.3]], dtype=dtype)
+    for ball, dual in {L1Ball: 2e-3, L2Ball: 5**0.5 * 1e-3, LinfBall: 3e-3}.items():
+        x = start.clone().requires_grad_()
+        optim = APGD([x], constraint=BoundedBall(ball(0.7), lower, 1.0), steps=steps)
+        for _ in range(steps):
+            losses = (c * x).sum(1)
+            (x.grad,) = torch.autograd.grad(losses.sum(), x)
+            optim.observe_(losses)
+            optim.step()
+        assert (c * x).sum(1)[0].item() == pytest.approx(-0.7 * dual, rel=1e-6)
+        assert torch.equal(x[1], start[1])
 
 
 @pytest.mark.parametrize("kind", slow_but(BALLS))

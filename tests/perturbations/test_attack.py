@@ -22,6 +22,7 @@ from rai_toolbox.perturbations.losses import (
     margin_loss,
     targeted_dlr_loss,
 )
+from rai_toolbox.perturbations.minimum_norm import minimum_norm_attack
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent
 
 N, SIZE, CLASSES = 24, (1, 5, 4), 4
@@ -148,7 +149,7 @@ def test_a_mask_keeps_all_else_bit_for_bit(problem, ball, data_range, random_sta
 # --- the best -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", [None, cross_entropy, dlr_loss])
+@pytest.mark.parametrize("criterion", [None, cross_entropy, dlr_loss, partial(dlr_loss)])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_losses_and_success_are_those_of_what_is_returned(problem, criterion, targeted):
     net, x, y = problem
@@ -159,7 +160,7 @@ def test_losses_and_success_are_those_of_what_is_returned(problem, criterion, ta
     )  # fmt: skip
     with torch.no_grad():
         loss = margin_loss if criterion is None else criterion
-        if targeted and criterion is dlr_loss:
+        if targeted and criterion not in (None, cross_entropy):
             loss = targeted_dlr_loss  # which is chosen, as the other is flat far from the target
         assert torch.equal(found.losses, loss(net(found.data), target))
         assert torch.equal(found.fooled, is_fooled(net(found.data), target, targeted))
@@ -283,6 +284,8 @@ def test_without_lr_a_step_of_pgd_fits_the_radius(problem, ball):
     run = partial(attack, net, x, y, ball=ball, steps=20)
     fit = partial(PGD, lr=2.5 * ball.epsilon / 20)
     assert torch.equal(run(optimizer=PGD).data, run(optimizer=fit).data)
+    own = type("Own", (PGD,), {})
+    assert torch.equal(run(optimizer=own).data, run(optimizer=fit).data)
     momentum = partial(PGD, momentum=0.5)
     assert torch.equal(run(optimizer=momentum).data, run(optimizer=partial(fit, momentum=0.5)).data)
     # an inner optimizer that is given has its own lr
@@ -416,6 +419,15 @@ def test_a_nan_gradient_leaves_the_data_as_they_are(problem):
         found = attack(model, x, y, ball=L2Ball(0.3), steps=5)
     assert torch.equal(found.data, x) and not found.fooled.any() and found.zero_gradient.all()
     assert torch.equal(found.losses, margin_loss(net(x), y))
+
+
+def test_only_the_first_radius_of_a_search_tells_of_what_is_not_finite(problem):
+    net, x, y = problem
+    with pytest.warns(UserWarning, match=NOT_FINITE) as caught:
+        minimum_norm_attack(
+            lambda data: net(data.sqrt().square()), x, y, ball=L2Ball, steps=3, solver=attack
+        )
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("ball", [LinfBall(0.2), L2Ball(1.0), L1Ball(4.0)], ids=repr)
@@ -672,9 +684,24 @@ BAD = {
         r"must give logits of shape .*, of two classes at least, got Tensor of shape \(24, 1\)",
     ),
     "a closure": (
-        {"optimizer": partial(ProjectedOptimizer, InnerOpt=LBFGS)},
+        {"optimizer": partial(ProjectedOptimizer, InnerOpt=LBFGS, lr=1.0)},
         TypeError,
         "`optimizer` must step by gradients alone, without a `closure`, got LBFGS",
+    ),
+    "no lr": (
+        {"optimizer": ProjectedOptimizer},
+        TypeError,
+        r"`optimizer` must be given `lr`, .* `partial\(ProjectedOptimizer, lr=...\)`",
+    ),
+    "no lr of Adam": (
+        {"optimizer": partial(ProjectedOptimizer, InnerOpt=Adam)},
+        TypeError,
+        "must be given `lr`, .* got ProjectedOptimizer without it",
+    ),
+    "name of a criterion": (
+        {"criterion": "ce"},
+        TypeError,
+        "`criterion` must be a function of output and target, .* got 'ce'",
     ),
     "optimizer": ({"optimizer": SGD}, TypeError, "`optimizer` must take `constraint`"),
     "logits": (

@@ -131,6 +131,18 @@ def test_the_default_optimizer_is_exact(problem, worst_margins, kind, epsilon, r
     check_inside(found.data, images, kind, epsilon)
 
 
+def test_pixels_at_their_bounds_leave_the_small_slopes():
+    # the slopes that matter are a thousandth of those that lead out of the range
+    c = np.array([1.0, 3.0, -2e-3, 1e-3, -2.0])
+    weight = torch.tensor(np.stack([0 * c, c]))
+    x = torch.tensor([[1.0, 1.0, 0.3, 0.5, 0.0]], dtype=torch.float64)
+    y, at_x = torch.tensor([0]), c @ x[0].numpy()
+    for kind, epsilon in ((LinfBall, 0.2), (L2Ball, 0.6), (L1Ball, 0.9)):
+        found = attack(lambda data: data @ weight.T, x, y, ball=kind(epsilon), steps=20)
+        gain = exact_gain(c, x[0].numpy(), kind, epsilon)
+        assert found.losses.item() - at_x == pytest.approx(gain, rel=1e-9)
+
+
 def test_success_never_exceeds_the_exact_one(problem, worst_margins):
     # what any other way of attacking finds is in the same set: it cannot be worse than the worst
     model, test = problem

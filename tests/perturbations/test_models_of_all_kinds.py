@@ -248,6 +248,15 @@ def test_all_settings_made_in_inference_mode():
             minimum_norm_attack(net, x, y, ball=ball, steps=2, data_range=bounds, mask=mask)
 
 
+def test_weights_made_in_inference_mode_are_left_as_they_were():
+    _, x, y = problem()
+    with torch.inference_mode():
+        net = a_net()
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            attack(net, x, y, ball=LinfBall(0.1))
+    assert all(param.requires_grad for param in net.parameters())
+
+
 # --- wrapped ------------------------------------------------------------------------------------
 
 
@@ -334,6 +343,38 @@ def test_each_call_puts_a_wrapped_model_in_eval_mode(name):
     check_in_eval_mode(CALLS[name], WRAPPED["closure"])
 
 
+class Ensemble(nn.Module):
+    """Its networks are no submodules: `eval` does not reach them."""
+
+    def __init__(self, *networks):
+        super().__init__()
+        self.networks = {"all": [networks]}
+
+    def forward(self, data):
+        return sum(net(data) for net in self.networks["all"][0])
+
+
+@pytest.mark.parametrize("name", ["attack, default", "minimum norm", "evaluate", "each"])
+@pytest.mark.parametrize("wrap", [Ensemble, lambda net: WRAPPED["closure"](Ensemble(net))])
+def test_networks_in_a_list_of_a_module_are_in_eval_mode(name, wrap):
+    check_in_eval_mode(CALLS[name], wrap)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_fixed_programs_are_attacked_alone_and_as_parts():
+    net, x, y = problem()
+    expected = run(CALLS["attack, default"], net, x, y)
+    frozen = torch.jit.freeze(torch.jit.script(net))
+    exported = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    for program in (frozen, exported):
+        dropout = nn.Dropout()
+        for model in (program, lambda data: program(data), nn.Sequential(program, dropout)):  # noqa: B023
+            found = run(CALLS["attack, default"], model, x, y)
+            torch.testing.assert_close(found.data, expected.data)
+        assert dropout.training
+
+
 OF_THIS_FILE = trained()
 
 
@@ -360,6 +401,35 @@ def test_a_hidden_model_is_met_with_a_warning(name):
 
     with pytest.warns(UserWarning, match="`model` hides a Sequential in training mode"):
         check_in_eval_mode(CALLS[name], wrap)
+
+
+def test_a_hidden_model_is_met_beside_one_that_was_found():
+    def wrap(net):
+        hidden, found = type("Hidden", (), {"net": net}), nn.Identity()
+        return lambda data: hidden.net(found(data))
+
+    with pytest.warns(UserWarning, match="`model` hides a Sequential in training mode"):
+        check_in_eval_mode(CALLS["attack, default"], wrap)
+
+
+def test_a_hidden_module_of_ones_own_is_met_though_it_has_no_state():
+    class Noise(nn.Module):
+        def forward(self, data):
+            return nn.functional.dropout(data, training=self.training)
+
+    net, x, y = problem()
+    hidden = type("Hidden", (), {"noise": Noise()})
+    with pytest.warns(UserWarning, match="`model` hides a Noise in training mode"):
+        found = attack(lambda data: net(hidden.noise(data)), x, y, ball=LinfBall(0.1), steps=3)
+    assert torch.equal(found.data, attack(net, x, y, ball=LinfBall(0.1), steps=3).data)
+    assert hidden.noise.training
+
+
+def test_parts_of_a_found_model_that_are_made_in_the_call_do_not_warn():
+    net, x, y = problem()
+    net.train()
+    attack(lambda data: net[1:](net[0](data)), x, y, ball=LinfBall(0.1), steps=1)
+    assert net.training
 
 
 def test_modules_without_a_mode_do_not_warn():

@@ -97,6 +97,42 @@ def test_without_a_range_nothing_is_clipped():
     assert model.low < -1 and model.high > 2
 
 
+@pytest.mark.parametrize("ball", [LinfBall(0.5), L2Ball(1.0)], ids=repr)
+def test_entries_of_gradients_that_are_not_finite_count_as_0_in_each_example(ball):
+    torch.manual_seed(0)
+    net, data = nn.Linear(8, 3), torch.rand(60, 8)
+    data[torch.arange(60), torch.arange(60) % 8] = 0.0  # at each entry of some examples
+    with torch.no_grad():
+        net.bias.sub_(net(data).mean(0))  # else all data are of one class
+    target = net(data).argmax(1)
+
+    def squares_of_roots(x):  # whose slope at 0 is 0 times infinity
+        return net(x.sqrt().square())
+
+    with pytest.warns(UserWarning, match="60 entries of the first gradient are not finite"):
+        found = find(squares_of_roots, [(data, target)], ball=ball)
+    assert found.delta.isfinite().all()
+    expected = find(net, [(data, target)], ball=ball)
+    assert found.fooled_after >= 0.75 * expected.fooled_after > 0.1
+
+
+def test_a_loss_that_is_not_finite_does_not_stop_the_search_from_ending():
+    model, calls = TwoClasses(weights(), threshold=1e3), []
+
+    def criterion(logits, target):
+        calls.append(1)
+        return margin_loss(logits, target) + torch.tensor([torch.nan, *[0.0] * 23])
+
+    found = find(model, batches(size=24), ball=LinfBall(0.1), criterion=criterion)
+    assert len(calls) < 50 and (found.delta.sign() == weights().sign()).all()
+
+
+def test_an_optimizer_without_a_step_of_its_own_is_refused():
+    for optimizer in (ProjectedOptimizer, partial(ProjectedOptimizer, InnerOpt=torch.optim.Adam)):
+        with pytest.raises(TypeError, match="`optimizer` must be given `lr`, in units of the data"):
+            find(TwoClasses(weights(), 1.0), batches(), ball=LinfBall(0.1), optimizer=optimizer)
+
+
 def test_any_optimizer_with_a_constraint_will_do():
     weight = weights()
     adam = partial(ProjectedOptimizer, InnerOpt=torch.optim.Adam, lr=0.05)

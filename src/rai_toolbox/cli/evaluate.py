@@ -13,7 +13,6 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from pickle import PickleError
 from textwrap import shorten
 from typing import Any
 
@@ -122,7 +121,9 @@ def load_model(path: str, weights: Path | None, device: torch.device) -> Callabl
         if weights is not None:
             found = torch.load(weights, map_location=device, weights_only=True)
             model.load_state_dict(_state_dict(found, model))
-    except (AttributeError, EOFError, RuntimeError, TypeError, ValueError, PickleError) as error:
+    except OSError:
+        raise  # of a file that is not there
+    except Exception as error:  # whatever torch makes of other bytes
         got = f"{weights}: {shorten(str(error), 300)}"
         rule = "be a state_dict of the model, saved by torch.save"
         raise Refused(f"--weights must {rule}, got {got}") from error

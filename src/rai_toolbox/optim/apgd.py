@@ -310,10 +310,11 @@ def _moved(x: Tensor, gradient: Tensor, state: State, ball: Any, group: Group) -
     """
     constraint: Constraint = group["constraint"]
     rate, last = state["rate"], state["step"] == group["steps"] - 1
-    if last:  # from a hundred diameters away the projection is the linear minimum
-        x, gradient, rate = state["best"], _copy(state["best_gradient"]), 0 * rate + 100
-    if last and ball.p == 1:
-        return constraint.lmo(gradient)
+    if last:  # in an Linf ball a step of two diameters ends in a corner
+        x, gradient, rate = state["best"], _copy(state["best_gradient"]), 0 * rate + 2
+    if last and ball.p != inf:
+        flat = (gradient != 0).sum(tuple(range(1, x.ndim)), keepdim=True) == 0
+        return torch.where(flat, x, constraint.lmo(gradient))
     if ball.p == 1:
         direction = _sparse_(zero_outward_(gradient, x, constraint), state["density"])
         size = rate * ball.epsilon

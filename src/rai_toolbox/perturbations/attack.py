@@ -72,7 +72,8 @@ def attack(
         Lower and upper bound of all data; None for no bounds.
     optimizer : Optimizer class or functools.partial of one, optional
         Called with the parameters, `constraint`, and `steps` if it requires it. By default `APGD`.
-        A step of `PGD` without `lr` goes 2.5 of the largest radius / steps.
+        A step of `PGD` without `lr` goes 2.5 of the largest radius / steps. `ProjectedOptimizer`
+        requires `lr`.
     steps : int
         Number of steps of each run, >= 0.
     criterion : callable, optional
@@ -114,8 +115,8 @@ def attack(
     Raises
     ------
     TypeError
-        If data or target have the wrong dtype, `optimizer` has no argument `constraint`, or
-        `criterion` no argument `rival` where there are `rivals`.
+        If data or target have the wrong dtype, `optimizer` has no argument `constraint` or lacks
+        `lr`, or `criterion` has no argument `rival` where there are `rivals`.
     ValueError
         If data are outside their range, not finite or not on the grid, targets are not classes and
         there is no criterion, the criterion does not give one loss per example, or another argument
@@ -233,9 +234,11 @@ def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Calla
     if not inputs.takes(given, "constraint")[0]:
         rule = "take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer do"
         raise wrong("optimizer", rule, given, TypeError)
-    given_settings = getattr(given, "keywords", {}).keys()
-    if getattr(given, "func", given) is PGD and not given_settings & {"lr", "InnerOpt"}:
+    made, settings = getattr(given, "func", given), getattr(given, "keywords", {})
+    is_pgd = isinstance(made, type) and issubclass(made, PGD)
+    if is_pgd and inputs.lacks_lr(given) and "InnerOpt" not in settings:
         radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
         given = partial(given, lr=2.5 * max(radii, default=0.0) / max(steps, 1))
+    inputs.check_lr(given)
     _, required = inputs.takes(given, "steps")
     return partial(given, steps=steps) if required else given

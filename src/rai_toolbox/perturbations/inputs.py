@@ -14,6 +14,7 @@ from rai_toolbox.checks import wrong as wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.modules import modules_in
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 Range: TypeAlias = tuple[float | Tensor, float | Tensor] | None
@@ -186,6 +187,24 @@ def checked(
         return output
 
     return output_of
+
+
+def lacks_lr(optimizer: object) -> bool:
+    """Whether this makes an optimizer that would take its `lr` from the default of another one."""
+    made: Any = getattr(optimizer, "func", optimizer)
+    if not isinstance(made, type) or not issubclass(made, ParamTransformingOptimizer):
+        return False
+    given = getattr(optimizer, "keywords", {})
+    inner = getattr(given.get("InnerOpt"), "keywords", {})
+    return takes(made, "lr")[0] and "lr" not in {*given, *inner, *(given.get("defaults") or {})}
+
+
+def check_lr(optimizer: object) -> None:
+    """Raise if a step would be as long as the default of another optimizer, which knows no data."""
+    if lacks_lr(optimizer):
+        made: Any = getattr(optimizer, "func", optimizer)
+        rule = f"be given `lr`, in units of the data: `partial({made.__name__}, lr=...)`"
+        raise wrong("optimizer", rule, f"{made.__name__} without it", TypeError)
 
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:

@@ -181,7 +181,8 @@ def criterion_of(given: Criterion | None, default: Criterion, targeted: bool) ->
         rule = "be a function of output and target, such as `margin_loss`, `cross_entropy` or "
         rule += '`dlr_loss`, or a module, such as `torch.nn.MSELoss(reduction="none")`'
         raise wrong("criterion", rule, repr(given), TypeError)
-    if targeted and given is dlr_loss:
+    plain = isinstance(given, partial) and not given.keywords and not given.args
+    if targeted and (given.func if plain else given) is dlr_loss:  # type: ignore[union-attr]
         return targeted_dlr_loss
     return default if given is None else given
 
@@ -301,12 +302,11 @@ def fooled_rule(
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
-    """The gradient of the sum with respect to the data; 0 where it is not finite."""
+    """The gradient of the sum with respect to the data; 0 if it does not depend on them."""
     if not loss.requires_grad:
         return torch.zeros_like(data)
     ones = torch.ones_like(loss)  # as under `no_grad` the sum would have no gradient
-    found = torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
-    return found.nan_to_num(0.0, 0.0, 0.0)
+    return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
 
 
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:

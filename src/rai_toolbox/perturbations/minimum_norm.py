@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -18,7 +19,7 @@ from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, gradient_of, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
-from rai_toolbox.perturbations.solve import solving
+from rai_toolbox.perturbations.solve import NotFiniteWarning, solving
 
 _DUAL = {inf: 1.0, 2: 2.0, 1: inf}
 _TOWARD_NEAREST = partial(attack, rivals=partial(nearest_rivals, number=2))
@@ -178,7 +179,7 @@ def minimum_norm_attack(
             first = _linear_radius(checked, allowed, target, ball.p) * (1 + tolerance)
             first = first.clamp(limit * _SMALLEST, limit)
         surely = partial(_surely_fooled, targeted=targeted) if fooled is None else rule
-        for _ in range(search_steps):
+        for number in range(search_steps):
             rows = (lower < limit.minimum((1 - tolerance) * upper)).nonzero().squeeze(1)
             if not len(rows):
                 break
@@ -187,10 +188,11 @@ def minimum_norm_attack(
             radius = torch.where(upper.isfinite(), (lower + upper) / 2, beyond).minimum(limit)[rows]
             part = allowed.rows(rows)
             masked = {} if part.mask is None else {"mask": part.mask}
-            found = call(
-                model, part.data, target[rows], ball=ball(radius), data_range=part.data_range,
-                **masked,
-            ).data  # fmt: skip
+            settings = {"ball": ball(radius), "data_range": part.data_range, **masked}
+            with warnings.catch_warnings():
+                if number > 0:  # the first radius has said it
+                    warnings.simplefilter("ignore", NotFiniteWarning)
+                found = call(model, part.data, target[rows], **settings).data
             success = rule(checked(found), target[rows])
             hit, missed = rows[success], rows[~success]
             lower[missed] = radius[~success]
@@ -234,7 +236,7 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
     with torch.enable_grad():
         x = allowed.data.detach().clone().requires_grad_()
         margin = margin_loss(model(x), target)
-        gradient = gradient_of(margin, x)
+        gradient = gradient_of(margin, x).nan_to_num(0.0, 0.0, 0.0)
     if allowed.mask is not None:
         gradient = gradient * allowed.mask
     radius = margin.detach().double().abs() / _norm(gradient, _DUAL[p])

@@ -74,7 +74,7 @@ def nearest_rivals(
         margins = [margin_loss(logits, target, other) for other in classes.unbind(1)]
     worst = []
     for margin in margins:
-        gradient = gradient_of(margin, data)
+        gradient = gradient_of(margin, data).nan_to_num(0.0, 0.0, 0.0)
         gain = (gradient.double() * allowed.lmo(-gradient)).flatten(1).sum(1)
         worst.append(margin.detach().double() + gain)
     margins_in_set = torch.stack(worst, 1).nan_to_num(nan=-inf)

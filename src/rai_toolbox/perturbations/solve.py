@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
@@ -24,9 +24,12 @@ from rai_toolbox.perturbations.losses import Criterion, Rule
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel
 
-_NOT_FINITE = "{} entries of the first gradient are not finite (a root at 0?), and count as 0"
 _FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
 """Evaluations after which examples that have succeeded are dropped, which synchronizes."""
+
+
+class NotFiniteWarning(UserWarning):
+    """Entries of the first gradient are not finite; they count as 0."""
 
 
 class Attacked(NamedTuple):
@@ -175,8 +178,7 @@ def solve(
         if observe is not None:
             observe(best.last_cost)
         take_step()
-    if not_finite:
-        warnings.warn(_NOT_FINITE.format(int(not_finite)), stacklevel=3)
+    warn_of_not_finite(not_finite)
     for param in params:
         param.grad = None
     perturbed = best.tensors[0]
@@ -185,6 +187,13 @@ def solve(
         perturbed = perturbation(data).detach()
     calls = objective.samples * (step + 1)
     return Attacked(perturbed, objective.sign * best.cost, best.success, zero_gradient, calls)
+
+
+def warn_of_not_finite(number: Tensor) -> None:
+    """Warn of entries of the first gradient that are not finite; reads one number."""
+    if number:
+        text = f"{int(number)} entries of the first gradient are not finite (a root at 0?)"
+        warnings.warn(f"{text}, and count as 0", NotFiniteWarning, stacklevel=4)
 
 
 @torch.no_grad()
@@ -231,12 +240,22 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
     return step
 
 
+def _has_training_mode(module: nn.Module) -> bool:
+    """Whether a module is in training mode, and may be another function there."""
+    if not module.training:
+        return False
+    stateless = not [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    has_none = stateless and not hasattr(module, "p")  # that of dropout
+    return not (has_none and type(module).__module__.startswith("torch.nn."))
+
+
 @contextmanager
 def solving(model: Any) -> Iterator[Any]:
     """Context: gradients enabled, modules in eval mode, a module's weights frozen; undone on exit.
 
-    Gives the model to call. A callable whose modules cannot be found is watched for them. Replicas
-    of DistributedDataParallel call their module: ranks may need different numbers of calls.
+    Gives the model to call. The first call of a callable that is no module is watched for modules
+    that were not found; each call, if none was. Replicas of DistributedDataParallel call their
+    module: ranks may need different numbers of calls.
     """
     modules, thread = modules_in(model), get_ident()
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as undo:
@@ -249,14 +268,17 @@ def solving(model: Any) -> Iterator[Any]:
                     undo.callback(vars(sub).pop, "forward")
 
         def meet(module: nn.Module, args: object) -> None:
-            is_ours = module.training and get_ident() == thread
-            if is_ours and (module.state_dict() or hasattr(module, "p")):  # p: that of dropout
+            if get_ident() == thread and any(map(_has_training_mode, module.modules())):
                 undo.enter_context(evaluating(module))
                 text = f"`model` hides a {type(module).__name__} in training mode"
                 warnings.warn(f"{text}: it is in eval mode meanwhile", stacklevel=2)
 
+        is_first = True
+
         def watched(data: Tensor) -> Any:
-            with register_module_forward_pre_hook(meet):
+            nonlocal is_first
+            is_watched, is_first = is_first or not modules, False
+            with register_module_forward_pre_hook(meet) if is_watched else nullcontext():
                 return model(data)
 
-        yield model if modules else watched
+        yield model if isinstance(model, nn.Module) else watched

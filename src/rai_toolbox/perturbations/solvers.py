@@ -56,11 +56,13 @@ def gradient_ascent(
     and keeps the parameters in their set. Gradients are computed for these parameters only. Works
     inside `no_grad`, `inference_mode` and `autocast`; no step synchronizes with the host.
 
-    A model that is a module is in eval mode with frozen weights meanwhile. Modules to which another
-    callable refers, in a closure, as a global, as an attribute or in a partial, are in eval mode.
-    If none is found, but a module in training mode is called, it is put in eval mode with a
-    warning. All is restored, also after an error. DistributedDataParallel calls its module
-    directly, as ranks may need different numbers of calls. The model may change its input in place.
+    A model that is a module is in eval mode with frozen weights meanwhile. Modules that it holds in
+    a list or dict, and those to which another callable refers, in a closure, as a global, as an
+    attribute or in a partial, are in eval mode. Where the callable calls another one in training
+    mode, that is put in eval mode with a warning; what only the `forward` of a module knows, such
+    as a global, stays as it is. All is restored, also after an error. DistributedDataParallel calls
+    its module directly, as ranks may need different numbers of calls. The model may change its
+    input in place.
 
     Parameters
     ----------

@@ -17,10 +17,10 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations import inputs, losses
-from rai_toolbox.perturbations.inputs import Model, Range, logits_of, wrong
+from rai_toolbox.perturbations.inputs import Model, Range, check_lr, logits_of, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
-from rai_toolbox.perturbations.solve import solving
+from rai_toolbox.perturbations.solve import solving, warn_of_not_finite
 
 _STEP, _LAST, _RISE = 0.2, 0.005, 0.01  # of the radius, the first and the last; of all the rise
 
@@ -101,7 +101,7 @@ def universal_perturbation(
     Raises
     ------
     TypeError
-        If `loader` can be iterated once only.
+        If `loader` can be iterated once only, or `optimizer` has no `lr` where that is a length.
     ValueError
         If it has no examples, or `epsilon` is not a number.
 
@@ -127,6 +127,8 @@ def universal_perturbation(
     if isinstance(loader, Iterator):
         raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = inputs.radius_of(ball)
+    maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
+    check_lr(maker)
     must_be_classes = criterion is None
     may_be_classes = None if fooled is None else False
     rule = losses.fooled_rule(fooled, targeted, required=False)
@@ -140,8 +142,15 @@ def universal_perturbation(
                 yield batch
                 bar.update()
 
+        def as_finite(gradient: Tensor) -> Tensor:
+            not_finite.append((~gradient.isfinite()).sum())
+            return gradient.nan_to_num(0.0, 0.0, 0.0)
+
         def perturbed_model(data: Tensor) -> Any:
-            return logits_of(model(perturbation(data).clamp(*(end.to(data) for end in ends))))
+            perturbed = perturbation(data).clamp(*(end.to(data) for end in ends))
+            if perturbed.requires_grad:
+                perturbed.register_hook(as_finite)  # of each example, before their sum
+            return logits_of(model(perturbed))
 
         @torch.no_grad()
         def is_fooled(called: Model, data: Tensor, target: Tensor) -> Tensor:
@@ -154,10 +163,9 @@ def universal_perturbation(
         if not before:
             raise wrong("loader", "have data", "none")
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
-        maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
         made = maker([perturbation.delta], constraint=ball, param_ndim=None)
-        gains: list[Any] = []
-        for _ in range(epochs):
+        gains, not_finite = list[Any](), list[Tensor]()
+        for number in range(epochs):
             gains.append(0.0)
             for data, target in epoch():
                 made.zero_grad()
@@ -166,7 +174,10 @@ def universal_perturbation(
                 cost = loss if targeted else -loss
                 cost.mean().backward(inputs=[perturbation.delta])
                 made.step()
-                gains[-1] -= cost.detach().sum()
+                gains[-1] -= cost.detach().nan_to_num(0.0, 0.0, 0.0).sum()
+            if number == 0:
+                warn_of_not_finite(torch.stack(not_finite).sum())
+            not_finite.clear()
             rise = gains[-1] - max(gains[:-1], default=-inf)
             if optimizer is None and rise <= _RISE * (max(gains) - gains[0]):
                 made.param_groups[0]["lr"] /= 2

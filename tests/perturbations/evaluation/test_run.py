@@ -1,6 +1,7 @@
 """The evaluation: exact on linear models, frugal, verified, and the same after an interruption."""
 
 import json
+import re
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -125,6 +126,34 @@ def test_a_textbook_solver_is_believed_where_its_points_fool_the_model():
     robust = [report.robust_accuracy(ball) for ball in BALLS]
     assert robust == [(worst_margins(ball.epsilon) < 0).double().mean() for ball in BALLS]
     assert report.warnings() == [] and report.feasible
+
+
+def test_a_solver_may_work_in_place():
+    def far(model, data, target, *, ball, **settings):
+        target.fill_(9)
+        return SimpleNamespace(data=data.add_(2 * ball.epsilon).clamp_(0, 1))
+
+    before = DATA.clone()
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(solver=far)
+    assert "are outside the ball" in str(caught[0].message)
+    assert torch.equal(DATA, before) and not report.feasible
+    assert report.robust_accuracy(BALLS[-1]) == report.clean_accuracy
+
+
+def test_a_slope_that_is_not_finite_is_reported_and_no_fault_of_the_points():
+    model, data = linear(), DATA.clone()
+    data[:, 0] = 0.0
+
+    def squares_of_roots(x):  # whose slope at 0 is 0 times infinity
+        return model(x.sqrt().square())
+
+    target = model(data).argmax(1)
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(model=squares_of_roots, loader=[(data, target)], solver=attack, steps=5)
+    assert {warning.category for warning in caught} == {RobustnessWarning}
+    text = r"Linf 0.1: 60 of 60 examples \(100.0%\) have an infinity or NaN in .* gradient"
+    assert re.match(text, str(caught[0].message)) and report.feasible
 
 
 def test_the_solver_s_own_word_is_not_taken():
@@ -307,6 +336,18 @@ def test_a_finished_run_is_not_done_again(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8"))["report"]["withstood"] == {
         "Linf": list(first.withstood["Linf"])
     }
+
+
+def test_the_weights_of_a_wrapped_model_count(tmp_path):
+    def run(net):
+        settings = {"solver": attack, "steps": 1, "state_file": tmp_path / "state.json"}
+        return evaluated(model=lambda x: net(x), **settings)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RobustnessWarning)
+        assert run(linear()) == run(linear())
+        with pytest.raises(StateFileError, match="another model or other weights"):
+            run(linear(seed=5))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from rai_toolbox.perturbations.evaluation.verification import (
     compare,
 )
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.solve import NotFiniteWarning
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 
 
@@ -78,10 +79,12 @@ class Batch:
         """The solver's perturbed data, with random numbers that only batch and ball determine."""
         seeded = _seeded(data.device, self.seed, self.name, ball)
         with seeded as seed, warnings.catch_warnings():
-            warnings.simplefilter("ignore", ZeroGradientWarning)  # the report counts them
+            for category in (ZeroGradientWarning, NotFiniteWarning):  # the report counts them
+                warnings.simplefilter("ignore", category)
             generator = torch.Generator().manual_seed(seed)
             settings = {"ball": ball, "data_range": self.data_range, "generator": generator}
-            found = self.solver(self.model, data, target, **settings)
+            # Copies, as a solver may work in place, too.
+            found = self.solver(self.model, data.clone(), target.clone(), **settings)
         perturbed = getattr(found, "data", None)
         if not isinstance(perturbed, Tensor):
             got = type(found).__name__

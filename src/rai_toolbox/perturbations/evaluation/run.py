@@ -21,6 +21,7 @@ from rai_toolbox import extras
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.sharding import is_sharded
+from rai_toolbox.modules import modules_in
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.evaluation.batch import Batch
@@ -232,7 +233,8 @@ def _shared_state(
     def opened() -> StateFile:
         if ranks.size > 1:
             _check_local(model)
-        return StateFile(path if ranks.rank == 0 else None, fingerprint(model), start)
+        held = sorted(fingerprint(module) for module in modules_in(model) if module is not model)
+        return StateFile(path if ranks.rank == 0 else None, fingerprint(model, *held), start)
 
     first, *others = ranks.gather(opened)
     if any(other.model != first.model for other in others):

@@ -32,13 +32,14 @@ class VerificationReport:
         Number for which the model predicts another class than the target, or what the rule
         `correct` refuses, inside ball and range.
     outside_ball, outside_box : int
-        Numbers outside the ball around the original, by more than rounding, and outside the range
-        of the data.
+        Numbers outside the ball around the original, by more than rounding, as NaN is, and outside
+        the range of the data.
     ball_excess, box_excess : float
         The largest distance beyond the radius, and beyond a bound; 0 if there is none.
     not_finite : int
-        Number with an infinity or NaN in the perturbed data, in the loss or in the gradient. With a
-        rule `correct`, the loss is the `criterion`; without one it counts as finite.
+        Number with an infinity or NaN in the perturbed data, in the loss, or in the gradient at the
+        original, whose entries count as 0 in attacks. With a rule `correct`, the loss is the
+        `criterion`; without one it counts as finite.
     zero_gradient : int
         Number of originals at which the gradient of the log odds against the class is exactly 0.
         As log odds do not saturate, the model is constant there. With a rule, that of `criterion`.
@@ -78,7 +79,7 @@ class VerificationReport:
     @property
     def feasible(self) -> bool:
         """Whether all data are finite, in the ball and in the range."""
-        return self.outside_ball == self.outside_box == self.not_finite == 0
+        return self.outside_ball == self.outside_box == 0
 
     def warnings(self, of: str = "perturbed data") -> list[str]:
         """One sentence for each kind of fault; `of` names the data."""
@@ -190,7 +191,7 @@ def compare(
     report = VerificationReport(
         data=len(data),
         fooled=int(fooled.sum()),
-        outside_ball=int((ball_excess > 0).sum()),
+        outside_ball=int((~(ball_excess <= 0)).sum()),  # NaN, too
         ball_excess=_largest(ball_excess),
         outside_box=int((box_excess > 0).sum()),
         box_excess=_largest(box_excess),
