@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo
+from tiers import slow_but
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop, lr_scheduler
 from torch_versions import compiles
 
@@ -45,7 +46,7 @@ from rai_toolbox.optim import (
     compiled,
 )
 
-pytestmark = [compiles, pytest.mark.slow]
+pytestmark = compiles
 
 SHAPES = [(3, 4), (2, 4), (5, 4)]  # a set may have a setting for each of 4 columns
 
@@ -370,7 +371,7 @@ def differences(seed, backend):
     return "", said, plan, graphs
 
 
-@pytest.mark.parametrize("seed", [0, 2, 4, 10, 11, 318])
+@pytest.mark.parametrize("seed", slow_but([0, 2, 4, 10, 11, 318]))
 def test_compiled_steps_do_what_eager_ones_do(seed):
     found, *_ = differences(seed, "eager")
     assert not found

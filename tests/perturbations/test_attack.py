@@ -234,7 +234,9 @@ def test_what_is_returned_is_what_was_evaluated_last(problem, stop):
     net, x, y = problem
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(20, track_running_stats=False), net[1:])
     y = model(x).argmax(1)
-    found = attack(model, x, y, ball=LinfBall(0.1), optimizer=STEP, steps=30, stop_once_fooled=stop)
+    found = attack(
+        model, x, y, ball=LinfBall(0.05), optimizer=STEP, steps=30, stop_once_fooled=stop
+    )
     with torch.no_grad():
         assert torch.equal(found.fooled, is_fooled(model(found.data), y))
         assert torch.equal(found.losses, margin_loss(model(found.data), y))
@@ -579,7 +581,7 @@ BAD = {
     "target float": (
         {"target": lambda y: y.float()},
         TypeError,
-        r"`target` must hold classes, .* \(for others: `gradient_ascent`\), got torch.float32",
+        r"`target` must hold classes, .* got torch.float32 \(if not of classes: pass `criterion`, ",
     ),
     "loss of all": (
         {"criterion": nn.CrossEntropyLoss()},

@@ -1,6 +1,7 @@
 """Models that work in place, in training mode, wrapped, replicated, or called in inference mode."""
 
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,16 @@ from rai_toolbox.perturbations import (
     ColorShift,
     MaskedPerturbation,
     attack,
+    cross_entropy,
+    dlr_loss,
     evaluate_robustness,
     gradient_ascent,
+    is_fooled,
+    margin_loss,
     minimum_norm_attack,
     nearest_rivals,
     random_restart,
+    targeted_dlr_loss,
     uniform_like_linf_n_ball_,
     universal_perturbation,
     verify,
@@ -76,7 +82,24 @@ CALLS = {
             "radii": {"ball": L2Ball(torch.linspace(0.1, 0.3, 12)), "random_start": True},
         }.items()
     },
+    "attack, levels": lambda model, x, y: attack(
+        model, (x * 255).round() / 255, y, ball=L2Ball(0.3), levels=256, steps=5
+    ),
+    "attack, rule": partial(
+        attack, ball=LinfBall(0.1), criterion=cross_entropy, fooled=is_fooled, steps=12
+    ),
     "minimum norm": partial(minimum_norm_attack, ball=L2Ball, steps=4, search_steps=3),
+    "minimum norm, levels": lambda model, x, y: minimum_norm_attack(
+        model, (x * 255).round() / 255, y, ball=LinfBall, levels=256, steps=4, search_steps=3
+    ),
+    "minimum norm, rule": partial(
+        minimum_norm_attack,
+        ball=L2Ball,
+        steps=4,
+        search_steps=3,
+        criterion=cross_entropy,
+        fooled=is_fooled,
+    ),
     "minimum norm, targeted": partial(
         minimum_norm_attack, ball=LinfBall, steps=4, search_steps=3, targeted=True
     ),
@@ -99,6 +122,15 @@ CALLS = {
         model, [(x, y)], balls=[LinfBall(0.05), L2Ball(0.3)], steps=5, progress=False, examples=2
     ).to_json(),
     "verify": lambda model, x, y: verify(model, x, y, x * 0.95, ball=LinfBall(0.1)),
+    "verify, rule": lambda model, x, y: verify(
+        model,
+        x,
+        y,
+        x * 0.95,
+        ball=LinfBall(0.1),
+        criterion=cross_entropy,
+        correct=lambda output, target: output.argmax(1) == target,
+    ),
     "each": partial(ascent, AdditivePerturbation, use_best=True),
     "last": partial(ascent, AdditivePerturbation),
     "instance": lambda model, x, y: ascent(AdditivePerturbation(x), model, x, y, use_best=True),
@@ -148,6 +180,45 @@ def test_a_model_may_work_in_place(name):
     found = run(CALLS[name], in_place, x, y)
     assert same((x, y), before)
     assert same(found, run(CALLS[name], out_of_place, x, y))
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+OUTPUTS = {
+    "attribute": lambda logits: SimpleNamespace(logits=logits, loss=None),
+    "item": lambda logits: {"logits": logits, "hidden": None},
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_outputs_may_hold_logits(name, kind):
+    net, x, y = problem()
+    found = run(CALLS[name], lambda data: OUTPUTS[kind](net(data)), x, y)
+    assert same(found, run(CALLS[name], lambda data: net(data), x, y))
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("criterion", [cross_entropy, margin_loss, dlr_loss, targeted_dlr_loss])
+def test_losses_and_rules_find_the_logits(kind, samples, criterion):
+    net, x, y = problem()
+    options = {"criterion": criterion, "samples": samples, "stop_once": is_fooled}
+    call = partial(ascent, AdditivePerturbation, use_best=True, x=x, y=y, **options)
+    assert same(call(model=lambda data: OUTPUTS[kind](net(data))), call(model=net))
+
+
+def test_other_outputs_are_refused():
+    net, x, y = problem()
+    rule = "`model` must give logits of shape .*, or an object or dict with `logits`, got dict"
+    for name in ("attack, default", "minimum norm", "universal", "evaluate", "verify"):
+        with pytest.raises(ValueError, match=rule):
+            run(CALLS[name], lambda data: {"out": net(data)}, x, y)
+    with pytest.raises(TypeError, match="`model` must give tensors where there are `samples`"):
+        ascent(
+            AdditivePerturbation, lambda data: {"out": net(data)}, x, y, samples=2,
+            criterion=lambda output, target: output["out"].sum(1), stop_once=is_fooled,
+        )  # fmt: skip
 
 
 # --- inference mode -----------------------------------------------------------------------------

@@ -426,8 +426,6 @@ class Constraint:
                 "flatten=1 makes one matrix of a sub-tensor, its first dim by all others (for a "
                 "convolution: with param_ndim=None), param_ndim=2 one of each last two dims"
             )
-        if 0 in x.shape[1:]:
-            return  # without elements, all settings fit
         if self._tensors:
             self._check_tensors(x)
         if self._dims is None:  # (else that of its rows is checked)

@@ -71,7 +71,10 @@ class Masked(Constraint):
         self._check_batch(x)
         if self.elementwise:
             return x.copy_(torch.where(self.mask, self.constraint.project(x), readable(x)))
-        rows, index = readable(x).flatten(1), self._index(x)
+        index = self._index(x)
+        if index.numel() == 0:
+            return x
+        rows = readable(x).flatten(1)
         nearest = self.constraint.project(rows.gather(1, index))
         return x.copy_(rows.scatter(1, index, nearest).view(x.shape))
 
@@ -81,7 +84,10 @@ class Masked(Constraint):
         if self.elementwise:
             inside = self.constraint.project(torch.zeros_like(x))
             return self.constraint.violation(torch.where(self.mask, x, inside))
-        return self.constraint.violation(x.flatten(1).gather(1, self._index(x)))
+        index = self._index(x)
+        if index.numel() == 0:
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return self.constraint.violation(x.flatten(1).gather(1, index))
 
     def _index(self, x: Tensor) -> Tensor:
         """Where the constrained entries of each row are, shape (N, m)."""
@@ -91,7 +97,8 @@ class Masked(Constraint):
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)
         given = x if self.elementwise else x.new_empty(self._index(x).shape)
-        self.constraint._check_batch(given)
+        if given.numel() > 0:  # else there is nothing that settings could fit
+            self.constraint._check_batch(given)
 
     def _check_tensors(self, x: Tensor) -> None:
         self._check_fit("mask", self.mask, x)

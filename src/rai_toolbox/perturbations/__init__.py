@@ -1,6 +1,7 @@
 """Perturbations of data: models of them, solvers that find the worst, and evaluations."""
 
 from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.classifier import classifier
 from rai_toolbox.perturbations.evaluation.report import (
     Examples,
     RobustnessReport,
@@ -52,6 +53,7 @@ __all__ = [
     "VerificationReport",
     "ZeroGradientWarning",
     "attack",
+    "classifier",
     "cross_entropy",
     "dlr_loss",
     "evaluate_robustness",

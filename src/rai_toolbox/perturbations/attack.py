@@ -20,7 +20,7 @@ from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
-from rai_toolbox.perturbations.losses import Criterion, is_fooled, margin_loss, most_likely_rivals
+from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss, most_likely_rivals
 from rai_toolbox.perturbations.rivals import ChooseClasses
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving
 from rai_toolbox.perturbations.solvers import warn_of_zero_gradient
@@ -36,6 +36,7 @@ def attack(
     optimizer: Callable[..., Any] | None = None,
     steps: int = 100,
     criterion: Criterion | None = None,
+    fooled: Rule | None = None,
     targeted: bool = False,
     restarts: int = 1,
     rivals: int | ChooseClasses | None = None,
@@ -44,6 +45,7 @@ def attack(
     stop_once_fooled: bool = False,
     samples: int = 1,
     generator: Generator | None = None,
+    levels: int | None = None,
 ) -> Attacked:
     r"""Find the perturbed data, in a ball around each example, that a classifier predicts worst.
 
@@ -57,11 +59,13 @@ def attack(
     Parameters
     ----------
     model : callable
-        From data of shape (N, ...) to logits, shape (N, K).
+        From data of shape (N, ...) to logits, shape (N, K), or to an object or dict with `logits`.
+        With a `criterion` to anything, which it is called with.
     data : Tensor, shape (N, ...)
         Of a floating-point dtype, within `data_range`.
-    target : Tensor of int, shape (N,)
-        The right classes; with `targeted` the classes that the model is to predict.
+    target : Tensor
+        The right classes, shape (N,); with `targeted` the classes that the model is to predict.
+        With a `criterion` of any dtype and of shape (N, ...).
     ball : LinfBall or L2Ball or L1Ball
         Without a center. Its epsilon is a number, or has one value per example, shape (N,).
     data_range : pair of float or Tensor, or None
@@ -74,6 +78,9 @@ def attack(
     criterion : callable, optional
         The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`
         with its smooth gradient, which does not saturate, and on most models finds more.
+    fooled : callable, optional
+        From the model's output and the target to a bool for each example: where the attack has
+        succeeded. By default `is_fooled` for classes; for other targets no example counts.
     targeted : bool
         Minimize the loss for `target` instead.
     restarts : int
@@ -95,6 +102,10 @@ def attack(
         Number of evaluations per gradient, for random models.
     generator : torch.Generator, optional
         For the random starts.
+    levels : int, optional
+        Search on a grid only, such as that of 8-bit images with 256: of this number of values in
+        `data_range`, evenly spaced, its ends included. The data must be on it. The values count as
+        they are rounded: 8/255 holds only some of the changes by 8 levels, 8.5/255 holds all.
 
     Returns
     -------
@@ -106,8 +117,9 @@ def attack(
         If data or target have the wrong dtype, `optimizer` has no argument `constraint`, or
         `criterion` no argument `rival` where there are `rivals`.
     ValueError
-        If data are outside their range or not finite, targets are not classes, the criterion does
-        not give one loss per example, or another argument breaks its rule.
+        If data are outside their range, not finite or not on the grid, targets are not classes and
+        there is no criterion, the criterion does not give one loss per example, or another argument
+        breaks its rule.
 
     Warns
     -----
@@ -131,14 +143,16 @@ def attack(
     check_count("steps", steps, 0)
     check_count("restarts", restarts, 1)
     check_count("samples", samples, 1)
+    must_be_classes = criterion is None or rivals is not None
     criterion = losses.criterion_of(criterion, partial(margin_loss, smooth=True), targeted)
     make_optimizer = _optimizer_maker(optimizer or APGD, steps, ball)
-    sign, success = 1.0 if targeted else -1.0, partial(is_fooled, targeted=targeted)
+    sign, success = 1.0 if targeted else -1.0, losses.fooled_rule(fooled, targeted, required=False)
+    may_be_classes = None if fooled is None else False
     with solving(model) as model:
         data = inputs.as_data(data)
-        target = inputs.as_classes(target, data)
-        allowed = FeasibleSet.around(data, ball, data_range, mask)
-        model = inputs.classifier(model, target)
+        target = inputs.as_target(target, data, must_be_classes)
+        allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
+        model = inputs.checked(model, target, must_be_classes or may_be_classes)
         objective = Objective(model, criterion, sign, samples=samples, success=success)
         goals, run_objective = [target], objective
         if rivals is not None:
@@ -171,9 +185,9 @@ def attack(
 
         perturbed = allowed.project(best.tensors[0])
         # Each example's best was found in another batch, on which a model may depend.
-        _, cost, fooled = objective.evaluate(lambda x: x, perturbed, target)
-    warn_of_zero_gradient(zero_gradient & ~fooled)
-    return Attacked(perturbed, sign * cost, fooled, zero_gradient, calls + samples)
+        _, cost, succeeded = objective.evaluate(lambda x: x, perturbed, target)
+    warn_of_zero_gradient(zero_gradient & ~succeeded)
+    return Attacked(perturbed, sign * cost, succeeded, zero_gradient, calls + samples)
 
 
 def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
@@ -183,14 +197,15 @@ def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
         return objective.criterion(logits, pairs[:, 0], rival=pairs[:, 1])  # type: ignore[call-arg]
 
     def success(logits: Tensor, pairs: Tensor) -> Tensor:
-        return is_fooled(logits, pairs[:, 0])
+        assert objective.success is not None
+        return objective.success(logits, pairs[:, 0])
 
     loss = objective.criterion
     call = loss.forward if isinstance(loss, nn.Module) else loss
     if inputs.takes(call, "rival") != (True, False):
         rule = "take `rival` where there are `rivals`, as an option, as margin_loss does"
         raise wrong("criterion", rule, loss, TypeError)
-    model = inputs.classifier(objective.model, classes, "rivals")
+    model = inputs.checked(objective.model, classes, name="rivals")
     return replace(objective, model=model, criterion=criterion, success=success)
 
 

@@ -14,6 +14,7 @@ from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, offset_from
+from rai_toolbox.perturbations.grid import Grid
 from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
 from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.models.additive import check_mask
@@ -29,11 +30,18 @@ class FeasibleSet:
 
     data: Tensor
     ball: Ball
-    bounds: tuple[Tensor, Tensor] | None
+    data_range: tuple[Tensor, Tensor] | None
     mask: Tensor | None
+    levels: int | None = None
 
     @staticmethod
-    def around(data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None) -> FeasibleSet:
+    def around(
+        data: Tensor,
+        ball: Ball,
+        data_range: Range,
+        mask: Tensor | None,
+        levels: int | None = None,
+    ) -> FeasibleSet:
         """Check the settings, and expand them to the shape of the data, (N, ...)."""
         check_ball(ball)
         if not ball.bounded:
@@ -46,7 +54,6 @@ class FeasibleSet:
         if mask is not None:
             check_mask(mask)
             mask = expanded("mask", mask, data)
-            bounds = torch.where(mask, lower, data), torch.where(mask, upper, data)
         if isinstance(ball.epsilon, Tensor) and ball.epsilon.ndim > 0:
             shape = (len(data), *(1,) * (data.ndim - 1))  # that sets require
             if ball.epsilon.numel() != len(data) or len(ball.epsilon) != len(data):
@@ -55,19 +62,41 @@ class FeasibleSet:
             ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
         if bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any()):
             warnings.warn(f"`ball` is wider than the data range: {ball}", stacklevel=3)
-        return FeasibleSet(data, ball, bounds, mask)
+        if levels is not None:
+            Grid.of(data, bounds, levels)
+        return FeasibleSet(data, ball, bounds, mask, levels)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Lower and upper bound of each element: the datum itself where the mask is False."""
+        if self.mask is None:
+            return self.data_range
+        lower, upper = self.data_range or (self.data - inf, self.data + inf)
+        return torch.where(self.mask, lower, self.data), torch.where(self.mask, upper, self.data)
 
     def rows(self, rows: Tensor) -> FeasibleSet:
         """The set of some of the examples."""
-        bounds = None if self.bounds is None else (self.bounds[0][rows], self.bounds[1][rows])
+        of_all = self.data_range
+        data_range = None if of_all is None else (of_all[0][rows], of_all[1][rows])
         mask = None if self.mask is None else self.mask[rows]
-        return FeasibleSet(self.data[rows], self.ball._at_rows(self.data, rows), bounds, mask)
+        ball = self.ball._at_rows(self.data, rows)
+        return FeasibleSet(self.data[rows], ball, data_range, mask, self.levels)
 
     def zero_perturbation(self) -> AdditivePerturbation:
         """A perturbation of 0 for each example."""
+        if self.levels is not None:
+            return _OnGrid(self)
         if self.mask is None:
             return AdditivePerturbation(self.data)
         return MaskedPerturbation(self.data, self.mask)
+
+    def on_grid(self, change: Tensor) -> Tensor:
+        """The points of the grid nearest to data plus a change that are exactly in the set."""
+        ends = None
+        if isinstance(self.ball, LinfBall):
+            ends = self.data + self._changes[0], self.data + self._changes[1]
+        radius = as_wide(self.ball.epsilon, change)
+        return self.grid.nearest_in_ball(change, self.ball.p, radius, ends)
 
     def of_perturbations(self) -> Constraint:
         """The set of perturbations whose sums with the data are in the set, up to rounding."""
@@ -96,6 +125,12 @@ class FeasibleSet:
         return allowed.project(perturbed)
 
     @cached_property
+    def grid(self) -> Grid:
+        """The grid of the levels."""
+        assert self.data_range is not None and self.levels is not None
+        return Grid(self.data, *self.data_range, self.levels)
+
+    @cached_property
     def _changes(self) -> tuple[Tensor, Tensor]:
         """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
         assert self.bounds is not None
@@ -109,3 +144,15 @@ class FeasibleSet:
         change = end - self.data
         beyond = sign * (self.data + change) > sign * end  # as the difference was rounded
         return torch.where(beyond, change.nextafter(torch.zeros_like(change)), change)
+
+
+class _OnGrid(AdditivePerturbation):
+    """A perturbation whose result is rounded to a grid, with the gradient as if it were not."""
+
+    def __init__(self, allowed: FeasibleSet) -> None:
+        super().__init__(allowed.data)
+        self.allowed = allowed
+
+    def forward(self, data: Tensor) -> Tensor:
+        change = self.delta if self.allowed.mask is None else self.delta * self.allowed.mask
+        return self.allowed.on_grid(change.detach()) + (change - change.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ Range: TypeAlias = tuple[float | Tensor, float | Tensor] | None
 """Lower and upper bound of all data; None if they are unbounded."""
 
 FLOATING = "be of a floating-point dtype (images of bytes: `data.float() / 255`)"
+_OTHERS = " (if not of classes: pass `criterion`, a rule `fooled` or `correct`, and no `rivals`)"
 
 
 def as_data(data: Any) -> Tensor:
@@ -37,33 +38,57 @@ def without_history(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
-def as_classes(target: Any, data: Tensor) -> Tensor:
-    """The class of each example, as an index; a copy."""
-    classes: Tensor = torch.as_tensor(target, device=data.device)
-    check_classes("target", classes)
-    check_per_example("target", classes, data)
-    return classes.detach().clone().long()
+def as_target(target: Any, data: Tensor, classes: bool) -> Tensor:
+    """The target of each example, a copy; as indices if these are, or have to be, classes."""
+    found: Tensor = torch.as_tensor(target, device=data.device)
+    check_target(found, data, classes)
+    found = found.detach().clone()
+    return found.long() if are_classes(found) else found
+
+
+def check_target(target: Tensor, data: Tensor, classes: bool) -> None:
+    """Raise unless there is one target for each example, of any shape if they are not classes."""
+    if classes:
+        check_classes("target", target)
+        check_per_example("target", target, data)
+    elif target.shape[:1] != data.shape[:1]:
+        rule = f"have one entry for each of {len(data)} examples, in its first dim"
+        raise wrong("target", rule, f"shape {tuple(target.shape)}")
+
+
+def are_classes(target: Tensor) -> bool:
+    """Whether targets can be classes: integers, one for each example."""
+    return is_index(target.dtype) and target.ndim == 1
+
+
+def is_index(dtype: Any) -> bool:
+    """Whether this is a dtype of integers."""
+    is_dtype = isinstance(dtype, torch.dtype) and dtype != torch.bool
+    return is_dtype and not (dtype.is_floating_point or dtype.is_complex)
 
 
 def check_classes(name: str, classes: object) -> None:
     """Raise unless this is a tensor of integers."""
     dtype: Any = getattr(classes, "dtype", type(classes))
-    is_index = isinstance(dtype, torch.dtype) and dtype != torch.bool
-    if not is_index or dtype.is_floating_point or dtype.is_complex:
-        rule = "hold classes, which are integers, in a tensor (for others: `gradient_ascent`)"
-        raise wrong(name, rule, dtype, TypeError)
+    if not is_index(dtype):
+        got = str(dtype) + _OTHERS * (name == "target")
+        raise wrong(name, "hold classes, which are integers, in a tensor", got, TypeError)
 
 
 def check_per_example(name: str, value: Tensor, data: Tensor) -> None:
     """Raise unless there is one value for each example."""
     if value.shape != data.shape[:1]:
         rule = f"give one value for each example, shape {tuple(data.shape[:1])}"
-        rule += ', as with `reduction="none"`' if name == "criterion" else ""
-        raise wrong(name, rule, f"shape {tuple(value.shape)}")
+        got = f"shape {tuple(value.shape)}"
+        if name == "criterion":
+            rule += ', as with `reduction="none"`' + " and `.flatten(1).mean(1)`" * (value.ndim > 1)
+        elif name == "target" and value.ndim > 1:
+            got += _OTHERS
+        raise wrong(name, rule, got)
 
 
-def check_batch(data: Any, target: Any) -> None:
-    """Raise unless these are floating-point data, shape (N, ...), and the class of each example."""
+def check_batch(data: Any, target: Any, classes: bool = True) -> None:
+    """Raise unless these are floating-point data, shape (N, ...), and a target of each example."""
     if not isinstance(data, Tensor) or not isinstance(target, Tensor):
         got = f"{type(data).__name__} and {type(target).__name__} (use `torch.from_numpy`)"
         raise wrong("data` and `target", "be tensors", got, TypeError)
@@ -71,8 +96,7 @@ def check_batch(data: Any, target: Any) -> None:
         raise wrong("data", FLOATING, data.dtype, TypeError)
     if data.ndim < 2:
         raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
-    check_classes("target", target)
-    check_per_example("target", target, data)
+    check_target(target, data, classes)
 
 
 def check_ball(ball: object) -> None:
@@ -118,29 +142,50 @@ def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
         raise wrong(name, rule, f"shape {tuple(setting.shape)}") from None
 
 
-def classifier(model: Model, target: Tensor, name: str = "target") -> Model:
+def logits_of(output: Any) -> Any:
+    """What a model returns as `logits`, like those of Transformers, or else all of it."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
+
+
+def are_logits(output: Any, number: int) -> bool:
+    """Whether this is a tensor of shape (N, K), with two classes at least."""
+    shape = output.shape if isinstance(output, Tensor) else ()
+    return len(shape) == 2 and shape[0] == number and shape[1] >= 2
+
+
+def checked(
+    model: Model, target: Tensor, classes: bool | None = True, name: str = "target"
+) -> Model:
     """The model with a check of its output: logits of shape (N, K), with all classes of `target`.
 
+    It may give anything if `classes` is False; and if it is None, unless both can be of classes.
     Reads the target once, which synchronizes with the host.
     """
-    wide = target.long()  # torch has no minimum of uint16
-    lowest, highest = (int(wide.min()), int(wide.max())) if wide.numel() else (0, 0)
+    lowest, highest = 0, 0
+    if is_index(target.dtype) and target.numel():
+        wide = target.long()  # torch has no minimum of uint16
+        lowest, highest = int(wide.min()), int(wide.max())
 
-    def logits_of(data: Tensor) -> Tensor:
+    def output_of(data: Tensor) -> Any:
         # Leaves are used again, results of recorded operators are not: a model may work in place.
-        output: Any = model(data.clone() if data.is_leaf else data)
-        logits: Tensor = getattr(output, "logits", output)  # (Transformers)
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
-        if len(shape) != 2 or shape[0] != len(data) or shape[1] < 2:
+        output = logits_of(model(data.clone() if data.is_leaf else data))
+        fits = are_logits(output, len(data))
+        if classes and not fits:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else ()
             rule = f"give logits of shape ({len(data)}, K), of two classes at least"
-            raise wrong("model", rule, f"{type(logits).__name__} of shape {shape}")
-        number = shape[1]
-        if lowest < 0 or highest >= number:
-            rule = f"hold classes from 0 to {number - 1}"
-            raise wrong(name, rule, lowest if lowest < 0 else highest)
-        return logits
+            rule += ", or an object or dict with `logits`" * (shape == ())
+            raise wrong("model", rule, f"{type(output).__name__} of shape {shape}{_OTHERS}")
+        if (classes or (classes is None and are_classes(target))) and fits:
+            number = output.shape[1]
+            if lowest < 0 or highest >= number:
+                got = str(lowest if lowest < 0 else highest)
+                got += " (if not a class: pass the rule `fooled`)" * (classes is None)
+                raise wrong(name, f"hold classes from 0 to {number - 1}", got)
+        return output
 
-    return logits_of
+    return output_of
 
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
@@ -151,18 +196,25 @@ def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values()), False
 
 
-def batches(loader: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    loader: Iterable[Any], device: torch.device | None, classes: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches that hold examples, on the device; None leaves them on their own."""
     for i, batch in enumerate(loader):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = f"{type(batch).__name__} as batch {i}"
             if isinstance(batch, (tuple, list)):
                 got += f" with {len(batch)} items: `[(x, y) for x, y, *_ in loader]` takes two"
+            elif isinstance(batch, Mapping):
+                x, y, *_ = [*map(repr, batch), "...", "..."]
+                got += f": `[(batch[{x}], batch[{y}]) for batch in loader]` takes two"
+            elif isinstance(batch, Tensor):
+                got += " (one batch alone: `[(data, target)]`)"
             raise wrong("loader", "give pairs (data, target)", got, TypeError)
         data, target = batch
         if isinstance(target, int) or getattr(target, "ndim", 1) == 0:
             raise wrong("loader", "give batches, as a DataLoader does", "one example", TypeError)
-        check_batch(data, target)
+        check_batch(data, target, classes)
         if len(data):
             at = device or data.device
             yield as_data(data).to(at), without_history(target).to(at)

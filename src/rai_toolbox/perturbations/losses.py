@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rai_toolbox.perturbations.inputs import wrong
+from rai_toolbox.perturbations.inputs import are_classes, are_logits, is_index, logits_of, wrong
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[[Any, Tensor], Tensor]
 """From the output of a model and the target to the loss of each example, shape (N,)."""
+Rule = Callable[[Any, Tensor], Tensor]
+"""From the output of a model and the target to a bool for each example, shape (N,)."""
 
 
 def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
@@ -39,6 +42,12 @@ def cross_entropy(logits: Tensor, target: Tensor, rival: Tensor | None = None) -
     >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor([0.6931])
     """
+    logits = logits_of(logits)
+    if not is_index(target.dtype) and not (
+        target.is_floating_point() and target.shape == logits.shape
+    ):
+        rule = "hold classes, or their probabilities (for other targets pass `criterion`)"
+        raise wrong("target", rule, f"{target.dtype} of shape {tuple(target.shape)}", TypeError)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if rival is not None:
         return -functional.cross_entropy(wide, rival, reduction="none")
@@ -80,6 +89,7 @@ def margin_loss(
     >>> margin_loss(torch.tensor([[5.0, 2.0, 3.0], [1.0, 4.0, 0.0]]), torch.tensor([0, 0]))
     tensor([-2.,  3.])
     """
+    logits = logits_of(logits)
     # Of half-precision logits in float32, so that losses of nearby points differ.
     wide, own = logits.to(torch.promote_types(logits.dtype, torch.float32)), target.unsqueeze(1)
     if rival is not None:
@@ -128,6 +138,7 @@ def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Ten
     >>> dlr_loss(torch.tensor([[5.0, 2.0, 3.0]]), torch.tensor([0]))
     tensor([-0.6667])
     """
+    logits = logits_of(logits)
     return _in_gaps(margin_loss(logits, target, rival), logits, 3 if rival is None else 4)
 
 
@@ -160,11 +171,16 @@ def targeted_dlr_loss(logits: Tensor, target: Tensor) -> Tensor:
     >>> targeted_dlr_loss(torch.tensor([[5.0, 2.0, 3.0, 0.0]]), torch.tensor([2]))
     tensor([0.5000])
     """
+    logits = logits_of(logits)
     return _in_gaps(margin_loss(logits, target), logits, 4)
 
 
 def criterion_of(given: Criterion | None, default: Criterion, targeted: bool) -> Criterion:
     """The loss of a search: the default if none is given, and the targeted form of one."""
+    if given is not None and (not callable(given) or isinstance(given, type)):
+        rule = "be a function of output and target, such as `margin_loss`, `cross_entropy` or "
+        rule += '`dlr_loss`, or a module, such as `torch.nn.MSELoss(reduction="none")`'
+        raise wrong("criterion", rule, repr(given), TypeError)
     if targeted and given is dlr_loss:
         return targeted_dlr_loss
     return default if given is None else given
@@ -219,6 +235,7 @@ def most_likely_rivals(logits: Tensor, target: Tensor, m: int, name: str = "m") 
     >>> most_likely_rivals(torch.tensor([[5.0, 2.0, 3.0]]), torch.tensor([0]), m=2)
     tensor([[2, 1]])
     """
+    logits = logits_of(logits)
     if not 1 <= m < logits.shape[1]:
         raise wrong(name, f"be from 1 to {logits.shape[1] - 1}, the number of other classes", m)
     others = logits.scatter(1, target.unsqueeze(1), -torch.inf)
@@ -249,9 +266,38 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     >>> is_fooled(logits, target), is_fooled(logits, target, targeted=True)
     (tensor([False,  True]), tensor([ True, False]))
     """
+    logits = logits_of(logits)
     largest, predicted = logits.max(1)  # NaN where there is one
     none = largest.isnan()
     return (predicted == target) & ~none if targeted else (predicted != target) | none
+
+
+def fooled_rule(
+    given: Rule | None, targeted: bool = False, required: bool = True, name: str = "fooled"
+) -> Rule:
+    """The rule that decides which examples are fooled: the given one, or `is_fooled` for classes.
+
+    Without a rule for other targets nobody is fooled, or it raises if a rule is `required`.
+    """
+    if given is not None and not callable(given):
+        raise wrong(name, "be a function of output and target", repr(given), TypeError)
+
+    def fooled(output: Any, target: Tensor) -> Tensor:
+        if given is None and are_classes(target) and are_logits(output, len(target)):
+            return is_fooled(output, target, targeted)
+        if given is None and required:
+            rule = "be given for targets that are not classes: from output and target to a bool "
+            raise wrong(name, rule + "for each example", given)
+        if given is None:
+            return torch.zeros(target.shape[:1], dtype=torch.bool, device=target.device)
+        found = given(output, target)
+        dtype, shape = getattr(found, "dtype", type(found)), tuple(getattr(found, "shape", ()))
+        if dtype != torch.bool or shape != target.shape[:1]:
+            rule = f"give a bool for each example, shape {tuple(target.shape[:1])}"
+            raise wrong(name, rule, f"{dtype} of shape {shape}")
+        return found
+
+    return fooled
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:

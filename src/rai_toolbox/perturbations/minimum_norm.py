@@ -12,10 +12,11 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_count, check_number
 from rai_toolbox.constraints.balls import BALLS, Ball
+from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range, as_classes, as_data, classifier, wrong
-from rai_toolbox.perturbations.losses import gradient_of, is_fooled, margin_loss
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.losses import Criterion, Rule, gradient_of, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import solving
 
@@ -57,8 +58,11 @@ def minimum_norm_attack(
     search_steps: int = 12,
     tolerance: float = 1e-3,
     largest: float | None = None,
+    criterion: Criterion | None = None,
+    fooled: Rule | None = None,
     targeted: bool = False,
     mask: Tensor | None = None,
+    levels: int | None = None,
     solver: Callable[..., Any] | None = None,
 ) -> MinimumNorm:
     r"""Find the smallest perturbation of each example that fools the model.
@@ -78,11 +82,13 @@ def minimum_norm_attack(
     Parameters
     ----------
     model : callable
-        From data to logits, shape (N, K).
+        From data to logits, shape (N, K), or to an object or dict with `logits`. With `criterion`
+        and `fooled` to anything, which they are called with.
     data : Tensor, shape (N, ...)
         Within `data_range`.
-    target : Tensor, shape (N,)
-        The right classes; with `targeted` the classes to predict.
+    target : Tensor
+        The right classes, shape (N,); with `targeted` the classes to predict. With `criterion` and
+        `fooled` of any dtype and of shape (N, ...).
     ball : type of LinfBall, L2Ball or L1Ball
         The norm.
     data_range : tuple of float or Tensor, optional
@@ -95,15 +101,23 @@ def minimum_norm_attack(
         The search ends for an example when its interval is this fraction of the radius.
     largest : float, optional
         The largest radius to try. By default what the data range allows, which must be finite.
+    criterion : callable, optional
+        The loss of each example that the solver maximizes. By default that of `attack`.
+    fooled : callable, optional
+        From the model's output and the target to a bool for each example, if targets are not
+        classes. The search then begins at the largest radius.
     targeted : bool
         Whether the model is fooled if it predicts `target`.
     mask : Tensor of bool, optional
         True where data may change; broadcasts against the data.
+    levels : int, optional
+        As in `attack`: what is found is on a grid, such as that of 8-bit images with 256.
     solver : callable, optional
         `attack`, a partial of it, or another function whose result has an attribute `data`. It is
         called on the examples that are still searched, with `ball`, `data_range`, `steps` and
-        ``stop_once_fooled=True``, and with `targeted` and `mask` if they are given. By default
-        ``partial(attack, rivals=partial(nearest_rivals, number=2))``, or `attack` if targeted.
+        ``stop_once_fooled=True``, and with `criterion`, `fooled`, `targeted`, `mask` and `levels`
+        if they are given. By default ``partial(attack, rivals=partial(nearest_rivals, number=2))``,
+        or `attack` with a criterion or if targeted.
 
     Returns
     -------
@@ -114,8 +128,8 @@ def minimum_norm_attack(
     TypeError
         If `ball` is another class.
     ValueError
-        If a number is outside its range, data are outside theirs, targets are not classes, or
-        neither `largest` nor the data range bounds the search.
+        If a number is outside its range, data are outside theirs or not on the grid, targets are
+        not classes and no rule is given, or neither `largest` nor the data range bounds the search.
 
     References
     ----------
@@ -142,19 +156,28 @@ def minimum_norm_attack(
     if not 0 < check_number("tolerance", tolerance) < 1:
         raise wrong("tolerance", "be > 0 and < 1", tolerance)
     check_number("largest", 0 if largest is None else largest, 0)
-    solver = solver or (attack if targeted else _TOWARD_NEAREST)
-    options: dict[str, Any] = {"targeted": True} if targeted else {}
+    solver = solver or (_TOWARD_NEAREST if criterion is None and not targeted else attack)
+    options: dict[str, Any] = {"criterion": criterion, "fooled": fooled, "levels": levels}
+    options = {name: option for name, option in options.items() if option is not None}
+    options |= {"targeted": True} if targeted else {}
     call: Callable[..., Any] = partial(solver, steps=steps, stop_once_fooled=True, **options)
+    rule = losses.fooled_rule(fooled, targeted)
     with solving(model) as model, torch.no_grad():
-        data = as_data(data)
-        allowed = FeasibleSet.around(data, ball(0.0), data_range, mask)
+        data = inputs.as_data(data)
+        allowed = FeasibleSet.around(data, ball(0.0), data_range, mask, levels)
         limit = _limit(allowed, ball.p, largest)
-        target = as_classes(target, data)
-        checked = classifier(model, target)
-        best, fooled = data.clone(), is_fooled(checked(data), target, targeted)
-        lower, upper = torch.zeros_like(limit), torch.where(fooled, 0.0, inf).to(limit)
-        first = _linear_radius(checked, allowed, target, ball.p) * (1 + tolerance)
-        first = first.clamp(limit * _SMALLEST, limit)
+        must_be_classes = criterion is None and fooled is None
+        may_be_classes = None if fooled is None else False
+        target = inputs.as_target(target, data, must_be_classes)
+        checked = inputs.checked(model, target, must_be_classes or may_be_classes)
+        best, success = data.clone(), rule(checked(data), target)
+        firsts = best.clone()  # what fooled first, mostly by more than a little
+        lower, upper = torch.zeros_like(limit), torch.where(success, 0.0, inf).to(limit)
+        first = limit
+        if fooled is None:
+            first = _linear_radius(checked, allowed, target, ball.p) * (1 + tolerance)
+            first = first.clamp(limit * _SMALLEST, limit)
+        surely = partial(_surely_fooled, targeted=targeted) if fooled is None else rule
         for _ in range(search_steps):
             rows = (lower < limit.minimum((1 - tolerance) * upper)).nonzero().squeeze(1)
             if not len(rows):
@@ -165,20 +188,30 @@ def minimum_norm_attack(
             part = allowed.rows(rows)
             masked = {} if part.mask is None else {"mask": part.mask}
             found = call(
-                model, part.data, target[rows], ball=ball(radius), data_range=part.bounds, **masked
-            ).data
-            success = is_fooled(checked(found), target[rows], targeted)
+                model, part.data, target[rows], ball=ball(radius), data_range=part.data_range,
+                **masked,
+            ).data  # fmt: skip
+            success = rule(checked(found), target[rows])
             hit, missed = rows[success], rows[~success]
             lower[missed] = radius[~success]
             if len(hit):
-                near = _nearest_fooling(checked, data[hit], found[success], target[hit], targeted)
+                far = found[success]
+                near = _nearest_fooling(checked, surely, part.rows(success), far, target[hit])
+                is_first = upper[hit].isinf()
+                firsts[hit[is_first]] = far[is_first]
                 length = _norm(near.double() - data[hit].double(), ball.p)
                 closer = length < upper[hit]
                 best[hit[closer]], upper[hit[closer]] = near[closer], length[closer]
-        fooled = is_fooled(checked(best), target, targeted)
-        best[~fooled], upper[~fooled] = data[~fooled], 0.0
-        fooled = is_fooled(checked(best), target, targeted)  # which may depend on the batch
-    return MinimumNorm(best, torch.where(fooled, upper, inf), fooled)
+        # Who is fooled may depend on the rest of the batch, if by rounding only.
+        success = rule(checked(best), target)
+        if bool((upper.isfinite() & ~success).any()):
+            again = _nearest_fooling(checked, surely, allowed, firsts, target)
+            best[~success] = again[~success]
+            upper[~success] = _norm(best.double() - data.double(), ball.p)[~success]
+            success = rule(checked(best), target)
+        best[~success], upper[~success] = data[~success], 0.0
+        success = rule(checked(best), target)
+    return MinimumNorm(best, torch.where(success, upper, inf), success)
 
 
 def _norm(x: Tensor, p: float) -> Tensor:
@@ -209,21 +242,27 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
 
 
 def _nearest_fooling(
-    model: Model, data: Tensor, found: Tensor, target: Tensor, targeted: bool
+    model: Model, fools: Rule, around: FeasibleSet, found: Tensor, target: Tensor
 ) -> Tensor:
     """The nearest point on the line to each example that still fools, by bisection."""
+    data = around.data
     near, far = (torch.full((len(data),), t, device=data.device).double() for t in (0.0, 1.0))
     best, column = found, (-1, *(1,) * (data.ndim - 1))
     for _ in range(_HALVINGS):
         middle = (near + far) / 2
         # In float64, so that no entry leaves the interval from data to found.
         point = torch.lerp(data.double(), found.double(), middle.view(column))
+        if around.levels is not None:
+            point = around.grid.nearest(point)
         point = point.clamp(torch.minimum(data, found), torch.maximum(data, found)).to(data.dtype)
-        logits = model(point)
-        margin = margin_loss(logits, target)
-        # By more than the rounding in a batch of another size.
-        slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-        fools = torch.gt(-margin if targeted else margin, slack)
-        near, far = torch.where(fools, near, middle), torch.where(fools, middle, far)
-        best = torch.where(fools.view(column), point, best)
+        fooled = fools(model(point), target)
+        near, far = torch.where(fooled, near, middle), torch.where(fooled, middle, far)
+        best = torch.where(fooled.view(column), point, best)
     return best
+
+
+def _surely_fooled(logits: Tensor, target: Tensor, targeted: bool) -> Tensor:
+    """Whether classes are predicted wrong by more than the rounding in a batch of another size."""
+    margin = margin_loss(logits, target)
+    slack = 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+    return torch.gt(-margin if targeted else margin, slack)

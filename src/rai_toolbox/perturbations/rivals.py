@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model
+from rai_toolbox.perturbations.inputs import Model, logits_of
 from rai_toolbox.perturbations.losses import gradient_of, margin_loss, most_likely_rivals
 
 ChooseClasses = Callable[[Model, FeasibleSet, Tensor], Tensor]
@@ -69,7 +69,7 @@ def nearest_rivals(
     allowed = around.of_perturbations()
     with torch.enable_grad():
         data = around.data.detach().clone().requires_grad_()
-        logits = model(data.clone())  # as it may work in place
+        logits = logits_of(model(data.clone()))  # as it may work in place
         classes = most_likely_rivals(logits.detach(), target, min(among, logits.shape[1] - 1))
         margins = [margin_loss(logits, target, other) for other in classes.unbind(1)]
     worst = []

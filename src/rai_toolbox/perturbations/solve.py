@@ -19,13 +19,10 @@ from torch.optim import Optimizer
 from rai_toolbox._torch import has_step_hooks, unhooked
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
-from rai_toolbox.perturbations.inputs import Model, check_per_example, takes, wrong
-from rai_toolbox.perturbations.losses import Criterion
+from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes, wrong
+from rai_toolbox.perturbations.losses import Criterion, Rule
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel
-
-Success = Callable[[Tensor, Tensor], Tensor]
-"""From the output of a model and the target to a bool for each example."""
 
 _NOT_FINITE = "{} entries of the first gradient are not finite (a root at 0?), and count as 0"
 _FIRST_CHECKS, _CHECK_EVERY = (1, 2, 4, 8), 10
@@ -69,7 +66,7 @@ class Objective:
     sign: float = -1.0
     reduction_fn: Callable[[Tensor], Tensor] = torch.sum
     samples: int = 1
-    success: Success | None = None
+    success: Rule | None = None
 
     def evaluate(
         self,
@@ -94,7 +91,7 @@ class Objective:
                 loss = self.criterion(output, target)
                 losses.append(loss.detach())
                 if self.success is not None:
-                    outputs.append(output.detach())
+                    outputs.append(output.detach() if isinstance(output, Tensor) else output)
                 if params is None:
                     continue
                 if self.reduction_fn is not torch.sum:  # else differentiate without the sum
@@ -111,9 +108,17 @@ class Objective:
             if self.success is None:
                 success = torch.zeros_like(cost, dtype=torch.bool)
             else:
-                output = outputs[0] if self.samples == 1 else torch.stack(outputs).mean(0)
+                output = outputs[0] if self.samples == 1 else _mean(outputs)
                 success = self.success(output, target)
         return perturbed.detach(), cost, success
+
+
+def _mean(outputs: list[Any]) -> Tensor:
+    """The mean output of a model, or the mean of its logits."""
+    outputs = [logits_of(output) for output in outputs]
+    if not isinstance(outputs[0], Tensor):
+        raise wrong("model", "give tensors where there are `samples`", outputs[0], TypeError)
+    return torch.stack(outputs).mean(0)
 
 
 def solve(

@@ -17,10 +17,10 @@ from rai_toolbox.checks import check_count
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, wrong
-from rai_toolbox.perturbations.losses import Criterion, criterion_of, cross_entropy
+from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import PerturbationModel
-from rai_toolbox.perturbations.solve import Objective, Success, copy_into, own_rows, solve, solving
+from rai_toolbox.perturbations.solve import Objective, copy_into, own_rows, solve, solving
 
 OptimizerLike = Optimizer | Callable[..., Any]
 PerturbationLike = PerturbationModel | Callable[[Tensor], PerturbationModel]
@@ -44,7 +44,7 @@ def gradient_ascent(
     criterion: Criterion | None = None,
     reduction_fn: Callable[[Tensor], Tensor] = torch.sum,
     samples: int = 1,
-    stop_once: Success | None = None,
+    stop_once: Rule | None = None,
     **optim_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     r"""Perturb data to maximize a loss of each example.
@@ -229,7 +229,8 @@ def warn_of_zero_gradient(zero: Tensor) -> None:
     if number:
         warnings.warn(
             f"the gradient of {number} of {zero.numel()} examples is 0 at the start (a saturated "
-            "loss, or a model whose output does not depend on them): they were not attacked",
+            "loss, a model whose output does not depend on them, or a loss at its minimum, which a "
+            "random start leaves): they were not attacked",
             ZeroGradientWarning,
             stacklevel=3,
         )

@@ -17,8 +17,8 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations import inputs, losses
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
-from rai_toolbox.perturbations.losses import Criterion, cross_entropy, is_fooled
+from rai_toolbox.perturbations.inputs import Model, Range, logits_of, wrong
+from rai_toolbox.perturbations.losses import Criterion, Rule, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.solve import solving
 
@@ -50,6 +50,7 @@ def universal_perturbation(
     epochs: int = 50,
     optimizer: Callable[..., Optimizer] | None = None,
     criterion: Criterion | None = None,
+    fooled: Rule | None = None,
     targeted: bool = False,
     progress: bool = True,
 ) -> UniversalPerturbation:
@@ -66,7 +67,8 @@ def universal_perturbation(
     Parameters
     ----------
     model : callable
-        From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
+        From data to logits, shape (N, K), or to an object or dict with `logits`. A module is in
+        eval mode with frozen weights meanwhile. With a `criterion` to anything.
     loader : iterable of (data, target)
         Batches, such as a DataLoader, which is iterated at most ``epochs + 2`` times. They are
         moved to the device of the model.
@@ -85,6 +87,8 @@ def universal_perturbation(
     criterion : callable, optional
         The loss of each example, whose mean over a batch is maximized. By default `cross_entropy`.
         `margin_loss` has a gradient also where the cross entropy rounds to 0.
+    fooled : callable, optional
+        As in `attack`: which examples count as fooled.
     targeted : bool
         Whether the loss is minimized, so that the model predicts `target`.
     progress : bool
@@ -123,22 +127,30 @@ def universal_perturbation(
     if isinstance(loader, Iterator):
         raise wrong("loader", "be iterable more than once", loader, TypeError)
     radius = inputs.radius_of(ball)
+    must_be_classes = criterion is None
+    may_be_classes = None if fooled is None else False
+    rule = losses.fooled_rule(fooled, targeted, required=False)
     criterion = losses.criterion_of(criterion, cross_entropy, targeted)
     title, work = "universal perturbation", (epochs + 2) * length_hint(loader)
     with solving(model) as model, progress_bar(title, work, shown=progress) as bar:
         ends = [inputs.without_history(torch.as_tensor(x)) for x in data_range or (-inf, inf)]
 
         def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in inputs.batches(loader, inputs.device_of(model)):
+            for batch in inputs.batches(loader, inputs.device_of(model), must_be_classes):
                 yield batch
                 bar.update()
 
-        def perturbed_model(data: Tensor) -> Tensor:
-            return model(perturbation(data).clamp(*(end.to(data) for end in ends)))
+        def perturbed_model(data: Tensor) -> Any:
+            return logits_of(model(perturbation(data).clamp(*(end.to(data) for end in ends))))
+
+        @torch.no_grad()
+        def is_fooled(called: Model, data: Tensor, target: Tensor) -> Tensor:
+            checked = inputs.checked(called, target, must_be_classes or may_be_classes)
+            return rule(checked(data), target)
 
         before = []
         for data, target in epoch():
-            before.append(_fooled(model, data, target, targeted))
+            before.append(is_fooled(model, data, target))
         if not before:
             raise wrong("loader", "have data", "none")
         perturbation = AdditivePerturbation(data, delta_ndim=-1)
@@ -160,11 +172,6 @@ def universal_perturbation(
                 made.param_groups[0]["lr"] /= 2
                 if made.param_groups[0]["lr"] <= _LAST * radius:
                     break
-        after = [_fooled(perturbed_model, *batch, targeted) for batch in epoch()]
+        after = [is_fooled(perturbed_model, *batch) for batch in epoch()]
     fractions = [torch.cat(fooled).double().mean().item() for fooled in (before, after)]
     return UniversalPerturbation(perturbation.delta.detach(), *fractions)
-
-
-@torch.no_grad()
-def _fooled(model: Model, data: Tensor, target: Tensor, targeted: bool) -> Tensor:
-    return is_fooled(inputs.classifier(model, target)(data), target, targeted)

@@ -171,5 +171,24 @@ def test_examples_show_what_was_changed_and_misread(drawn):
     assert len({axes.spines["left"].get_edgecolor() for axes in grid[6:]}) == 2
 
 
+@pytest.mark.parametrize(
+    ("target", "reading", "titles", "labels"),
+    [
+        (torch.tensor([[0.25], [1.0], [2.0]]), torch.ones(3, 1) / 3, ["0.25", "1", "2"], "0.333"),
+        (torch.eye(3).bool(), torch.ones(3, 3), ["True False False"], "1 1 1"),
+        (torch.zeros(3, 4, 4).long(), torch.zeros(3, 2, 4, 4), [""], ""),
+        (torch.tensor([1000, 1, 2]), torch.tensor([12345, 1, 1]), ["1000", "1"], "12345"),
+    ],
+)
+def test_examples_of_other_targets(target, reading, titles, labels):
+    data, misread = torch.rand(3, 2, 2), torch.tensor([True, False, True])
+    shown = Examples("L2", 1.0, data, data / 2, target, reading, misread)
+    grid = report(examples=(shown,)).plot().subfigs[1].subfigs[0].axes
+    assert [axes.get_title() for axes in grid[: len(titles)]] == titles
+    assert grid[6].get_xlabel() == labels
+    colors = [axes.spines["left"].get_edgecolor() for axes in grid[6:]]
+    assert colors[0] == colors[2] != colors[1]
+
+
 def test_without_examples_there_are_only_panels():
     assert len(report().plot().subfigs) == 1

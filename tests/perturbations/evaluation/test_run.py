@@ -383,6 +383,16 @@ def test_settings_are_described_as_plain_data():
         ({"loader": []}, ValueError, "`loader` must give one batch at least, got none"),
         ({"loader": [DATA]}, TypeError, r"pairs \(data, target\), got Tensor as batch 0"),
         (
+            {"loader": (DATA, TARGET)},
+            TypeError,
+            r"Tensor .* \(one batch alone: `\[\(data, target\)\]`",
+        ),
+        (
+            {"loader": [{"x": DATA, "y": TARGET}]},
+            TypeError,
+            r"`\[\(batch\['x'\], batch\['y'\]\) for",
+        ),
+        (
             {"loader": [(DATA, TARGET, TARGET)]},
             TypeError,
             r"pairs .*, got tuple as batch 0 with 3 items: `\[\(x, y\) for x, y, \*_ in loader\]`",

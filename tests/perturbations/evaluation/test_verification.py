@@ -306,6 +306,7 @@ DATA, TARGET = torch.zeros(2, 3), torch.tensor([0, 1])
         ({"target": TARGET + 2}, ValueError, r"`target` must hold classes from 0 to 2, got 3"),
         ({"target": TARGET - 1}, ValueError, r"`target` must hold classes from 0 to 2, got -1"),
         ({"perturbed": DATA[:, :2]}, ValueError, r"shape \(2, 3\), got torch.float32 of"),
+        ({"perturbed": DATA.numpy()}, TypeError, r"tensor, got ndarray \(use `torch.from_numpy`\)"),
         ({"perturbed": DATA.long()}, ValueError, "floating-point .* got torch.int64"),
         ({"model": lambda x: x.sum(1)}, ValueError, r"logits of shape \(2, K\)"),
         ({"model": lambda x: [x]}, ValueError, "got list"),

@@ -15,7 +15,11 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import Bar
 from rai_toolbox.perturbations.evaluation.fingerprint import fingerprint
 from rai_toolbox.perturbations.evaluation.report import Examples, RobustnessReport
-from rai_toolbox.perturbations.evaluation.verification import VerificationReport, compare, predict
+from rai_toolbox.perturbations.evaluation.verification import (
+    Prediction,
+    VerificationReport,
+    compare,
+)
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 
@@ -28,6 +32,7 @@ class Batch:
     balls: Mapping[str, list[Ball]]
     data_range: Range
     solver: Callable[..., Any]
+    predict: Callable[..., Prediction]
     seed: int
     data: Tensor
     target: Tensor
@@ -37,7 +42,7 @@ class Batch:
         """The report of the batch; `start` has the settings."""
         withstood, checks = {}, {}
         with _seeded(self.data.device, self.seed, self.name):
-            before = predict(self.model, self.data, self.target)
+            before = self.predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
                 robust, found = ~before.misclassified, []
                 count = robust.long() - 1
@@ -46,7 +51,7 @@ class Batch:
                     if ball.epsilon > 0 and robust.any():  # at 0, the only point is the original
                         original, target = before.rows(robust), self.target[robust]
                         perturbed = self._perturb(original.data, target, ball)
-                        after = predict(self.model, perturbed, target, gradient=False)
+                        after = self.predict(self.model, perturbed, target, gradient=False)
                         check, fooled = compare(original, after, ball, self.data_range)
                         robust = robust.masked_scatter(robust, ~fooled)
                     count += robust
@@ -59,14 +64,14 @@ class Batch:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
         found = []
         with _seeded(self.data.device, self.seed, self.name):
-            right = ~predict(self.model, self.data, self.target, gradient=False).misclassified
+            right = ~self.predict(self.model, self.data, self.target, gradient=False).misclassified
             rows = right.nonzero().squeeze(1)[:number]
             data, target = self.data[rows], self.target[rows]
             for norm, (*_, ball) in self.balls.items() if len(rows) else ():
                 perturbed = self._perturb(data, target, ball)
-                classes = predict(self.model, perturbed, target, gradient=False).classes
-                kept = (tensor.cpu() for tensor in (data, perturbed, target, classes))
-                found.append(Examples(norm, float(ball.epsilon), *kept))
+                after = self.predict(self.model, perturbed, target, gradient=False)
+                kept = (data, perturbed, target, after.reading, after.misclassified)
+                found.append(Examples(norm, float(ball.epsilon), *(each.cpu() for each in kept)))
         return found
 
     def _perturb(self, data: Tensor, target: Tensor, ball: Ball) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def fingerprint(*values: object) -> str:
     """A short text that differs if any of `values` differs.
 
     Tensors are compared by bits, dtype and shape, modules by class and `state_dict`, functions and
-    classes by name.
+    classes by name, lambdas also by their code.
     """
     return _digest(repr(described(values)).encode())
 
@@ -51,6 +52,11 @@ def described(value: object) -> Any:
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [described(item) for item in value]
+    if isinstance(value, FunctionType) and value.__name__ == "<lambda>":
+        code = value.__code__
+        constants = [item for item in code.co_consts if not isinstance(item, CodeType)]
+        text = f"{code.co_code!r} {code.co_names} {constants}"
+        return f"{_name(value)} {_digest(text.encode())}"
     return _name(value) if hasattr(value, "__qualname__") else _name(type(value))
 
 

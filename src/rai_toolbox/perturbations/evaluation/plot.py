@@ -50,7 +50,7 @@ def draw_accuracy(axes: Any, reports: Mapping[str, Any], norm: str) -> None:
         axes.plot(epsilons, accuracies, color=color, marker=marker, linewidth=2, label=label)
     axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
     axes.set(xlabel="ε (at 0: the original data)", xlim=(0, None))
-    axes.set(ylabel="classified correctly (%)", ylim=(0, 100))
+    axes.set(ylabel="correct (%)", ylim=(0, 100))
     tidy(axes)
 
 
@@ -81,12 +81,22 @@ def _draw_examples(figure: Any, shown: Any) -> None:
             _show(axes, example.detach().float().cpu(), limits, colors)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
-    pairs = zip(shown.target.tolist(), shown.reading.tolist(), strict=True)
-    for top, bottom, (target, predicted) in zip(grid[0], grid[2], pairs, strict=True):
-        wrong = predicted != target
-        top.set_title(str(target), fontsize=10)
-        bottom.set_xlabel(str(predicted), color=WRONG if wrong else "0.2", fontsize=10)
+    misread = shown.reading != shown.target if shown.misread is None else shown.misread
+    texts = map(_texts, (shown.target, shown.reading))
+    examples = zip(grid[0], grid[2], *texts, misread.tolist(), strict=True)
+    for top, bottom, target, predicted, wrong in examples:
+        top.set_title(target, fontsize=10)
+        bottom.set_xlabel(predicted, color=WRONG if wrong else "0.2", fontsize=10)
         bottom.spines[:].set(color=WRONG if wrong else "0.7", linewidth=2)
+
+
+def _texts(values: Tensor) -> list[str]:
+    """One text for each example; none for those of many numbers."""
+    rows = values.reshape(len(values), -1)
+    if rows.shape[1] > 5:
+        return [""] * len(rows)
+    texts = "{:.3g}" if values.is_floating_point() else "{}"
+    return [" ".join(map(texts.format, row)) for row in rows.tolist()]
 
 
 def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) -> None:

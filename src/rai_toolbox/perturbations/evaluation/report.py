@@ -41,7 +41,10 @@ class Row(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Some data, their perturbations in one ball, and the predictions of the model."""
+    """Some data, their perturbations in one ball, what the model predicts, and where it is wrong.
+
+    With a rule `correct`, `reading` is the output of the model, if it has one entry per example.
+    """
 
     norm: str
     epsilon: float
@@ -49,6 +52,7 @@ class Examples(NamedTuple):
     perturbed: Tensor
     target: Tensor
     reading: Tensor
+    misread: Tensor | None = None
 
 
 @dataclass(frozen=True)

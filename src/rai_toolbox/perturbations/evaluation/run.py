@@ -28,8 +28,13 @@ from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerpr
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
-from rai_toolbox.perturbations.evaluation.verification import VerificationReport
+from rai_toolbox.perturbations.evaluation.verification import (
+    VerificationReport,
+    predict,
+    wrong_by,
+)
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of
 
 
 def evaluate_robustness(
@@ -47,6 +52,8 @@ def evaluate_robustness(
     examples: int = 4,
     group: dist.ProcessGroup | None = None,
     keys: tuple[Any, Any] | None = None,
+    criterion: Criterion | None = None,
+    correct: Rule | None = None,
 ) -> RobustnessReport:
     """Clean and robust accuracy over norms and radii, verified independently of the solver.
 
@@ -66,10 +73,11 @@ def evaluate_robustness(
     Parameters
     ----------
     model : Callable
-        From data to logits, shape (N, K), or to an object with `logits`. A module is in eval mode
-        with frozen weights meanwhile.
+        From data to logits, shape (N, K), or to an object or dict with `logits`. With `correct` to
+        anything. A module is in eval mode with frozen weights meanwhile.
     loader : Iterable
         Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader; see `keys`.
+        With `correct`, targets may have any dtype and the shape (N, ...).
     balls : LinfBall, L2Ball or L1Ball, or an iterable of them
         Each has a number as radius, and no center.
     data_range : (float or Tensor, float or Tensor), optional
@@ -99,6 +107,13 @@ def evaluate_robustness(
     keys : pair, optional
         Where data and classes are in each batch: ``("pixel_values", "labels")`` for dicts, ``(0,
         1)`` for tuples of more items. None: batches are pairs.
+    criterion : Callable, optional
+        The loss of each example, which `solver` is also called with.
+    correct : Callable, optional
+        From the model's output and the target to a bool for each example: whether the prediction is
+        right. By default that of the class. A solver that takes `fooled` gets its negation. The
+        report's settings name it. In a state file a function is known by its name, a lambda by its
+        code, a `functools.partial` by its arguments, too.
 
     Returns
     -------
@@ -130,8 +145,17 @@ def evaluate_robustness(
     check_count("seed", seed, 0)
     if steps is not None:
         solver = partial(solver, steps=steps)
+    if criterion is not None:
+        solver = partial(solver, criterion=criterion_of(criterion, criterion, targeted=False))
+    settings = {"data_range": described(data_range), "solver": described(solver), "seed": seed}
+    fooled = wrong_by(correct)  # which checks it
+    if correct is not None:
+        settings["correct"] = described(correct)
+        if inputs.takes(solver, "fooled")[0]:
+            solver = partial(solver, fooled=fooled)
+    judge = partial(predict, correct=correct, criterion=criterion)
     start = RobustnessReport(
-        {"data_range": described(data_range), "solver": described(solver), "seed": seed},
+        settings,
         {norm: tuple(map(inputs.radius_of, found)) for norm, found in by_norm.items()},
         {norm: () for norm in by_norm},
         {norm: (VerificationReport(),) * len(found) for norm, found in by_norm.items()},
@@ -145,10 +169,11 @@ def evaluate_robustness(
     def unknown_batches(bar: extras.Bar) -> Iterator[Batch]:
         number = 0
         pairs = loader if keys is None else ([batch[key] for key in keys] for batch in loader)
-        for number, (data, target) in enumerate(inputs.batches(pairs, device), start=1):
+        found = inputs.batches(pairs, device, classes=correct is None)
+        for number, (data, target) in enumerate(found, start=1):
             inputs.bounds_of(data, data_range)  # which checks the data
             name = fingerprint(data, target)
-            batch = Batch(model, by_norm, data_range, solver, seed, data, target, name)
+            batch = Batch(model, by_norm, data_range, solver, judge, seed, data, target, name)
             if number == 1 and examples:
                 shown.extend(batch.examples(examples))
             if state.holds(number - 1, batch.name):

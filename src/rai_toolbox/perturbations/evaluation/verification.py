@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from math import inf
+from functools import partial
+from math import inf, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
-from rai_toolbox.perturbations.losses import gradient_of
+from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of, fooled_rule, gradient_of
 from rai_toolbox.perturbations.solve import solving
 
 
@@ -28,21 +29,23 @@ class VerificationReport:
     data : int
         Number of examples.
     fooled : int
-        Number for which the model predicts another class than the target, inside ball and range.
+        Number for which the model predicts another class than the target, or what the rule
+        `correct` refuses, inside ball and range.
     outside_ball, outside_box : int
         Numbers outside the ball around the original, by more than rounding, and outside the range
         of the data.
     ball_excess, box_excess : float
         The largest distance beyond the radius, and beyond a bound; 0 if there is none.
     not_finite : int
-        Number with an infinity or NaN in the perturbed data, in the loss or in the gradient.
+        Number with an infinity or NaN in the perturbed data, in the loss or in the gradient. With a
+        rule `correct`, the loss is the `criterion`; without one it counts as finite.
     zero_gradient : int
         Number of originals at which the gradient of the log odds against the class is exactly 0.
-        As log odds do not saturate, the model is constant there.
+        As log odds do not saturate, the model is constant there. With a rule, that of `criterion`.
     not_risen : int
-        Number for which the cross entropy is not higher than at the original.
+        Number for which the cross entropy, or the `criterion`, is not higher than at the original.
     underused : int
-        Number that is not fooled, although the cross entropy is higher than at the original, by a
+        Number that is not fooled, although the loss is higher than at the original, by a
         change of less than half of the radius. It is a fault if these are most of those that are
         not fooled: the solver's steps are too few or too short, or the ball is wider than the range
         of the data.
@@ -101,11 +104,15 @@ class VerificationReport:
 
 
 class Prediction(NamedTuple):
-    """Data, shape (N, ...), and what a model predicts for each example, shape (N,) each."""
+    """Data, shape (N, ...), and what a model predicts for each example, shape (N,) each.
+
+    Losses are NaN where no loss is known. `reading` is the class; with a rule it is the output, or
+    whether that is wrong if it has not one entry per example.
+    """
 
     data: Tensor
     losses: Tensor
-    classes: Tensor
+    reading: Tensor
     misclassified: Tensor
     zero_gradient: Tensor
     finite: Tensor
@@ -124,20 +131,45 @@ def log_odds(logits: Tensor, target: Tensor) -> Tensor:
     return wide.scatter(1, own, -inf).logsumexp(1) - wide.gather(1, own).squeeze(1)
 
 
-def predict(model: Model, data: Tensor, target: Tensor, *, gradient: bool = True) -> Prediction:
-    """Call `model`, in eval mode and with frozen weights, and compare with the classes."""
+def wrong_by(correct: Rule | None) -> Rule:
+    """The rule of who is fooled: whoever is not correct by another rule, or by the class."""
+    if correct is None:
+        return fooled_rule(None)
+    right = fooled_rule(correct, name="correct")
+    return lambda output, target: ~right(output, target)
+
+
+def predict(
+    model: Model,
+    data: Tensor,
+    target: Tensor,
+    *,
+    correct: Rule | None = None,
+    criterion: Criterion | None = None,
+    gradient: bool = True,
+) -> Prediction:
+    """Call `model`, in eval mode and with frozen weights, and compare with the target."""
+    loss = log_odds if correct is None else criterion
     with solving(model) as model, torch.set_grad_enabled(gradient):
         x = data.detach().clone().requires_grad_(gradient)
-        logits = inputs.classifier(model, target)(x)
-        target = target.clone().long()  # which autograd cannot keep if made in inference mode
-        losses = log_odds(logits, target)
+        output = inputs.checked(model, target, classes=correct is None)(x)
+        target = target.clone()  # as autograd cannot keep one made in inference mode
+        target = target.long() if inputs.are_classes(target) else target
+        if loss is None:
+            losses = torch.full(x.shape[:1], nan, dtype=x.dtype, device=x.device)
+        else:
+            losses = loss(output, target)
+            inputs.check_per_example("criterion", losses, x)
         slope = gradient_of(losses, x)
-    logits, losses = logits.detach(), losses.detach()
-    classes = logits.argmax(1)
-    misclassified = (classes != target) | logits.isnan().any(1)  # a NaN may be at the right class
-    finite = losses.isfinite() & slope.isfinite().flatten(1).all(1)
-    zero_gradient = (slope == 0).flatten(1).all(1) & finite & gradient
-    return Prediction(data, losses, classes, misclassified, zero_gradient, finite)
+    with torch.no_grad():
+        misclassified = wrong_by(correct)(output, target)
+        reading = output.argmax(1) if correct is None else output
+    if not isinstance(reading, Tensor) or reading.shape[:1] != data.shape[:1]:
+        reading = misclassified
+    losses, is_known = losses.detach(), loss is not None
+    finite = (losses.isfinite() | (not is_known)) & slope.isfinite().flatten(1).all(1)
+    zero_gradient = (slope == 0).flatten(1).all(1) & finite & (gradient and is_known)
+    return Prediction(data, losses, reading.detach(), misclassified, zero_gradient, finite)
 
 
 def compare(
@@ -164,7 +196,7 @@ def compare(
         box_excess=_largest(box_excess),
         not_finite=int((~finite).sum()),
         zero_gradient=int(before.zero_gradient.sum()),
-        not_risen=int((finite & ~risen).sum()),
+        not_risen=int((finite & (after.losses <= before.losses)).sum()),
         underused=int((risen & ~after.misclassified & little_used).sum()),
     )
     return report, fooled
@@ -178,6 +210,8 @@ def verify(
     *,
     ball: Ball,
     data_range: Range = (0.0, 1.0),
+    criterion: Criterion | None = None,
+    correct: Rule | None = None,
 ) -> VerificationReport:
     """Examine perturbed data of any origin: ball and range in float64, losses by new calls.
 
@@ -189,15 +223,21 @@ def verify(
     Parameters
     ----------
     model : Callable
-        From data to logits, shape (N, K). A module is in eval mode with frozen weights meanwhile.
+        From data to logits, shape (N, K), or to an object or dict with `logits`. A module is in
+        eval mode with frozen weights meanwhile.
     data, perturbed : Tensor, shape (N, ...)
         The originals and the perturbed data.
-    target : Tensor, shape (N,)
-        The right classes.
+    target : Tensor
+        The right classes, shape (N,); with `correct` of any dtype and of shape (N, ...).
     ball : LinfBall or L2Ball or L1Ball
         Without a center: it is around each original.
     data_range : (float or Tensor, float or Tensor), optional
         Lower and upper bound of all data; None for no bounds.
+    criterion : Callable, optional
+        With `correct`, the loss of each example that should have increased.
+    correct : Callable, optional
+        From the model's output and the target to a bool for each example, if targets are not
+        classes: whether the prediction is right.
 
     Returns
     -------
@@ -220,12 +260,17 @@ def verify(
     (1, 1, 0.075)
     """
     inputs.check_ball(ball)
-    inputs.check_batch(data, target)
+    criterion_of(criterion, log_odds, targeted=False)
+    inputs.check_batch(data, target, classes=correct is None)
+    if not isinstance(perturbed, Tensor):
+        got = f"{type(perturbed).__name__} (use `torch.from_numpy`)"
+        raise wrong("perturbed", "be a tensor", got, TypeError)
     if perturbed.shape != data.shape or not perturbed.is_floating_point():
         got = f"{perturbed.dtype} of shape {tuple(perturbed.shape)}"
         raise wrong("perturbed", f"be floating-point data of shape {tuple(data.shape)}", got)
-    before = predict(model, data, target)
-    after = predict(model, perturbed, target, gradient=False)
+    judge = partial(predict, model, correct=correct, criterion=criterion)
+    before = judge(data, target)
+    after = judge(perturbed, target, gradient=False)
     return compare(before, after, ball, data_range)[0]
 
 
