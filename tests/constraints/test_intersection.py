@@ -170,7 +170,7 @@ def test_empty_intersection_writes_nothing():
     [
         Intersection(L2Ball(1.0, center=2.0), L2Ball(1.0), max_iterations=200),
         Intersection(HalfSpace(1.0, torch.tensor([[1.0], [-1.0]])), NonNegative()),  # in row 2
-        Intersection(Hyperplane(1.0, 1.0), Hyperplane(1.0, 1.0 + 1e-6), max_iterations=200),
+        Intersection(Hyperplane(1.0, 1.0), Hyperplane(1.0, 1.001), max_iterations=200),
         Intersection(Hyperplane(1.0, 9.0), Box(-1.0, 1.0), max_iterations=200),
     ],
 )

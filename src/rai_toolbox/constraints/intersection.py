@@ -19,7 +19,7 @@ from rai_toolbox.constraints.kernels.rounding import resolution
 _CYCLES = 4  # between two checks of convergence, each of which synchronizes with the device
 _HALF = _CYCLES // 2
 _NOISE = 1e-15  # relative rounding error of corrections
-_FAR = 1e9  # how far away common points may be, relative to the sub-tensor and to its result
+_FAR = 1e6  # how far away common points may be, relative to the sub-tensor and to its result
 _SLOWEST = 1e-4  # smallest rate of convergence that is assumed; rounding noise looks like 0
 
 
@@ -53,7 +53,7 @@ class Intersection(Constraint):
     max_iterations : int
         The largest number of cycles, rounded up to fours. A projection that needs more raises a
         RuntimeError with the violation of each set at its end, and writes nothing. So does one that
-        proves, mostly much earlier, that the sets have no points in common within 1e9 times the
+        proves, mostly much earlier, that the sets have no points in common within 1e6 times the
         magnitude of the sub-tensor: the messages differ.
 
     Raises
