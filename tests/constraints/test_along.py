@@ -143,9 +143,10 @@ def test_intersections_of_sets_along_several_dims(dims):
     assert len(both.violation(x)) == (1 if 0 in dims else 3)
 
 
-def test_a_mask_takes_no_set_along_other_dims():
+@pytest.mark.parametrize("make", [lambda s: s, Intersection, lambda s: Intersection(Box(0, 1), s)])
+def test_a_mask_takes_no_set_along_other_dims(make):
     with pytest.raises(ValueError, match="`constraint` must not be .* of other dims"):
-        Masked(Simplex(dim=0), torch.tensor([True, False, True]))
+        Masked(make(Simplex(dim=0)), torch.tensor([True, False, True]))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 from optim.memory_layouts import LAYOUTS, equal_bits
-from scipy.optimize import minimize
+from scipy.optimize import linear_sum_assignment, minimize
 
+from rai_toolbox.constraints.balls import L2Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, NonNegative
 from rai_toolbox.constraints.intersection import Intersection
 from rai_toolbox.constraints.linear import Affine, HalfSpace, Hyperplane
 from rai_toolbox.constraints.masked import Masked
+from rai_toolbox.constraints.simplex import Simplex
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 BIRKHOFF = Intersection(
@@ -157,10 +159,80 @@ def test_empty_intersection_writes_nothing():
     x = torch.tensor([[0.2, 0.1], [0.3, 0.4]])
     before = x.clone()
     nothing = Intersection(HalfSpace(1.0, -1.0), NonNegative(), max_iterations=300)
-    message = r"max_iterations=300; 2 sub-tensors .* 0.707 outside HalfSpace, 0 outside NonNeg"
+    message = "must have points in common.* sub-tensors ended up to 0.707 outside HalfSpace, 0 out"
     with pytest.raises(RuntimeError, match=message):
         nothing.project_(x)
     assert equal_bits(x, before)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        Intersection(L2Ball(1.0, center=2.0), L2Ball(1.0), max_iterations=200),
+        Intersection(HalfSpace(1.0, torch.tensor([[1.0], [-1.0]])), NonNegative()),  # in row 2
+        Intersection(Hyperplane(1.0, 1.0), Hyperplane(1.0, 1.001), max_iterations=200),
+        Intersection(Hyperplane(1.0, 9.0), Box(-1.0, 1.0), max_iterations=200),
+    ],
+)
+def test_no_common_point_is_proved_early(nothing):
+    with pytest.raises(RuntimeError, match="none within .*e.* of it: [12] of 2 sub-tensors"):
+        nothing.project(normal(2, 4))
+
+
+def test_not_converged_is_told_from_empty():
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    tangent = Intersection(L2Ball(1.0, center=2.0), L2Ball(math.sqrt(8) - 1), max_iterations=20)
+    message = "did not converge in max_iterations=20 .* 1 of 1 .* outside L2Ball.* suggest up to"
+    with pytest.raises(RuntimeError, match=message):
+        tangent.project_(x)
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_flat_angles_take_few_cycles(angle):
+    """Plain cycles would approach the corner at a rate of 1 - angle^2."""
+    x = torch.tensor([[1.0, 1.0], [3.0, 0.5]], dtype=torch.float64)
+    allowed = {"rtol": 0, "atol": 1e-9 + 1e-15 / angle**2}
+    for corner in (0.0, 1.0):  # at (0, 0) and (1, 0)
+        wedge = Intersection(
+            HalfSpace(x.new_tensor([1.0, 0.0]), corner),
+            HalfSpace(x.new_tensor([-1.0, angle]), -corner),
+            max_iterations=100,
+        )
+        y = wedge.project(x)
+        assert (wedge.violation(y) == 0).all()
+        torch.testing.assert_close(y, x.new_tensor([corner, 0.0]).expand(2, 2), **allowed)
+    weights = x.new_tensor([1.0, angle, 0.0])
+    three = Intersection(
+        HalfSpace(weights, 0.0),
+        HalfSpace(weights * weights.new_tensor([-1, 1, 0]), 0.0),
+        HalfSpace(x.new_tensor([0.0, -1.0, 1.0]), 1.0),
+        max_iterations=200,
+    )
+    y = three.project(x.new_tensor([[3.0, 3.0, 2.0]]))
+    torch.testing.assert_close(y, x.new_tensor([[0.0, 0.0, 1.0]]), **allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3, 1e5])
+def test_doubly_stochastic_from_far(scale, dtype):
+    x = (normal(5, 5, 5) * scale).to(dtype)
+    doubly = Intersection(Simplex(dim=1), Simplex(dim=2), max_iterations=600)
+    y = doubly.project(x)
+    assert (doubly.violation(y) == 0).all()
+    allowed = 30 * scale * (doubly.tolerance * scale + torch.finfo(dtype).eps)
+    for rest, nearest in zip((x - y).double(), y.double(), strict=True):
+        corner = linear_sum_assignment(rest, maximize=True)  # the farthest along x - y
+        assert rest[corner].sum() - (rest * nearest).sum() <= allowed
+
+
+def test_curved_sets_from_far():
+    x, first = normal(20, 4) * 1e3, torch.tensor([0.9, 0, 0, 0], dtype=torch.float64)
+    lens = Intersection(L2Ball(1.0, center=first), L2Ball(1.0), max_iterations=1000)
+    y = lens.project(x)
+    assert (lens.violation(y) == 0).all()
+    z = lens.project(normal(200, 4))
+    products = torch.einsum("ia,ija->ij", x - y, z - y.unsqueeze(1))
+    assert (products <= 1e-5 * 1e3).all()
 
 
 def test_bounded_words():

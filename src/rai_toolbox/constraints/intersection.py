@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Generator, Tensor
 from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_count, check_number, wrong
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.jumps import Jumps
 from rai_toolbox.constraints.kernels.rounding import resolution
 
-_CYCLES = 10  # between two checks of convergence, each of which synchronizes with the device
+_CYCLES = 4  # between two checks of convergence, each of which synchronizes with the device
 _HALF = _CYCLES // 2
-_SHORTEST, _LONGEST = 0.5, 1e12  # jumps, in units of what `_HALF` cycles change
+_NOISE = 1e-15  # relative rounding error of corrections
+_FAR = 1e6  # how far away common points may be, relative to the sub-tensor and to its result
 _SLOWEST = 1e-4  # smallest rate of convergence that is assumed; rounding noise looks like 0
 
 
@@ -27,17 +30,19 @@ class Intersection(Constraint):
     ``{x : x in C_1, ..., x in C_k}``, by Dykstra's algorithm (Boyle and Dykstra, 1986): it
     projects onto the sets in turn, each time first taking back what the last projection onto that
     set has changed. It is done when the moves that are left are small (those of all corrections,
-    as of Birgin and Raydan, 2005), which takes tens of cycles or hundreds; most where sets meet at
-    a small angle, or a sub-tensor is far away, beyond 1e4 times the size of the sets. One that is
-    in all sets costs one `violation` of each of them.
+    as of Birgin and Raydan, 2005), which takes tens of cycles, as jumps of the corrections
+    (Anderson, 1965) replace most of them; hundreds or more where many sets meet at small angles, or
+    a sub-tensor is far away, beyond 1e3 times the size of the sets. One that is in all sets costs
+    one `violation` of each of them.
 
     A result is the nearest point to within about `tolerance`, relative to the largest magnitude
     of the sub-tensor and of the result: for a sub-tensor that is very far away it is a point of
-    the set which need not be the nearest. What is in all sets to within `tolerance` and the
+    the set which need not be the nearest, and at an angle t it is as near as float64 can tell,
+    about 1e-16 / t^2. What is in all sets to within `tolerance` and the
     rounding of its entries counts as inside, and has the derivative 1, also where an equation has
     no interior; elsewhere autograd goes through all cycles, and keeps them.
 
-    This is the only set that synchronizes with its device: it reads one number every ten cycles.
+    This is the only set that synchronizes with its device: it reads two bits every four cycles.
 
     Parameters
     ----------
@@ -46,8 +51,10 @@ class Intersection(Constraint):
     tolerance : float
         The relative accuracy.
     max_iterations : int
-        The largest number of cycles, rounded up to tens. A projection that needs more raises a
-        RuntimeError with the violation of each set at its end, and writes nothing.
+        The largest number of cycles, rounded up to fours. A projection that needs more raises a
+        RuntimeError with the violation of each set at its end, and writes nothing. So does one that
+        proves, mostly much earlier, that the sets have no points in common within 1e6 times the
+        magnitude of the sub-tensor: the messages differ.
 
     Raises
     ------
@@ -132,10 +139,9 @@ class Intersection(Constraint):
         """Dykstra's algorithm on each row, until it has converged for all of them.
 
         Where sets meet at a small angle, or `x` is far away, very many cycles change the
-        corrections in nearly the same direction. So each round of cycles starts with a jump along
-        the change of the last round, and is undone if its own changes turn against the jump. Any
-        corrections are a valid start, as the algorithm is coordinate descent on the dual problem:
-        x = y + sum of corrections.
+        corrections in nearly the same directions. So each round of cycles starts with a jump, which
+        is taken back if it has lowered the dual value. Any corrections are a valid start, as the
+        algorithm is coordinate ascent on the dual problem: x = y + sum of corrections.
 
         Where `x` is far away, float64 leaves an error relative to `x` in a result that is small.
         Such a row starts again from its result: projections do not expand distances, so the
@@ -146,56 +152,85 @@ class Intersection(Constraint):
             return x
         with_origin = self._inside(torch.zeros_like(x), dtype)
         start = result = x
-        corrections = jump = none = x.new_zeros(len(self.sets), *x.shape)
-        stride = x.new_full((len(x),), _SHORTEST)
+        corrections = x.new_zeros(len(self.sets), *x.shape)
+        jumps, jumped = Jumps(corrections), torch.zeros_like(done)
+        least = x.new_full((len(x),), -inf)  # of what no jump has taken back: the dual value,
+        error = fastest = -least  # its rounding error, and twice the size of the last change
         for _ in range(0, self.max_iterations, _CYCLES):
-            jumped = corrections + jump
-            y, half, before = self._cycles(start - sum(jumped), jumped, _HALF)
-            y, after, moved = self._cycles(y, half, _HALF)
-            change = (after - half).detach()
-            left = _left(before, moved, _HALF)
-            overshot = (change * jump).sum((0, 2)) < 0
+            y, half, before, _ = self._cycles(start - sum(corrections), corrections, _HALF)
+            y, after, moved, support = self._cycles(y, half, _HALF)
+            change, sizes = (after - half).detach(), after.detach().abs()
+            largest = torch.maximum(_size(start), sizes.amax((0, 2)))
+            noise = _NOISE * sizes.sum((0, 2)) * largest
+            offset = (start - y).detach()
+            gain = (offset * start.detach()).sum(1) - support
+            value = gain - offset.square().sum(1) / 2
+            fast = torch.linalg.vector_norm(change, dim=(0, 2))
+            # within its rounding error the value does not tell, but the changes do
+            failed = (value < least - error) | ((value <= least + noise) & (fast > fastest))
+            failed = failed & jumped
             reach = torch.maximum(_size(start), _size(y))
+            # no smaller moves of such corrections are left than those by rounding
+            left = torch.where(moved <= _NOISE * largest, moved, _left(before, moved, _HALF))
             # a cone's apex would be approached forever, each time a little nearer
             near_origin = torch.maximum(_size(y), left) <= self.tolerance * reach
             end = _where(near_origin & with_origin, 0.0, y)
-            settled = ~overshot & (left <= self.tolerance * reach)
+            settled = ~failed & (left <= self.tolerance * reach)
             found = settled & self._inside(end, dtype) & ~done
             result, done = _where(found, end, result), done | found
-            if bool(done.all()):
+            # all points z of the sets have <offset, z> <= support
+            apart = (gain - noise) / torch.linalg.vector_norm(offset, dim=1)
+            empty = ~done & (apart > _FAR * reach)
+            all_done, any_empty = torch.stack([done.all(), empty.any()]).tolist()
+            if all_done:
                 return result
+            if any_empty:
+                none_within = f"there are none within {float(apart[empty].amin()):.3g} of it"
+                rule = f"`sets` must have points in common, but {none_within}"
+                raise RuntimeError(f"{rule}: {self._ended(end, empty)}")
             start = _where(settled, end, start)
-            corrections = _where(settled, none, _where(overshot, corrections, after))
-            longer = torch.where(overshot, stride / 32, 4 * stride)
-            stride = torch.where(settled, _SHORTEST, longer.clamp(max=_LONGEST))
-            jump = _where(overshot | settled, none, stride.unsqueeze(1) * change)
-        raise RuntimeError(self._failure(end[~done].detach()))
+            least = torch.where(settled, -inf, torch.where(failed, least, value))
+            error = torch.where(settled, inf, torch.where(failed, error, noise))
+            fastest = torch.where(settled, inf, torch.where(failed, fastest, 2 * fast))
+            turns = 10 * _NOISE * largest
+            corrections, jumped = jumps.next(after, change, turns, failed, settled)
+        moves = float(left[~done].amax())
+        raise RuntimeError(
+            f"`sets` did not converge in max_iterations={self.max_iterations} cycles, which need "
+            f"not mean that they have no points in common: {self._ended(end, ~done)}, and the last "
+            f"moves suggest up to {moves:.3g} more; a larger max_iterations or `tolerance` may do"
+        )
 
-    def _cycles(self, y: Tensor, corrections: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Project onto each set in turn, `count` times; also return the moves of the last time."""
+    def _cycles(self, y: Tensor, corrections: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Project onto each set in turn, `count` times.
+
+        Also return the corrections, and of the last time the moves and the sum of the support
+        functions of the sets at their corrections.
+        """
         for _ in range(count):
-            after, moved = [], y.new_zeros(len(y))
+            after, moved, support = [], y.new_zeros(len(y)), y.new_zeros(len(y))
             for member, correction in zip(self.sets, corrections, strict=True):
                 corrected = y + correction
                 near = member.project(self._batch(corrected)).view(y.shape)
                 moved = moved + _size(near - y)
                 after.append(corrected - near)
+                support = support + (after[-1] * near).detach().sum(1)
                 y = near
             corrections = torch.stack(after)
-        return y, corrections, moved
+        return y, corrections, moved, support
 
     def _inside(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return self._excess(y.detach().to(dtype).to(y.dtype), dtype) <= 0
 
-    def _failure(self, y: Tensor) -> str:
+    def _ended(self, y: Tensor, rows: Tensor) -> str:
+        """Where rows have ended: how far outside each of the sets, at most."""
+        batch = self._batch(y.detach())
+        found = [(member, member.violation(batch).reshape(len(y), -1)) for member in self.sets]
         outside = ", ".join(
-            f"{float(member.violation(self._batch(y)).amax()):.3g} outside {type(member).__name__}"
-            for member in self.sets
+            f"{float(violation[rows].amax()):.3g} outside {type(member).__name__}"
+            for member, violation in found
         )
-        return (
-            "`sets` must have points in common, the nearest of which is found within "
-            f"max_iterations={self.max_iterations}; {len(y)} sub-tensors ended up to {outside}"
-        )
+        return f"{int(rows.sum())} of {len(y)} sub-tensors ended up to {outside}"
 
 
 def _where(rows: Tensor, a: Tensor | float, b: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class Masked(Constraint):
         if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
             got = self.mask.dtype if isinstance(self.mask, Tensor) else repr(self.mask)
             raise wrong("mask", "be a tensor of bools", got, TypeError)
-        if self.constraint._of_matrices or self.constraint._dims is not None:
+        of_rows = self.constraint._dims is None and self.constraint.coupled_dims(2) == (1,)
+        if self.constraint._of_matrices or not of_rows:
             rule = "not be a set of matrices, or of other dims, which a mask takes apart"
             raise wrong("constraint", rule, self.constraint)
         self.__dict__["convex"] = self.constraint.convex
