@@ -119,7 +119,8 @@ def test_gradients_flow():
 )
 def test_refuses_more_dims_than_there_are(shape, k):
     n = len(shape)
-    message = rf"`param_ndim` must be None or lie in \[-{n}, {n}\] .*{n} dims, got {k}$"
+    allowed = rf"None or lie in \[-{n}, {n}\]" if n else "None"
+    message = rf"`param_ndim` must be {allowed} .*{n} dims, got {k}$"
     with pytest.raises(ValueError, match=message):
         to_batch(torch.zeros(shape), k)
 
