@@ -1,0 +1,114 @@
+"""The line search: a step that lowers the loss enough, and its slope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import copysign, inf, isfinite, nan, sqrt
+
+from torch import Tensor
+
+from rai_toolbox.optim.lbfgs.memory import dot
+
+_ARMIJO, _WOLFE = 1e-3, 0.9
+_MOST_TRIALS = 20
+
+
+@dataclass
+class Trial:
+    """A point at which the closure has been evaluated."""
+
+    x: Tensor
+    loss: float
+    gradient: Tensor
+    time: float = 0.0
+    """Its place on the line: ``x + t d``."""
+
+    change: float = 0.0
+    """Of the loss, from the start of the line on."""
+
+    slope: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither the loss nor the gradient has a NaN or an infinity."""
+        return isfinite(self.loss) and bool(self.gradient.isfinite().all())
+
+
+def search(
+    start: Trial,
+    direction: Tensor,
+    first: float,
+    longest: float,
+    trial_at: Callable[[float], Trial | None],
+    precision: float,
+) -> Trial | None:
+    """A trial on a line with a lower loss and a flatter slope, by cubic interpolation.
+
+    The strong Wolfe conditions hold for it, unless it is the `longest` step, or trials have come to
+    an end: `trial_at` returns None. None if no trial is lower.
+
+    Differences of losses that are within rounding, as the relative `precision` of a loss says, are
+    computed from the slopes instead: these are the approximate Wolfe conditions of Hager & Zhang
+    (2005).
+    """
+    previous, low, high = start, start, None
+    time, noise = min(first, longest), precision * abs(start.loss)
+    for _ in range(_MOST_TRIALS):
+        trial = trial_at(time)
+        if trial is None:
+            break
+        trial.time = time
+        if trial.finite:
+            trial.slope = dot(trial.gradient, direction)
+            trial.change = trial.loss - start.loss
+            if abs(trial.change) <= noise:
+                trial.change = time * (start.slope + trial.slope) / 2
+        else:
+            trial.change = inf
+        if trial.change > _ARMIJO * time * start.slope or trial.change >= low.change:
+            high = trial
+        else:
+            is_flat = abs(trial.slope) <= -_WOLFE * start.slope
+            if is_flat or (time >= longest and trial.slope < 0):
+                return trial
+            previous, low = low, trial
+            if trial.slope * ((longest if high is None else high.time) - time) >= 0:
+                high = previous
+        if high is None:
+            time = min(_beyond(previous, low), longest)
+        else:
+            time = _between(low, high)
+        if time in (low.time, trial.time):
+            break  # to within rounding
+    return low if low is not start else None
+
+
+def _beyond(previous: Trial, low: Trial) -> float:
+    """A larger step: 1.1 to 4 times the last way further."""
+    way = low.time - previous.time
+    guess = _minimum_of_cubic(previous, low)
+    if not guess > low.time:
+        return low.time + 4 * way
+    return min(max(guess, low.time + 1.1 * way), low.time + 4 * way)
+
+
+def _between(low: Trial, high: Trial) -> float:
+    """A step between two, not too near to either."""
+    way = high.time - low.time
+    if high.change == inf:
+        return low.time + 0.1 * way
+    share = (_minimum_of_cubic(low, high) - low.time) / way
+    return low.time + (min(max(share, 0.01), 0.9) if isfinite(share) else 0.5) * way
+
+
+def _minimum_of_cubic(a: Trial, b: Trial) -> float:
+    """Where the cubic with the values and slopes of two trials has its minimum; NaN if nowhere."""
+    way = b.time - a.time
+    mean = a.slope + b.slope - 3 * (b.change - a.change) / way
+    square = mean * mean - a.slope * b.slope
+    if not square >= 0:
+        return nan
+    root = copysign(sqrt(square), way)
+    divisor = b.slope - a.slope + 2 * root
+    return b.time - way * (b.slope + root - mean) / divisor if divisor else nan
