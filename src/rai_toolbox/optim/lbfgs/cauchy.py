@@ -26,7 +26,7 @@ class CauchyPoint:
     """-g, but 0 where an element may not move."""
 
     free: Tensor
-    """Which elements are between their bounds."""
+    """Which elements have not come to a bound."""
 
     products: Tensor
     """W times the direction of elements that still move."""
@@ -39,16 +39,14 @@ def cauchy_point(
     x: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, memory: Memory
 ) -> CauchyPoint:
     """The generalized Cauchy point of the model with the matrix B of the memory in a box."""
-    ahead = torch.where(gradient < 0, upper, lower)
-    times = torch.sub(x, ahead).div_(gradient)
-    times[gradient == 0] = inf
-    direction = torch.where(times > 0, -gradient, 0.0)
+    # The later one is ahead. Both are NaN for an element that is at a bound and does not move.
+    times = torch.maximum((x - lower) / gradient, (x - upper) / gradient)
+    direction = gradient.neg().mul_(times > 0)
     time, products, moved = _first_minimum(times, direction, memory)
-    passed = times <= time
-    point = torch.add(x, direction, alpha=time).clamp_(lower, upper)
-    point = torch.where(passed & (direction != 0), ahead, point)
-    free = ~passed & (point > lower) & (point < upper)
-    return CauchyPoint(point, time, direction, free, products, moved)
+    # (a little farther, so that what has come to a bound is there in spite of rounding)
+    far = time * (1 + 8 * torch.finfo(x.dtype).eps)
+    point = torch.add(x, direction, alpha=far).clamp_(lower, upper)
+    return CauchyPoint(point, time, direction, times > time, products, moved)
 
 
 def _first_minimum(

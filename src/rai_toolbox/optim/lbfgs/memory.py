@@ -11,6 +11,7 @@ from torch import Tensor
 from rai_toolbox.constraints.kernels.blocks import BLOCK, wide_dtype
 
 _WIDE = torch.float64  # of the small matrices, which are on the host
+_WIDTH = 2**14
 
 
 class Memory:
@@ -26,7 +27,8 @@ class Memory:
     older changes. Pairs are kept divided by ``sqrt(s y)``, which changes no B, so that all have
     the product 1, whatever the units are. W has y and s of each pair next to each other.
 
-    Products of W with itself are kept on the host, over all elements and over the free ones.
+    Products of W with itself are kept on the host: over all elements those that K needs, and over
+    the free elements all of them.
     """
 
     def __init__(self, size: int, like: Tensor) -> None:
@@ -77,22 +79,26 @@ class Memory:
     def add(self, step: Tensor, change: Tensor, product: float) -> None:
         """Keep a pair with ``s y = product > 0`` in place of the oldest one."""
         slot = self.count % len(self.pairs)
-        torch.div(change, product**0.5, out=self.pairs[slot, 0])
-        torch.div(step, product**0.5, out=self.pairs[slot, 1])
+        scaled_change, scaled_step = self.pairs[slot]
+        torch.div(change, product**0.5, out=scaled_change)
+        torch.div(step, product**0.5, out=scaled_step)
         self.count += 1
-        new, rows = slice(2 * slot, 2 * slot + 2), self.rows
-        products = torch.zeros(len(rows), 4, dtype=wide_dtype(rows), device=rows.device)
+        rows = self.rows
+        products = torch.zeros(3, len(rows), dtype=wide_dtype(rows), device=rows.device)
         for at in _blocks(rows.shape[1]):
-            wide = rows[:, at].to(products.dtype)
-            pair = wide[new]
-            products += wide @ torch.cat([pair, pair * self.free[at]]).T
-        self._set(self.gram, new, products[:, :2])
-        self._set(self.gram_free, new, products[:, 2:])
+            free, block, s, y = self.free[at], rows[:, at], scaled_step[at], scaled_change[at]
+            products += torch.stack([block @ s, block @ (s * free), block @ (y * free)])
+        of_s, of_free_s, of_free_y = products.to("cpu", _WIDE)
+        at_y, at_s = 2 * slot, 2 * slot + 1
+        # (the products of y with older steps are in no matrix)
+        self._set(self.gram, at_s, of_s)
+        self.gram[at_y, at_y] = dot(scaled_change, scaled_change)
+        self._set(self.gram_free, at_s, of_free_s)
+        self._set(self.gram_free, at_y, of_free_y)
 
     @staticmethod
-    def _set(gram: Tensor, new: slice, products: Tensor) -> None:
-        gram[: len(products), new] = products.to("cpu", _WIDE)
-        gram[new, : len(products)] = products.to("cpu", _WIDE).T
+    def _set(gram: Tensor, at: int, products: Tensor) -> None:
+        gram[at, : len(products)] = gram[: len(products), at] = products
 
     def restrict(self, free: Tensor) -> Tensor:
         """The products of W with itself over the free elements."""
@@ -107,8 +113,8 @@ class Memory:
         rows = self.rows
         total = torch.zeros(used, used, dtype=wide_dtype(rows), device=rows.device)
         for at in _blocks(len(changed)):
-            wide = rows[:, changed[at]].to(total.dtype)
-            total += (wide if signs is None else wide * signs[at]) @ wide.T
+            block = rows[:, changed[at]]
+            total += (block if signs is None else block * signs[at]) @ block.T
         self.gram_free[:used, :used] += total.to("cpu", _WIDE)
         self.free = free
         return self.gram_free[:used, :used]
@@ -150,13 +156,12 @@ def solved(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product, accumulated in float64."""
-    if a.dtype == wide_dtype(a):
-        return float(a @ b)
-    total = sum(a[at].to(wide_dtype(a)) @ b[at].to(wide_dtype(a)) for at in _blocks(len(a)))
-    return float(total)
+    """The inner product, whose rounding errors do not grow with its length."""
+    parts = [a[at] @ b[at] for at in _blocks(len(a))]
+    return float(torch.stack(parts).sum(dtype=wide_dtype(a)))
 
 
 def _blocks(size: int) -> Iterator[slice]:
-    for start in range(0, size, BLOCK // 4):
-        yield slice(start, start + BLOCK // 4)
+    """Slices, in which float32 is exact enough: what is summed over them is wide."""
+    for start in range(0, size, _WIDTH):
+        yield slice(start, start + _WIDTH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Minimizer:
         """Leave the parameters at the lowest point found; return why there is no more iteration."""
         problem, settings = self._problem, self._settings
         now = problem.evaluate(problem.project_(problem.point()))
-        status = "" if now.finite else self._failure("not finite")
+        finite = isfinite(now.loss) and bool(now.gradient.isfinite().all())
+        status = "" if finite else self._failure("not finite")
         while not status:
             if self._residual(now) <= settings["tolerance_grad"]:
                 status = "gradient"
@@ -70,11 +72,13 @@ class Minimizer:
         start = replace(now, time=0.0, change=0.0, slope=dot(now.gradient, direction))
         if not start.slope < 0:
             return None
-        first = longest = 1.0
-        if memory.count == 0:  # without a scale
-            first = min(1.0, dot(direction, direction) ** -0.5)
-        elif bounds is not None:
-            longest = longest_step(now.x, direction, *bounds)
+        is_first = memory.count == 0  # and the model has no scale
+        first = min(1.0, dot(direction, direction) ** -0.5) if is_first else 1.0
+
+        def longest() -> float:
+            if is_first or bounds is None:
+                return 1.0
+            return longest_step(now.x, direction, *bounds)
 
         def trial_at(time: float) -> Trial | None:
             if self._problem.ended:
@@ -86,6 +90,8 @@ class Minimizer:
         new = search(start, direction, first, longest, trial_at, self._problem.precision)
         if new is not None:
             step, change = new.x - now.x, new.gradient - now.gradient
+            if not bool(step.any()):
+                return None  # all that is left is rounding
             product = dot(step, change)
             if product > -torch.finfo(step.dtype).eps * new.time * start.slope:
                 memory.add(step, change, product)
@@ -103,7 +109,9 @@ class Minimizer:
 
     def _residual(self, now: Trial) -> float:
         """``|x - P(x - g)|``, of the largest entry."""
-        return float(self._projected_(now.x - now.gradient).sub_(now.x).abs_().max())
+        away = self._projected_(now.x - now.gradient).sub_(now.x)
+        lowest, highest = away.aminmax()
+        return float(torch.maximum(-lowest, highest))
 
     def _projected_(self, x: Tensor) -> Tensor:
         return self._problem.project_(x) if self._bounds is None else x.clamp_(*self._bounds)

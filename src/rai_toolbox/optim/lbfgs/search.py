@@ -29,58 +29,53 @@ class Trial:
 
     slope: float = 0.0
 
-    @property
-    def finite(self) -> bool:
-        """Whether neither the loss nor the gradient has a NaN or an infinity."""
-        return isfinite(self.loss) and bool(self.gradient.isfinite().all())
-
 
 def search(
     start: Trial,
     direction: Tensor,
     first: float,
-    longest: float,
+    longest: Callable[[], float],
     trial_at: Callable[[float], Trial | None],
     precision: float,
 ) -> Trial | None:
     """A trial on a line with a lower loss and a flatter slope, by cubic interpolation.
 
-    The strong Wolfe conditions hold for it, unless it is the `longest` step, or trials have come to
-    an end: `trial_at` returns None. None if no trial is lower.
+    The strong Wolfe conditions hold for it, unless it is the `longest` step, at least 1, or trials
+    have come to an end: `trial_at` returns None. None if no trial is lower. A trial with a
+    loss or a gradient that is not finite counts as too far away.
 
     Differences of losses that are within rounding, as the relative `precision` of a loss says, are
     computed from the slopes instead: these are the approximate Wolfe conditions of Hager & Zhang
     (2005).
     """
     previous, low, high = start, start, None
-    time, noise = min(first, longest), precision * abs(start.loss)
+    end = 1.0 if first <= 1 else longest()
+    time, noise = min(first, end), precision * abs(start.loss)
     for _ in range(_MOST_TRIALS):
         trial = trial_at(time)
         if trial is None:
             break
-        trial.time = time
-        if trial.finite:
-            trial.slope = dot(trial.gradient, direction)
-            trial.change = trial.loss - start.loss
-            if abs(trial.change) <= noise:
-                trial.change = time * (start.slope + trial.slope) / 2
-        else:
+        trial.time, trial.slope = time, dot(trial.gradient, direction)
+        trial.change = trial.loss - start.loss
+        if abs(trial.change) <= noise:
+            trial.change = time * (start.slope + trial.slope) / 2
+        if not isfinite(trial.change + trial.slope):
             trial.change = inf
         if trial.change > _ARMIJO * time * start.slope or trial.change >= low.change:
             high = trial
         else:
-            is_flat = abs(trial.slope) <= -_WOLFE * start.slope
-            if is_flat or (time >= longest and trial.slope < 0):
+            if abs(trial.slope) <= -_WOLFE * start.slope:
                 return trial
+            if high is None and trial.slope < 0 and time >= end:
+                end = longest()
+                if time >= end:
+                    return trial
             previous, low = low, trial
-            if trial.slope * ((longest if high is None else high.time) - time) >= 0:
+            if trial.slope * ((inf if high is None else high.time) - time) > 0:
                 high = previous
-        if high is None:
-            time = min(_beyond(previous, low), longest)
-        else:
-            time = _between(low, high)
+        time = min(_beyond(previous, low), end) if high is None else _between(low, high)
         if time in (low.time, trial.time):
-            break  # to within rounding
+            break  # they differ by rounding
     return low if low is not start else None
 
 

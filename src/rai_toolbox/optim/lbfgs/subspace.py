@@ -26,8 +26,8 @@ def subspace_minimum(
     gram = memory.restrict(cauchy.free)
     pulled = solved(middle, cauchy.moved)
     weights = solved(middle - gram / theta, left * cauchy.products + gram @ pulled)
-    step = memory.combined(pulled + weights / theta)
-    step.add_(cauchy.direction, alpha=left).div_(theta).mul_(cauchy.free)
+    step = memory.combined((pulled + weights / theta) / theta)
+    step.add_(cauchy.direction, alpha=left / theta).mul_(cauchy.free)
     target = torch.add(cauchy.point, step).clamp_(lower, upper)
     if dot(gradient, target - x) < 0:
         return target
@@ -37,7 +37,5 @@ def subspace_minimum(
 
 def longest_step(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> float:
     """The largest t for which ``x + t d`` is in the box."""
-    ahead = torch.where(direction < 0, lower, upper)
-    times = torch.sub(ahead, x).div_(direction)
-    times[direction == 0] = inf
-    return float(times.min())
+    times = torch.fmax((lower - x) / direction, (upper - x) / direction)
+    return float(times.nan_to_num_(nan=inf).min())  # (0 / 0 where nothing moves)
