@@ -12,7 +12,7 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.lbfgs.flat import FlatProblem, check_alike, trainable
 from rai_toolbox.optim.lbfgs.memory import Memory
-from rai_toolbox.optim.lbfgs.minimize import Minimizer
+from rai_toolbox.optim.lbfgs.minimize import REASONS, Minimizer
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value, evaluated
 from rai_toolbox.optim.settings import REQUIRED, check_constraint
 from rai_toolbox.optim.wrapper import Group, Params
@@ -144,7 +144,8 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
     @property
     def status(self) -> str | None:
         """Why the last step has ended; None before the first one."""
-        return self._state().get("status")
+        reason = self._state().get("reason")
+        return None if reason is None else REASONS[reason]
 
     @property
     def evaluations(self) -> int:
@@ -172,7 +173,7 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
         if memory is None or not memory.fits(settings["history_size"], problem.point()):
             memory = Memory(settings["history_size"], problem.point())
         minimizer = Minimizer(problem, memory, settings)
-        state["status"] = minimizer.run()
+        state["reason"] = REASONS.index(minimizer.run())  # (torch loads no strings)
         state["n_iter"] = state.get("n_iter", 0) + minimizer.iterations
         state["func_evals"] = state.get("func_evals", 0) + problem.evaluations
         state["memory"] = memory.to_plain()

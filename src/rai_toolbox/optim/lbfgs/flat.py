@@ -35,6 +35,7 @@ class FlatProblem:
         self.evaluations = 0
         self.first_loss: Any = None
         self._last: Trial | None = None
+        self._graded = [False] * len(self._params)
         self.precision = 0.0
         """The relative precision of the loss."""
         self.error: BaseException | None = None
@@ -53,9 +54,11 @@ class FlatProblem:
         if trial is self._last:
             return
         self._write_(trial.x)
-        for param, part in self._parts(trial.gradient):
+        for (param, part), has_one in zip(self._parts(trial.gradient), self._graded, strict=True):
             if param.grad is not None and param.grad.layout is torch.strided:
                 param.grad.copy_(part)
+            elif has_one and param.grad is None:  # the closure has raised before it made one
+                param.grad = part.clone()
 
     def _write_(self, x: Tensor) -> None:
         for param, part in self._parts(x):
@@ -79,6 +82,7 @@ class FlatProblem:
             value, gradient = nan, torch.full_like(x, nan)
         self._last = Trial(x, value, gradient)
         if self.evaluations == 1 and self.error is None:
+            self._graded = [param.grad is not None for param in self._params]
             self.first_loss = loss
             of_loss = isinstance(loss, Tensor) and loss.is_floating_point()
             self.precision = 8 * torch.finfo(loss.dtype if of_loss else x.dtype).eps

@@ -17,6 +17,19 @@ from rai_toolbox.optim.lbfgs.search import Trial, search
 from rai_toolbox.optim.lbfgs.spg import model_minimum
 from rai_toolbox.optim.lbfgs.subspace import longest_step, subspace_minimum
 
+_SHARE = 1e-6  # of the loss: what a first step is to change at least
+
+REASONS = (
+    "gradient",
+    "change",
+    "max_iter",
+    "max_eval",
+    "no decrease",
+    "not finite",
+    "closure raised",
+)
+"""Why iterations end."""
+
 
 class Minimizer:
     """The iterations on a problem, with a memory that they read and write."""
@@ -73,7 +86,8 @@ class Minimizer:
         if not start.slope < 0:
             return None
         is_first = memory.count == 0  # and the model has no scale
-        first = min(1.0, dot(direction, direction) ** -0.5) if is_first else 1.0
+        length = dot(direction, direction) ** 0.5
+        first = min(1.0, _first_length(now) / length) if is_first else 1.0
 
         def longest() -> float:
             if is_first or bounds is None:
@@ -101,7 +115,8 @@ class Minimizer:
         """Where to search: about the minimum over the set of the model of the memory."""
         x, gradient, memory = now.x, now.gradient, self._memory
         if memory.count == 0:
-            return self._projected_(x - gradient)
+            scale = max(1.0, _first_length(now) / dot(gradient, gradient) ** 0.5)
+            return self._projected_(torch.sub(x, gradient, alpha=scale))
         if self._bounds is None:
             return model_minimum(x, gradient, memory, self._projected_)
         cauchy = cauchy_point(x, gradient, *self._bounds, memory)
@@ -109,9 +124,19 @@ class Minimizer:
 
     def _residual(self, now: Trial) -> float:
         """``|x - P(x - g)|``, of the largest entry."""
-        away = self._projected_(now.x - now.gradient).sub_(now.x)
+        if self._bounds is None:
+            away = now.x - self._projected_(now.x - now.gradient)
+        else:  # without a sum, in which a small gradient may be lost
+            lower, upper = self._bounds
+            away = torch.clamp(now.gradient, now.x - upper, now.x - lower)
         lowest, highest = away.aminmax()
         return float(torch.maximum(-lowest, highest))
 
     def _projected_(self, x: Tensor) -> Tensor:
         return self._problem.project_(x) if self._bounds is None else x.clamp_(*self._bounds)
+
+
+def _first_length(now: Trial) -> float:
+    """The length of the first step: 1, but longer where that would hardly change the loss."""
+    slope: float = dot(now.gradient, now.gradient) ** 0.5
+    return max(1.0, _SHARE * abs(now.loss) / slope)

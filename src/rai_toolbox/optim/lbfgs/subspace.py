@@ -37,5 +37,7 @@ def subspace_minimum(
 
 def longest_step(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> float:
     """The largest t for which ``x + t d`` is in the box."""
-    times = torch.fmax((lower - x) / direction, (upper - x) / direction)
-    return float(times.nan_to_num_(nan=inf).min())  # (0 / 0 where nothing moves)
+    times = torch.maximum((lower - x) / direction, (upper - x) / direction)
+    return float(
+        times.nan_to_num_(nan=inf, posinf=inf).min()
+    )  # (0 / 0 at a bound, if it does not move)
