@@ -43,9 +43,7 @@ def by_ours(problem: Problem, most: int, **settings: Any) -> Run:
     x = problem.start.clone().requires_grad_()
     constraint = Box(problem.lower, problem.upper)
     options = {"tolerance_grad": 0.0, "tolerance_change": 1e-15, "max_iter": most} | settings
-    optim = ProjectedLBFGS(
-        [x], constraint=constraint, param_ndim=None, max_eval=most, **options
-    )
+    optim = ProjectedLBFGS([x], constraint=constraint, param_ndim=None, max_eval=most, **options)
     losses = []
 
     def closure() -> Tensor:

@@ -473,7 +473,7 @@ def test_every_evaluation_is_in_the_set(name, dtype):
     start = 5 * normal(12, dtype=dtype)  # outside
     settings = {"max_iter": 25, "max_eval": 40}
     x, optim = minimized(loss, start, constraint, seen, **settings)
-    assert len(seen) == optim.evaluations > 3
+    assert len(seen) == optim.evaluations >= 2
     for (point,) in seen:
         assert constraint.violation(point.unsqueeze(0)).max() == 0
     assert optim.violation()[0] == 0
