@@ -1,7 +1,7 @@
 """How many evaluations L-BFGS takes in a set, and what an iteration costs.
 
-`python benchmarks/lbfgs.py` writes the tables and the plot of docs/lbfgs.md to docs/lbfgs/, in about ten
-minutes on one core. `--only` renews some of them.
+`python benchmarks/lbfgs.py` writes the tables and the plot of docs/lbfgs.md to docs/lbfgs/, in
+about ten minutes on one core. `--only` renews some of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lbfgs_problems import Problem, Run
 from tables import markdown, measured_on, save_svg, svg_figure
 from torch import Tensor
 
-from rai_toolbox.constraints import Box, Constraint, Hyperplane, Intersection, Simplex
+from rai_toolbox.constraints import Box, Constraint, Hyperplane, Intersection, NonNegative
 from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedLBFGS, ProjectedOptimizer
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "lbfgs"
@@ -230,8 +230,10 @@ def excesses(losses: list[float], least: float) -> list[float]:
     return found
 
 
-def by_wrapper(problem: Problem, make: Callable[[list[Tensor]], Any], most: int) -> list[float]:
-    """Losses of a wrapper of torch's LBFGS."""
+def by_wrapper(
+    problem: Problem, constraint: Constraint, make: Callable[[list[Tensor]], Any], most: int
+) -> list[float]:
+    """Losses of a wrapper, in the points of the set next to those that it evaluates."""
     x = problem.start.clone().requires_grad_()
     optim, losses = make([x]), []
 
@@ -239,7 +241,7 @@ def by_wrapper(problem: Problem, make: Callable[[list[Tensor]], Any], most: int)
         optim.zero_grad()
         loss = problem.loss(x)
         loss.backward()
-        losses.append(loss.item())
+        losses.append(problem.loss(constraint.project(x.detach().view(1, -1))[0]).item())
         return loss
 
     while len(losses) < most:
@@ -253,38 +255,39 @@ def draw(path: Path, most: int = 700) -> None:
     blue, orange, gray, green = "#0b5fa5", "#e07b00", "#888888", "#2a8c4a"
 
     problem, least = bounds.non_negative_least_squares(1.0, 0)
-    inner = torch.optim.LBFGS
+
+    def clamped(params: list[Tensor]) -> Any:
+        return ClampedParameterOptimizer(params, torch.optim.LBFGS, clamp_min=0.0)
+
     found = {
         "ProjectedLBFGS": (bounds.by_ours(problem, most).losses, blue),
         "scipy's L-BFGS-B": (bounds.by_scipy(problem, most).losses, gray),
         "ClampedParameterOptimizer(LBFGS)": (
-            by_wrapper(problem, lambda p: ClampedParameterOptimizer(p, inner, clamp_min=0.0), most),
+            by_wrapper(problem, NonNegative(), clamped, most),
             orange,
         ),
     }
     plot(left, found, least, "Non-negative least squares, n = 200")
 
     quadratics.CONDITION = 1e3
-    simplex = quadratics.random("Simplex", rows=1, n=40)
-    as_problem = bounds.bounded(
-        lambda x: simplex.objective(x).sum(), torch.full((40,), 1 / 40), 0.0, 1.0
-    )
-    rate = 1 / simplex.largest_eigenvalue
+    section = quadratics.random("BoxSection", rows=1, n=40)
+    constraint = section.constraint
+    start = constraint.project(torch.zeros(1, 40, dtype=torch.float64))[0]
+    as_problem = bounds.bounded(lambda x: section.objective(x).sum(), start, 0.0, 1.0)
 
-    def projected(inner: Any, **settings: Any) -> Callable[[list[Tensor]], Any]:
-        options = {"constraint": Simplex(), "param_ndim": None, **settings}
-        return lambda params: ProjectedOptimizer(params, inner, **options)
+    def projected(inner: Any, **settings: Any) -> list[float]:
+        options = {"constraint": constraint, "param_ndim": None, **settings}
+        return by_wrapper(
+            as_problem, constraint, lambda params: ProjectedOptimizer(params, inner, **options), 120
+        )
 
-    few = 120
+    rate = 1 / section.largest_eigenvalue
     found = {
-        "ProjectedLBFGS": (over_set(simplex, Simplex()).losses, blue),
-        "ProjectedOptimizer(LBFGS)": (by_wrapper(as_problem, projected(inner), few), orange),
-        "ProjectedOptimizer(SGD)": (
-            by_wrapper(as_problem, projected(torch.optim.SGD, lr=rate), few),
-            green,
-        ),
+        "ProjectedLBFGS": (over_set(section, constraint).losses, blue),
+        "ProjectedOptimizer(LBFGS)": (projected(torch.optim.LBFGS), orange),
+        "ProjectedOptimizer(SGD)": (projected(torch.optim.SGD, lr=rate), green),
     }
-    plot(right, found, float(simplex.best), "Quadratic on the simplex, n = 40, condition 1e3")
+    plot(right, found, float(section.best), "Quadratic in a box with a fixed sum, n = 40")
     left.set_ylabel("relative excess of the loss")
     save_svg(figure, path)
 

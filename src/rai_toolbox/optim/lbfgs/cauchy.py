@@ -40,7 +40,8 @@ def cauchy_point(
 ) -> CauchyPoint:
     """The generalized Cauchy point of the model with the matrix B of the memory in a box."""
     # The later one is ahead. Both are NaN for an element that is at a bound and does not move.
-    times = torch.maximum((x - lower) / gradient, (x - upper) / gradient)
+    times = torch.sub(x, lower).div_(gradient)
+    torch.maximum(times, torch.sub(x, upper).div_(gradient), out=times)
     direction = gradient.neg().mul_(times > 0)
     time, products, moved = _first_minimum(times, direction, memory)
     # (a little farther, so that what has come to a bound is there in spite of rounding)

@@ -71,6 +71,7 @@ class FlatProblem:
 
     def evaluate(self, x: Tensor) -> Trial:
         """Put the parameters at a point, and evaluate the closure there."""
+        self._last = None
         self._write_(x)
         self.evaluations += 1
         try:

@@ -157,7 +157,7 @@ def solved(matrix: Tensor, right: Tensor) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> float:
     """The inner product, whose rounding errors do not grow with its length."""
-    parts = [a[at] @ b[at] for at in _blocks(len(a))]
+    parts = [x @ y for x, y in zip(a.split(BLOCK), b.split(BLOCK), strict=True)]
     return float(torch.stack(parts).sum(dtype=wide_dtype(a)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import Tensor
 from rai_toolbox.optim.lbfgs.cauchy import cauchy_point
 from rai_toolbox.optim.lbfgs.flat import FlatProblem
 from rai_toolbox.optim.lbfgs.memory import Memory, dot
-from rai_toolbox.optim.lbfgs.search import Trial, search
+from rai_toolbox.optim.lbfgs.search import Found, Trial, search
 from rai_toolbox.optim.lbfgs.spg import model_minimum
 from rai_toolbox.optim.lbfgs.subspace import longest_step, subspace_minimum
+from rai_toolbox.optim.settings import TINY
 
 _SHARE = 1e-6  # of the loss: what a first step is to change at least
 
@@ -53,13 +53,13 @@ class Minimizer:
             elif problem.ended:
                 status = "max_eval"
             else:
-                new = self._next(now)
-                if new is None:
+                found = self._next(now)
+                if found is None:
                     status = self._failure("no decrease")
                     break
-                if -new.change <= settings["tolerance_change"] * abs(now.loss):
+                if -found.place.change <= settings["tolerance_change"] * abs(now.loss):
                     status = "change"
-                now = new
+                now = found.trial
         problem.restore_(now)
         return status
 
@@ -68,26 +68,24 @@ class Minimizer:
             return "closure raised"
         return "max_eval" if self._problem.ended else otherwise
 
-    def _next(self, now: Trial) -> Trial | None:
+    def _next(self, now: Trial) -> Found | None:
         """The next iterate, which is lower; None if none is found, with all pairs forgotten."""
-        new = self._searched(now)
-        if new is None and self._memory.count > 0 and not self._problem.ended:
+        found = self._searched(now)
+        if found is None and self._memory.count > 0 and not self._problem.ended:
             self._memory.clear()  # may have been wrong: once more along the gradient
-            new = self._searched(now)
-        if new is not None:
+            found = self._searched(now)
+        if found is not None:
             self.iterations += 1
-        return new
+        return found
 
-    def _searched(self, now: Trial) -> Trial | None:
-        memory, bounds = self._memory, self._bounds
+    def _searched(self, now: Trial) -> Found | None:
+        problem, memory, bounds = self._problem, self._memory, self._bounds
         target = self._target(now)
         direction = target - now.x
-        start = replace(now, time=0.0, change=0.0, slope=dot(now.gradient, direction))
-        if not start.slope < 0:
+        slope = dot(now.gradient, direction)
+        if not slope < 0:
             return None
         is_first = memory.count == 0  # and the model has no scale
-        length = dot(direction, direction) ** 0.5
-        first = min(1.0, _first_length(now) / length) if is_first else 1.0
 
         def longest() -> float:
             if is_first or bounds is None:
@@ -95,27 +93,30 @@ class Minimizer:
             return longest_step(now.x, direction, *bounds)
 
         def trial_at(time: float) -> Trial | None:
-            if self._problem.ended:
+            if problem.ended:
                 return None
-            x = target if time == 1 else torch.lerp(now.x, target, time)
-            return self._problem.evaluate(x if time == 1 else self._projected_(x))
+            if time == 1:
+                return problem.evaluate(target)
+            return problem.evaluate(self._projected_(torch.lerp(now.x, target, time)))
 
+        first = min(1.0, _first_length(now) / _length(direction)) if is_first else 1.0
         first *= float(self._settings["lr"])
-        new = search(start, direction, first, longest, trial_at, self._problem.precision)
-        if new is not None:
-            step, change = new.x - now.x, new.gradient - now.gradient
-            if not bool(step.any()):
-                return None  # all that is left is rounding
-            product = dot(step, change)
-            if product > -torch.finfo(step.dtype).eps * new.time * start.slope:
-                memory.add(step, change, product)
-        return new
+        found = search(now, direction, first, longest, trial_at, problem.precision)
+        if found is None:
+            return None
+        step, change = found.trial.x - now.x, found.trial.gradient - now.gradient
+        if _largest(step) == 0:
+            return None  # all that is left is rounding
+        product = dot(step, change)
+        if product > -torch.finfo(step.dtype).eps * found.place.time * slope:
+            memory.add(step, change, product)
+        return found
 
     def _target(self, now: Trial) -> Tensor:
         """Where to search: about the minimum over the set of the model of the memory."""
         x, gradient, memory = now.x, now.gradient, self._memory
         if memory.count == 0:
-            scale = max(1.0, _first_length(now) / dot(gradient, gradient) ** 0.5)
+            scale = max(1.0, _first_length(now) / _length(gradient))
             return self._projected_(torch.sub(x, gradient, alpha=scale))
         if self._bounds is None:
             return model_minimum(x, gradient, memory, self._projected_)
@@ -128,9 +129,8 @@ class Minimizer:
             away = now.x - self._projected_(now.x - now.gradient)
         else:  # without a sum, in which a small gradient may be lost
             lower, upper = self._bounds
-            away = torch.clamp(now.gradient, now.x - upper, now.x - lower)
-        lowest, highest = away.aminmax()
-        return float(torch.maximum(-lowest, highest))
+            away = torch.minimum(now.gradient, now.x - lower).clamp_(min=now.x - upper)
+        return _largest(away)
 
     def _projected_(self, x: Tensor) -> Tensor:
         return self._problem.project_(x) if self._bounds is None else x.clamp_(*self._bounds)
@@ -138,5 +138,13 @@ class Minimizer:
 
 def _first_length(now: Trial) -> float:
     """The length of the first step: 1, but longer where that would hardly change the loss."""
-    slope: float = dot(now.gradient, now.gradient) ** 0.5
-    return max(1.0, _SHARE * abs(now.loss) / slope)
+    return max(1.0, _SHARE * abs(now.loss) / _length(now.gradient))
+
+
+def _length(vector: Tensor) -> float:
+    return max(float(dot(vector, vector) ** 0.5), TINY)
+
+
+def _largest(vector: Tensor) -> float:
+    lowest, highest = vector.aminmax()
+    return float(torch.maximum(-lowest, highest))

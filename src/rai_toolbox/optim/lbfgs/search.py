@@ -15,19 +15,31 @@ _MOST_TRIALS = 20
 
 
 @dataclass
+class Place:
+    """What is known of a place on a line ``x + t d``."""
+
+    time: float
+    change: float
+    """Of the loss, from the start of the line on."""
+
+    slope: float
+
+
+@dataclass
 class Trial:
     """A point at which the closure has been evaluated."""
 
     x: Tensor
     loss: float
     gradient: Tensor
-    time: float = 0.0
-    """Its place on the line: ``x + t d``."""
 
-    change: float = 0.0
-    """Of the loss, from the start of the line on."""
 
-    slope: float = 0.0
+@dataclass
+class Found:
+    """A trial, and its place on the line."""
+
+    trial: Trial
+    place: Place
 
 
 def search(
@@ -37,7 +49,7 @@ def search(
     longest: Callable[[], float],
     trial_at: Callable[[float], Trial | None],
     precision: float,
-) -> Trial | None:
+) -> Found | None:
     """A trial on a line with a lower loss and a flatter slope, by cubic interpolation.
 
     The strong Wolfe conditions hold for it, unless it is the `longest` step, at least 1, or trials
@@ -48,38 +60,41 @@ def search(
     computed from the slopes instead: these are the approximate Wolfe conditions of Hager & Zhang
     (2005).
     """
-    previous, low, high = start, start, None
+    initial = Place(0.0, 0.0, dot(start.gradient, direction))
+    previous, low, high = initial, initial, None
+    lowest = None
     end = 1.0 if first <= 1 else longest()
     time, noise = min(first, end), precision * abs(start.loss)
     for _ in range(_MOST_TRIALS):
         trial = trial_at(time)
         if trial is None:
             break
-        trial.time, trial.slope = time, dot(trial.gradient, direction)
-        trial.change = trial.loss - start.loss
-        if abs(trial.change) <= noise:
-            trial.change = time * (start.slope + trial.slope) / 2
-        if not isfinite(trial.change + trial.slope):
-            trial.change = inf
-        if trial.change > _ARMIJO * time * start.slope or trial.change >= low.change:
-            high = trial
+        place = Place(time, trial.loss - start.loss, dot(trial.gradient, direction))
+        if abs(place.change) <= noise:
+            place.change = time * (initial.slope + place.slope) / 2
+        if not isfinite(place.change + place.slope):
+            place.change = inf
+        if place.change > _ARMIJO * time * initial.slope or place.change >= low.change:
+            high = place
         else:
-            if abs(trial.slope) <= -_WOLFE * start.slope:
-                return trial
-            if high is None and trial.slope < 0 and time >= end:
+            lowest = Found(trial, place)
+            if abs(place.slope) <= -_WOLFE * initial.slope:
+                break
+            if high is None and place.slope < 0 and time >= end:
                 end = longest()
                 if time >= end:
-                    return trial
-            previous, low = low, trial
-            if trial.slope * ((inf if high is None else high.time) - time) > 0:
+                    break
+            previous, low = low, place
+            if place.slope * ((inf if high is None else high.time) - time) > 0:
                 high = previous
         time = min(_beyond(previous, low), end) if high is None else _between(low, high)
-        if time in (low.time, trial.time):
+        if time in (low.time, place.time):
             break  # they differ by rounding
-    return low if low is not start else None
+        del trial  # its vectors, before those of the next one are made
+    return lowest
 
 
-def _beyond(previous: Trial, low: Trial) -> float:
+def _beyond(previous: Place, low: Place) -> float:
     """A larger step: 1.1 to 4 times the last way further."""
     way = low.time - previous.time
     guess = _minimum_of_cubic(previous, low)
@@ -88,7 +103,7 @@ def _beyond(previous: Trial, low: Trial) -> float:
     return min(max(guess, low.time + 1.1 * way), low.time + 4 * way)
 
 
-def _between(low: Trial, high: Trial) -> float:
+def _between(low: Place, high: Place) -> float:
     """A step between two, not too near to either."""
     way = high.time - low.time
     if high.change == inf:
@@ -97,8 +112,8 @@ def _between(low: Trial, high: Trial) -> float:
     return low.time + (min(max(share, 0.01), 0.9) if isfinite(share) else 0.5) * way
 
 
-def _minimum_of_cubic(a: Trial, b: Trial) -> float:
-    """Where the cubic with the values and slopes of two trials has its minimum; NaN if nowhere."""
+def _minimum_of_cubic(a: Place, b: Place) -> float:
+    """Where the cubic with the values and slopes of two places has its minimum; NaN if nowhere."""
     way = b.time - a.time
     mean = a.slope + b.slope - 3 * (b.change - a.change) / way
     square = mean * mean - a.slope * b.slope
