@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -255,9 +256,10 @@ def draw(path: Path, most: int = 700) -> None:
     blue, orange, gray, green = "#0b5fa5", "#e07b00", "#888888", "#2a8c4a"
 
     problem, least = bounds.non_negative_least_squares(1.0, 0)
+    inner = partial(torch.optim.LBFGS, history_size=10)
 
     def clamped(params: list[Tensor]) -> Any:
-        return ClampedParameterOptimizer(params, torch.optim.LBFGS, clamp_min=0.0)
+        return ClampedParameterOptimizer(params, inner, clamp_min=0.0)
 
     found = {
         "ProjectedLBFGS": (bounds.by_ours(problem, most).losses, blue),
@@ -284,7 +286,7 @@ def draw(path: Path, most: int = 700) -> None:
     rate = 1 / section.largest_eigenvalue
     found = {
         "ProjectedLBFGS": (over_set(section, constraint).losses, blue),
-        "ProjectedOptimizer(LBFGS)": (projected(torch.optim.LBFGS), orange),
+        "ProjectedOptimizer(LBFGS)": (projected(inner), orange),
         "ProjectedOptimizer(SGD)": (projected(torch.optim.SGD, lr=rate), green),
     }
     plot(right, found, float(section.best), "Quadratic in a box with a fixed sum, n = 40")

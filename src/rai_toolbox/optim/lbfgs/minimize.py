@@ -104,7 +104,8 @@ class Minimizer:
         found = search(now, direction, first, longest, trial_at, problem.precision)
         if found is None:
             return None
-        step, change = found.trial.x - now.x, found.trial.gradient - now.gradient
+        step = torch.sub(found.trial.x, now.x, out=direction)
+        change = found.trial.gradient - now.gradient
         if _largest(step) == 0:
             return None  # all that is left is rounding
         product = dot(step, change)
