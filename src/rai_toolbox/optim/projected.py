@@ -60,8 +60,8 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
     such as Adam, need it to converge to a stationary point, unless the set is elementwise, too;
     those that mix elements, such as LBFGS and Muon, need it in any set. It removes from g what
     pushes against the constraint, as measured by an average m of recent gradients, and leaves g
-    unchanged where the constraint is not active. See the user guide for proof and figures. For losses
-    of full batches, `ProjectedLBFGS` takes fewer evaluations than this with torch's LBFGS.
+    unchanged where the constraint is not active. See the user guide for proof and figures. For
+    losses of full batches, `ProjectedLBFGS` takes fewer evaluations than this with torch's LBFGS.
 
     Parameters
     ----------
