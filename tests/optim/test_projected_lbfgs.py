@@ -168,6 +168,7 @@ def path_minimum(x, gradient, lower, upper, dense):
 def test_cauchy_point_and_subspace_minimum(seed, chunk, monkeypatch):
     """As one segment after the other, and as a dense system."""
     monkeypatch.setattr("rai_toolbox.optim.lbfgs.cauchy._STEP", chunk)
+    monkeypatch.setattr("rai_toolbox.optim.lbfgs.cauchy.BLOCK", chunk)
     memory, dense = filled(1 + seed, seed=seed)
     lower, upper = torch.full((7,), -1.0).double(), torch.full((7,), 0.8).double()
     lower[0], upper[1], lower[2], upper[2] = -INF, INF, 0.3, 0.3

@@ -60,13 +60,13 @@ def _first_minimum(
     slope is ``-dd - p M q + t (theta dd - p M p)``.
     """
     theta, middle = memory.theta, memory.middle()
+    inverse = solved(middle, torch.eye(len(middle), dtype=middle.dtype))
     square, products = dot(direction, direction), memory.times(direction)
     stopped = torch.zeros_like(products)
     first_square = square
 
     def minimum(squares: Tensor, products: Tensor, stopped: Tensor) -> Tensor:
-        at = solved(middle, torch.cat([products, stopped]).T).T
-        at_products, at_stopped = at.split(len(products))
+        at_products, at_stopped = products @ inverse, stopped @ inverse
         curvature = theta * squares - (products * at_products).sum(1)
         least = torch.finfo(squares.dtype).eps * theta * first_square
         moving = squares > torch.finfo(squares.dtype).eps * first_square
@@ -76,7 +76,7 @@ def _first_minimum(
     def state() -> tuple[Tensor, Tensor, Tensor]:
         return torch.tensor([square]).double(), products[None], stopped[None]
 
-    time, reached = 0.0, 0.0
+    time, reached, most = 0.0, 0.0, BLOCK
     end = float(minimum(*state()))
     while True:
         index = ((times > reached) & (times <= end)).nonzero().squeeze(1)
@@ -85,9 +85,10 @@ def _first_minimum(
             return time, products, stopped + time * products
         ahead = times[index]
         reached = end
-        if len(index) > BLOCK:  # sorts no more than it needs
-            reached = float(ahead.kthvalue(BLOCK).values)
+        if len(index) > most:  # sorts not many more than it needs
+            reached = float(ahead.kthvalue(most).values)
             index, ahead = index[ahead <= reached], ahead[ahead <= reached]
+            most *= 4
         ahead, order = ahead.sort()
         after = torch.cat([ahead[1:], ahead.new_full((1,), -inf)])
         for some, each, later in zip(*map(_parts, (index[order], ahead, after)), strict=True):
