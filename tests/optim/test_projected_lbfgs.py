@@ -31,7 +31,7 @@ from rai_toolbox.constraints import (
     Stiefel,
     UnitNorm,
 )
-from rai_toolbox.optim import ProjectedLBFGS
+from rai_toolbox.optim import ProjectedLBFGS, ProjectedOptimizer
 from rai_toolbox.optim.lbfgs import memory as memory_file
 from rai_toolbox.optim.lbfgs.cauchy import cauchy_point
 from rai_toolbox.optim.lbfgs.memory import Memory
@@ -968,3 +968,21 @@ def test_errors_of_a_step():
     optim.param_groups[0]["max_iter"] = 0
     with pytest.raises(ValueError, match="`max_iter` must be >= 1, got 0"):
         optim.step(closure_of(optim, lambda x: x.sum()))
+
+
+def test_it_is_no_inner_optimizer():
+    with pytest.raises(TypeError, match="`InnerOpt` must not be ProjectedLBFGS, .*its own set"):
+        ProjectedOptimizer([X], ProjectedLBFGS, constraint=NonNegative())
+
+
+def test_asking_before_a_step_makes_no_state():
+    optim = ProjectedLBFGS([X], constraint=NonNegative())
+    assert (optim.status, optim.evaluations) == (None, 0)
+    assert not optim.state_dict()["state"]
+
+
+def test_a_pair_out_of_range_is_not_kept():
+    memory = Memory(3, torch.zeros(2))
+    step, change = torch.tensor([1e15, 0.0]), torch.tensor([1e-35, 0.0])
+    memory.add(step, change, 1e-20)  # theta would be 1e-50
+    assert memory.count == 0 and memory.theta == 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -144,19 +144,18 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
     @property
     def status(self) -> str | None:
         """Why the last step has ended; None before the first one."""
-        reason = self._state().get("reason")
+        reason = self.state.get(self._first(), {}).get("reason")
         return None if reason is None else REASONS[reason]
 
     @property
     def evaluations(self) -> int:
         """How often the closure has been called, in all steps."""
-        return int(self._state().get("func_evals", 0))
+        return int(self.state.get(self._first(), {}).get("func_evals", 0))
 
-    def _state(self) -> dict[str, Any]:
-        """The state, which is of the vector of all parameters: it is that of the first one."""
-        params = (param for group in self.param_groups for param in group["params"])
-        state: dict[str, Any] = self.state[next(params)]
-        return state
+    def _first(self) -> Tensor:
+        """The parameter with the state, which is that of the vector of all parameters."""
+        params: Iterator[Tensor] = (p for group in self.param_groups for p in group["params"])
+        return next(params)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._check_groups(self.param_groups)  # a group may have been edited
@@ -168,7 +167,7 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
         if settings["lr"] == 0 or not any(map(trainable, self.param_groups)):
             return evaluated(closure)
         problem = FlatProblem(self.param_groups, closure)
-        state = self._state()
+        state = self.state[self._first()]
         memory = Memory.from_plain(state["memory"]) if "memory" in state else None
         if memory is None or not memory.fits(settings["history_size"], problem.point()):
             memory = Memory(settings["history_size"], problem.point())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import torch
@@ -82,6 +83,9 @@ class Memory:
         scaled_change, scaled_step = self.pairs[slot]
         torch.div(change, product**0.5, out=scaled_change)
         torch.div(step, product**0.5, out=scaled_step)
+        theta = dot(scaled_change, scaled_change)
+        if not 0 < theta < inf:
+            return self.clear()  # out of the range of the dtype
         self.count += 1
         rows = self.rows
         products = torch.zeros(3, len(rows), dtype=wide_dtype(rows), device=rows.device)
@@ -92,7 +96,7 @@ class Memory:
         at_y, at_s = 2 * slot, 2 * slot + 1
         # (the products of y with older steps are in no matrix)
         self._set(self.gram, at_s, of_s)
-        self.gram[at_y, at_y] = dot(scaled_change, scaled_change)
+        self.gram[at_y, at_y] = theta
         self._set(self.gram_free, at_s, of_free_s)
         self._set(self.gram_free, at_y, of_free_y)
 

@@ -41,6 +41,8 @@ def model_minimum(
         bend = memory.hessian(move)
         curvature = dot(move, bend)
         full = value + descent + curvature / 2
+        if not curvature > 0:
+            break
         if full <= max(values[-_PAST:]) + _ARMIJO * descent:
             z, slope, value = end, slope + bend, full
         else:
