@@ -173,7 +173,10 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
             memory = Memory(settings["history_size"], problem.point())
         minimizer = Minimizer(problem, memory, settings)
         state["reason"] = REASONS.index(minimizer.run())  # (torch loads no strings)
-        state["n_iter"] = state.get("n_iter", 0) + minimizer.iterations
+        iterations = state.get("n_iter", 0) + minimizer.iterations
+        for group in self.param_groups:
+            for param in group["params"]:  # distributed checkpoints want a state of each
+                self.state[param]["n_iter"] = iterations
         state["func_evals"] = state.get("func_evals", 0) + problem.evaluations
         state["memory"] = memory.to_plain()
         if problem.error is not None:
