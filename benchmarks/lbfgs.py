@@ -49,7 +49,7 @@ def least_squares(seeds: int = 6) -> str:
     return markdown(["c", "seed", "`ProjectedLBFGS`", "L-BFGS-B"], rows)
 
 
-def badly_scaled(levels: tuple[float, ...] = (0.1, 0.03, 0.01), most: int = 10_000) -> str:
+def badly_scaled(levels: tuple[float, ...] = (0.3, 0.1, 0.03), most: int = 4000) -> str:
     """Columns of scales over four orders of magnitude: evaluations to some excesses."""
     rows = []
     for seed in range(3):
