@@ -27,7 +27,7 @@ napoleon_use_ivar = True  # attributes are told, not listed again
 
 # The README links to files of the repository, which are no pages here.
 suppress_warnings = ["myst.xref_missing"]
-exclude_patterns = ["stationarity/*", "attacks/*", "speed/*"]  # parts of pages
+exclude_patterns = ["stationarity/*", "attacks/*", "speed/*", "lbfgs/*"]  # parts of pages
 
 
 def skip_fields(app, what, name, obj, skip, options):

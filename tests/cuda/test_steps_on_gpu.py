@@ -8,8 +8,8 @@ from constraints.cases import CASES
 from optim.engine_cases import WITH_INNER, WRAPPERS
 from torch.optim import SGD, Adam
 
-from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
-from rai_toolbox.optim import APGD, PGD, ProjectedOptimizer, compiled
+from rai_toolbox.constraints import BoundedBall, Box, L1Ball, L2Ball, LinfBall
+from rai_toolbox.optim import APGD, PGD, ProjectedLBFGS, ProjectedOptimizer, compiled
 from rai_toolbox.perturbations import attack
 
 GPU = torch.device("cuda")
@@ -44,6 +44,25 @@ def assert_the_same(found, wanted, tolerance=1e-9):
 def test_trajectory_of_a_cpu(name):
     make = partial(WRAPPERS[name], lr=0.1)
     assert_the_same(run(make, GPU), run(make, "cpu"))
+
+
+@pytest.mark.parametrize("constraint", [Box(-0.3, 0.4), L2Ball(0.7), None])
+def test_lbfgs_of_a_cpu(constraint):
+    def ended(device):
+        target = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = torch.zeros(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+        optimizer = ProjectedLBFGS([x], constraint=constraint, max_iter=200)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = ((x - target.to(device)) ** 2).sum() + (x[1:] - x[:-1]).pow(4).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return [x.detach()]
+
+    assert_the_same(ended(GPU), ended("cpu"), 1e-5)
 
 
 @pytest.mark.parametrize("name", SETS)

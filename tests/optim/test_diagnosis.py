@@ -20,6 +20,7 @@ from rai_toolbox.optim import (
     L2ProjectedOptim,
     LinfFrankWolfe,
     LinfProjectedOptim,
+    ProjectedLBFGS,
     ProjectedOptimizer,
 )
 
@@ -28,6 +29,7 @@ MAKES = {
     "ProjectedOptimizer": (partial(ProjectedOptimizer, constraint=BALL), BALL),
     "FrankWolfe": (partial(FrankWolfe, constraint=BALL), BALL),
     "ExponentiatedGradient": (partial(ExponentiatedGradient, lr=0.1, total=2.0), Simplex(2.0)),
+    "ProjectedLBFGS": (partial(ProjectedLBFGS, constraint=BALL), BALL),
     "PGD": (partial(PGD, constraint=BALL, lr=0.1), BALL),
     "APGD": (partial(APGD, constraint=BALL, steps=5), BALL),
     "Clamped": (partial(ClampedParameterOptimizer, clamp_min=-0.3, clamp_max=0.2), Box(-0.3, 0.2)),

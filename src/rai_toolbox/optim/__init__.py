@@ -24,6 +24,7 @@ from rai_toolbox.optim.named import (
 from rai_toolbox.optim.param_groups import constrain
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.optim.projected import ProjectedOptimizer
+from rai_toolbox.optim.projected_lbfgs import ProjectedLBFGS
 from rai_toolbox.optim.schedules import LinearSetting, SettingScheduler
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "LinfFrankWolfe",
     "LinfProjectedOptim",
     "ParamTransformingOptimizer",
+    "ProjectedLBFGS",
     "ProjectedOptimizer",
     "SettingScheduler",
     "SignedGradientOptim",

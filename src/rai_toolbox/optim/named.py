@@ -52,7 +52,8 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
     ``p <- min(max(p, clamp_min), clamp_max)``, elementwise: the Euclidean projection onto the
     box. Bounds count as rounded to the parameter's dtype. NaN stays NaN. Around inner optimizers
     that mix elements, such as LBFGS and Muon, gradients are replaced by their gradient mapping, see
-    `ProjectedOptimizer`.
+    `ProjectedOptimizer`. For losses of full batches there is `ProjectedLBFGS`, which searches
+    inside the box.
 
     Parameters
     ----------

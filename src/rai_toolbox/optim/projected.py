@@ -17,6 +17,7 @@ from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 from rai_toolbox.optim.inner import optimizer_class
+from rai_toolbox.optim.projected_lbfgs import ProjectedLBFGS
 from rai_toolbox.optim.settings import REQUIRED, constructor_arguments
 from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
@@ -60,7 +61,8 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
     such as Adam, need it to converge to a stationary point, unless the set is elementwise, too;
     those that mix elements, such as LBFGS and Muon, need it in any set. It removes from g what
     pushes against the constraint, as measured by an average m of recent gradients, and leaves g
-    unchanged where the constraint is not active. See the user guide for proof and figures.
+    unchanged where the constraint is not active. See the user guide for proof and figures. For
+    losses of full batches, `ProjectedLBFGS` takes fewer evaluations than this with torch's LBFGS.
 
     Parameters
     ----------
@@ -138,10 +140,9 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
         arguments = constructor_arguments(locals())
         arguments["defaults"].setdefault("steps_taken", 0)  # counted only where it matters
         inner = optimizer_class(InnerOpt)
-        if issubclass(inner, FrankWolfe):
-            raise TypeError(
-                "`InnerOpt` must not be FrankWolfe, which has its own set, got FrankWolfe"
-            )
+        if issubclass(inner, (FrankWolfe, ProjectedLBFGS)):
+            name = inner.__name__
+            raise TypeError(f"`InnerOpt` must not be {name}, which has its own set, got {name}")
         self._before = (GradientMapping(inner),)
         super().__init__(**arguments)
 

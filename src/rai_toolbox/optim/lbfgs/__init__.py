@@ -1,0 +1,1 @@
+"""Limited-memory BFGS inside a set: its parts, each on flat vectors."""
