@@ -35,7 +35,7 @@ class Memory:
     def __init__(self, size: int, like: Tensor) -> None:
         self.pairs = like.new_zeros(size, 2, like.numel())
         self.count = 0  # of pairs so far: each takes the place of the oldest
-        self.free = torch.ones_like(like, dtype=torch.bool)
+        self.free = like.new_ones(1, dtype=torch.bool).expand(like.numel())  # without memory
         self.gram = torch.zeros(2 * size, 2 * size, dtype=_WIDE)
         self.gram_free = torch.zeros_like(self.gram)
 

@@ -37,7 +37,7 @@ def subspace_minimum(
 
 def longest_step(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> float:
     """The largest t for which ``x + t d`` is in the box."""
-    times = torch.maximum((lower - x) / direction, (upper - x) / direction)
-    return float(
-        times.nan_to_num_(nan=inf, posinf=inf).min()
-    )  # (0 / 0 at a bound, if it does not move)
+    times = torch.sub(lower, x).div_(direction)
+    torch.maximum(times, torch.sub(upper, x).div_(direction), out=times)
+    times.nan_to_num_(nan=inf, posinf=inf)  # (0 / 0 at a bound, if it does not move)
+    return float(times.min())
