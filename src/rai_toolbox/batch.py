@@ -36,7 +36,7 @@ def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]
 
 def view_or_copy(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
     """`tensor` in another shape, and whether it is a copy, as its strides allow no view."""
-    if tuple(tensor.shape) == tuple(shape):
+    if tensor.shape == shape:
         return tensor, False
     try:
         return tensor.view(shape), False

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, widened
-from rai_toolbox.constraints.kernels.norms import norm_near, scale_dtype
-from rai_toolbox.constraints.kernels.rounding import spacing
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, widened
+from rai_toolbox.constraints.kernels.norms import (
+    LEAST,
+    fast_norm,
+    least_and_most,
+    norm,
+    scale_dtype,
+    sum_error,
+    sums_fast,
+)
+from rai_toolbox.constraints.kernels.rounding import noise, spacing
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
+
+_CHUNK = 128  # entries whose squares are summed in float32
 
 
 def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
@@ -26,16 +36,44 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
         return x
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
-    length, error = norm_near(readable(x), ndim, epsilon)
-    if length is None:
-        return x
-    inside = length <= epsilon
-    if in_blocks(x) and not needs_grad(x) and bool(inside.all()):
-        return x
+    elif ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
+        return _project_batch_(x, epsilon)
+    length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
+    return _shrink_(x, length, epsilon, _inner_radius(epsilon, x, size, noise(size)))
+
+
+def _project_batch_(x: Tensor, epsilon: float) -> Tensor:
+    """Norms of a large batch are in float32, and in float64 where these leave it in doubt."""
+    ndim, size, error = x.ndim - 1, x.shape[1:].numel(), 0.0
+    is_large = x.numel() > BLOCK and x.dtype != torch.float64
+    if is_large and epsilon > 2 * LEAST[torch.float32] and sums_fast(x, _CHUNK):
+        length, error = fast_norm(x, 2, _CHUNK), sum_error(min(size, _CHUNK))
+    else:
+        length = norm(x, 2, ndim)
+    shortest, longest = least_and_most(length)
+    if longest <= epsilon * (1 - error):
+        return x
+    # (the error is allowed for twice, so that the next time the result is surely inside)
+    radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
+    tiny = torch.finfo(scale_dtype(x)).tiny
+    if epsilon * (1 + error) < shortest and longest * tiny < radius and longest < math.inf:
+        return x.mul_((radius / length).to(scale_dtype(x)))
+    if error:
+        doubtful = ((length - epsilon).abs_() <= 2 * error * epsilon) | ~(length < math.inf)
+        at = doubtful.view(-1).nonzero().view(-1)
+        if 8 * len(at) > len(x):
+            length = norm(x, 2, ndim)
+        else:
+            length = length.double().index_copy_(0, at, norm(x[at], 2, ndim))
+    return _shrink_(x, length, epsilon, radius)
+
+
+def _shrink_(x: Tensor, length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> Tensor:
+    """Scale sub-tensors that are longer than epsilon to the radius."""
+    inside = length <= epsilon
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
-    factor = _inner_radius(epsilon, x, size, error) / outer
-    factor = factor.masked_fill(length.isinf(), torch.nan)  # its direction is not known
+    factor = (radius / outer).masked_fill(length.isinf(), torch.nan)  # of unknown direction
     return scale_(x, factor.masked_fill(inside, 1.0))
 
 
@@ -49,9 +87,9 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         return x
     dtype = scale_dtype(x)  # a wide factor would take a wide copy of x
     info = torch.finfo(dtype)
-    if in_blocks(x) and not needs_grad(factor):
-        least, most = factor.aminmax()
-        if info.smallest_normal <= float(least) and float(most) <= info.max:
+    if factor.numel() > 0 and in_blocks(x) and not needs_grad(factor):
+        least, most = least_and_most(factor)
+        if info.smallest_normal <= least and most <= info.max:
             part.mul_(factor.to(dtype))
             return x
     # A factor below the normal numbers has few digits, so that the rest is rounded again.
@@ -65,7 +103,6 @@ def _inner_radius(epsilon: float | Tensor, x: Tensor, size: int, error: float) -
     """The radius from which neither rounding nor norms that are off by `error` lead outside."""
     dtype = scale_dtype(x)
     of_factor = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
-    # (a norm in float32 is allowed for twice, so that the next time it is surely inside)
-    margin = torch.finfo(x.dtype).eps / 2 + of_factor + (error if error < 1e-9 else 2 * error)
+    margin = torch.finfo(x.dtype).eps / 2 + of_factor + error
     radius = epsilon * (1.0 - margin) - spacing(x.dtype) * math.sqrt(size)
     return radius.clamp(min=0) if isinstance(radius, Tensor) else max(radius, 0.0)
