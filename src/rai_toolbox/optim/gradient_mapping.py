@@ -16,8 +16,14 @@ from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box
-from rai_toolbox.constraints.kernels.blocks import wide_dtype
-from rai_toolbox.constraints.kernels.norms import scale_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.norms import (
+    LEAST,
+    fast_norm,
+    least_and_most,
+    scale_dtype,
+    sums_fast,
+)
 from rai_toolbox.constraints.sharding import beside
 from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import batch_in
@@ -35,6 +41,7 @@ _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _REACH, _AVERAGING = 0.1, 0.9
 _STATE = "gradient_average"
 _OPEN = Box(-inf, inf)
+_CHUNK = 2**12  # entries whose squares are summed in float32
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,16 @@ class GradientMapping(OfSet):
         reach, lr = group.get(self.reach, _REACH), group.get("lr", 1.0)
         whole = not issubclass(self.inner, _ELEMENTWISE)
         e = step_size(x, followed[0], constraint, reach=reach, lr=lr, m=followed[-1], whole=whole)
-        y = x - e * followed[-1]
-        pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
         # (the gradient is still to be scaled, where that is not by 0)
-        return grad.add_(pushed_back, alpha=(-1 if group.get("maximize") else 1) / (scale or 1.0))
+        alpha = (-1 if group.get("maximize") else 1) / (scale or 1.0)
+        y = torch.addcmul(x, e, followed[-1], value=-1)
+        factor = NotImplemented if constraint._dims is not None else constraint._scaling(y)
+        if factor is NotImplemented:
+            pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
+            return grad.add_(pushed_back, alpha=alpha)
+        if factor is not None:  # else all of y is in the set
+            grad.addcmul_(y, (1 - factor).to(dtype) / e, value=alpha)
+        return grad
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
         if self.is_active(group) and self._past(group) != 0.0:
@@ -204,7 +217,7 @@ def step_size(
     `lr` in each element; in a ball with a center of its own, as the radius at most.
     """
     dims, wide = tuple(range(x.ndim)) if whole else constraint.coupled_dims(x.ndim), wide_dtype(x)
-    norm = partial(torch.linalg.vector_norm, ord=2, dim=dims, keepdim=True, dtype=wide)
+    norm = partial(_norm, dims=dims)
     length, slope = norm(x), norm(gradient)
     if m is not None and m is not gradient:
         slope = torch.maximum(slope, norm(m))
@@ -216,3 +229,15 @@ def step_size(
     e: Tensor = reach * length / slope.clamp(min=torch.finfo(wide).tiny)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)
+
+
+def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """2-norms along dims in float64; right to about 1e-6 for large batches."""
+    if dims == tuple(range(1, x.ndim)) and x.numel() > BLOCK and not needs_grad(x):
+        if sums_fast(x, _CHUNK):
+            length = fast_norm(x, 2, _CHUNK)
+            least, most = least_and_most(length)
+            if LEAST[torch.float32] < least and most < inf:
+                return length.double()
+    wide: Tensor = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=wide_dtype(x))
+    return wide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +37,26 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
         return x
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
-    elif ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
-        return _project_batch_(x, epsilon)
+    if ndim == x.ndim - 1 and can_judge(x, epsilon):
+        factor = l2_ball_factor(x, epsilon)
+        return x if factor is None else scale_(x, factor)
     length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
-    return _shrink_(x, length, epsilon, _inner_radius(epsilon, x, size, noise(size)))
+    radius = _inner_radius(epsilon, x, size, noise(size))
+    return scale_(x, _factor(length, epsilon, radius))
 
 
-def _project_batch_(x: Tensor, epsilon: float) -> Tensor:
-    """Norms of a large batch are in float32, and in float64 where these leave it in doubt."""
+def can_judge(x: Tensor, *settings: float | Tensor) -> bool:
+    """Whether a batch has values to be read, and settings are numbers."""
+    numbers = not any(isinstance(setting, Tensor) for setting in settings)
+    return numbers and x.numel() > 0 and in_blocks(x) and not needs_grad(x)
+
+
+def l2_ball_factor(x: Tensor, epsilon: Any) -> Tensor | None:
+    """What the projection multiplies each sub-tensor of a batch by; None if all are inside.
+
+    Norms of a large batch are in float32, and in float64 where these leave it in doubt.
+    """
     ndim, size, error = x.ndim - 1, x.shape[1:].numel(), 0.0
     is_large = x.numel() > BLOCK and x.dtype != torch.float64
     if is_large and epsilon > 2 * LEAST[torch.float32] and sums_fast(x, _CHUNK):
@@ -53,28 +65,27 @@ def _project_batch_(x: Tensor, epsilon: float) -> Tensor:
         length = norm(x, 2, ndim)
     shortest, longest = least_and_most(length)
     if longest <= epsilon * (1 - error):
-        return x
+        return None
     # (the error is allowed for twice, so that the next time the result is surely inside)
     radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
-    tiny = torch.finfo(scale_dtype(x)).tiny
-    if epsilon * (1 + error) < shortest and longest * tiny < radius and longest < math.inf:
-        return x.mul_((radius / length).to(scale_dtype(x)))
-    if error:
-        doubtful = ((length - epsilon).abs_() <= 2 * error * epsilon) | ~(length < math.inf)
+    if epsilon * (1 + error) < shortest and longest < math.inf:
+        return radius / length
+    gap = (length - epsilon).abs_()
+    if error and not (longest < math.inf and gap.amin().item() > 2 * error * epsilon):
+        doubtful = (gap <= 2 * error * epsilon) | ~(length < math.inf)
         at = doubtful.view(-1).nonzero().view(-1)
-        if 8 * len(at) > len(x):
-            length = norm(x, 2, ndim)
-        else:
-            length = length.double().index_copy_(0, at, norm(x[at], 2, ndim))
-    return _shrink_(x, length, epsilon, radius)
+        length = length.double().index_copy_(0, at, norm(x[at], 2, ndim))
+        longest = length.amax().item()
+    if longest < math.inf:
+        return (radius / length).masked_fill_(length <= epsilon, 1.0)
+    return _factor(length, epsilon, radius)
 
 
-def _shrink_(x: Tensor, length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> Tensor:
-    """Scale sub-tensors that are longer than epsilon to the radius."""
+def _factor(length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> Tensor:
     inside = length <= epsilon
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = (radius / outer).masked_fill(length.isinf(), torch.nan)  # of unknown direction
-    return scale_(x, factor.masked_fill(inside, 1.0))
+    return factor.masked_fill(inside, 1.0)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
