@@ -259,7 +259,7 @@ def set_rows() -> Iterator[Row]:
             compiled=True,
         )
     few = partial(row, limit=None, part=FEW, size=(4, (400, 400)))
-    yield few("L2Ball, half outside", momentum, L2Ball(20.0), by_hand.l2_ball(20.0))
+    yield few("L2Ball, half outside", adamw, L2Ball(20.0), by_hand.l2_ball(20.0))
     yield few("UnitNorm, with mapping", adamw, UnitNorm(), by_hand.unit_l2)
     l1 = by_hand.sorted_l1(10.0)
     yield few("L1Ball, all outside", sgd, L1Ball(10.0), l1, base=SORTED, size=(1, (400, 400)))
@@ -298,7 +298,8 @@ def ball_rows() -> Iterator[Row]:
 def attack_rows() -> Iterator[Row]:
     for kind, limit in ((LinfBall, 2.2), (L2Ball, 3.2)):
 
-        def build(device: str, ball: Any = kind(RADII[kind])) -> Work:
+        def build(device: str, kind: Any = kind) -> Work:
+            ball = kind(RADII[kind])
             torch.manual_seed(0)
             net = nn.Linear(784, 10).to(device).requires_grad_(False)
             data, target = torch.rand(1, 784, device=device), torch.tensor([3], device=device)
