@@ -43,7 +43,10 @@ def sign_(tensors: list[Tensor]) -> None:
                 sign_([signs])
             tensor.copy_(signs)
     elif in_blocks(tensors[0]):
-        in_groups(tensors, _sign_known_)
+        if len(tensors) == 1 and tensors[0].numel() <= BLOCK:  # as below, in fewer calls
+            _sign_known_(tensors[0])
+        else:
+            in_groups(tensors, _sign_known_)
     else:
         _sign_any_(tensors)
 
