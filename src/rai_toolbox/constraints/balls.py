@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import can_judge, l2_ball_factor, project_l2_ball_
+from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sampling import exponential, normal, uniform

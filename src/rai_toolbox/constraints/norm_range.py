@@ -13,15 +13,10 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import (
-    can_judge,
-    l2_ball_factor,
-    project_l2_ball_,
-    scale_,
-)
+from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_, scale_
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norm,
@@ -34,7 +29,7 @@ from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down,
 from rai_toolbox.constraints.kernels.threshold import lowered
 from rai_toolbox.constraints.sampling import uniform
 
-_CHUNK = 128  # entries whose squares are summed in float32
+_CHUNK = 256  # entries whose squares are summed in float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -218,26 +218,29 @@ def step_size(
     """
     dims, wide = tuple(range(x.ndim)) if whole else constraint.coupled_dims(x.ndim), wide_dtype(x)
     norm = partial(_norm, dims=dims)
-    length, slope = norm(x), norm(gradient)
+    (length, regular), (slope, steep) = norm(x), norm(gradient)
     if m is not None and m is not gradient:
-        slope = torch.maximum(slope, norm(m))
+        slope = torch.maximum(slope, norm(m)[0])
+    ball: Any = getattr(constraint, "ball", constraint)
+    centered = getattr(ball, "center", None) is not None
+    if regular and steep and not centered:  # as below, in fewer calls
+        return (length / slope).mul_(reach).to(x.dtype)
     of_step = lr * (x.numel() / max(slope.numel(), 1)) ** 0.5
     length = torch.where(length > 0, length, of_step)
-    ball: Any = getattr(constraint, "ball", constraint)
-    if getattr(ball, "center", None) is not None:
+    if centered:
         length = length.clamp(max=beside(ball.epsilon, x))
     e: Tensor = reach * length / slope.clamp(min=torch.finfo(wide).tiny)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)
 
 
-def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """2-norms along dims in float64; right to about 1e-6 for large batches."""
+def _norm(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, bool]:
+    """2-norms along dims; in float32, right to about 1e-6, if that holds all of a large batch."""
     if dims == tuple(range(1, x.ndim)) and x.numel() > BLOCK and not needs_grad(x):
         if sums_fast(x, _CHUNK):
             length = fast_norm(x, 2, _CHUNK)
             least, most = least_and_most(length)
-            if LEAST[torch.float32] < least and most < inf:
-                return length.double()
+            if LEAST[torch.float32] < least and most < 1 / LEAST[torch.float32]:
+                return length, True
     wide: Tensor = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=wide_dtype(x))
-    return wide
+    return wide, False

@@ -52,6 +52,12 @@ def needs_grad(*values: object) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def can_judge(x: Tensor, *settings: float | Tensor) -> bool:
+    """Whether a batch has values to be read, and settings are numbers."""
+    numbers = not any(isinstance(setting, Tensor) for setting in settings)
+    return numbers and x.numel() > 0 and in_blocks(x) and not needs_grad(x)
+
+
 def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
     """Slices of the first dim of `x`, of about `size` elements but at least one row.
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, widened
+from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
+    can_judge,
+    in_blocks,
+    needs_grad,
+    widened,
+)
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norm,
@@ -22,7 +28,7 @@ from rai_toolbox.constraints.kernels.norms import (
 from rai_toolbox.constraints.kernels.rounding import noise, spacing
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
 
-_CHUNK = 128  # entries whose squares are summed in float32
+_CHUNK = 256  # entries whose squares are summed in float32
 
 
 def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
@@ -44,12 +50,6 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     size = x.shape[x.ndim - ndim :].numel()
     radius = _inner_radius(epsilon, x, size, noise(size))
     return scale_(x, _factor(length, epsilon, radius))
-
-
-def can_judge(x: Tensor, *settings: float | Tensor) -> bool:
-    """Whether a batch has values to be read, and settings are numbers."""
-    numbers = not any(isinstance(setting, Tensor) for setting in settings)
-    return numbers and x.numel() > 0 and in_blocks(x) and not needs_grad(x)
 
 
 def l2_ball_factor(x: Tensor, epsilon: Any) -> Tensor | None:

@@ -43,9 +43,6 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     split = x.ndim - ndim
     dims = tuple(range(split, x.ndim))
     if x.numel() <= BLOCK or not in_blocks(x):
-        if p == 2 and x.dtype == torch.float32 and x.is_cpu:  # the same in fewer calls
-            length: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=torch.float64)
-            return length
         return _wide_norm(x, p, dims)
     rows_fit = split > 0 and x.numel() <= BLOCK * len(x)
     dim = 0 if rows_fit else max(range(x.ndim), key=lambda dim: x.shape[dim])
@@ -104,6 +101,9 @@ def sum_error(size: int) -> float:
 
 
 def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
+    if p == 2 and x.dtype == torch.float32 and x.is_cpu:  # as below, in fewer calls
+        short: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=torch.float64)
+        return short
     dtype = wide_dtype(x)
     if x.is_complex():
         dtype = torch.promote_types(dtype, torch.complex64)
