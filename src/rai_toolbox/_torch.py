@@ -50,11 +50,13 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that `use_grad_for_differentiable` has decorated, or `step` itself.
+def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`unhooked`, and without the decorator `use_grad_for_differentiable`.
 
-    The decorator breaks the graphs of torch.compile.
+    It switches grad mode, which breaks the graphs of torch.compile.
     """
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
     decorated = getattr(step, "__code__", None) is _DECORATED
     return step.__wrapped__ if decorated else step  # type: ignore[attr-defined]
 

@@ -79,7 +79,7 @@ def without_scaling(constraint):
     """The same set, whose projection is not known to scale rows."""
 
     class Same(type(constraint)):
-        def _scaling(self, x):
+        def _scaling(self, x, exact=False):
             return NotImplemented
 
     return Same._from_settings(

@@ -86,25 +86,26 @@ class MinMaxNorm(Constraint):
         self.__dict__["_bounded"] = are_finite(self.max_norm)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        factor = self._scaling(x, exact=True)
+        if factor is None:
+            return x
+        if factor is not NotImplemented:
+            return scale_(x, factor)
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
-            self._check_batch(x)
-            project_l2_ball_(x, self.max_norm, x.ndim - 1)
-        elif self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
-            self._check_batch(x)
+            return project_l2_ball_(x, self.max_norm, x.ndim - 1)
+        if self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
             self._scale_(x)
-        else:
-            super().project_(x)
-        return x
+            return x
+        return super().project_(x)
 
-    def _scaling(self, x: Tensor) -> Any:
+    def _scaling(self, x: Tensor, exact: bool = False) -> Any:
         if self.p != 2 or not can_judge(x, self.min_norm, self.max_norm):
             return NotImplemented
         if self.min_norm == 0:
             return l2_ball_factor(x, self.max_norm)
-        if x.numel() > BLOCK and sums_fast(x, _CHUNK):
-            length = fast_norm(x, 2, _CHUNK)
-        else:
-            length = norm(x, 2, x.ndim - 1)
+        fast = not exact and x.numel() > BLOCK and sums_fast(x, _CHUNK)
+        length = fast_norm(x, 2, _CHUNK) if fast else norm(x, 2, x.ndim - 1)
         least, most = least_and_most(length)
         if not (LEAST[torch.float32] < least and most < math.inf):
             return NotImplemented
@@ -113,11 +114,6 @@ class MinMaxNorm(Constraint):
     def _scale_(self, x: Tensor) -> None:
         """Project by a factor for each row, or in float64 what no factor fits."""
         length = norm(x, 2, x.ndim - 1)
-        if in_blocks(x):
-            least, most = least_and_most(length)
-            if LEAST[torch.float32] < least and most < math.inf:
-                scale_(x, self._factor(length, length, x))
-                return
         still = length == 0
         factor = self._factor(length, torch.where(still, 1.0, length), x)
         if in_blocks(x):

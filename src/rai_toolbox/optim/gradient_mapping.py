@@ -217,14 +217,16 @@ def step_size(
     `lr` in each element; in a ball with a center of its own, as the radius at most.
     """
     dims, wide = tuple(range(x.ndim)) if whole else constraint.coupled_dims(x.ndim), wide_dtype(x)
-    norm = partial(_norm, dims=dims)
-    (length, regular), (slope, steep) = norm(x), norm(gradient)
-    if m is not None and m is not gradient:
-        slope = torch.maximum(slope, norm(m)[0])
     ball: Any = getattr(constraint, "ball", constraint)
     centered = getattr(ball, "center", None) is not None
-    if regular and steep and not centered:  # as below, in fewer calls
-        return (length / slope).mul_(reach).to(x.dtype)
+    if x.numel() > BLOCK and dims == tuple(range(1, x.ndim)) and not centered:
+        fast = _fast_step_size(x, gradient, m, reach)
+        if fast is not None:
+            return fast
+    norm = partial(torch.linalg.vector_norm, ord=2, dim=dims, keepdim=True, dtype=wide)
+    length, slope = norm(x), norm(gradient)
+    if m is not None and m is not gradient:
+        slope = torch.maximum(slope, norm(m))
     of_step = lr * (x.numel() / max(slope.numel(), 1)) ** 0.5
     length = torch.where(length > 0, length, of_step)
     if centered:
@@ -234,13 +236,14 @@ def step_size(
     return e.clamp(1 / largest, largest).to(x.dtype)
 
 
-def _norm(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, bool]:
-    """2-norms along dims; in float32, right to about 1e-6, if that holds all of a large batch."""
-    if dims == tuple(range(1, x.ndim)) and x.numel() > BLOCK and not needs_grad(x):
-        if sums_fast(x, _CHUNK):
-            length = fast_norm(x, 2, _CHUNK)
-            least, most = least_and_most(length)
-            if LEAST[torch.float32] < least and most < 1 / LEAST[torch.float32]:
-                return length, True
-    wide: Tensor = torch.linalg.vector_norm(x, 2, dims, keepdim=True, dtype=wide_dtype(x))
-    return wide, False
+def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float) -> Tensor | None:
+    """`step_size` by norms in float32, right to about 1e-6; None if these do not hold all of it."""
+    if not (sums_fast(x, _CHUNK) and sums_fast(gradient, _CHUNK)) or needs_grad(x, gradient):
+        return None
+    vectors = [x, gradient] if m is None or m is gradient else [x, gradient, m.contiguous()]
+    lengths = [fast_norm(vector, 2, _CHUNK) for vector in vectors]
+    for least, most in map(least_and_most, lengths):
+        if not (LEAST[torch.float32] < least and most < 1 / LEAST[torch.float32]):
+            return None
+    slope = lengths[1] if len(lengths) == 2 else torch.maximum(*lengths[1:])
+    return (lengths[0] / slope).mul_(reach).to(x.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
-from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, unhooked, without_grad_mode
+from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
 from rai_toolbox.checks import wrong
 
 _SLOW = {"slow_buffer", "slow_param", "slow_params"}
@@ -60,7 +60,7 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
             return own(*args, **kwargs)  # a user has replaced it
         mark_stepped(inner)  # as the scheduler's wrapper does
     # (Without torch's decorator that switches grad mode: it would switch to the present one.)
-    step: Any = without_grad_mode(unhooked(type(inner).step))
+    step: Any = plain_step(type(inner).step)
     if torch.compiler.is_compiling():  # such a decorator breaks the graph, whosever it is
         step = getattr(step, "__wrapped__", step)
     args = (inner, *args)

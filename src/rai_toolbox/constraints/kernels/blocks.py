@@ -36,13 +36,12 @@ def in_blocks(x: Tensor) -> bool:
 
     A compiler fuses.
     """
-    return type(x) in _PLAIN and x.is_cpu and reads_values()
-
-
-def reads_values() -> bool:
-    """Whether tensors have values that can be read: in eager mode, outside `torch.func`."""
-    return not (
-        torch.compiler.is_compiling() or function_transforms_active() or forward_ad_level() >= 0
+    return (
+        type(x) in _PLAIN
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not function_transforms_active()
+        and forward_ad_level() < 0
     )
 
 
@@ -99,16 +98,13 @@ def in_groups(
     Small tensors of one shape and dtype are stacked up to `BLOCK` elements: one call then costs
     what it would for one of them. Large ones go by pieces. Both stay in cache.
     """
-    if len(tensors) == 1:
-        _in_parts(tensors[0], act_, shape_of(tensors[0].shape))
-        return
-    eager = reads_values() and not torch.is_grad_enabled()
+    joins = len(tensors) > 1 and in_blocks(tensors[0]) and not torch.is_grad_enabled()
     alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
     for x in tensors:
         size = x.numel()
-        if eager and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
+        if joins and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
             alike.setdefault((x.shape, x.dtype), []).append(x)
-        elif size:
+        else:
             _in_parts(x, act_, shape_of(x.shape))
     for (shape, _), some in alike.items():
         number, batch_shape = BLOCK // shape.numel(), shape_of(shape)

@@ -42,11 +42,10 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
+    elif len(tensors) == 1 and tensors[0].numel() <= BLOCK and in_blocks(tensors[0]):
+        _sign_known_(tensors[0])  # as below, in fewer calls
     elif in_blocks(tensors[0]):
-        if len(tensors) == 1 and tensors[0].numel() <= BLOCK:  # as below, in fewer calls
-            _sign_known_(tensors[0])
-        else:
-            in_groups(tensors, _sign_known_)
+        in_groups(tensors, _sign_known_)
     else:
         _sign_any_(tensors)
 
