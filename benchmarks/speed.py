@@ -96,10 +96,11 @@ def measured(words: list[str], *, quick: bool = False, device: str = "cpu") -> N
             limit = "" if row.limit is None else f" <= {row.limit}"
             print(f"{row.name} = {found['ratio']:.2f}{limit}{missed}", flush=True)
             report["figures"][row.name] = found
+            if device == "cpu":  # now, so that an interrupted run is not lost
+                write(report)
     if not words or "import" in words:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is cached, as for users
         report["figures"]["import"] = import_time.run(3 if quick else 9)
-    if device == "cpu":
         write(report)
 
 
