@@ -32,7 +32,7 @@ format: .venv/.stamp  ## put the code into the shape that `make lint` asks for
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.bench  ## measure the claims of speed
+bench: .venv/.bench  ## measure the claims of speed; renews docs/speed/
 	$(BIN)/python benchmarks/run.py
 
 bench-attacks: .venv/.attacks  ## measure attacks beside other libraries'; renews docs/attacks/

@@ -1,7 +1,7 @@
 """Run the benchmarks: `python benchmarks/run.py [--quick]`.
 
 Prints tables, and writes the figures of projections with machine and versions to
-`out/bench/projections.json`, and those of steps to docs/speed.md (see speed.py).
+`out/bench/projections.json`, and those of steps to docs/speed/ (see speed.py).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     what = args.what or ["projections", "speed"]
     torch.set_num_threads(args.threads)
-    budget_s, import_rounds = (3.0, 3) if args.quick else (20.0, 5)
+    budget_s = 3.0 if args.quick else 20.0
 
     about = {**machine.describe(), "quick": args.quick}
     print(
@@ -90,8 +90,7 @@ def main() -> None:
     if "projections" in what:
         write(args.out / "projections.json", about | run_projections(budget_s))
     if "speed" in what:
-        parts = speed.measured(words=[], budget_s=budget_s, import_rounds=import_rounds)
-        speed.renew(about, parts)
+        speed.measured([], quick=args.quick)
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

@@ -64,19 +64,25 @@ def measure(
     alternatives: Mapping[str, Callable[[], object]],
     *,
     budget_s: float,
+    reset: Callable[[], object] | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Samples:
     """Seconds per call of each alternative; `progress` is called with rounds done and expected.
 
-    Rounds are repeated until `budget_s` is used up, warm-up included.
+    Rounds are repeated until `budget_s` is used up, warm-up included. The time of `reset`, which is
+    called before each call, does not count.
     """
 
     def sample(fn: Callable[[], object], calls: int) -> float:
-        start = perf_counter()
+        seconds, start = 0.0, perf_counter()
         for _ in range(calls):
+            if reset is not None:
+                seconds += perf_counter() - start
+                reset()
+                start = perf_counter()
             fn()
-        return (perf_counter() - start) / calls
+        return (seconds + perf_counter() - start) / calls
 
     order = list(alternatives)
     shuffle = random.Random(seed).shuffle

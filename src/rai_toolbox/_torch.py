@@ -50,13 +50,18 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def without_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that `use_grad_for_differentiable` has decorated, or `step` itself.
+def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`unhooked`, and without the decorator `use_grad_for_differentiable`.
 
-    The decorator breaks the graphs of torch.compile.
+    It switches grad mode, which breaks the graphs of torch.compile.
     """
-    decorated = getattr(step, "__code__", None) is use_grad_for_differentiable(graph_break).__code__
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    decorated = getattr(step, "__code__", None) is _DECORATED
     return step.__wrapped__ if decorated else step  # type: ignore[attr-defined]
+
+
+_DECORATED = getattr(use_grad_for_differentiable(lambda: None), "__code__", "no function")
 
 
 def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:
@@ -80,6 +85,7 @@ def set_grad_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
 foreach_add_: Callable[..., Any] = torch._foreach_add_
 foreach_clamp_max_: Callable[..., Any] = torch._foreach_clamp_max_
 foreach_clamp_min_: Callable[..., Any] = torch._foreach_clamp_min_
+foreach_copy_: Callable[..., Any] = torch._foreach_copy_
 foreach_mul_: Callable[..., Any] = torch._foreach_mul_
 
 

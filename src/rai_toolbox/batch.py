@@ -32,13 +32,15 @@ def sub_ndim(ndim: int, param_ndim: int | None, name: str = "param_ndim") -> int
 
 def batch_shape(shape: Sequence[int], param_ndim: int | None) -> tuple[int, ...]:
     """Shape `(N, d0, ...)` of the batch view of a tensor; at least 2-D."""
+    if param_ndim == -1 and len(shape) > 1 and type(param_ndim) is int:  # as it is, mostly
+        return tuple(shape)
     split = len(shape) - sub_ndim(len(shape), param_ndim)
     return (prod(shape[:split]), *(shape[split:] or (1,)))
 
 
 def view_or_copy(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
     """`tensor` in another shape, and whether it is a copy, as its strides allow no view."""
-    if tuple(tensor.shape) == tuple(shape):
+    if tensor.shape == shape:
         return tensor, False
     try:
         return tensor.view(shape), False

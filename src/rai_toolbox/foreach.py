@@ -36,6 +36,16 @@ def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
         yield tensors[start : start + size]
 
 
+def cache_sized(tensors: list[Tensor], size: int = 2**18) -> Iterator[slice]:
+    """Yield the slices of a list that have about `size` elements, and so stay in cache."""
+    start = total = 0
+    for stop, tensor in enumerate(tensors, 1):
+        total += tensor.numel()
+        if total >= size or stop == len(tensors):
+            yield slice(start, stop)
+            start, total = stop, 0
+
+
 def mul_(tensors: list[Tensor], factor: float) -> None:
     """Multiply every tensor by a number, in place."""
     if together(tensors):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
+from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
@@ -170,6 +170,11 @@ class L2Ball(_Ball):
             return super().project_(x)
         self._check_batch(x)
         return project_l2_ball_(x, self.epsilon, x.ndim - 1)
+
+    def _scaling(self, x: Tensor) -> Any:
+        if self.center is None and can_judge(x, self.epsilon):
+            return l2_ball_factor(x, self.epsilon)
+        return super()._scaling(x)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         offset = self._from_center(x, dtype)

@@ -13,14 +13,23 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, scale_
-from rai_toolbox.constraints.kernels.norms import norm, row_scale
+from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_, scale_
+from rai_toolbox.constraints.kernels.norms import (
+    LEAST,
+    fast_norm,
+    least_and_most,
+    norm,
+    row_scale,
+    sums_fast,
+)
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.kernels.threshold import lowered
 from rai_toolbox.constraints.sampling import uniform
+
+_CHUNK = 256  # entries whose squares are summed in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +86,30 @@ class MinMaxNorm(Constraint):
         self.__dict__["_bounded"] = are_finite(self.max_norm)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        self._check_batch(x)
+        factor = self._scaling(x, exact=True)
+        if factor is None:
+            return x
+        if factor is not NotImplemented:
+            return scale_(x, factor)
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
-            self._check_batch(x)
-            project_l2_ball_(x, self.max_norm, x.ndim - 1)
-        elif self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
-            self._check_batch(x)
+            return project_l2_ball_(x, self.max_norm, x.ndim - 1)
+        if self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
             self._scale_(x)
-        else:
-            super().project_(x)
-        return x
+            return x
+        return super().project_(x)
+
+    def _scaling(self, x: Tensor, exact: bool = False) -> Any:
+        if self.p != 2 or not can_judge(x, self.min_norm, self.max_norm):
+            return NotImplemented
+        if self.min_norm == 0:
+            return l2_ball_factor(x, self.max_norm)
+        fast = not exact and x.numel() > BLOCK and sums_fast(x, _CHUNK)
+        length = fast_norm(x, 2, _CHUNK) if fast else norm(x, 2, x.ndim - 1)
+        least, most = least_and_most(length)
+        if not (LEAST[torch.float32] < least and most < math.inf):
+            return NotImplemented
+        return self._factor(length, length, x)
 
     def _scale_(self, x: Tensor) -> None:
         """Project by a factor for each row, or in float64 what no factor fits."""
@@ -94,9 +118,6 @@ class MinMaxNorm(Constraint):
         factor = self._factor(length, torch.where(still, 1.0, length), x)
         if in_blocks(x):
             unfit = ~length.isfinite() | still | ~factor.isfinite()
-            if not bool(unfit.any()):
-                scale_(x, factor)
-                return
             at = unfit.view(-1).nonzero().view(-1)
             moved = Constraint.project_(self._at_rows(x, at), x.index_select(0, at))
             scale_(x, torch.where(unfit, 1.0, factor))
@@ -116,6 +137,9 @@ class MinMaxNorm(Constraint):
             low, high, missed = self._range(x, size, x.dtype)
         else:
             low, high, missed = _range_of_numbers(least, most, self.p, size, x.dtype)
+        if can_judge(x, least, most) and low == high:  # in fewer calls
+            off = (length - (least + most) / 2).abs_()
+            return (low / divisor).masked_fill_(off <= (most - least) / 2 + missed, 1.0)
         off = torch.maximum(length - most, least - length)
         return torch.where(off <= missed, 1.0, length.clamp(low, high) / divisor)
 

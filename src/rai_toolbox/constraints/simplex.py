@@ -10,8 +10,10 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, can_judge, row_blocks
+from rai_toolbox.constraints.kernels.l1 import FAR
 from rai_toolbox.constraints.kernels.rounding import resolution
-from rai_toolbox.constraints.kernels.threshold import lowered
+from rai_toolbox.constraints.kernels.threshold import lower_, lowered
 from rai_toolbox.constraints.sampling import exponential
 
 
@@ -57,6 +59,23 @@ class Simplex(Constraint):
 
     def _check_settings(self) -> None:
         check_setting("total", self.total, least=0)
+
+    def project_(self, x: Tensor) -> Tensor:  # noqa: D102
+        is_narrow = x.dtype == torch.float32 and x.numel() > BLOCK // 8 and x.is_contiguous()
+        if not (is_narrow and can_judge(x, self.total) and 1 / FAR < self.total < FAR):
+            return super().project_(x)
+        self._check_batch(x)
+        for rows in row_blocks(x, MANY // 2):
+            self._project_rows_(x[rows].view(-1, x.shape[1:].numel()))
+        return x
+
+    def _project_rows_(self, rows: Tensor) -> None:
+        """In float32, if all of them are surely outside and finite."""
+        outside = (rows.amin(1) < 0) & rows.sum(1).isfinite()
+        if bool(outside.all()):
+            lower_(rows, self.total, torch.empty_like(rows))
+        else:
+            super().project_(rows)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         total, size = x.sum(1, keepdim=True), x.shape[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_non_negative
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an entry, in bytes
 
@@ -72,7 +73,22 @@ def keep_largest_(rows: Tensor, k: int) -> Tensor:
 
     See `are_largest`. `rows` has the shape (N, n).
     """
+    if 0 < k < rows.shape[1] and in_blocks(rows) and not needs_grad(rows):
+        order, least = _order_and_least(rows, k)
+        smaller = order < least
+        if int(smaller.count_nonzero()) == rows.numel() - k * len(rows):  # there are no ties
+            return rows.masked_fill_(smaller, 0.0)
     return rows.masked_fill_(~are_largest(rows, k), 0.0)
+
+
+def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Integers in the order of magnitudes, with NaN on top; the `k`-th largest of each row."""
+    if rows.is_complex():
+        rows = rows.abs()
+    # The bits of a number without its sign, read as an integer, have the order of magnitudes.
+    integers = _INTEGERS[rows.element_size()]
+    order = rows.view(integers) & torch.iinfo(integers).max
+    return order, order.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -86,12 +102,8 @@ def are_largest(rows: Tensor, k: int) -> Tensor:
         return torch.ones_like(rows, dtype=torch.bool)
     if k == 0:
         return torch.zeros_like(rows, dtype=torch.bool)
-    size = rows.detach().abs()
-    # The bits of a non-negative float, read as an integer, have its order, with NaN on top.
-    integers = _INTEGERS[size.element_size()]
-    order = size.view(integers) & torch.iinfo(integers).max
     # Which of tied entries `topk` finds differs between devices, but not how large they are.
-    least = order.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    order, least = _order_and_least(rows.detach(), k)
     above, tied = order > least, order == least
     vacant = k - above.sum(1, keepdim=True)
     return above | (tied & (tied.cumsum(1) <= vacant))

@@ -115,7 +115,7 @@ class _CompiledStep:
         # Hooks run outside the graph: what they do is not compiled in, and not done twice.
         self._hooked_step = Optimizer.profile_hook_step(self._step)
         self._eager_step = _torch.unhooked(type(optimizer).step)
-        traced_step = _torch.without_grad_mode(self._eager_step)
+        traced_step = _torch.plain_step(type(optimizer).step)
         self._graph_step = _torch.compile_apart(
             lambda: traced_step(optimizer), backend=self._compile
         )

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
+from rai_toolbox.foreach import cache_sized
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
@@ -249,9 +250,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if active:
                 todo.append((active, *self._gradients(group, active, seen), group))
         for active, params, grads, group in todo:  # all gradients have been checked
-            if params:
-                for transform in active:
-                    transform.apply_(grads, params, group, self)
+            by_parts = len(active) > 1 and all(each.by_parts(group) for each in active)
+            for part in cache_sized(grads) if by_parts else [slice(None)]:
+                for transform in active if params else ():
+                    transform.apply_(grads[part], params[part], group, self)
 
     def _post_step(self, is_step: bool = True) -> None:
         if self._new_state:
@@ -291,18 +293,19 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """
         params: list[Tensor] = []
         grads: list[Tensor] = []
+        compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
         for param in group["params"]:
             grad: Any = param.grad
             if grad is None:
                 continue
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 if id(grad) in seen:
                     continue
                 seen.add(id(grad))
             if grad.layout is not torch.strided:
                 grad = self._sparse_values(param, grad, group, transforms)
             elif (
-                torch.is_grad_enabled()  # differentiable steps leave tensors of the graph alone
+                recording  # differentiable steps leave tensors of the graph alone
                 or 0 in grad.stride()  # an expanded view
                 or (grad.is_complex() and grad.is_conj())
             ):

@@ -15,8 +15,14 @@ from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import OPEN, checked_box
-from rai_toolbox.constraints.kernels.blocks import wide_dtype
-from rai_toolbox.constraints.kernels.norms import scale_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.norms import (
+    LEAST,
+    fast_norm,
+    least_and_most,
+    scale_dtype,
+    sums_fast,
+)
 from rai_toolbox.constraints.sharding import beside
 from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import batch_in
@@ -33,6 +39,7 @@ ELEMENTWISE = (SGD, ASGD, OwnStepOptimizer, *(getattr(optim, name) for name in _
 _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _REACH, _AVERAGING = 0.1, 0.9
 _STATE = "gradient_average"
+_CHUNK = 2**12  # entries whose squares are summed in float32
 
 
 @dataclass(frozen=True)
@@ -109,10 +116,16 @@ class GradientMapping(OfSet):
         reach, lr = group.get(self.reach, _REACH), group.get("lr", 1.0)
         whole = not issubclass(self.inner, ELEMENTWISE)
         e = step_size(x, followed[0], constraint, reach=reach, lr=lr, m=followed[-1], whole=whole)
-        y = x - e * followed[-1]
-        pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
         # (the gradient is still to be scaled, where that is not by 0)
-        return grad.add_(pushed_back, alpha=(-1 if group.get("maximize") else 1) / (scale or 1.0))
+        alpha = (-1 if group.get("maximize") else 1) / (scale or 1.0)
+        y = torch.addcmul(x, e, followed[-1], value=-1)
+        factor = NotImplemented if constraint._dims is not None else constraint._scaling(y)
+        if factor is NotImplemented:
+            pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
+            return grad.add_(pushed_back, alpha=alpha)
+        if factor is not None:  # else all of y is in the set
+            grad.addcmul_(y, (1 - factor).to(dtype) / e, value=alpha)
+        return grad
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
         if self.is_active(group) and self._past(group) != 0.0:
@@ -212,15 +225,33 @@ def step_size(
     `lr` in each element; in a ball with a center of its own, as the radius at most.
     """
     dims, wide = tuple(range(x.ndim)) if whole else constraint.coupled_dims(x.ndim), wide_dtype(x)
+    ball: Any = getattr(constraint, "ball", constraint)
+    centered = getattr(ball, "center", None) is not None
+    if x.numel() > BLOCK and dims == tuple(range(1, x.ndim)) and not centered:
+        fast = _fast_step_size(x, gradient, m, reach)
+        if fast is not None:
+            return fast
     norm = partial(torch.linalg.vector_norm, ord=2, dim=dims, keepdim=True, dtype=wide)
     length, slope = norm(x), norm(gradient)
     if m is not None and m is not gradient:
         slope = torch.maximum(slope, norm(m))
     of_step = lr * (x.numel() / max(slope.numel(), 1)) ** 0.5
     length = torch.where(length > 0, length, of_step)
-    ball: Any = getattr(constraint, "ball", constraint)
-    if getattr(ball, "center", None) is not None:
+    if centered:
         length = length.clamp(max=beside(ball.epsilon, x))
     e: Tensor = reach * length / slope.clamp(min=torch.finfo(wide).tiny)
     largest = torch.finfo(x.dtype).max ** 0.5  # e and 1 / e times anything stay finite
     return e.clamp(1 / largest, largest).to(x.dtype)
+
+
+def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float) -> Tensor | None:
+    """`step_size` by norms in float32, right to about 1e-6; None if these do not hold all of it."""
+    if not (sums_fast(x, _CHUNK) and sums_fast(gradient, _CHUNK)) or needs_grad(x, gradient):
+        return None
+    vectors = [x, gradient] if m is None or m is gradient else [x, gradient, m.contiguous()]
+    lengths = [fast_norm(vector, 2, _CHUNK) for vector in vectors]
+    for least, most in map(least_and_most, lengths):
+        if not (LEAST[torch.float32] < least and most < 1 / LEAST[torch.float32]):
+            return None
+    slope = lengths[1] if len(lengths) == 2 else torch.maximum(*lengths[1:])
+    return (lengths[0] / slope).mul_(reach).to(x.dtype)

@@ -57,6 +57,9 @@ class Hook(Transform):
         for transform in self.replaced:
             transform.check(group)
 
+    def by_parts(self, group: Group) -> bool:  # noqa: D102
+        return False
+
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox import foreach
-from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, unhooked
+from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
 from rai_toolbox.checks import wrong
 from rai_toolbox.optim.settings import trained
 
@@ -60,9 +60,9 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
         if not (is_wrapped_by_scheduler(own) and own.__wrapped__ is type(inner).step):
             return own(*args, **kwargs)  # a user has replaced it
         mark_stepped(inner)  # as the scheduler's wrapper does
-    step: Any = unhooked(type(inner).step)
-    if torch.compiler.is_compiling():
-        # Without the decorator that switches grad mode, and so would break the graph.
+    # (Without torch's decorator that switches grad mode: it would switch to the present one.)
+    step: Any = plain_step(type(inner).step)
+    if torch.compiler.is_compiling():  # such a decorator breaks the graph, whosever it is
         step = getattr(step, "__wrapped__", step)
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():

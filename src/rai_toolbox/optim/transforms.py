@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -16,10 +17,11 @@ import torch
 from torch import Generator, Tensor, default_generator
 
 from rai_toolbox import foreach
-from rai_toolbox.batch import batch_shape, sub_ndim, view_or_copy
+from rai_toolbox.batch import batch_shape, sub_ndim
 from rai_toolbox.checks import check_fraction, check_non_negative, check_order
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
+from rai_toolbox.constraints.kernels.blocks import in_groups
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
@@ -76,6 +78,10 @@ class Transform:
         """Whether gradients need it."""
         return True
 
+    def by_parts(self, group: Group) -> bool:
+        """Whether tensors may be taken in another order than one transform after the other."""
+        return True
+
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         """Transform gradients, or parameters, in place."""
         raise NotImplementedError
@@ -112,6 +118,9 @@ class Sign(_Elementwise):
     """``g / |g|``, with 0 -> 0."""
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
+        if len(tensors) == 1:
+            directions.sign_(tensors)
+            return
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -211,8 +220,10 @@ class L2Projection(Transform):
         check_non_negative(self.epsilon, group[self.epsilon])
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        for x in tensors:
-            project_l2_ball_(x, group[self.epsilon], sub_ndim(x.ndim, group[self.param_ndim]))
+        epsilon = group[self.epsilon]
+        _on_sub_tensors_(
+            tensors, group[self.param_ndim], partial(project_l2_ball_, epsilon=epsilon)
+        )
 
 
 @dataclass(frozen=True)
@@ -279,16 +290,20 @@ class TopQ(Transform):
         check_fraction(self.q, group[self.q])
         check_fraction(self.dq, group[self.dq])
 
+    def by_parts(self, group: Group) -> bool:
+        return bool(group[self.dq] == 0)  # else the order is that of random numbers
+
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         q, dq = group[self.q], group[self.dq]
         low, high = max(0.0, q - dq), min(1.0, q + dq)
         generator = self.generator or default_generator
+        if dq == 0:
+            top_q_each_(tensors, q, group[self.param_ndim])
+            return
         for grad in tensors:
-            if dq > 0:
-                # The number of entries to keep must be known on the host.
-                draw = torch.rand((), generator=generator, device=generator.device).item()
-                q = low + (high - low) * draw
-            top_q_(grad, q, group[self.param_ndim])
+            # The number of entries to keep must be known on the host.
+            draw = torch.rand((), generator=generator, device=generator.device).item()
+            top_q_(grad, low + (high - low) * draw, group[self.param_ndim])
 
 
 @dataclass(frozen=True)
@@ -299,8 +314,7 @@ class LargestSign(Transform):
     """
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        for grad in tensors:
-            _on_rows_(grad, group[self.param_ndim], directions.largest_sign_)
+        _on_rows_(tensors, group[self.param_ndim], directions.largest_sign_)
 
 
 def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -> Group:
@@ -311,11 +325,16 @@ def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -
 
 def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
     """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
-    for grad in grads:
-        directions.normalize_(grad, p, sub_ndim(grad.ndim, param_ndim), eps)
+    normalize_each_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
+    _on_sub_tensors_(grads, param_ndim, normalize_each_)
 
 
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
+    """`top_q_each_`, of one tensor."""
+    top_q_each_([grad], q, param_ndim)
+
+
+def top_q_each_(grads: list[Tensor], q: float, param_ndim: int | None) -> None:
     """Keep the ``round((1 - q) * n)`` largest magnitudes of each sub-tensor of n entries.
 
     Exactly so many; of tied entries those of the lowest indices stay. The rest becomes 0. NaN
@@ -327,22 +346,40 @@ def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
         if keep != rows.shape[1]:
             keep_largest_(rows, keep)
 
-    _on_rows_(grad, param_ndim, keep_)
+    _on_rows_(grads, param_ndim, keep_)
 
 
-def _on_rows_(grad: Tensor, param_ndim: int | None, act_: Callable[[Tensor], object]) -> None:
+def _on_sub_tensors_(
+    tensors: list[Tensor], param_ndim: int | None, act_: Callable[..., object]
+) -> None:
+    """Let ``act_(x, ndim=k)`` change sub-tensors, the last k dims of x; plain ones together."""
+    if torch.is_grad_enabled() or not foreach.are_plain(tensors):
+        for x in tensors:
+            act_(x, ndim=sub_ndim(x.ndim, param_ndim))
+    else:
+        shape_of = partial(batch_shape, param_ndim=param_ndim)
+        in_groups(tensors, lambda batch: act_(batch, ndim=batch.ndim - 1), shape_of)
+
+
+def _on_rows_(
+    tensors: list[Tensor], param_ndim: int | None, act_: Callable[[Tensor], object]
+) -> None:
     """Let `act_` change the sub-tensors as rows (N, n); those of a DTensor shard by shard."""
-    if is_sharded(grad):
 
-        def on_shard(whole: Any) -> Tensor:
-            local = local_of(whole)
-            _on_rows_(local, param_ndim, act_)
-            return local
+    def rows_shape(shape: Sequence[int]) -> tuple[int, ...]:
+        first, *others = batch_shape(shape, param_ndim)
+        return first, prod(others)
 
-        on_shards_(grad, range(grad.ndim - sub_ndim(grad.ndim, param_ndim), grad.ndim), on_shard)
-        return
-    shape = batch_shape(grad.shape, param_ndim)
-    rows, copied = view_or_copy(grad, (shape[0], prod(shape[1:])))
-    act_(rows)
-    if copied:
-        grad.copy_(rows.view(grad.shape))
+    whole = []
+    for x in tensors:
+        if is_sharded(x):
+
+            def on_shard(whole: Any) -> Tensor:
+                local = local_of(whole)
+                _on_rows_([local], param_ndim, act_)
+                return local
+
+            on_shards_(x, range(x.ndim - sub_ndim(x.ndim, param_ndim), x.ndim), on_shard)
+        else:
+            whole.append(x)
+    in_groups(whole, act_, rows_shape)

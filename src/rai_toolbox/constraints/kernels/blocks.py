@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rai_toolbox._torch import forward_ad_level, function_transforms_active
+from rai_toolbox._torch import foreach_copy_, forward_ad_level, function_transforms_active
+from rai_toolbox.batch import view_or_copy
 
 BLOCK = 2**16
 """Elements per piece of rows, for each thread; a tensor of more is large."""
@@ -33,7 +34,7 @@ def widened(x: Tensor) -> Tensor:
 def in_blocks(x: Tensor) -> bool:
     """Whether to go by pieces and to read values: a plain CPU tensor, in eager mode.
 
-    A compiler fuses, and a tensor of `torch.func` does not know its values.
+    A compiler fuses.
     """
     return (
         type(x) in _PLAIN
@@ -47,6 +48,12 @@ def in_blocks(x: Tensor) -> bool:
 def needs_grad(*values: object) -> bool:
     """Whether autograd records what is done to any of the values, such as x and the settings."""
     return torch.is_grad_enabled() and any(getattr(value, "requires_grad", 0) for value in values)
+
+
+def can_judge(x: Tensor, *settings: float | Tensor) -> bool:
+    """Whether a batch has values to be read, and settings are numbers."""
+    numbers = not any(isinstance(setting, Tensor) for setting in settings)
+    return numbers and x.numel() > 0 and in_blocks(x) and not needs_grad(x)
 
 
 def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
@@ -80,20 +87,44 @@ def joined(batches: list[Tensor], size: int) -> list[list[Tensor]]:
     return pieces
 
 
-def in_groups(batches: list[Tensor], act_: Callable[[Tensor], object]) -> None:
-    """Let `act_` change the rows of each batch in place; small batches are joined for it.
+def in_groups(
+    tensors: list[Tensor],
+    act_: Callable[[Tensor], object],
+    shape_of: Callable[[torch.Size], tuple[int, ...]] = tuple,
+) -> None:
+    """Let `act_` change the rows of each tensor in place, seen as a batch of shape ``shape_of``.
 
-    Batches of the same dtype and length of rows are joined up to `BLOCK` elements: one call then
-    costs what it would for one of them, and stays in cache.
+    Small tensors of one shape and dtype are stacked up to `BLOCK` elements: one call then costs
+    what it would for one of them. Large ones go by pieces. Both stay in cache.
     """
-    small = []
-    for x in batches:
-        if x.numel() > BLOCK // 2 or len(batches) == 1 or not in_blocks(x) or needs_grad(x):
-            act_(x)
+    joins = len(tensors) > 1 and in_blocks(tensors[0]) and not torch.is_grad_enabled()
+    alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+    for x in tensors:
+        size = x.numel()
+        if joins and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
+            alike.setdefault((x.shape, x.dtype), []).append(x)
         else:
-            small.append(x)
-    for group in joined(small, BLOCK):
-        rows = torch.cat([x.reshape(len(x), -1) for x in group])
-        act_(rows)
-        for x, part in zip(group, rows.split([len(x) for x in group]), strict=True):
-            x.copy_(part.view(x.shape))
+            _in_parts(x, act_, shape_of(x.shape))
+    for (shape, _), some in alike.items():
+        number, batch_shape = BLOCK // shape.numel(), shape_of(shape)
+        for start in range(0, len(some), number):
+            chunk = some[start : start + number]
+            if len(chunk) == 1:
+                _in_parts(chunk[0], act_, batch_shape)
+            else:
+                rows = torch.stack(chunk)
+                act_(rows.view(-1, *batch_shape[1:]))
+                foreach_copy_(chunk, rows.unbind())
+
+
+def _in_parts(x: Tensor, act_: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
+    batch, copied = view_or_copy(x, shape)
+    if x.numel() == 0:
+        return
+    if x.numel() <= MANY or not in_blocks(x) or needs_grad(x):
+        act_(batch)
+    else:
+        for rows in row_blocks(batch, MANY // 2):
+            act_(batch[rows])
+    if copied:
+        x.copy_(batch.view(x.shape))

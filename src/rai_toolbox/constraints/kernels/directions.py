@@ -6,15 +6,26 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
+from rai_toolbox import foreach
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import in_blocks
-from rai_toolbox.constraints.kernels.norms import norm, scale_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, in_groups, needs_grad
+from rai_toolbox.constraints.kernels.norms import (
+    LEAST,
+    fast_norm,
+    least_and_most,
+    norm,
+    scale_dtype,
+    sums_fast,
+)
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
-from rai_toolbox.foreach import mul_
+
+_CHUNK = 2**12  # entries whose squares are summed in float32: right to about 1e-6
 
 
 def sign_(tensors: list[Tensor]) -> None:
@@ -22,7 +33,6 @@ def sign_(tensors: list[Tensor]) -> None:
 
     The tensors are of one device and dtype.
     """
-    largest = torch.finfo(tensors[0].dtype).max
     if tensors[0].is_complex():
         for tensor in tensors:
             _sign_complex_(tensor)
@@ -32,13 +42,27 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    # two factors lift even the smallest subnormal number of any dtype beyond 1
-    elif len(tensors) == 1:
-        tensors[0].mul_(largest).mul_(largest).clamp_(-1.0, 1.0)
+    elif len(tensors) == 1 and tensors[0].numel() <= BLOCK and in_blocks(tensors[0]):
+        _sign_known_(tensors[0])  # as below, in fewer calls
+    elif in_blocks(tensors[0]):
+        in_groups(tensors, _sign_known_)
     else:
-        mul_(tensors, largest)
-        mul_(tensors, largest)
-        clamp_(tensors, -1.0, 1.0)
+        _sign_any_(tensors)
+
+
+def _sign_known_(x: Tensor) -> None:
+    if isfinite(x.sum().item()):  # else there may be a NaN, which `torch.sign` would hide
+        x.sign_()
+    else:
+        _sign_any_([x])
+
+
+def _sign_any_(tensors: list[Tensor]) -> None:
+    # two factors lift even the smallest subnormal number of any dtype beyond 1
+    largest = torch.finfo(tensors[0].dtype).max
+    foreach.mul_(tensors, largest)
+    foreach.mul_(tensors, largest)
+    clamp_(tensors, -1.0, 1.0)
 
 
 def _sign_complex_(x: Tensor) -> None:
@@ -53,6 +77,8 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
     if ndim == 0:
         normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
         return x
+    if ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
+        return _normalize_batch_(x, p, div_by_zero_eps)
     length = norm(readable(x), p, ndim)
     if is_sharded(x) and not torch.is_grad_enabled():
         _divide_(local_of(x), local_part(length, x), div_by_zero_eps)
@@ -60,11 +86,25 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
     return _divide_(x, length, div_by_zero_eps)
 
 
+def _normalize_batch_(x: Tensor, p: float, div_by_zero_eps: float) -> Tensor:
+    """A large batch by norms in the dtype of factors, but for rows whose norms that cannot hold."""
+    dtype, is_large = scale_dtype(x), x.numel() > BLOCK and p in (1, 2)
+    fast = is_large and sums_fast(x, _CHUNK)
+    length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)
+    least, most = max(div_by_zero_eps, LEAST[dtype]), torch.finfo(dtype).max
+    shortest, longest = least_and_most(length)
+    if shortest > least and longest <= most:
+        return x.div_(length.to(dtype))
+    others = ~((length > least) & (length <= most))
+    at = others.view(-1).nonzero().view(-1)
+    some = x[at]
+    _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps)
+    x.div_(length.masked_fill_(others, 1.0).to(dtype))
+    return x.index_copy_(0, at, some)
+
+
 def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:
     info = torch.finfo(scale_dtype(x))
-    divisor = length.clamp(max(div_by_zero_eps, info.smallest_normal), info.max)
-    if in_blocks(x) and not torch.is_grad_enabled() and bool((divisor == length).all()):
-        return x.div_(length.to(scale_dtype(x)))  # as below, in fewer calls
     length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
     # Two divisions: a norm can be beyond the numbers that the dtype holds, or holds precisely.

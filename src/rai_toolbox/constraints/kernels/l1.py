@@ -17,7 +17,8 @@ from rai_toolbox.constraints.kernels.blocks import (
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
 from rai_toolbox.constraints.kernels.threshold import lower_, lowered, wide_sum
 
-_FAR = 2.0**100  # radii from 1 / _FAR to _FAR are well within the range of float32
+FAR = 2.0**100
+"""Radii from 1 / FAR to FAR are well within the range of float32."""
 
 
 def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def _goal(values: Tensor, epsilon: float | Tensor) -> float | Tensor:
 
 def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:
     if isinstance(epsilon, Tensor):
-        fits = in_blocks(x) and bool(((epsilon > 1 / _FAR) & (epsilon < _FAR)).all())
+        fits = in_blocks(x) and bool(((epsilon > 1 / FAR) & (epsilon < FAR)).all())
     else:
-        fits = 1 / _FAR < epsilon < _FAR
+        fits = 1 / FAR < epsilon < FAR
     return torch.promote_types(x.dtype, torch.float32) if fits else wide_dtype(x)

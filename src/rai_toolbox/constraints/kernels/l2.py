@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, widened
-from rai_toolbox.constraints.kernels.norms import norm_near, scale_dtype
-from rai_toolbox.constraints.kernels.rounding import spacing
+from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
+    can_judge,
+    in_blocks,
+    needs_grad,
+    widened,
+)
+from rai_toolbox.constraints.kernels.norms import (
+    LEAST,
+    fast_norm,
+    least_and_most,
+    norm,
+    scale_dtype,
+    sum_error,
+    sums_fast,
+)
+from rai_toolbox.constraints.kernels.rounding import noise, spacing
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
+
+_CHUNK = 256  # entries whose squares are summed in float32
 
 
 def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
@@ -26,17 +43,49 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
         return x
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
-    length, error = norm_near(readable(x), ndim, epsilon)
-    if length is None:
-        return x
-    inside = length <= epsilon
-    if in_blocks(x) and not needs_grad(x) and bool(inside.all()):
-        return x
+    if ndim == x.ndim - 1 and can_judge(x, epsilon):
+        factor = l2_ball_factor(x, epsilon)
+        return x if factor is None else scale_(x, factor)
+    length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
+    radius = _inner_radius(epsilon, x, size, noise(size))
+    return scale_(x, _factor(length, epsilon, radius))
+
+
+def l2_ball_factor(x: Tensor, epsilon: Any) -> Tensor | None:
+    """What the projection multiplies each sub-tensor of a batch by; None if all are inside.
+
+    Norms of a large batch are in float32, and in float64 where these leave it in doubt.
+    """
+    ndim, size, error = x.ndim - 1, x.shape[1:].numel(), 0.0
+    is_large = x.numel() > BLOCK and x.dtype != torch.float64
+    if is_large and epsilon > 2 * LEAST[torch.float32] and sums_fast(x, _CHUNK):
+        length, error = fast_norm(x, 2, _CHUNK), sum_error(min(size, _CHUNK))
+    else:
+        length = norm(x, 2, ndim)
+    shortest, longest = least_and_most(length)
+    if longest <= epsilon * (1 - error):
+        return None
+    # (the error is allowed for twice, so that the next time the result is surely inside)
+    radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
+    if epsilon * (1 + error) < shortest and longest < math.inf:
+        return radius / length
+    gap = (length - epsilon).abs_()
+    if error and not (longest < math.inf and gap.amin().item() > 2 * error * epsilon):
+        doubtful = (gap <= 2 * error * epsilon) | ~(length < math.inf)
+        at = doubtful.view(-1).nonzero().view(-1)
+        length = length.double().index_copy_(0, at, norm(x[at], 2, ndim))
+        longest = length.amax().item()
+    if longest < math.inf:
+        return (radius / length).masked_fill_(length <= epsilon, 1.0)
+    return _factor(length, epsilon, radius)
+
+
+def _factor(length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> Tensor:
+    inside = length <= epsilon
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
-    factor = _inner_radius(epsilon, x, size, error) / outer
-    factor = factor.masked_fill(length.isinf(), torch.nan)  # its direction is not known
-    return scale_(x, factor.masked_fill(inside, 1.0))
+    factor = (radius / outer).masked_fill(length.isinf(), torch.nan)  # of unknown direction
+    return factor.masked_fill(inside, 1.0)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
@@ -49,9 +98,9 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         return x
     dtype = scale_dtype(x)  # a wide factor would take a wide copy of x
     info = torch.finfo(dtype)
-    if in_blocks(x) and not needs_grad(factor):
-        least, most = factor.aminmax()
-        if info.smallest_normal <= float(least) and float(most) <= info.max:
+    if factor.numel() > 0 and in_blocks(x) and not needs_grad(factor):
+        least, most = least_and_most(factor)
+        if info.smallest_normal <= least and most <= info.max:
             part.mul_(factor.to(dtype))
             return x
     # A factor below the normal numbers has few digits, so that the rest is rounded again.
@@ -65,7 +114,6 @@ def _inner_radius(epsilon: float | Tensor, x: Tensor, size: int, error: float) -
     """The radius from which neither rounding nor norms that are off by `error` lead outside."""
     dtype = scale_dtype(x)
     of_factor = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
-    # (a norm in float32 is allowed for twice, so that the next time it is surely inside)
-    margin = torch.finfo(x.dtype).eps / 2 + of_factor + (error if error < 1e-9 else 2 * error)
+    margin = torch.finfo(x.dtype).eps / 2 + of_factor + error
     radius = epsilon * (1.0 - margin) - spacing(x.dtype) * math.sqrt(size)
     return radius.clamp(min=0) if isinstance(radius, Tensor) else max(radius, 0.0)
