@@ -245,7 +245,7 @@ def modules_in(call: object) -> list[nn.Module]:
             reached.append(vars(type(item)).get("__call__"))
             if isinstance(item, FunctionType):
                 # All globals of its file, of which it names some, are not searched.
-                seen |= {id(item.__globals__), id(item.__builtins__)}  # type: ignore[attr-defined]
+                seen |= {id(item.__globals__), id(item.__builtins__)}
                 names = item.__code__.co_names
                 named = [item.__globals__.get(name) for name in names]
                 spaces = [vars(space) for space in named if isinstance(space, (type, ModuleType))]

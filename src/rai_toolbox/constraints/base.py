@@ -450,13 +450,16 @@ class Constraint:
 
     def _check_fit(self, name: str, setting: Tensor, x: Tensor) -> None:
         """Raise if a tensor setting has no shape for the batch x."""
+        is_for_each = name in self._for_each
+        if setting.ndim == 0 or (setting.shape == x.shape and not is_for_each):
+            return
         shape, batch = tuple(setting.shape), tuple(x.shape)
         fits = len(shape) <= len(batch) and all(
             size in (1, of_x) for size, of_x in zip(shape[::-1], batch[::-1], strict=False)
         )
         if not fits:
             raise wrong(name, f"broadcast against the batch of shape {batch}", f"shape {shape}")
-        coupled = self._whole_dims(x.shape) if name in self._for_each else ()
+        coupled = self._whole_dims(x.shape) if is_for_each else ()
         of_each = tuple(1 if dim in coupled else size for dim, size in enumerate(batch))
         if any(shape[dim - x.ndim] != 1 for dim in coupled if dim >= x.ndim - len(shape)):
             rule = f"have one value per sub-tensor, shape {of_each} for the batch of shape {batch}"

@@ -147,7 +147,8 @@ def attack(
     must_be_classes = criterion is None or rivals is not None
     criterion = losses.criterion_of(criterion, partial(margin_loss, smooth=True), targeted)
     make_optimizer = _optimizer_maker(optimizer or APGD, steps, ball)
-    sign, success = 1.0 if targeted else -1.0, losses.fooled_rule(fooled, targeted, required=False)
+    sign = 1.0 if targeted else -1.0
+    success = losses.fooled_rule(fooled, targeted, required=False, classes=must_be_classes)
     may_be_classes = None if fooled is None else False
     with solving(model) as model:
         data = inputs.as_data(data)

@@ -274,12 +274,19 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
 
 
 def fooled_rule(
-    given: Rule | None, targeted: bool = False, required: bool = True, name: str = "fooled"
+    given: Rule | None,
+    targeted: bool = False,
+    required: bool = True,
+    name: str = "fooled",
+    classes: bool = False,
 ) -> Rule:
     """The rule that decides which examples are fooled: the given one, or `is_fooled` for classes.
 
-    Without a rule for other targets nobody is fooled, or it raises if a rule is `required`.
+    Without a rule for other targets nobody is fooled, or it raises if a rule is `required`. With
+    `classes` the targets are known to be classes.
     """
+    if given is None and classes:
+        return partial(is_fooled, targeted=targeted)
     if given is not None and not callable(given):
         raise wrong(name, "be a function of output and target", repr(given), TypeError)
 
