@@ -25,6 +25,7 @@ from rai_toolbox.optim.param_groups import constrain
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.optim.projected import ProjectedOptimizer
 from rai_toolbox.optim.schedules import LinearSetting, SettingScheduler
+from rai_toolbox.optim.scion import Scion
 
 __all__ = [
     "APGD",
@@ -46,6 +47,7 @@ __all__ = [
     "LinfProjectedOptim",
     "ParamTransformingOptimizer",
     "ProjectedOptimizer",
+    "Scion",
     "SettingScheduler",
     "SignedGradientOptim",
     "TopQGradientOptimizer",
