@@ -21,6 +21,7 @@ from rai_toolbox.optim.named import (
     SignedGradientOptim,
     TopQGradientOptimizer,
 )
+from rai_toolbox.optim.norm_groups import norm_groups
 from rai_toolbox.optim.param_groups import constrain
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.optim.projected import ProjectedOptimizer
@@ -53,4 +54,5 @@ __all__ = [
     "TopQGradientOptimizer",
     "compiled",
     "constrain",
+    "norm_groups",
 ]
