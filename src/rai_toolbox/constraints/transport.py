@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
-from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
+from rai_toolbox.constraints.kernels.rounding import as_wide, noise, resolution
 from rai_toolbox.constraints.kernels.transport import cheapest_plan, nearest_plan, scaled_plan
 from rai_toolbox.constraints.sampling import exponential
 
@@ -36,10 +36,12 @@ class _Plans(Constraint):
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         off = -x.amin((-2, -1))
+        # Sums of rows and of columns are alike only to within the rounding of their total.
+        rounding = 4 * noise(sum(x.shape[-2:])) * x.abs().sum((-2, -1)).unsqueeze(-1)
         for dim, goal in zip((-1, -2), self.sums(x), strict=True):
             size = x.shape[dim]
-            gap = (x.sum(dim) - goal).abs() - resolution(x.abs().sum(dim), size, size, dtype)
-            off = torch.maximum(off, gap.amax(-1))
+            allowed = resolution(x.abs().sum(dim), size, size, dtype) + rounding
+            off = torch.maximum(off, ((x.sum(dim) - goal).abs() - allowed).amax(-1))
         return off.clamp(min=0.0)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
