@@ -9,7 +9,7 @@ import torch
 from rai_toolbox import constraints as sets
 
 ROOT = Path(__file__).parents[1]
-SETS = sorted(set(sets.__all__) - {"Constraint"})
+SETS = sorted(set(sets.__all__) - {"Constraint", "Projected"})
 HEADER = ["set", "definition", "`project_`", "`lmo`", "`violation`", "`sample_`", "convex"]
 METHODS = ("project_", "lmo", "violation", "sample_")
 ALWAYS, SOMETIMES, NEVER = "✓", "(✓)", ""
