@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, linprog, minimize
 
-from rai_toolbox.constraints import Birkhoff, Constraint, Transport
+from rai_toolbox.constraints import Birkhoff, Constraint, Transport, transport
 from rai_toolbox.constraints.kernels.transport import scaled_plan
 
 
@@ -49,6 +49,13 @@ def test_nearest_plan_is_that_of_a_general_solver(scale):
         np.testing.assert_allclose(plan, best.x, atol=1e-5)
 
 
+@pytest.fixture(params=[True, False], ids=["scipy", "no scipy"])
+def solver(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(transport, "_assignment_solver", lambda: None)
+
+
+@pytest.mark.usefixtures("solver")
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
 def test_minimizer_over_permutations_is_that_of_scipy(n):
     cost = torch.cat([normal(6, n, n), normal(6, n, n, seed=1).round()])  # with ties
@@ -70,6 +77,7 @@ def test_cheapest_plan_is_that_of_scipy():
         assert (found[i] > 1e-12).sum() < m + k  # a vertex
 
 
+@pytest.mark.usefixtures("solver")
 def test_a_flow_is_sent_back_where_that_is_cheaper():
     cost = torch.tensor([[[1.0, 2.0, 9.0], [1.0, 9.0, 20.0], [3.0, 1.0, 9.0]]])
     assert Birkhoff().lmo(cost).tolist() == [[[0, 0, 1], [1, 0, 0], [0, 1, 0]]]

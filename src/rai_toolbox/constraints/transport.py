@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -62,9 +64,9 @@ class Birkhoff(_Plans):
     ``{X >= 0 : X 1 = total 1, X^T 1 = total 1}``, the convex hull of the permutation matrices times
     `total`. ``P(X) = max(X - a 1^T - 1 b^T, 0)``, where a and b maximize the smooth dual, by a
     semismooth Newton method (Li, Sun & Toh, 2020) with systems of n equations, until the sums are
-    right to 1e-14; it reads values on the host. `lmo` solves the assignment problem by shortest
-    augmenting paths (Ford & Fulkerson, 1962). Samples have all entries > 0: exponential numbers,
-    scaled by Sinkhorn's algorithm.
+    right to 1e-14; it reads values on the host. `lmo` solves the assignment problem, by scipy if
+    that is installed (Crouse, 2016), else by shortest augmenting paths (Ford & Fulkerson, 1962).
+    Samples have all entries > 0: exponential numbers, scaled by Sinkhorn's algorithm.
 
     Parameters
     ----------
@@ -105,6 +107,15 @@ class Birkhoff(_Plans):
         total = as_wide(self.total, x)
         each = (total[..., 0] if total.ndim else total).expand(x.shape[:-1])
         return each, each
+
+    def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        solve = _assignment_solver()
+        if solve is None:
+            return super()._minimizer(gradient, dtype)
+        columns = [solve(cost)[1].tolist() for cost in gradient.cpu().numpy()]
+        at = torch.tensor(columns, device=gradient.device).unsqueeze(-1)
+        total = self.sums(gradient)[0].unsqueeze(-1)
+        return torch.zeros_like(gradient).scatter_(-1, at, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,3 +187,14 @@ class Transport(_Plans):
         sizes = self.rows.shape[-2], self.columns.shape[-1]
         if tuple(shape[1:]) != sizes:  # (sums of one row or column would broadcast)
             raise wrong("x", f"have matrices of shape {sizes}", f"a batch of shape {tuple(shape)}")
+
+
+@lru_cache
+def _assignment_solver() -> Callable[[Any], Any] | None:
+    """The function of scipy, if that is installed; it is slow to import."""
+    try:
+        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    solver: Callable[[Any], Any] = linear_sum_assignment
+    return solver
