@@ -213,6 +213,23 @@ def test_the_bound_of_singular_values_holds():
     assert (largest <= largest_singular_value(Scion.MUON, 2.0**-24)).all()
 
 
+def test_products_of_few_bits_are_refused_if_they_prove_nothing():
+    weight = torch.nn.Parameter(normal(3, 2))
+    optim = Scion([weight], constraint=SpectralBall(1.0), lr=0.1)
+    feed([weight], 0)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        optim.step()
+        assert optim.violation() == [0]
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(ValueError, match="`coefficients` must keep singular values bounded"):
+            optim.step()
+        assert optim.state[weight]["step"] == 1  # nothing has changed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # State
 
 

@@ -149,10 +149,11 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
 
     def _check_step_size(self, group: Group) -> None:
         """Raise if settings of the step size are out of range, or contradict each other."""
-        self._check_lr(group)
+        self._check_before_step(group)
         _check_step_size(group)
 
-    def _check_lr(self, group: Group) -> None:
+    def _check_before_step(self, group: Group) -> None:
+        """Raise if a setting that may change from step to step is out of range."""
         check_lr(group)
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
@@ -184,7 +185,7 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         for group in self.param_groups:
-            self._check_lr(group)
+            self._check_before_step(group)
         if any(group.get("line_search") for group in self.param_groups):
             return self._search(closure)
         return super()._step(closure)

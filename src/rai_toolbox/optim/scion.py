@@ -89,7 +89,9 @@ class Scion(FrankWolfe):
     ------
     TypeError, ValueError
         If a setting breaks its rule, the constraint does not fit a parameter, or settings
-        contradict each other. At each step, if `lr` is out of its range.
+        contradict each other. At each step, if `lr` is out of its range, and if constrained, if the
+        precision of float32 products (`torch.set_float32_matmul_precision`) is too low for the
+        coefficients: "medium", and with Polar Express "high".
 
     Notes
     -----
@@ -148,7 +150,7 @@ class Scion(FrankWolfe):
         return super()._completed(group)
 
     def _check_step_size(self, group: Group) -> None:
-        self._check_lr(group)
+        self._check_before_step(group)
         if group["constraint"] is None:
             raise checks.wrong("constraint", "be given for each group", "None")
         if group["weight_decay"] and not group["unconstrained"]:
@@ -156,13 +158,13 @@ class Scion(FrankWolfe):
                 "`weight_decay` must be 0 if constrained (a step leads to the oracle's answer, "
                 f"whose radius bounds the weights), got {group['weight_decay']!r}"
             )
-        if _iterates(group) and not group["unconstrained"]:
-            _bound(group)
 
-    def _check_lr(self, group: Group) -> None:
+    def _check_before_step(self, group: Group) -> None:
         lr = check_lr_value("lr", group["lr"])
         if lr is not None and lr > 1 and not group["unconstrained"]:
             raise ValueError(f"`lr` must be in [0, 1] if constrained, got {group['lr']!r}")
+        if _iterates(group) and not group["unconstrained"]:
+            _bound(group)
 
     def _starts_inside(self, group: Group) -> bool:
         return not group["unconstrained"]

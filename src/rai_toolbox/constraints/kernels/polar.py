@@ -34,6 +34,9 @@ POLAR_EXPRESS: Coefficients = (
 """Of Polar Express (Amsel, Persson, Musco & Gower, 2025): singular values converge to 1, from about
 .001 of the Frobenius norm on."""
 
+_BLOWN_UP = 4.0
+"""No published iteration has singular values this large, and few return from there."""
+
 _LARGE = 2**17
 """A matrix of as many elements fills a cache of the CPU alone; smaller ones go together."""
 
@@ -97,7 +100,7 @@ def largest_singular_value(coefficients: Coefficients, roundoff: float) -> float
         ends = [largest, *(s for s in _extrema(a, b, c) if s < largest)]
         rounding = abs(a) * largest + abs(b) * largest**3 + abs(c) * largest**5
         largest = max(abs(a * s + b * s**3 + c * s**5) for s in ends) + 2 * roundoff * rounding
-        if largest > 2**10:
+        if largest > _BLOWN_UP:
             return inf
     return largest
 
