@@ -9,7 +9,7 @@ import torch
 from rai_toolbox import constraints as sets
 
 ROOT = Path(__file__).parents[1]
-SETS = sorted(set(sets.__all__) - {"Constraint"})
+SETS = sorted(set(sets.__all__) - {"Constraint", "Projected"})
 HEADER = ["set", "definition", "`project_`", "`lmo`", "`violation`", "`sample_`", "convex"]
 METHODS = ("project_", "lmo", "violation", "sample_")
 ALWAYS, SOMETIMES, NEVER = "✓", "(✓)", ""
@@ -44,6 +44,7 @@ TABLE = {
 # Each set with settings for which it supports the fewest methods, and the most.
 FEWEST_AND_MOST = {
     "Affine": [sets.Affine(torch.eye(2, 6), 0.5)],
+    "Birkhoff": [sets.Birkhoff()],
     "BoundedBall": [sets.BoundedBall(sets.L2Ball(1.0), 0.0, None)],
     "Box": [sets.Box(0.0, None), sets.Box(-1.0, 1.0)],
     "BoxSection": [sets.BoxSection(1.0, 1.0, 0.0, None), sets.BoxSection(1.0, 1.0, 0.0, 0.5)],
@@ -66,19 +67,22 @@ FEWEST_AND_MOST = {
     "NonNegative": [sets.NonNegative()],
     "NuclearBall": [sets.NuclearBall(0.5)],
     "PSD": [sets.PSD()],
+    "Rank": [sets.Rank(1)],
     "Simplex": [sets.Simplex()],
+    "SparseSimplex": [sets.SparseSimplex(2)],
     "SpectralBall": [sets.SpectralBall(0.5)],
     "Stiefel": [sets.Stiefel()],
     "TopK": [sets.TopK(2)],
+    "Transport": [sets.Transport(torch.full((3,), 0.4), torch.full((2,), 0.6))],
     "UnitNorm": [sets.UnitNorm()],
 }
 
 
 def batch_for(constraint):
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    if isinstance(constraint, sets.PSD):
+    if isinstance(constraint, (sets.PSD, sets.Birkhoff)):
         return x[:, :4].reshape(4, 2, 2)
-    matrices = sets.SpectralBall, sets.NuclearBall, sets.Stiefel
+    matrices = sets.SpectralBall, sets.NuclearBall, sets.Stiefel, sets.Rank, sets.Transport
     return x.view(4, 3, 2) if isinstance(constraint, matrices) else x
 
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from typing_extensions import assert_type
 
 from rai_toolbox import evaluating, freeze, frozen, negate, to_batch
+from rai_toolbox.constraints import L2Ball
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedGradientOptimizer,
@@ -32,6 +33,7 @@ from rai_toolbox.optim import (
     LinfFrankWolfe,
     LinfProjectedOptim,
     ParamTransformingOptimizer,
+    Scion,
     SignedGradientOptim,
     TopQGradientOptimizer,
 )
@@ -76,6 +78,8 @@ TopQGradientOptimizer([x], q=0.5, dq=0.1, generator=generator)
 L1qNormedGradientOptim([x], q=0.5, dq=0.1, generator=generator, grad_scale=2.0)
 FrankWolfe([x], lr=0.5, lmo_scaling_factor=2.0, use_default_lr_schedule=False)
 FrankWolfe(model.named_parameters(), lr=torch.tensor(2.0))
+Scion([x], constraint=L2Ball(1.0), lr=0.1, coefficients=Scion.POLAR_EXPRESS)
+Scion([x], constraint=L2Ball(1.0))  # type: ignore[call-arg]
 L1FrankWolfe([x], epsilon=1.0)
 L2FrankWolfe(model.parameters(), epsilon=1.0, lr=1.0, param_ndim=None)
 LinfFrankWolfe([{"params": [x], "epsilon": 1.0}])

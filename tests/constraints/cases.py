@@ -16,7 +16,16 @@ SCALES_OF_FLOAT16 = (1e-3, 1.0, 1e2)
 N, n = 32, 6
 
 # What takes many passes over the rows: all scales in float64, one in each of the others.
-COSTLY = {"BoxSection", "BoundedBall", "Monotone", "SpectralBall", "NuclearBall", "PSD", "Stiefel"}
+COSTLY = {
+    "BoxSection",
+    "BoundedBall",
+    "Monotone",
+    "SpectralBall",
+    "NuclearBall",
+    "PSD",
+    "Stiefel",
+    "Rank",
+}
 ITERATES = {
     "tolerance": 1e-8,
     "reach": 30.0,
@@ -93,6 +102,14 @@ def _ball(kind):
 
 def _solvable(matrix, point):
     return sets.Affine(matrix, matrix @ point)
+
+
+def _transport(rows, columns):
+    per_matrix = rows.ndim == 3
+    total, found = (
+        sums.sum((-2, -1) if per_matrix else -1, keepdim=True) for sums in (rows, columns)
+    )
+    return sets.Transport(rows, columns * (total / found))
 
 
 def _norms(kind, make, symmetric="sign permutation scale", **kwargs):
@@ -275,6 +292,44 @@ CASES = [
     ),
     _case("Stiefel", "3x5", lambda s, rand: sets.Stiefel(), (N, 3, 5), scales=(1.0,)),
     _case("Stiefel", "2x2", lambda s, rand: sets.Stiefel(), (N, 2, 2), scales=(1.0,)),
+    *(
+        _case(
+            "Rank",
+            f"{rank} of {m}x{k}",
+            lambda s, rand, rank=rank: sets.Rank(rank),
+            (N, m, k),
+            symmetric="scale sign permutation",
+            compiles=rank == 2,
+        )
+        for rank, m, k in ((2, 4, 3), (1, 2, 5), (0, 2, 2), (3, 3, 3))
+    ),
+    _case(
+        "SparseSimplex",
+        "k=2",
+        lambda s, rand: sets.SparseSimplex(2, s),
+        symmetric="scale permutation",
+        compiles=True,
+    ),
+    _case("SparseSimplex", "each", lambda s, rand: sets.SparseSimplex(3, (rand(N, 1) + 0.1) * s)),
+    _case("SparseSimplex", "k=9", lambda s, rand: sets.SparseSimplex(9, s), (N, 2, 3)),
+    _case("Birkhoff", "4x4", lambda s, rand: sets.Birkhoff(), (N, 4, 4), **ITERATES),
+    _case("Birkhoff", "each", lambda s, rand: sets.Birkhoff(rand(N, 1, 1)), (N, 3, 3), **ITERATES),
+    _case("Birkhoff", "1x1", lambda s, rand: sets.Birkhoff(2.0), (N, 1, 1), **ITERATES),
+    _case("Transport", "3x5", lambda s, rand: _transport(rand(3), rand(5)), (N, 3, 5), **ITERATES),
+    _case(
+        "Transport",
+        "each",
+        lambda s, rand: _transport(rand(N, 4, 1), rand(N, 1, 2)),
+        (N, 4, 2),
+        **ITERATES,
+    ),
+    _case(
+        "Transport",
+        "with a zero",
+        lambda s, rand: _transport(torch.tensor([0.0, 1.0, 2.0]), rand(3)),
+        (N, 3, 3),
+        **ITERATES,
+    ),
     _case(
         "Intersection",
         "polytope",

@@ -21,6 +21,7 @@ from rai_toolbox.constraints import (
     MinMaxNorm,
     Monotone,
     Simplex,
+    SparseSimplex,
     TopK,
     UnitNorm,
 )
@@ -47,6 +48,7 @@ SETS = {
     "L2Ball": partial(L2Ball, 1.5),
     "L2Ball with a center": partial(L2Ball, 1.5, center=0.5),
     "Simplex": partial(Simplex, 2.0),
+    "SparseSimplex": partial(SparseSimplex, 2),
     "TopK": partial(TopK, 2),
     "Monotone": Monotone,
     "BoxSection": partial(BoxSection, 1.0, 0.5, -1.0, 1.0),

@@ -46,7 +46,7 @@ OPTIMIZERS = {
         generator=torch.Generator().manual_seed(seed),
     ),
     "frank_wolfe": lambda params, seed: FrankWolfe(
-        params, constraint=sets.L1Ball(0.7), param_ndim=None
+        params, constraint=sets.L1Ball(0.7), param_ndim=None, momentum=0.5
     ),
 }
 FORMS = {

@@ -28,6 +28,13 @@ def chain(params, **settings):
     )
 
 
+def scion(params, **settings):
+    """Matrices and kernels in spectral balls, whose oracle needs all of them."""
+    balls = {1: sets.L2Ball(0.9), 2: sets.SpectralBall(0.9), 4: sets.SpectralBall(0.9, flatten=1)}
+    groups = [{"params": [p], "constraint": balls[p.ndim]} for p in params]
+    return optim.Scion(groups, **{**settings, "param_ndim": None})
+
+
 ELEMENTWISE = {
     "ClampedParameter": partial(optim.ClampedParameterOptimizer, clamp_min=-0.3, clamp_max=0.2),
     "ClampedGradient": partial(optim.ClampedGradientOptimizer, clamp_min=-0.3, clamp_max=0.2),
@@ -55,6 +62,9 @@ OPTIMIZERS = {
         optim.FrankWolfe, constraint=sets.L2Ball(0.9), smoothness=2.0, param_ndim=None
     ),
     "ExponentiatedGradient": partial(optim.ExponentiatedGradient, param_ndim=None),
+    "Scion": scion,
+    "Scion, exact": partial(scion, polar="svd", nesterov=True),
+    "Scion, unconstrained": partial(scion, unconstrained=True, polar="svd", weight_decay=0.1),
 }
 
 

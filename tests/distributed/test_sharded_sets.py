@@ -44,6 +44,7 @@ SETS = {
     "HalfSpace": sets.HalfSpace(1.0, 0.1),
     "Monotone": sets.Monotone(),
     "TopK": sets.TopK(2),
+    "SparseSimplex": sets.SparseSimplex(2),
 }
 # (shape, param_ndim, set): uneven shards, tensors of settings, stacks of matrices, vectors
 CASES = {
@@ -69,6 +70,10 @@ CASES = {
     "NuclearBall": ((6, 4), None, sets.NuclearBall(0.3)),
     "PSD": ((3, 3), None, sets.PSD()),
     "Stiefel": ((6, 4), 2, sets.Stiefel()),
+    "Rank": ((6, 4), 2, sets.Rank(2)),
+    "Birkhoff": ((3, 3), None, sets.Birkhoff()),
+    "Birkhoff, each": ((5, 2, 2), 2, sets.Birkhoff(each(5, 1, 1) + 0.1)),
+    "Transport": ((5, 2, 3), 2, sets.Transport(torch.full((5, 2, 1), 0.3), torch.full((3,), 0.2))),
 }
 SHAPES = [shape for shape, _, _ in CASES.values()]
 ENGINES = {

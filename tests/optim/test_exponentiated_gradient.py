@@ -15,7 +15,7 @@ from tiers import slow_but
 from torch.optim import lr_scheduler
 from torch_versions import takes_grad_dtype
 
-from rai_toolbox.constraints import Simplex
+from rai_toolbox.constraints import Birkhoff, L1Ball, Simplex, Transport
 from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
@@ -387,3 +387,64 @@ def test_wrong_parameters():
         ExponentiatedGradient([], lr=1.0)
     with pytest.raises(TypeError, match="can only optimize Tensors"):
         ExponentiatedGradient([1.0], lr=1.0)
+
+
+# --- plans of transport ---------------------------------------------------------------------------
+
+
+def uniform_plan(constraint, *shape):
+    x = constraint.project(torch.zeros(shape, dtype=torch.float64))
+    return x.requires_grad_()
+
+
+def test_a_step_on_plans_is_the_nearest_plan_in_relative_entropy():
+    constraint = Transport(torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.6, 0.4]))
+    x = uniform_plan(constraint, 2, 3, 2)
+    opt = ExponentiatedGradient([x], lr=0.7, constraint=constraint, param_ndim=2)
+    start = x.detach().clone()
+    new_gradients([x], 0)
+    opt.step()
+    assert (constraint.violation(x) == 0).all()
+    # The factors that come on top of those of the gradient are one for each row and column.
+    rest = (x.detach() / start).log() + 0.7 * x.grad
+    assert (rest.diff(dim=1).diff(dim=2)).abs().max() < 1e-12
+
+
+def test_steps_on_permutations_reach_the_nearest_doubly_stochastic_matrix():
+    target = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = uniform_plan(Birkhoff(), 1, 4, 4)
+    opt = ExponentiatedGradient([x], lr=0.5, constraint=Birkhoff(), param_ndim=2)
+    for _ in range(600):
+        x.grad = x.detach() - target
+        opt.step()
+    assert opt.violation() == [0]
+    nearest = Birkhoff().project(target[None])
+    gap = ((x.detach() - target).square().sum() - (nearest - target).square().sum()) / 2
+    assert 0 <= gap < 4 * math.log(4) / (0.5 * 600)  # the rate of mirror descent
+
+
+def test_steps_on_plans_resume_and_do_not_hide_nan():
+    x = uniform_plan(Birkhoff(2.0), 2, 3, 3)
+    opt = ExponentiatedGradient([x], lr=0.1, constraint=Birkhoff(2.0), param_ndim=2)
+    new_gradients([x], 1)
+    other = ExponentiatedGradient([x], lr=1.0, constraint=Birkhoff(1.0), param_ndim=2)
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["constraint"] == Birkhoff(2.0)
+    x.grad[0, 1, 1] = math.nan
+    other.step()
+    assert x[0].isnan().all()
+    assert x[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"constraint": L1Ball(1.0)}, "`constraint` must be a Birkhoff or a Transport"),
+        ({"constraint": Birkhoff(), "total": 2.0}, "`total` must be 1 with a constraint"),
+        ({"constraint": Birkhoff(), "param_ndim": 1}, "Birkhoff takes a batch of shape"),
+    ],
+)
+def test_bad_plans(settings, message):
+    x = torch.full((3, 3), 1 / 3, requires_grad=True)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ExponentiatedGradient([x], **{"lr": 0.1, "param_ndim": 2, **settings})

@@ -13,8 +13,8 @@ from engine_cases import FRANK_WOLFE, WITH_INNER
 from torch.optim import SGD, AdamW
 
 from rai_toolbox import optim
-from rai_toolbox.constraints import BoundedBall, L1Ball, L2Ball, LinfBall
-from rai_toolbox.optim import APGD, PGD, ExponentiatedGradient, FrankWolfe
+from rai_toolbox.constraints import Birkhoff, BoundedBall, L1Ball, L2Ball, LinfBall, SpectralBall
+from rai_toolbox.optim import APGD, PGD, ExponentiatedGradient, FrankWolfe, Scion
 
 
 def has_tensors(plain):
@@ -23,10 +23,11 @@ def has_tensors(plain):
     return isinstance(plain, torch.Tensor)
 
 
+ITERATE = {"Intersection", "Birkhoff", "Transport"}  # until they converge, as documented
 SETS = {
     str(case): case
     for case in CASES
-    if case.kind != "Intersection" and not has_tensors(case.constraint().to_plain())
+    if case.kind not in ITERATE and not has_tensors(case.constraint().to_plain())
 }
 
 
@@ -74,3 +75,11 @@ def test_solvers(solver, ball):
 
 def test_exponentiated_gradient():
     two_steps(partial(ExponentiatedGradient, lr=0.1))
+    two_steps(partial(ExponentiatedGradient, lr=0.1, constraint=Birkhoff(), param_ndim=2), (3, 3))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"nesterov": True}, {"unconstrained": True, "weight_decay": 0.1}], ids=str
+)
+def test_scion(settings):
+    two_steps(partial(Scion, constraint=SpectralBall(1.0), lr=0.1, **settings), (4, 3))

@@ -1,4 +1,4 @@
-"""Kinds of matrices: positive semidefinite ones, and those with orthonormal columns or rows."""
+"""Kinds of matrices: positive semidefinite ones, of orthonormal columns or rows, of low rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import resolution, spacing
 from rai_toolbox.constraints.kernels.svd import (
@@ -130,6 +131,67 @@ class Stiefel(Constraint):
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         return self._nearest(normal(like, generator), like.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Rank(Constraint):
+    """Matrices of at most a given rank; not convex.
+
+    ``{X : rank X <= r}``, for the matrices of a batch (N, m, k). The projection keeps the r largest
+    singular values (Eckart & Young, 1936; Mirsky, 1960), at the cost of a singular value
+    decomposition in float64, O(m k min(m, k)), which synchronizes with a GPU; where they tie, one
+    of several nearest points. Singular values count as 0 if they are no more than what rounding the
+    entries to the dtype of X can explain. The violation is the largest singular value after the r
+    largest. The set is unbounded, and has no `lmo`.
+
+    Parameters
+    ----------
+    rank : int
+        The largest rank r, >= 0.
+    flatten : int, optional
+        See `SpectralBall`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `rank` is not an int >= 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import Rank
+    >>> Rank(1).project_(torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]))
+    tensor([[[3., 0.],
+             [0., 0.]]])
+    """
+
+    _is_equation: ClassVar[bool] = True
+    convex: ClassVar[bool] = False
+    _of_matrices: ClassVar[bool] = True
+
+    rank: int
+    flatten: int | None = field(default=None, kw_only=True)
+
+    def _check_settings(self) -> None:
+        check_count("rank", self.rank, 0)
+
+    def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        values = torch.linalg.svdvals(x)
+        if self.rank >= values.shape[-1]:
+            return torch.zeros_like(values[..., 0])
+        first, length = values[..., 0], torch.linalg.vector_norm(values, dim=-1)
+        entries = x.shape[-2] * x.shape[-1]
+        # Twice what rounding to nearest can add to any singular value.
+        rounding = torch.finfo(dtype).eps * length + sqrt(entries) * spacing(dtype)
+        after = values[..., self.rank]
+        return torch.where(after > rounding + noise_of(x) * first, after, 0.0)
+
+    def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        parts = decomposed(x)
+        values = parts[1]
+        kept = torch.arange(values.shape[-1], device=x.device) < self.rank
+        y = composed_of(x, parts, torch.where(kept, values, 0.0), kept.expand(values.shape))
+        return within_range(y, dtype)
 
 
 def _symmetric(x: Tensor) -> Tensor:

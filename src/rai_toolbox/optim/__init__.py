@@ -21,11 +21,13 @@ from rai_toolbox.optim.named import (
     SignedGradientOptim,
     TopQGradientOptimizer,
 )
+from rai_toolbox.optim.norm_groups import norm_groups
 from rai_toolbox.optim.param_groups import constrain
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.optim.projected import ProjectedOptimizer
 from rai_toolbox.optim.projected_lbfgs import ProjectedLBFGS
 from rai_toolbox.optim.schedules import LinearSetting, SettingScheduler
+from rai_toolbox.optim.scion import Scion
 
 __all__ = [
     "APGD",
@@ -48,9 +50,11 @@ __all__ = [
     "ParamTransformingOptimizer",
     "ProjectedLBFGS",
     "ProjectedOptimizer",
+    "Scion",
     "SettingScheduler",
     "SignedGradientOptim",
     "TopQGradientOptimizer",
     "compiled",
     "constrain",
+    "norm_groups",
 ]

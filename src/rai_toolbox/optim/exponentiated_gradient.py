@@ -1,4 +1,4 @@
-"""Exponentiated gradient: mirror descent on the simplex."""
+"""Exponentiated gradient: mirror descent on the simplex, and on plans of transport."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import sub_ndim
-from rai_toolbox.checks import check_flag, check_positive
+from rai_toolbox.checks import check_flag, check_positive, wrong
+from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
+from rai_toolbox.constraints.kernels.transport import scaled_plan
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.simplex import Simplex
+from rai_toolbox.constraints.transport import Birkhoff, Transport
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
 from rai_toolbox.optim.settings import batch_shape_in, is_zero_on_host
 from rai_toolbox.optim.wrapper import Group, Params
+
+_SINKHORN_STEPS = 50
 
 
 class ExponentiatedGradient(Constrained, OwnStepOptimizer):
@@ -37,6 +42,10 @@ class ExponentiatedGradient(Constrained, OwnStepOptimizer):
         The step size, >= 0; with 0 nothing moves.
     total : float
         The sum of each sub-tensor, > 0.
+    constraint : Birkhoff or Transport, optional
+        In place of the simplex: w is scaled to the sums of rows and columns by 50 steps of
+        Sinkhorn's algorithm, the mirror step on plans (Cuturi, 2013), and what is left is repaired.
+        `total` must be 1 then; a matrix takes ``param_ndim=2``.
     param_ndim : int or None
         Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`. A vector takes
         None or 1.
@@ -52,7 +61,7 @@ class ExponentiatedGradient(Constrained, OwnStepOptimizer):
     -----
     Start with entries >= 0 of a positive sum, such as equal ones; the first step makes the sum
     `total`. An entry that is 0, or becomes 0 by underflow (in float16 below 6e-8), stays 0
-    whatever its gradient is.
+    whatever its gradient is; in a `constraint`, as far as its sums allow.
     A sub-tensor with a negative or infinite entry, without a positive entry, or with a gradient
     that is not finite, becomes NaN; nothing else does, however large ``lr * g`` is. Parameters
     without a gradient do not change.
@@ -73,6 +82,7 @@ class ExponentiatedGradient(Constrained, OwnStepOptimizer):
         "lr": check_lr_value,
         "total": check_positive,
         "maximize": check_flag,
+        "constraint": lambda _, value: _check_plans(value),
     }
 
     def __init__(
@@ -81,13 +91,19 @@ class ExponentiatedGradient(Constrained, OwnStepOptimizer):
         *,
         lr: float | Tensor,
         total: float = 1.0,
+        constraint: Birkhoff | Transport | None = None,
         param_ndim: int | None = -1,
         maximize: bool = False,
     ) -> None:
         super().__init__(params, locals())
 
-    def _constraint(self, group: Group) -> Simplex:
-        return Simplex(group["total"])
+    def _constraint(self, group: Group) -> Constraint:
+        return group["constraint"] or Simplex(group["total"])
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["constraint"] is not None and group["total"] != 1:
+            raise wrong("total", "be 1 with a constraint, which has its own", repr(group["total"]))
 
     def _step_group_(self, group: Group) -> None:
         if is_zero_on_host(group["lr"]):
@@ -111,10 +127,29 @@ def _step_(param: Tensor, grad: Tensor, group: Group) -> None:
     """The step as ``softmax(log p - lr g)``, where the logarithm of a negative entry is NaN."""
     shape = batch_shape_in(param, group)
     grad = grad if grad.layout is torch.strided else grad.to_dense()
-    x, grad = (widened(tensor).view(shape).flatten(1) for tensor in (param, grad))
+    x, grad = (widened(tensor).view(shape) for tensor in (param, grad))
     rate = group["lr"] if group["maximize"] else -group["lr"]
     # Products beyond float64 count as the largest number; an infinite gradient gives NaN.
     largest = torch.finfo(grad.dtype).max
     exponent = (grad * rate).clamp(-largest, largest) + (grad - grad)
-    share = torch.softmax(x.log() + exponent, 1)
-    param.copy_((share * group["total"]).view(param.shape))
+    logits = x.log() + exponent
+    if group["constraint"] is None:
+        moved = torch.softmax(logits.flatten(1), 1) * group["total"]
+    else:
+        moved = _plan(logits, group["constraint"])
+    param.copy_(moved.view(param.shape))
+
+
+def _plan(logits: Tensor, constraint: Birkhoff | Transport) -> Tensor:
+    """The plans nearest to ``exp(logits)`` in relative entropy; NaN where one is not finite."""
+    for block, points, part in constraint._blocks(logits):
+        bad = (points.isnan() | (points == torch.inf)).any(-1, True).any(-2, True)
+        rest = points - points.amax((-2, -1), keepdim=True)
+        plan = scaled_plan(rest, *part.sums(rest), _SINKHORN_STEPS)
+        block.copy_(torch.where(bad, torch.nan, plan))
+    return logits
+
+
+def _check_plans(constraint: object) -> None:
+    if constraint is not None and not isinstance(constraint, (Birkhoff, Transport)):
+        raise wrong("constraint", "be a Birkhoff or a Transport", repr(constraint), TypeError)

@@ -48,6 +48,10 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
     - the short step with an L found by `line_search` (Pedregosa, Negiar, Askari & Jaggi, 2020):
       starting with .9 times the last one, L is doubled until f falls as much as the bound says.
 
+    With `momentum` the oracle gets a moving average m of the gradients, from 0,
+    ``m <- momentum m + (1 - momentum) g``, which averages noise out (Mokhtari, Hassani & Karbasi,
+    2020); `gap` is still that of the present gradient. `Scion` does so with a constant a.
+
     Without a constraint the gradient is read as the *negative* of the oracle's answer,
     ``s = -lmo_scaling_factor * g``, as the optimizers below provide it.
 
@@ -79,6 +83,9 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         within rounding. If no trial lowers the loss, parameters do not change.
     initial_step : int
         Number of steps, >= 0, that the schedule counts as done, for warm starts.
+    momentum : float
+        The weight of past gradients, in [0, 1). Only with a constraint, and not with `smoothness`
+        or `line_search`, whose steps depend on the gradient itself.
 
     Raises
     ------
@@ -107,7 +114,8 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         "smoothness": lambda name, value: value is None or checks.check_positive(name, value),
         "line_search": checks.check_flag,
         "initial_step": lambda name, value: checks.check_count(name, value, 0),
-        "constraint": lambda _, value: _check_oracle(value),
+        "momentum": lambda name, value: check_momentum(name, value),
+        "constraint": lambda _, value: check_oracle(value),
     }
 
     def __init__(
@@ -123,6 +131,7 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         smoothness: float | None = None,
         line_search: bool = False,
         initial_step: int = 0,
+        momentum: float = 0.0,
     ) -> None:
         arguments = dict(locals())
         if constraint is None and param_ndim == -1:
@@ -136,12 +145,20 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_lr(group)
+        self._check_step_size(group)
+
+    def _check_step_size(self, group: Group) -> None:
+        """Raise if settings of the step size are out of range, or contradict each other."""
+        self._check_before_step(group)
         _check_step_size(group)
+
+    def _check_before_step(self, group: Group) -> None:
+        """Raise if a setting that may change from step to step is out of range."""
+        check_lr(group)
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         super()._check_groups(groups)
-        found = [group["line_search"] for group in groups]
+        found = [group.get("line_search", False) for group in groups]
         if len(set(found)) > 1:
             raise ValueError(f"`line_search` must be the same in all groups, got {found}")
 
@@ -168,8 +185,8 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         for group in self.param_groups:
-            check_lr(group)
-        if any(group["line_search"] for group in self.param_groups):
+            self._check_before_step(group)
+        if any(group.get("line_search") for group in self.param_groups):
             return self._search(closure)
         return super()._step(closure)
 
@@ -179,12 +196,24 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
             if constraint is None:
                 _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
             elif group["smoothness"] is None:
-                x, gradient = as_batches(param, group)
-                end = constraint.lmo(gradient).to(x.dtype)
-                _interpolate_(param, x, end, _scheduled(step, group))
+                x, direction = self._directed(param, group)
+                end = constraint.lmo(direction).to(x.dtype)
+                interpolate_(param, x, end, _scheduled(step, group))
             else:
                 _Segment(param, group).take_short_step_()
             step += 1
+
+    def _directed(self, param: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        """A parameter, and what the oracle gets: its gradient, or the average; as batches."""
+        x, gradient = as_batches(param, group)
+        if group["momentum"] == 0:
+            return x, gradient
+        average = self.state[param]["momentum_buffer"]
+        gradient = gradient.reshape(param.shape).to(average.dtype)
+        average.lerp_(gradient, 1 - group["momentum"])
+        if group.get("nesterov"):
+            average = gradient.lerp(average, group["momentum"])
+        return x, average.reshape(x.shape)
 
     def _moving(self, group: Group) -> list[tuple[Tensor, Tensor]]:
         """The parameters that a step moves, and how many steps each has made.
@@ -202,25 +231,30 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         for param in group["params"]:
             if param.grad is not None:
                 state = self.state[param]
-                if not state:
-                    done = group["initial_step"]
+                if "step" not in state:
+                    done = group.get("initial_step", 0)
                     state["step"] = torch.full((), done, dtype=torch.float32)
+                if group["momentum"] != 0 and "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(param)
                 params.append(param)
                 steps.append(state["step"])
 
     def _enter_(self, group: Group) -> None:
-        """Project what has not moved yet before a step that stays between two points.
-
-        (The first step of the schedule leads into the set from anywhere.)
-        """
-        done, scheduled = group["initial_step"], group["use_default_lr_schedule"]
-        short = group["line_search"] or group["smoothness"] is not None or not scheduled or done
-        if group["constraint"] is None or not short or torch.compiler.is_compiling():
+        """Project what has not moved yet before a step that stays between two points."""
+        if not self._starts_inside(group) or torch.compiler.is_compiling():
             return
+        done = group.get("initial_step", 0)
         if not is_zero_on_host(group["lr"]):
             states = ((p, self.state.get(p)) for p in group["params"] if p.requires_grad)
             new = [p for p, state in states if not state or get_value(state["step"]) == done]
             Projection().change_(new, group)
+
+    def _starts_inside(self, group: Group) -> bool:
+        """Whether the first step must start in the set; that of the schedule may start anywhere."""
+        if group["constraint"] is None:
+            return False
+        adaptive = group["line_search"] or group["smoothness"] is not None
+        return adaptive or not group["use_default_lr_schedule"] or group["initial_step"] > 0
 
     def _search(self, closure: Callable[[], Any] | None) -> Any:
         self._check_groups(self.param_groups)  # a group may have been edited
@@ -263,7 +297,7 @@ def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:
         param.add_(grad, alpha=weight)
 
 
-def _interpolate_(param: Tensor, start: Tensor, end: Tensor, a: float | Tensor) -> None:
+def interpolate_(param: Tensor, start: Tensor, end: Tensor, a: float | Tensor) -> None:
     """Put a parameter at a fraction `a` of the segment from `start` to `end`."""
     # Unlike (1 - a) start + a end, this never rounds to a point outside a box, and is `end` at 1.
     weight = a.to(start) if isinstance(a, Tensor) else a
@@ -289,7 +323,7 @@ class _Segment:
         # (two divisions, because the product of the divisors may underflow to 0)
         length = (self.gap.clamp(min=0) / self.square / self.smoothness).clamp(max=1)
         self.fraction = torch.where(self.square == 0, 0.0, length)
-        _interpolate_(self.param, self.start, self.end, self.fraction)
+        interpolate_(self.param, self.start, self.end, self.fraction)
 
     def bound(self) -> float:
         """The upper bound of the change of the loss in the last step."""
@@ -387,6 +421,9 @@ def _check_step_size(group: Group) -> None:
         )
     if done and (adaptive or not scheduled):
         raise ValueError(f"`initial_step` must be 0 without the schedule ({other}), got {done!r}")
+    if group["momentum"] and (adaptive or constraint is None):
+        other = adaptive[0] if adaptive else "constraint=None"
+        raise ValueError(f"`momentum` must be 0 with {other}, got {group['momentum']!r}")
     if constraint is not None and scaling != 1:
         raise ValueError(
             "`lmo_scaling_factor` must be 1 with a constraint (or steps would lead outside), got "
@@ -394,7 +431,15 @@ def _check_step_size(group: Group) -> None:
         )
 
 
-def _check_oracle(constraint: Any) -> None:
+def check_momentum(name: str, value: object) -> None:
+    """Raise unless `value` is a number in [0, 1)."""
+    checks.check_fraction(name, value)
+    if value == 1:
+        raise ValueError(f"`{name}` must be < 1 (or the gradient has no weight), got {value!r}")
+
+
+def check_oracle(constraint: Any) -> None:
+    """Raise unless it is a bounded convex set that has an oracle, or None."""
     check_constraint(constraint)
     if constraint is None:
         return

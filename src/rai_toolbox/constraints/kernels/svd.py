@@ -112,11 +112,14 @@ def _diagonal(x: Tensor) -> Tensor:
 
 
 def _divided_differences(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
-    """``(f_i - f_j) / (values_i - values_j)``, which is the slope where both have the same."""
-    same = slope.unsqueeze(-1) == slope.unsqueeze(-2)
-    step = torch.where(same, 1.0, values.unsqueeze(-1) - values.unsqueeze(-2))
-    quotient = (f.unsqueeze(-1) - f.unsqueeze(-2)) / step
-    return torch.where(same, slope.unsqueeze(-1), quotient)
+    """``(f_i - f_j) / (values_i - values_j)``, which is the slope where both have the same.
+
+    There is none between equal values of which one is kept and one is not: their mean slope.
+    """
+    step = values.unsqueeze(-1) - values.unsqueeze(-2)
+    same = (slope.unsqueeze(-1) == slope.unsqueeze(-2)) | (step == 0)
+    quotient = (f.unsqueeze(-1) - f.unsqueeze(-2)) / torch.where(same, 1.0, step)
+    return torch.where(same, (slope.unsqueeze(-1) + slope.unsqueeze(-2)) / 2, quotient)
 
 
 def _divided_sums(values: Tensor, f: Tensor, slope: Tensor) -> Tensor:
