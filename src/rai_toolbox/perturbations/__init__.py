@@ -35,6 +35,7 @@ from rai_toolbox.perturbations.models import (
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import Attacked
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent, random_restart
+from rai_toolbox.perturbations.square import square_attack
 from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "nearest_rivals",
     "random_restart",
     "rival_margin",
+    "square_attack",
     "targeted_dlr_loss",
     "uniform_like_l1_n_ball_",
     "uniform_like_l2_n_ball_",
