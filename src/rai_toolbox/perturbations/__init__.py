@@ -10,6 +10,7 @@ from rai_toolbox.perturbations.evaluation.report import (
 from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import StateFileError
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, verify
+from rai_toolbox.perturbations.fab import fab_attack
 from rai_toolbox.perturbations.init import (
     uniform_like_l1_n_ball_,
     uniform_like_l2_n_ball_,
@@ -58,6 +59,7 @@ __all__ = [
     "cross_entropy",
     "dlr_loss",
     "evaluate_robustness",
+    "fab_attack",
     "gradient_ascent",
     "is_fooled",
     "margin_loss",
