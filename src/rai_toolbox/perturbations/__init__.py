@@ -2,6 +2,7 @@
 
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.classifier import classifier
+from rai_toolbox.perturbations.ensemble import Ensembled, ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.report import (
     Examples,
     RobustnessReport,
@@ -44,6 +45,7 @@ __all__ = [
     "AffineWarp",
     "Attacked",
     "ColorShift",
+    "Ensembled",
     "Examples",
     "MaskedPerturbation",
     "MinimumNorm",
@@ -58,6 +60,7 @@ __all__ = [
     "classifier",
     "cross_entropy",
     "dlr_loss",
+    "ensemble",
     "evaluate_robustness",
     "fab_attack",
     "gradient_ascent",
@@ -68,7 +71,9 @@ __all__ = [
     "nearest_rivals",
     "random_restart",
     "rival_margin",
+    "short_ensemble",
     "square_attack",
+    "standard",
     "targeted_dlr_loss",
     "uniform_like_l1_n_ball_",
     "uniform_like_l2_n_ball_",

@@ -48,6 +48,10 @@ def draw_accuracy(axes: Any, reports: Mapping[str, Any], norm: str) -> None:
         accuracies = [100 * row.robust_accuracy for row in rows]
         label = f"{name} (band: 95% interval)"
         axes.plot(epsilons, accuracies, color=color, marker=marker, linewidth=2, label=label)
+        doubtful = [row for row in rows if row.unreliable]
+        points = [row.epsilon for row in doubtful], [100 * row.robust_accuracy for row in doubtful]
+        if doubtful:
+            axes.plot(*points, "x", color=WRONG, markersize=12, label=f"{name}: unreliable")
     axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
     axes.set(xlabel="ε (at 0: the original data)", xlim=(0, None))
     axes.set(ylabel="correct (%)", ylim=(0, 100))
