@@ -107,6 +107,19 @@ def test_gradients_are_not_needed_and_those_of_0_do_not_matter():
     assert torch.equal(predict(found.data).argmax(1) != y, found.fooled)
 
 
+def test_it_wanders_where_the_output_is_constant():
+    net, x, y = a_problem()
+
+    def verdict(x):
+        return nn.functional.one_hot(net(x).argmax(1), 4).float()
+
+    ball = LinfBall(0.1)
+    best = square_attack(net, x, y, ball=ball, queries=200, generator=seeded()).fooled
+    blind = square_attack(verdict, x, y, ball=ball, queries=200, generator=seeded()).fooled
+    stuck = square_attack(verdict, x, y, ball=ball, queries=1, generator=seeded()).fooled
+    assert stuck.sum() + 3 < blind.sum() >= best.sum() - 4
+
+
 def test_only_survivors_are_queried():
     net, x, y = a_problem()
     y[:5] = (y[:5] + 1) % 4  # wrong at once

@@ -34,8 +34,8 @@ def square_attack(
 ) -> Attacked:
     r"""Search at random for perturbed data that fool a classifier, without gradients (Square).
 
-    Each query changes a window of each example that is not fooled yet, and is kept if the loss
-    rises. Windows are squares of images, shape (N, ..., H, W), at random places; runs of series,
+    Each query changes a window of each example that is not fooled yet, and is kept unless the loss
+    falls. Windows are squares of images, shape (N, ..., H, W), at random places; runs of series,
     shape (N, C, L); and random subsets of the features of tables, shape (N, d), as their order
     means nothing. Of the places that an example has, a window takes 80 % at first; after 10, 50,
     200, 500, 1,000, 2,000, 4,000, 6,000 and 8,000 of 10,000 queries half as many, and
@@ -141,7 +141,8 @@ def square_attack(
                 change = windows.next(change, radius, window_share(query, queries))
             others = part.nearest(change)
             other_cost, success = evaluated(others, goal)
-            better = success | (other_cost < cost) | (cost.isnan() & ~other_cost.isnan())
+            # Equal ones are taken, too: where the output is constant, the search wanders.
+            better = success | (other_cost <= cost) | (cost.isnan() & ~other_cost.isnan())
             column = better.view(-1, *(1,) * (data.ndim - 1))
             points, cost = (
                 torch.where(column, others, points),
