@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from test_attack import check_inside
 from test_square import BALLS, N, a_problem, seeded
+from torch import nn
 
-from rai_toolbox.constraints import L2Ball, LinfBall
+from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.ensemble import ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
@@ -179,3 +181,37 @@ def test_bad_input(name):
         ensemble(**{**settings, **change})
     with pytest.raises(ValueError, match='`version` must be "standard" or "rand", got \'plus\''):
         standard("plus")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, classes = load_digits(return_X_y=True)
+    return torch.tensor(pixels).float() / 16, torch.tensor(classes)
+
+
+def trained(x, y, ball):
+    """A small net, after the first steps trained on perturbed digits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    adam = torch.optim.Adam(net.parameters(), lr=0.01)
+    for step in range(120):
+        is_clean = ball is None or step < 20
+        shown = x if is_clean else attack(net, x, y, ball=ball, steps=3).data
+        adam.zero_grad()
+        nn.functional.cross_entropy(net(shown), y).backward()
+        adam.step()
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ball", [None, LinfBall(0.1), L2Ball(0.7)], ids=["plain", "Linf", "L2"])
+def test_the_short_one_is_about_as_strong_as_the_standard(digits, ball):
+    x, y = digits
+    net = trained(x[100:], y[100:], ball)
+    x, y = x[:100], y[:100]
+    for around in (LinfBall(0.1), L2Ball(0.5), L1Ball(1.2)):
+        short, long = (
+            run(net, x, y, ball=around, generator=seeded()).fooled.sum()
+            for run in (short_ensemble, standard())
+        )
+        assert short >= long - 1 and 0 < long < 100
