@@ -106,6 +106,17 @@ def test_each_attack_gets_the_survivors_with_their_settings():
     assert found.calls == {"first": 0, "second": 0, "third": 2 * (N - 4)}
 
 
+def test_radii_of_each_example_masks_and_grids_reach_all_attacks(brief):
+    net, x, y = a_problem((1, 4, 5))
+    x, mask = (x * 255).round() / 255, torch.rand(1, 4, 5, generator=seeded()) < 0.8
+    radii = torch.linspace(0.1, 0.6, N).double()
+    found = standard()(net, x, y, ball=L2Ball(radii), mask=mask, levels=256, generator=seeded())
+    check_inside(found.data, x, L2Ball, radii)
+    assert torch.equal(found.data[:, ~mask], x[:, ~mask])
+    assert torch.equal((found.data * 255).round() / 255, found.data)
+    assert all(found.calls.values()) and not found.fooled.all()
+
+
 def test_where_gradients_are_0_or_none_the_black_box_is_left():
     net, x, y = a_problem()
     with pytest.warns(ZeroGradientWarning):

@@ -88,6 +88,8 @@ def test_fooled_at_once_and_radii_that_differ():
     found = fab_attack(net, x, y, ball=L2Ball(radii), steps=15)
     check_inside(found.data, x, L2Ball, radii)
     assert torch.equal(found.data[0], x[0]) and found.fooled[0]
+    column = fab_attack(net, x, y, ball=L2Ball(radii.view(N, 1)), steps=15)
+    assert torch.equal(column.data, found.data)
 
 
 def test_targets_masks_grids_and_restarts():
@@ -100,7 +102,11 @@ def test_targets_masks_grids_and_restarts():
     assert found.fooled.sum() > N / 2
     assert torch.equal(found.data[:, ~mask], x[:, ~mask])
     assert torch.equal((found.data * 255).round() / 255, found.data)
-    check_inside(found.data, x, L2Ball, 2.0)
+    for kind, radius in ((L2Ball, 2.0), (L2Ball, 0.2), (L1Ball, 0.3), (LinfBall, 0.05)):
+        settings["ball"] = kind(radius)  # also where what is found is beyond
+        found = fab_attack(net, x, y, **settings)
+        check_inside(found.data, x, kind, radius)
+        assert torch.equal((found.data * 255).round() / 255, found.data)
 
 
 def test_gradients_of_0_are_reported():

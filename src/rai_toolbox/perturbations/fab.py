@@ -139,7 +139,7 @@ def fab_attack(
             runs, calls = list(rival_classes(rivals, model, allowed, target).split(1, dim=1)), 1
         found, zero_gradient = data.clone(), torch.ones_like(target, dtype=torch.bool)
         length = torch.full(target.shape, inf, dtype=torch.float64, device=data.device)
-        radius = as_wide(ball.epsilon, length).to(data.device).expand(length.shape)
+        radius = as_wide(allowed.ball.epsilon, length).reshape(-1).expand(length.shape)
         rows = torch.arange(len(data), device=data.device)
         for restart, classes in product(range(restarts), runs):
             if stop_once_fooled:
@@ -158,8 +158,11 @@ def fab_attack(
             found[rows[nearer]] = search.found[nearer]
             length[rows] = search.length
             calls += search.calls
-        change = found.double() - data.double()
-        found = allowed.project(found) if levels is None else allowed.on_grid(change)
+        if levels is None:
+            found = allowed.project(found)
+        else:
+            change = allowed.of_perturbations().project(found.double() - data.double())
+            found = allowed.on_grid(change)
         logits = model(found)
         fooled, margins = is_fooled(logits, target, targeted), margin_loss(logits, target)
     warn_of_zero_gradient(zero_gradient & ~fooled)
