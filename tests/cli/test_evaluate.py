@@ -196,9 +196,28 @@ def test_warnings_are_printed_in_words(folder, capsys):
     np.savez(folder / "zeros.npz", data=np.full((3, 4), 0.5), target=np.zeros(3, np.int64))
     assert main(run(model="nets:flat", data="zeros.npz", epsilon="0.1")) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0].startswith("warning: Linf 0.1: the gradient is exactly 0 at ")
     assert lines[1].startswith("warning: Linf 0.1: the loss did not rise for ")
+    assert lines[2].startswith("warning: Linf 0.1: the robust accuracy is unreliable: ")
+
+
+def test_the_standard_ensemble_and_what_each_attack_did(folder, monkeypatch, capsys):
+    from rai_toolbox.perturbations.ensemble import standard
+
+    constants = sys.modules[standard.__module__]
+    monkeypatch.setattr(constants, "_STEPS", 5)
+    monkeypatch.setattr(constants, "_QUERIES", 5)
+    words = run("--standard", epsilon="0.3")
+    at = words.index("--steps")
+    assert main(words[:at] + words[at + 2 :]) == 0
+    report = RobustnessReport.from_json((folder / "out/report.json").read_text(encoding="utf-8"))
+    assert f"{report}\n\n{report.by_attack()}\n" in capsys.readouterr().out
+    assert [row.attack for row in report.by_attack()] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
+    assert report.settings["solver"]["attacks"]["APGD-T"]["rivals"]["number"] == 9
+    for flag in ("--steps", "--restarts", "--rivals"):
+        assert main([*words[:at], *words[at + 2 :], flag, "3"]) == 2
+        assert "--standard must not be given with --steps, " in capsys.readouterr().err
 
 
 def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
@@ -209,7 +228,7 @@ def test_a_broken_bound_fails_the_run(folder, monkeypatch, capsys):
         found = attack(model, data, target, ball=ball, **settings)
         return found._replace(data=found.data - 2)
 
-    monkeypatch.setattr(evaluate, "attack", cheat)
+    monkeypatch.setattr(evaluate, "short_ensemble", cheat)
     assert main(run()) == 1
     assert (
         "30 of 30 examples (100.0%) are outside the data range, by up to" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 import math
 from fractions import Fraction
+from math import inf
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog, minimize
@@ -10,6 +12,7 @@ from torch.autograd import forward_ad
 
 from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.box_hyperplane import BoxSection
+from rai_toolbox.constraints.kernels.box_hyperplane import moved_to_sum, nearest_with_sum
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SUMS_TO_1 = BoxSection(1.0, 1.0, 0.0, None)
@@ -332,3 +335,46 @@ def test_what_no_rounding_explains_is_refused_for_each_dtype():
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(ValueError, match="`total` must be between"):
             budget.project_(torch.ones(2, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("p", [1, 2, inf])
+def test_moved_to_sum_is_the_nearest_of_its_norm(p):
+    draw = np.random.default_rng(0)
+    for _ in range(10):
+        weight, x = draw.normal(size=6).round(1), draw.random(6).round(1)
+        weight[0] = 0.0
+        total = weight @ draw.random(6)
+        rows = [torch.tensor(v).double().view(1, -1) for v in (x, weight, [total], [0.0], [1.0])]
+        found = moved_to_sum(*rows, p)[0].numpy()
+        assert found.min() >= -1e-15 and found.max() <= 1 + 1e-15
+        assert weight @ found == pytest.approx(total, abs=1e-13)
+        at_most = smallest_distance(x, weight, total, p)
+        assert np.linalg.norm(found - x, p) == pytest.approx(at_most, abs=1e-7)
+
+
+def smallest_distance(x, weight, total, p):
+    """The smallest distance, by a linear program or, in L2, the projection."""
+    if p == 2:
+        rows = [torch.tensor(v).double().view(1, -1) for v in (x, weight, [total], [0.0], [1.0])]
+        return np.linalg.norm(nearest_with_sum(*rows)[0].numpy() - x)
+    n = len(x)  # of z and what bounds |z - x|: one number, or one for each entry
+    bound = np.ones((n, 1)) if p == inf else np.eye(n)
+    above = np.block([[np.eye(n), -bound], [-np.eye(n), -bound]])
+    cost = np.r_[np.zeros(n), np.ones(bound.shape[1])]
+    sums = np.r_[weight, np.zeros(bound.shape[1])][None]
+    limits = [(0, 1)] * n + [(0, None)] * bound.shape[1]
+    return linprog(cost, above, np.r_[x, -x], sums, [total], limits).fun
+
+
+@pytest.mark.parametrize("p", [1, 2, inf])
+def test_moved_to_sum_where_there_is_no_such_point_or_no_bound(p):
+    x, weight = (
+        torch.tensor([[0.5, 0.25, 0.75]]).double(),
+        torch.tensor([[2.0, -1.0, 0.0]]).double(),
+    )
+    total = torch.full((1, 1), 9.0).double()
+    zero, one, free = (torch.full((1, 1), v).double() for v in (0.0, 1.0, inf))
+    assert moved_to_sum(x, weight, total, zero, one, p).tolist() == [[1.0, 0.0, 0.75]]
+    found = moved_to_sum(x, weight, total, -free, free, p)
+    assert (weight * found).sum().item() == pytest.approx(9) and found[0, 2] == 0.75
+    assert torch.equal(moved_to_sum(x, 0 * weight, total, zero, one, p), x)

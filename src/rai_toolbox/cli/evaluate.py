@@ -25,7 +25,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from rai_toolbox.cli.command import Refused, count, positive, radius, seed
 from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.extras import MissingExtra, require
-from rai_toolbox.perturbations import RobustnessWarning, attack, evaluate_robustness
+from rai_toolbox.perturbations import (
+    RobustnessWarning,
+    attack,
+    evaluate_robustness,
+    short_ensemble,
+    standard,
+)
 from rai_toolbox.perturbations.evaluation.state_file import write_whole
 
 NORMS = {ball.norm_name.lower(): ball for ball in BALLS.values()}
@@ -79,7 +85,7 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
                 loader,
                 balls=balls,
                 data_range=tuple(arguments.range),
-                solver=partial(attack, restarts=arguments.restarts, rivals=arguments.rivals),
+                solver=_solver(arguments),
                 steps=arguments.steps,
                 seed=arguments.seed,
                 device=device,
@@ -96,6 +102,8 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
         write_whole(files[0], report.to_json())
         write_whole(files[1], report.to_csv())
         print(report)
+        if arguments.standard:
+            print("", report.by_attack(), sep="\n")
         for line in report.warnings():
             print(f"warning: {line}", file=sys.stderr)
         try:
@@ -105,6 +113,18 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
         print("", *files, sep="\n")
         state.unlink(missing_ok=True)
     return 0 if report.feasible else 1
+
+
+def _solver(arguments: Namespace) -> Callable[..., Any]:
+    """The attacks that the flags ask for: the standard ones, one of the user's, or a few."""
+    own = {"restarts": arguments.restarts, "rivals": arguments.rivals}
+    given = {name: number for name, number in own.items() if number is not None}
+    if arguments.standard and (given or arguments.steps is not None):
+        rule = "not be given with --steps, --restarts or --rivals, which it fixes"
+        raise Refused(f"--standard must {rule}")
+    if arguments.standard:
+        return standard()
+    return partial(attack, **given) if given else short_ensemble
 
 
 def load_model(path: str, weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -237,9 +257,11 @@ def add_to(commands: Any) -> None:
     add("--epsilon", **repeated, type=radius, nargs="+", help="radii for that norm, such as 8/255")
     add("--range", type=float, nargs=2, metavar=("LOWER", "UPPER"), help="of data (default: 0 1)")
     add("--divide-by", type=positive, default=1.0, help="255 for integer images (default: 1)")
-    add("--steps", type=count, default=100, help="of each attack (default: %(default)s)")
-    add("--restarts", type=count, default=1, help="of each attack (default: %(default)s)")
-    add("--rivals", type=count, help="attack toward this many other classes: stronger, but slower")
+    standard_help = "what is published (AutoAttack): APGD-CE, APGD-T, FAB-T and Square; slow"
+    add("--standard", action="store_true", help=standard_help)
+    add("--steps", type=count, help="of each attack (default: 100)")
+    add("--restarts", type=count, help="by one attack alone, with so many runs")
+    add("--rivals", type=count, help="by one attack alone, toward this many other classes")
     add("--batch-size", type=count, default=100, help="of arrays (default: %(default)s)")
     add("--limit", type=count, help="evaluate only this many examples of arrays")
     add("--seed", type=seed, default=0, help="of all random numbers (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.classifier import classifier
+from rai_toolbox.perturbations.ensemble import Ensembled, ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.report import (
     Examples,
     RobustnessReport,
@@ -10,6 +11,7 @@ from rai_toolbox.perturbations.evaluation.report import (
 from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
 from rai_toolbox.perturbations.evaluation.state_file import StateFileError
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, verify
+from rai_toolbox.perturbations.fab import fab_attack
 from rai_toolbox.perturbations.init import (
     uniform_like_l1_n_ball_,
     uniform_like_l2_n_ball_,
@@ -35,6 +37,7 @@ from rai_toolbox.perturbations.models import (
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import Attacked
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent, random_restart
+from rai_toolbox.perturbations.square import square_attack
 from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "AffineWarp",
     "Attacked",
     "ColorShift",
+    "Ensembled",
     "Examples",
     "MaskedPerturbation",
     "MinimumNorm",
@@ -56,7 +60,9 @@ __all__ = [
     "classifier",
     "cross_entropy",
     "dlr_loss",
+    "ensemble",
     "evaluate_robustness",
+    "fab_attack",
     "gradient_ascent",
     "is_fooled",
     "margin_loss",
@@ -65,6 +71,9 @@ __all__ = [
     "nearest_rivals",
     "random_restart",
     "rival_margin",
+    "short_ensemble",
+    "square_attack",
+    "standard",
     "targeted_dlr_loss",
     "uniform_like_l1_n_ball_",
     "uniform_like_l2_n_ball_",

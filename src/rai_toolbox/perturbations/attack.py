@@ -20,8 +20,8 @@ from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
-from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss, most_likely_rivals
-from rai_toolbox.perturbations.rivals import ChooseClasses
+from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
+from rai_toolbox.perturbations.rivals import ChooseClasses, rival_classes
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving
 from rai_toolbox.perturbations.solvers import warn_of_zero_gradient
 
@@ -160,7 +160,7 @@ def attack(
         if rivals is not None:
             if targeted:
                 raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
-            classes = _rival_classes(rivals, model, allowed, target)
+            classes = rival_classes(rivals, model, allowed, target)
             goals = [torch.stack([target, rival], 1) for rival in classes.unbind(1)]
             run_objective = _toward_rivals(objective, classes)
         calls = int(rivals is not None)
@@ -209,23 +209,6 @@ def _toward_rivals(objective: Objective, classes: Tensor) -> Objective:
         raise wrong("criterion", rule, loss, TypeError)
     model = inputs.checked(objective.model, classes, name="rivals")
     return replace(objective, model=model, criterion=criterion, success=success)
-
-
-@torch.no_grad()
-def _rival_classes(
-    rivals: int | ChooseClasses, model: Model, allowed: FeasibleSet, target: Tensor
-) -> Tensor:
-    """The rival classes of each example, shape (N, m)."""
-    if not callable(rivals):
-        check_count("rivals", rivals, 1)
-        return most_likely_rivals(model(allowed.data), target, rivals, "rivals")
-    classes = rivals(model, allowed, target)
-    inputs.check_classes("rivals", classes)
-    fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0
-    if not fits or bool((classes.to(target) == target[:, None]).any()):
-        rule = f"give classes of shape ({len(target)}, m) that are not the targets"
-        raise wrong("rivals", rule, f"shape {tuple(classes.shape)}")
-    return classes.to(target)
 
 
 def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Callable[..., Any]:

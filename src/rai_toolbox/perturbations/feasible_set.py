@@ -98,6 +98,14 @@ class FeasibleSet:
         radius = as_wide(self.ball.epsilon, change)
         return self.grid.nearest_in_ball(change, self.ball.p, radius, ends)
 
+    def nearest(self, change: Tensor) -> Tensor:
+        """Points exactly in the set, and nearest to data plus a change but for rounding."""
+        change = self._safe_changes.project(change)
+        if self.levels is not None:
+            return self.on_grid(change)
+        points = (self.data + change).to(self.data.dtype)
+        return self.project(points if self.bounds is None else points.clamp(*self.bounds))
+
     def of_perturbations(self) -> Constraint:
         """The set of perturbations whose sums with the data are in the set, up to rounding."""
         if self.bounds is None:
@@ -129,6 +137,20 @@ class FeasibleSet:
         """The grid of the levels."""
         assert self.data_range is not None and self.levels is not None
         return Grid(self.data, *self.data_range, self.levels)
+
+    @cached_property
+    def _safe_changes(self) -> Constraint:
+        """The set of perturbations, but for those whose rounded sums may leave the ball."""
+        if isinstance(self.ball, LinfBall) or self.levels is not None:
+            return self.of_perturbations()
+        unit = torch.finfo(self.data.dtype).eps
+        rounding = torch.linalg.vector_norm(
+            unit * self.data.double().flatten(1), self.ball.p, dim=1
+        )
+        column = (len(self.data), *(1,) * (self.data.ndim - 1))
+        epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64, device=self.data.device)
+        smaller = (epsilon - rounding.view(column) - unit * epsilon).maximum(epsilon / 2)
+        return replace(self, ball=replace(self.ball, epsilon=smaller)).of_perturbations()
 
     @cached_property
     def _changes(self) -> tuple[Tensor, Tensor]:

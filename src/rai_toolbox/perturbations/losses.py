@@ -316,6 +316,26 @@ def gradient_of(loss: Tensor, data: Tensor) -> Tensor:
     return torch.autograd.grad(loss, data, ones, retain_graph=True, materialize_grads=True)[0]
 
 
+def has_gradient(model: Callable[[Tensor], Any], data: Tensor) -> bool:
+    """Whether the output depends on the data as autograd sees it, by a call with one example."""
+    with torch.enable_grad():
+        try:
+            output = logits_of(model(data[:1].detach().clone().requires_grad_().clone()))
+        except RuntimeError as error:
+            if not refuses_gradients(error):
+                raise
+            return False
+    return not isinstance(output, Tensor) or output.requires_grad
+
+
+def refuses_gradients(error: RuntimeError) -> bool:
+    """Whether a model failed as it leaves torch, such as for NumPy, with data that need a gradient.
+
+    (`torch.Tensor.numpy` raises that.)
+    """
+    return "requires grad" in str(error)
+
+
 def _in_gaps(loss: Tensor, logits: Tensor, number: int) -> Tensor:
     """A loss in units of the gap from the largest logit to the mean of the third to `number`-th."""
     if logits.shape[1] < number:

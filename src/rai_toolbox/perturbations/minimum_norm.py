@@ -15,13 +15,13 @@ from rai_toolbox.checks import check_count, check_number
 from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.fab import DUAL, fab_attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, gradient_of, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import NotFiniteWarning, solving
 
-_DUAL = {inf: 1.0, 2: 2.0, 1: inf}
 _TOWARD_NEAREST = partial(attack, rivals=partial(nearest_rivals, number=2))
 """The default solver; with the second nearest class, as models are not linear."""
 
@@ -118,7 +118,8 @@ def minimum_norm_attack(
         called on the examples that are still searched, with `ball`, `data_range`, `steps` and
         ``stop_once_fooled=True``, and with `criterion`, `fooled`, `targeted`, `mask` and `levels`
         if they are given. By default ``partial(attack, rivals=partial(nearest_rivals, number=2))``,
-        or `attack` with a criterion or if targeted.
+        or `attack` with a criterion or if targeted. `fab_attack`, or a partial of it, finds nearest
+        points by itself: it is called once, with the largest radius, and needs some 100 steps.
 
     Returns
     -------
@@ -161,7 +162,12 @@ def minimum_norm_attack(
     options: dict[str, Any] = {"criterion": criterion, "fooled": fooled, "levels": levels}
     options = {name: option for name, option in options.items() if option is not None}
     options |= {"targeted": True} if targeted else {}
-    call: Callable[..., Any] = partial(solver, steps=steps, stop_once_fooled=True, **options)
+    in_one_call = getattr(solver, "func", solver) is fab_attack
+    if in_one_call:
+        search_steps = 1
+    else:
+        options["stop_once_fooled"] = True
+    call: Callable[..., Any] = partial(solver, steps=steps, **options)
     rule = losses.fooled_rule(fooled, targeted)
     with solving(model) as model, torch.no_grad():
         data = inputs.as_data(data)
@@ -175,7 +181,7 @@ def minimum_norm_attack(
         firsts = best.clone()  # what fooled first, mostly by more than a little
         lower, upper = torch.zeros_like(limit), torch.where(success, 0.0, inf).to(limit)
         first = limit
-        if fooled is None:
+        if fooled is None and not in_one_call:
             first = _linear_radius(checked, allowed, target, ball.p) * (1 + tolerance)
             first = first.clamp(limit * _SMALLEST, limit)
         surely = partial(_surely_fooled, targeted=targeted) if fooled is None else rule
@@ -239,7 +245,7 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
         gradient = gradient_of(margin, x).nan_to_num(0.0, 0.0, 0.0)
     if allowed.mask is not None:
         gradient = gradient * allowed.mask
-    radius = margin.detach().double().abs() / _norm(gradient, _DUAL[p])
+    radius = margin.detach().double().abs() / _norm(gradient, DUAL[p])
     return radius.nan_to_num(nan=inf, posinf=inf)
 
 

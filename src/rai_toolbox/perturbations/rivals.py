@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, logits_of
+from rai_toolbox.perturbations.inputs import Model, check_classes, logits_of, wrong
 from rai_toolbox.perturbations.losses import gradient_of, margin_loss, most_likely_rivals
 
 ChooseClasses = Callable[[Model, FeasibleSet, Tensor], Tensor]
@@ -79,3 +79,20 @@ def nearest_rivals(
         worst.append(margin.detach().double() + gain)
     margins_in_set = torch.stack(worst, 1).nan_to_num(nan=-inf)
     return classes.gather(1, margins_in_set.topk(min(number, classes.shape[1]), 1).indices)
+
+
+@torch.no_grad()
+def rival_classes(
+    rivals: int | ChooseClasses, model: Model, allowed: FeasibleSet, target: Tensor
+) -> Tensor:
+    """The rival classes of each example, shape (N, m)."""
+    if not callable(rivals):
+        check_count("rivals", rivals, 1)
+        return most_likely_rivals(model(allowed.data), target, rivals, "rivals")
+    classes = rivals(model, allowed, target)
+    check_classes("rivals", classes)
+    fits = classes.ndim == 2 and len(classes) == len(target) and classes.shape[1] > 0
+    if not fits or bool((classes.to(target) == target[:, None]).any()):
+        rule = f"give classes of shape ({len(target)}, m) that are not the targets"
+        raise wrong("rivals", rule, f"shape {tuple(classes.shape)}")
+    return classes.to(target)

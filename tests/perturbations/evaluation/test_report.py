@@ -121,6 +121,8 @@ def test_only_equal_settings_merge():
         ({"withstood": {"Linf": (3,), "L2": (0,)}}, r"must be in \[-1, 2\] for Linf, got 3"),
         ({"withstood": {"Linf": (1,), "L2": ()}}, "the same data for each norm"),
         ({"epsilons": {}, "withstood": {}, "checks": {}}, "at least one"),
+        ({"fooled_by": {"Linf": ("a",)}}, "`fooled_by` must be one per example, got 1 for Linf"),
+        ({"calls": {"L2": ()}}, "`calls` must be one per epsilon, got 0 for L2"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changed, said):
@@ -188,6 +190,27 @@ def test_examples_of_other_targets(target, reading, titles, labels):
     assert grid[6].get_xlabel() == labels
     colors = [axes.spines["left"].get_edgecolor() for axes in grid[6:]]
     assert colors[0] == colors[2] != colors[1]
+
+
+def test_few_features_are_bars_and_many_a_curve(drawn):
+    axes = drawn(7).subfigs[1].subfigs[0].axes
+    assert [len(axes[at].patches) for at in (0, 3)] == [7, 7] and not axes[0].lines
+    assert axes[3].get_ylabel().startswith("change, ±0.")
+    axes = drawn(101).subfigs[1].subfigs[0].axes
+    assert len(axes[0].lines) == 1 and not axes[0].patches
+
+
+SOLVERS = {
+    "attack": "package.attack",
+    "other": {"call": {"call": "package.other"}, "steps": 5},
+    "APGD-CE, Square": {"call": "package.ensemble", "attacks": {"APGD-CE": {}, "Square": {}}},
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_picture_names_the_attacks(name):
+    figure = report(settings={"solver": SOLVERS[name]}).plot()
+    assert figure.subfigs[0].get_suptitle() == f"attacked by {name}"
 
 
 def test_without_examples_there_are_only_panels():

@@ -188,6 +188,7 @@ def test_flat_models_are_warned_of():
         f"Linf 0.1: the gradient is exactly 0 at {right} of {right} examples (100.0%): "
         "the model is flat there",
         f"Linf 0.1: the loss did not rise for {right} of {right} examples (100.0%)",
+        "Linf 0.1: the robust accuracy is unreliable: gradients are 0",
     ]
 
 
@@ -455,3 +456,78 @@ def test_settings_are_described_as_plain_data():
 def test_bad_input_is_refused(changed, error, said):
     with pytest.raises(error, match=said):
         evaluated(**changed)
+
+
+# What ensembles report
+
+
+class Pair(Corner):
+    """`Corner` as an ensemble: the first survivor is fooled by one attack, the rest by another."""
+
+    def __init__(self, first="APGD", rest="Square"):
+        super().__init__()
+        self.names = first, rest
+
+    def __call__(self, model, data, target, **settings):
+        found = super().__call__(model, data, target, **settings).data
+        wrong = (model(found).argmax(1) != target).tolist()
+        first, rest = self.names
+        names = [
+            (first if at == 0 else rest) if is_wrong else None for at, is_wrong in enumerate(wrong)
+        ]
+        return SimpleNamespace(data=found, fooled_by=names, calls={first: 2, rest: len(data)})
+
+
+def test_who_fooled_whom_is_kept_merged_and_saved(tmp_path):
+    state = tmp_path / "state.json"
+    with pytest.warns(RobustnessWarning, match="unreliable"):
+        report = evaluated(solver=Pair(), state_file=state)
+        resumed = evaluated(solver=Pair(), state_file=state)
+    assert len(report.fooled_by["Linf"]) == len(DATA)
+    for name, robust in zip(report.fooled_by["Linf"], report.withstood["Linf"], strict=True):
+        assert (name is None) == (robust in (-1, len(BALLS)))
+    rows = report.by_attack()
+    checks = [row.checks for row in report.rows()]
+    fooled = [sum(row.fooled for row in rows if row.epsilon == ball.epsilon) for ball in BALLS]
+    assert fooled == [check.fooled for check in checks]
+    assert [row.calls for row in rows if row.attack == "Square"] == [c.data for c in checks]
+    assert [row.calls for row in rows if row.attack == "APGD"] == [6] * 3  # in three batches
+    assert str(rows).splitlines()[1].split()[:3] == ["Linf", "0.1", "APGD"]
+    assert report == resumed == report.from_json(report.to_json())
+    assert json.loads(report.to_json())["attacks"][0]["attack"] == "APGD"
+    older = json.loads(report.to_json())
+    del older["fooled_by"], older["calls"]
+    assert report.from_plain(older).by_attack() == []
+
+
+def test_figures_are_called_unreliable_everywhere_where_the_black_box_finds_more():
+    with pytest.warns(RobustnessWarning) as caught:
+        report = evaluated(solver=Pair())
+    text = "unreliable: the black box finds more than gradients"
+    assert all(text in line for line in str(report).splitlines()[1:])
+    assert all(text[12:] in line for line in report.to_csv().splitlines()[1:])
+    table = json.loads(report.to_json())["table"]
+    assert all(row["unreliable"] == text[12:] for row in table)
+    assert any(text in str(warning.message) for warning in caught)
+    legend = report.plot().subfigs[0].axes[0].get_legend().get_texts()
+    assert [line.get_text() for line in legend][1:] == ["robust accuracy: unreliable"]
+    fair = evaluated(solver=Pair(rest="FAB"))
+    assert "unreliable: " not in str(fair) and len(fair.plot().subfigs[0].axes[0].lines) == 1
+    assert {row.unreliable for row in fair.rows()} == {""}
+
+
+def test_the_default_is_an_ensemble_for_models_without_gradients_too():
+    weight = MODEL.weight.detach().numpy()
+
+    def in_numpy(x):
+        return torch.from_numpy(x.numpy() @ weight.T)
+
+    settings = {"balls": BALLS[1], "progress": False, "steps": 60}
+    exact = evaluated(balls=BALLS[1])
+    report = evaluate_robustness(MODEL, batches(), **settings)
+    assert report.withstood == exact.withstood and not report.rows()[0].unreliable
+    with pytest.warns(RobustnessWarning):
+        blind = evaluate_robustness(in_numpy, batches(), **settings)
+    assert "unreliable: gradients are 0, the black box finds more" in str(blind)
+    assert blind.robust_accuracy(BALLS[1]) <= exact.robust_accuracy(BALLS[1]) + 0.05
+    assert set(blind.fooled_by["Linf"]) == {"Square", None}

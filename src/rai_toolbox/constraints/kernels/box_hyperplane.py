@@ -90,6 +90,37 @@ def fill_cheapest(price: Tensor, most: Tensor, amount: Tensor) -> tuple[Tensor, 
     return torch.empty_like(filled).scatter_(1, order, filled), order.gather(1, last)
 
 
+def moved_to_sum(
+    x: Tensor, weight: Tensor, total: Tensor, lower: Tensor, upper: Tensor, p: float
+) -> Tensor:
+    """The point of ``{weight . z = total, lower <= z <= upper}`` nearest in the norm of order p.
+
+    p is 1, 2 or inf, and rows of x are within the bounds. Where no point within them has that sum,
+    the one that comes nearest to it, of those with the smallest distance.
+    """
+    missing = total - (weight * x).sum(1, keepdim=True)
+    way, size, missing = weight.sign() * missing.sign(), weight.abs(), missing.abs()
+    room = torch.where(way > 0, upper - x, x - lower).where(way != 0, 0.0)
+    if p == 1:  # the entries that gain most
+        most = torch.where(way != 0, size * room, 0.0)
+        filled, _ = fill_cheapest(1 / size, most, missing)
+        # (not by a division where all is used: it would not give the bound)
+        return x + way * torch.where(filled < most, filled / size, room)
+    # All entries at once, at the same speed or at that of the weight, until each is at its bound.
+    speed = size if p == 2 else torch.ones_like(size)
+    time, order = torch.where(way != 0, room / speed, 0.0).sort(1)
+    gained = torch.where(way != 0, size * room, 0.0).gather(1, order).cumsum(1)
+    rate = torch.where(way != 0, size * speed, 0.0).gather(1, order)
+    rates = rate.flip(1).cumsum(1).flip(1)  # of those that move still
+    stopped = (gained + time * (rates - rate) < missing).sum(1, keepdim=True)
+    before, last = (stopped - 1).clamp(min=0), stopped.clamp(max=x.shape[1] - 1)
+    already = torch.where(stopped > 0, gained.gather(1, before), 0.0)
+    end = (missing - already) / rates.gather(1, last)
+    end = torch.where(stopped == x.shape[1], inf, end)
+    step = torch.minimum(end * speed, room)
+    return x + way * step.where(way != 0, 0.0)
+
+
 def rounded_bounds(
     lower: float | Tensor | None, upper: float | Tensor | None, like: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

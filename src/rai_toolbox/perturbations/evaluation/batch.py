@@ -41,25 +41,30 @@ class Batch:
 
     def report(self, start: RobustnessReport, bar: Bar) -> RobustnessReport:
         """The report of the batch; `start` has the settings."""
-        withstood, checks = {}, {}
+        withstood, checks, fooled_by, calls = {}, {}, {}, {}
         with _seeded(self.data.device, self.seed, self.name):
             before = self.predict(self.model, self.data, self.target)
             for norm, balls in self.balls.items():
                 robust, found = ~before.misclassified, []
-                count = robust.long() - 1
+                count, names, of_attacks = robust.long() - 1, [None] * len(robust), []
                 for ball in balls:
-                    check = VerificationReport()
+                    check, of_ball = VerificationReport(), dict[str, int]()
                     if ball.epsilon > 0 and robust.any():  # at 0, the only point is the original
+                        robust_rows = robust.nonzero().squeeze(1).tolist()
                         original, target = before.rows(robust), self.target[robust]
-                        perturbed = self._perturb(original.data, target, ball)
+                        perturbed, by, of_ball = self._perturb(original.data, target, ball)
                         after = self.predict(self.model, perturbed, target, gradient=False)
                         check, fooled = compare(original, after, ball, self.data_range)
+                        for at in fooled.nonzero().squeeze(1).tolist() if by else ():
+                            names[robust_rows[at]] = by[at]
                         robust = robust.masked_scatter(robust, ~fooled)
                     count += robust
                     found.append(check)
+                    of_attacks.append(of_ball)
                     bar.update()
                 withstood[norm], checks[norm] = tuple(count.tolist()), tuple(found)
-        return replace(start, withstood=withstood, checks=checks)
+                fooled_by[norm], calls[norm] = tuple(names), tuple(of_attacks)
+        return replace(start, withstood=withstood, checks=checks, fooled_by=fooled_by, calls=calls)
 
     def examples(self, number: int) -> list[Examples]:
         """The first data that are predicted right, perturbed in the largest ball of each norm."""
@@ -69,14 +74,19 @@ class Batch:
             rows = right.nonzero().squeeze(1)[:number]
             data, target = self.data[rows], self.target[rows]
             for norm, (*_, ball) in self.balls.items() if len(rows) else ():
-                perturbed = self._perturb(data, target, ball)
+                perturbed, *_ = self._perturb(data, target, ball)
                 after = self.predict(self.model, perturbed, target, gradient=False)
                 kept = (data, perturbed, target, after.reading, after.misclassified)
                 found.append(Examples(norm, float(ball.epsilon), *(each.cpu() for each in kept)))
         return found
 
-    def _perturb(self, data: Tensor, target: Tensor, ball: Ball) -> Tensor:
-        """The solver's perturbed data, with random numbers that only batch and ball determine."""
+    def _perturb(
+        self, data: Tensor, target: Tensor, ball: Ball
+    ) -> tuple[Tensor, list[str | None], dict[str, int]]:
+        """The solver's perturbed data, with random numbers that only batch and ball determine.
+
+        Of an ensemble also the attack that fooled each example, and the calls of each attack.
+        """
         seeded = _seeded(data.device, self.seed, self.name, ball)
         with seeded as seed, warnings.catch_warnings():
             for category in (ZeroGradientWarning, NotFiniteWarning):  # the report counts them
@@ -92,7 +102,7 @@ class Batch:
         kind, got = (f"shape {tuple(t.shape)} and {t.dtype}" for t in (data, perturbed))
         if got != kind:
             raise wrong("solver", f"return data of {kind}", got)
-        return perturbed.detach()
+        return perturbed.detach(), getattr(found, "fooled_by", []), getattr(found, "calls", {})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ COLORS = ("#0b5fa5", "#e07b00", "#4c9f70", "#8c6bb1")
 MARKERS = "os^D"
 WRONG = "#c0152f"
 SYMBOLS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
+MOST_BARS = 100
 PANEL, CELL = 4.2, 1.0  # inches
 
 # `Any` stands for the classes of matplotlib, and of the report, whose file imports this one.
@@ -29,6 +30,9 @@ def draw_report(report: Any) -> Any:
     size = width * len(norms), sum(heights)
     figure = figures.Figure(figsize=size, dpi=120, layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if "solver" in report.settings:
+        attacks = _attacks_of(report.settings["solver"])
+        parts[0].suptitle(f"attacked by {attacks}", x=0.01, ha="left", fontsize=10)
     for axes, norm in zip(parts[0].subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
         draw_accuracy(axes, {"robust accuracy": report}, norm)
     if examples:
@@ -48,10 +52,21 @@ def draw_accuracy(axes: Any, reports: Mapping[str, Any], norm: str) -> None:
         accuracies = [100 * row.robust_accuracy for row in rows]
         label = f"{name} (band: 95% interval)"
         axes.plot(epsilons, accuracies, color=color, marker=marker, linewidth=2, label=label)
+        doubtful = [row for row in rows if row.unreliable]
+        points = [row.epsilon for row in doubtful], [100 * row.robust_accuracy for row in doubtful]
+        if doubtful:
+            axes.plot(*points, "x", color=WRONG, markersize=12, label=f"{name}: unreliable")
     axes.set_title(f"{SYMBOLS[norm]} balls, {len(report):,} examples", loc="left", weight="bold")
     axes.set(xlabel="ε (at 0: the original data)", xlim=(0, None))
     axes.set(ylabel="correct (%)", ylim=(0, 100))
     tidy(axes)
+
+
+def _attacks_of(solver: Any) -> str:
+    """The names of the attacks, from a solver as it is described in the settings."""
+    if isinstance(solver, Mapping):
+        return ", ".join(solver.get("attacks", [])) or _attacks_of(solver.get("call"))
+    return str(solver).rpartition(".")[2]
 
 
 def tidy(axes: Any) -> None:
@@ -73,7 +88,7 @@ def _draw_examples(figure: Any, shown: Any) -> None:
     limits = float(both[0]), float(both[1])  # the same for originals and results
     rows = [
         ("original", shown.data, limits, "gray"),
-        ("change", change, (-largest, largest), "RdBu_r"),
+        (f"change, ±{largest:.2g}", change, (-largest, largest), "RdBu_r"),
         ("result", shown.perturbed, limits, "gray"),
     ]
     for line, (name, data, limits, colors) in zip(grid, rows, strict=True):
@@ -100,7 +115,7 @@ def _texts(values: Tensor) -> list[str]:
 
 
 def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) -> None:
-    """One example: as an image if it has the shape of one, else as a curve."""
+    """One example: as an image if it has the shape of one, few features as bars, else a curve."""
     low, high = limits
     if example.ndim == 3 and example.shape[0] == 1:
         example = example[0]
@@ -110,5 +125,9 @@ def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) 
         scaled = (example - low) / max(high - low, 1e-30)  # no change is mid-grey
         axes.imshow(scaled.clamp(0, 1).permute(1, 2, 0).tolist())
     else:
-        axes.plot(example.flatten().tolist(), color=COLORS[0], linewidth=0.8)
+        values = example.flatten().tolist()
+        if example.ndim == 1 and len(values) <= MOST_BARS:
+            axes.bar(range(len(values)), values, color=COLORS[0])
+        else:
+            axes.plot(values, color=COLORS[0], linewidth=0.8)
         axes.set_ylim(low, high if high > low else low + 1)

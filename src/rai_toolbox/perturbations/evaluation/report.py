@@ -27,8 +27,17 @@ class RobustnessWarning(UserWarning):
     """A reason to doubt a robust accuracy."""
 
 
+BLACK_BOX = "Square"
+"""The attack of ensembles that needs no gradients: where it finds more, these mislead."""
+
+_FEW = 0.002  # of all data may be fooled by the black box alone (Croce & Hein, 2020)
+
+
 class Row(NamedTuple):
-    """Accuracies at one epsilon, with the 95 % interval of the robust one, and the checks."""
+    """Accuracies at one epsilon, with the 95 % interval of the robust one, and the checks.
+
+    `unreliable` is why the robust accuracy is not to be trusted; empty if there is no reason known.
+    """
 
     norm: str
     epsilon: float
@@ -38,6 +47,27 @@ class Row(NamedTuple):
     low: float
     high: float
     checks: VerificationReport
+    unreliable: str = ""
+
+
+class AttackRow(NamedTuple):
+    """What one attack of an ensemble did at one epsilon: examples fooled, and examples called."""
+
+    norm: str
+    epsilon: float
+    attack: str
+    fooled: int
+    calls: int
+
+
+class AttackTable(list[AttackRow]):
+    """The rows of all attacks; as text, a table."""
+
+    def __str__(self) -> str:
+        lines = ["norm  epsilon  attack    fooled     calls"]
+        for norm, epsilon, attack, fooled, calls in self:
+            lines.append(f"{norm:<5} {epsilon:>7g}  {attack:<8} {fooled:>7} {calls:>9}")
+        return "\n".join(lines)
 
 
 class Examples(NamedTuple):
@@ -75,6 +105,11 @@ class RobustnessReport:
         For each norm and radius, the verification of the examples that were attacked there.
     examples : Sequence[Examples]
         For figures; not part of `to_json`.
+    fooled_by : Mapping[str, Sequence[str or None]]
+        For each norm and example, the attack of an ensemble that fooled it, at the first radius at
+        which it is not robust. None where no attack did, or the solver is no ensemble.
+    calls : Mapping[str, Sequence[Mapping[str, int]]]
+        For each norm and radius, the number of examples that each attack called the model with.
 
     Raises
     ------
@@ -101,6 +136,8 @@ class RobustnessReport:
     withstood: Mapping[str, Sequence[int]]
     checks: Mapping[str, Sequence[VerificationReport]]
     examples: Sequence[Examples] = field(default=(), compare=False, repr=False)
+    fooled_by: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    calls: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.epsilons or not set(self.epsilons) == set(self.withstood) == set(self.checks):
@@ -115,6 +152,13 @@ class RobustnessReport:
             outside = [k for k in self.withstood[name] if not -1 <= k <= len(epsilons)]
             if outside:
                 raise wrong("withstood", f"be in [-1, {len(epsilons)}] for {name}", outside[0])
+        for norm in self.fooled_by:
+            if len(self.fooled_by[norm]) != len(self.withstood[norm]):
+                got = f"{len(self.fooled_by[norm])} for {norm}"
+                raise wrong("fooled_by", "be one per example", got)
+        for norm in self.calls:
+            if len(self.calls[norm]) != len(self.epsilons[norm]):
+                raise wrong("calls", "be one per epsilon", f"{len(self.calls[norm])} for {norm}")
         if len({len(found) for found in self.withstood.values()}) != 1:
             raise wrong("withstood", "be of the same data for each norm", "others")
 
@@ -150,11 +194,41 @@ class RobustnessReport:
         epsilons, checks = (0.0, *self.epsilons[norm]), (VerificationReport(), *self.checks[norm])
         robust = [sum(k >= number for k in withstood) for number in range(len(epsilons))]
         rows = []
-        for epsilon, count, check in zip(epsilons, robust, checks, strict=True):
-            clean, here = (number / total if total else nan for number in (robust[0], count))
-            interval = wilson_interval(count, total)
-            rows.append(Row(norm, epsilon, total, clean, here, *interval, check))
+        for number, (epsilon, count) in enumerate(zip(epsilons, robust, strict=True)):
+            clean, here = (n / total if total else nan for n in (robust[0], count))
+            interval, check = wilson_interval(count, total), checks[number]
+            doubt = self._doubt(norm, number)
+            rows.append(Row(norm, epsilon, total, clean, here, *interval, check, doubt))
         return rows
+
+    def by_attack(self) -> AttackTable:
+        """What each attack of an ensemble did at each norm and epsilon; empty for other solvers."""
+        rows = AttackTable()
+        for norm, calls in self.calls.items():
+            for number, of_attacks in enumerate(calls):
+                for attack, examples in of_attacks.items():
+                    fooled = self._fooled_by(norm, attack)[number]
+                    epsilon = self.epsilons[norm][number]
+                    rows.append(AttackRow(norm, epsilon, attack, fooled, examples))
+        return rows
+
+    def _fooled_by(self, norm: str, attack: str) -> list[int]:
+        """The number of examples that an attack fooled at each radius."""
+        numbers = [0] * len(self.epsilons[norm])
+        for example, name in enumerate(self.fooled_by.get(norm, ())):
+            if name == attack:
+                numbers[self.withstood[norm][example]] += 1
+        return numbers
+
+    def _doubt(self, norm: str, radii: int) -> str:
+        """Why the robust accuracy after a number of radii is unreliable; empty if it may not be."""
+        checks, reasons = self.checks[norm][:radii], []
+        if any(check.zero_gradient for check in checks):
+            reasons.append("gradients are 0")
+        blind = sum(self._fooled_by(norm, BLACK_BOX)[:radii])
+        if blind > _FEW * len(self):
+            reasons.append("the black box finds more than gradients")
+        return ", ".join(reasons)
 
     @property
     def feasible(self) -> bool:
@@ -167,7 +241,10 @@ class RobustnessReport:
         if self.clean_accuracy == 0:
             found.append("no original is predicted right: are data, range and targets right?")
         for row in self.rows():
-            found += row.checks.warnings(f"{row.norm} {row.epsilon:g}")
+            name = f"{row.norm} {row.epsilon:g}"
+            found += row.checks.warnings(name)
+            if row.unreliable:
+                found.append(f"{name}: the robust accuracy is unreliable: {row.unreliable}")
         return found
 
     def __str__(self) -> str:
@@ -176,7 +253,8 @@ class RobustnessReport:
             accuracies = f"{row.clean_accuracy:>7.1%} {row.robust_accuracy:>7.1%}"
             interval = f"{row.low:.1%} - {row.high:.1%}"
             start = f"{row.norm:<5} {row.epsilon:>7g} {row.data:>6}"
-            lines.append(f"{start} {accuracies}  {interval:>13}")
+            mark = f"  unreliable: {row.unreliable}" if row.unreliable else ""
+            lines.append(f"{start} {accuracies}  {interval:>13}{mark}")
         return "\n".join(lines)
 
     # Parts
@@ -203,7 +281,8 @@ class RobustnessReport:
             of_radii = zip(*(part.checks[name] for part in parts), strict=True)
             checks[name] = tuple(sum(found, VerificationReport()) for found in of_radii)
         examples = next((part.examples for part in parts if part.examples), ())
-        return replace(first, withstood=withstood, checks=checks, examples=examples)
+        attacks = _merged_attacks(parts)
+        return replace(first, withstood=withstood, checks=checks, examples=examples, **attacks)
 
     # Files
 
@@ -231,15 +310,20 @@ class RobustnessReport:
         )
         for norm, found in checks.items():
             checks[norm] = tuple(VerificationReport(**check) for check in found)
-        return cls(plain["settings"], epsilons, withstood, checks)
+        attacks: dict[str, Any] = {
+            name: {norm: tuple(values) for norm, values in plain.get(name, {}).items()}
+            for name in ("fooled_by", "calls")  # which older reports lack
+        }
+        return cls(plain["settings"], epsilons, withstood, checks, **attacks)
 
     def to_json(self) -> str:
-        """The report as JSON, which also has the table: `from_json` ignores it."""
+        """The report as JSON, which also has the tables: `from_json` ignores them."""
         table = [
             {name: None if value != value else value for name, value in _flat(row).items()}
             for row in self.rows()
         ]
-        return json.dumps(self.to_plain() | {"table": table}, allow_nan=False) + "\n"
+        tables = {"table": table, "attacks": [row._asdict() for row in self.by_attack()]}
+        return json.dumps(self.to_plain() | tables, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RobustnessReport:
@@ -269,6 +353,22 @@ class RobustnessReport:
         """
         figure: Figure = draw_report(self)
         return figure
+
+
+def _merged_attacks(parts: Sequence[RobustnessReport]) -> dict[str, Any]:
+    """What the attacks of ensembles did in all parts; nothing if in none."""
+    if not any(part.calls for part in parts):
+        return {}
+    fooled_by, calls = dict[str, Any](), dict[str, Any]()
+    for norm, epsilons in parts[0].epsilons.items():
+        names, sums = list[str | None](), [dict[str, int]() for _ in epsilons]
+        for part in parts:
+            names += part.fooled_by.get(norm) or [None] * len(part)
+            for radius, of_attacks in enumerate(part.calls.get(norm, ())):
+                for attack, number in of_attacks.items():
+                    sums[radius][attack] = sums[radius].get(attack, 0) + number
+        fooled_by[norm], calls[norm] = tuple(names), tuple(sums)
+    return {"fooled_by": fooled_by, "calls": calls}
 
 
 def _flat(row: Row) -> dict[str, Any]:

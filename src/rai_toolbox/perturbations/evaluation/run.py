@@ -23,7 +23,7 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.modules import modules_in
 from rai_toolbox.perturbations import inputs
-from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.ensemble import short_ensemble
 from rai_toolbox.perturbations.evaluation.batch import Batch
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
@@ -44,7 +44,7 @@ def evaluate_robustness(
     *,
     balls: Ball | Iterable[Ball],
     data_range: Range = (0.0, 1.0),
-    solver: Callable[..., Any] = attack,
+    solver: Callable[..., Any] = short_ensemble,
     steps: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -85,7 +85,9 @@ def evaluate_robustness(
         Lower and upper bound of all data, also of perturbed ones; None for no bounds.
     solver : Callable
         Called as ``solver(model, data, target, ball=..., data_range=..., generator=...)``; returns
-        an object whose ``data`` are the perturbed data. To set options, pass a partial of `attack`.
+        an object whose ``data`` are the perturbed data. By default a few attacks, `short_ensemble`.
+        Publish what `standard` finds: ``solver=standard()``. For one attack pass `attack` or a
+        partial of it.
     steps : int, optional
         If given, passed to `solver`.
     seed : int

@@ -14,7 +14,14 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
-from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of, fooled_rule, gradient_of
+from rai_toolbox.perturbations.losses import (
+    Criterion,
+    Rule,
+    criterion_of,
+    fooled_rule,
+    gradient_of,
+    refuses_gradients,
+)
 from rai_toolbox.perturbations.solve import solving
 
 
@@ -153,7 +160,13 @@ def predict(
     loss = log_odds if correct is None else criterion
     with solving(model) as model, torch.set_grad_enabled(gradient):
         x = data.detach().clone().requires_grad_(gradient)
-        output = inputs.checked(model, target, classes=correct is None)(x)
+        checked = inputs.checked(model, target, classes=correct is None)
+        try:
+            output = checked(x)
+        except RuntimeError as error:
+            if not (gradient and refuses_gradients(error)):
+                raise
+            output = checked(data.detach())
         target = target.clone()  # as autograd cannot keep one made in inference mode
         target = target.long() if inputs.are_classes(target) else target
         if loss is None:

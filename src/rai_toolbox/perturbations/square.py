@@ -1,0 +1,156 @@
+"""Random search in windows of the data: an attack by calls of the model alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.kernels.rounding import as_wide
+from rai_toolbox.perturbations import inputs, losses
+from rai_toolbox.perturbations.feasible_set import FeasibleSet
+from rai_toolbox.perturbations.inputs import Model, Range
+from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
+from rai_toolbox.perturbations.solve import Attacked, Objective, solving
+from rai_toolbox.perturbations.windows import Windows, window_share
+
+
+def square_attack(
+    model: Model,
+    data: Tensor,
+    target: Tensor,
+    *,
+    ball: Ball,
+    data_range: Range = (0.0, 1.0),
+    queries: int = 5000,
+    criterion: Criterion | None = None,
+    fooled: Rule | None = None,
+    targeted: bool = False,
+    mask: Tensor | None = None,
+    samples: int = 1,
+    generator: Generator | None = None,
+    levels: int | None = None,
+) -> Attacked:
+    r"""Search at random for perturbed data that fool a classifier, without gradients (Square).
+
+    Each query changes a window of each example that is not fooled yet, and is kept unless the loss
+    falls. Windows are squares of images, shape (N, ..., H, W), at random places; runs of series,
+    shape (N, C, L); and random subsets of the features of tables, shape (N, d), as their order
+    means nothing. Of the places that an example has, a window takes 80 % at first; after 10, 50,
+    200, 500, 1,000, 2,000, 4,000, 6,000 and 8,000 of 10,000 queries half as many, and
+    proportionally for another number of queries.
+
+    In an Linf ball the window goes to the ends of the ball, with one random sign per channel; in a
+    table with one per feature. The search starts with columns of random signs. In L2 and L1 balls
+    the window takes over the norm of another one, in the form of two hills of opposite signs; in L1
+    the exact projection then leaves few entries. It starts with a mosaic of such patterns.
+
+    As it reads nothing but the model's output, it attacks models without gradients, or with
+    misleading ones; and it is a check of `attack`: where this finds more, gradients are masked.
+
+    Parameters
+    ----------
+    model : callable
+        From data of shape (N, ...) to logits, shape (N, K), or to an object or dict with `logits`.
+        It needs no gradients: ``lambda x: torch.from_numpy(predict(x.numpy()))`` will do.
+    data : Tensor, shape (N, ...)
+        Of a floating-point dtype, within `data_range`.
+    target : Tensor
+        The right classes, shape (N,); with `targeted` the classes that the model is to predict.
+    ball : LinfBall or L2Ball or L1Ball
+        Without a center. Its epsilon is a number, or has one value per example, shape (N,).
+    data_range : pair of float or Tensor, or None
+        Lower and upper bound of all data; None for no bounds.
+    queries : int
+        Number of queries for each example, >= 0, besides one of the data and one of the result.
+    criterion, fooled : callable, optional
+        As in `attack`. By default `margin_loss` and `is_fooled`.
+    targeted : bool
+        Minimize the loss for `target` instead.
+    mask : Tensor of bool, optional
+        True where data may change; broadcasts against the data.
+    samples : int
+        Number of evaluations per query, for random models.
+    generator : torch.Generator, optional
+        For all random numbers.
+    levels : int, optional
+        Search on a grid only, such as that of 8-bit images with 256; as in `attack`.
+
+    Returns
+    -------
+    Attacked
+        With a `zero_gradient` that is False everywhere.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attack`.
+
+    References
+    ----------
+    Andriushchenko, Croce, Flammarion, Hein (2020), "Square Attack"; Croce, Hein (2021), "Mind the
+    box", for L1 balls.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rai_toolbox.constraints import LinfBall
+    >>> from rai_toolbox.perturbations import square_attack
+    >>> data, target = torch.full((1, 4), 0.5), torch.tensor([0])
+    >>> model = lambda x: (x @ torch.tensor([[1.0, -1], [1, -1], [-1, 1], [1, -1]])).round()
+    >>> ball, generator = LinfBall(0.2), torch.Generator().manual_seed(0)
+    >>> square_attack(model, data, target, ball=ball, queries=99, generator=generator).data
+    tensor([[0.3000, 0.3000, 0.7000, 0.3000]])
+    """
+    check_count("queries", queries, 0)
+    check_count("samples", samples, 1)
+    must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
+    criterion = losses.criterion_of(criterion, margin_loss, targeted)
+    success_of = losses.fooled_rule(fooled, targeted, required=False)
+    sign = 1.0 if targeted else -1.0
+    with solving(model) as model, torch.no_grad():
+        data = inputs.as_data(data)
+        target = inputs.as_target(target, data, must_be_classes)
+        allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
+        model = inputs.checked(model, target, must_be_classes or may_be_classes)
+        objective = Objective(model, criterion, sign, samples=samples, success=success_of)
+
+        def evaluated(points: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+            return objective.evaluate(lambda x: x, points, goal)[1:]
+
+        windows = Windows(data.shape[1:], ball.p, generator)
+        found, (cost, success) = data.clone(), evaluated(data, target)
+        inputs.check_per_example("criterion", cost, data)
+        # The examples that are not fooled: their numbers, sets, best points, costs and targets.
+        rows = torch.arange(len(data), device=data.device)
+        part, points, goal, calls = allowed, data, target, 1
+        for query in range(queries):
+            if bool(success.any()):
+                found[rows] = points
+                left = (~success).nonzero().squeeze(1)
+                rows, points, cost, goal = rows[left], points[left], cost[left], goal[left]
+                part = part.rows(left)
+            if not len(rows):
+                break
+            radius = as_wide(part.ball.epsilon, points).reshape(-1, 1, 1)
+            change = (points.double() - part.data.double()).to(radius.dtype)
+            if query == 0:
+                change = windows.first(change, radius)
+            else:
+                change = windows.next(change, radius, window_share(query, queries))
+            others = part.nearest(change)
+            other_cost, success = evaluated(others, goal)
+            # Equal ones are taken, too: where the output is constant, the search wanders.
+            better = success | (other_cost <= cost) | (cost.isnan() & ~other_cost.isnan())
+            column = better.view(-1, *(1,) * (data.ndim - 1))
+            points, cost = (
+                torch.where(column, others, points),
+                torch.where(better, other_cost, cost),
+            )
+            calls += samples
+        found[rows] = points
+        # Each example's best was found in another batch, on which a model may depend.
+        cost, success = evaluated(found, target)
+    none = torch.zeros_like(success)
+    return Attacked(found, sign * cost, success, none, calls + samples)
