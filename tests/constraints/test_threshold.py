@@ -15,8 +15,10 @@ class NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# This one reads a number every few cycles, and says so.
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind != "Intersection"], ids=str)
+ITERATE = {"Intersection", "Birkhoff", "Transport"}  # these read a number at times, and say so
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind not in ITERATE], ids=str)
 def test_no_value_is_read(case, as_on_a_device):
     trial = trials(case, torch.float32)[-1]
     x, c = trial.normal(1, 2.0), trial.constraint

@@ -292,6 +292,7 @@ _ADDED = {
         "smoothness": None,
         "line_search": False,
         "initial_step": 0,
+        "momentum": 0.0,
     }
 }
 
@@ -362,6 +363,7 @@ Parameter Group 0
     line_search: False
     lmo_scaling_factor: 1.0
     lr: 1.0
+    momentum: 0.0
     param_ndim: None
     smoothness: None
     use_default_lr_schedule: True
@@ -378,6 +380,7 @@ Parameter Group 1
     line_search: False
     lmo_scaling_factor: 1.0
     lr: 1.0
+    momentum: 0.0
     param_ndim: None
     smoothness: None
     use_default_lr_schedule: True
