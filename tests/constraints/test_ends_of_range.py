@@ -130,6 +130,21 @@ def test_norms_at_both_ends_of_float64(constraint, row):
     assert torch.equal(constraint.project(y), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "constraint", [UnitNorm(), MinMaxNorm(0.003, 0.003), MinMaxNorm(1e3, 2e3)], ids=str
+)
+@pytest.mark.parametrize("others", [0, 1, 7000])
+def test_norms_at_both_ends_of_any_range(constraint, dtype, others):
+    """Rows whose factors are below the normal numbers, or above all of them."""
+    x = torch.randn(others + 2, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] *= torch.finfo(dtype).max / 4
+    x[1] *= torch.finfo(dtype).smallest_normal
+    y = constraint.project(x)
+    assert (constraint.violation(y) == 0).all()
+    assert torch.equal(constraint.project(y), y)
+
+
 @pytest.mark.parametrize(
     "epsilon", [math.inf, torch.tensor([[math.inf]])], ids=["number", "tensor"]
 )
