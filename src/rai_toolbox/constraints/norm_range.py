@@ -122,7 +122,8 @@ class MinMaxNorm(Constraint):
         if in_blocks(x):
             info = torch.finfo(scale_dtype(x))
             normal = (factor >= info.smallest_normal) & (factor <= info.max)
-            unfit = ~length.isfinite() | still | ~normal
+            short = length < torch.finfo(length.dtype).smallest_normal  # of few digits, if not 0
+            unfit = ~length.isfinite() | short | ~normal
             at = unfit.view(-1).nonzero().view(-1)
             moved = Constraint.project_(self._at_rows(x, at), x.index_select(0, at))
             scale_(x, torch.where(unfit, 1.0, factor))
