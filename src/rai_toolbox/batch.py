@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from rai_toolbox.checks import wrong
@@ -42,6 +43,8 @@ def view_or_copy(tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
     """`tensor` in another shape, and whether it is a copy, as its strides allow no view."""
     if tensor.shape == shape:
         return tensor, False
+    if torch.compiler.is_compiling() and not tensor.is_contiguous():
+        return tensor.reshape(shape), True  # (a view that fails would fail the compiler)
     try:
         return tensor.view(shape), False
     except RuntimeError:

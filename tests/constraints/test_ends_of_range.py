@@ -118,14 +118,49 @@ def test_a_center_too_small_to_be_seen_beside_the_radius(dtype):
 
 
 @pytest.mark.parametrize(
-    "row", [[3e-310, 4e-310], [1.7e308, -1.7e308], [5e-324, 0.0], [1e-200, 1e-200]], ids=str
+    "row",
+    [[3e-310, 4e-310], [1.7e308, -1.7e308], [5e-324, 0.0], [5e-324, 5e-324], [1e-200, 1e-200]],
+    ids=str,
 )
 @pytest.mark.parametrize(
-    "constraint", [UnitNorm(), MinMaxNorm(0.5, 1.0), MinMaxNorm(1e200, 2e200)], ids=str
+    "constraint",
+    [
+        UnitNorm(),
+        MinMaxNorm(0.5, 1.0),
+        MinMaxNorm(1e200, 2e200),
+        MinMaxNorm(1e-30, 1.1e-30),
+    ],
+    ids=str,
 )
 def test_norms_at_both_ends_of_float64(constraint, row):
     y = constraint.project(double(row))
     assert y.isfinite().all()
+    assert (constraint.violation(y) == 0).all()
+    assert torch.equal(constraint.project(y), y)
+
+
+def test_factors_below_the_normal_numbers_of_float64():
+    x = torch.randn(100, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for radius in (1e-3, 1e-8, 1.0):
+        y = L2Ball(radius).project(x * 1e307)
+        torch.testing.assert_close(
+            y.norm(dim=1), torch.full_like(y[:, 0], radius), rtol=1e-6, atol=0
+        )
+        for row in y.tolist():
+            assert sum(Fraction(v) ** 2 for v in row) <= Fraction(radius) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "constraint", [UnitNorm(), MinMaxNorm(0.003, 0.003), MinMaxNorm(1e3, 2e3)], ids=str
+)
+@pytest.mark.parametrize("others", [0, 1, 7000])
+def test_norms_at_both_ends_of_any_range(constraint, dtype, others):
+    """Rows whose factors are below the normal numbers, or above all of them."""
+    x = torch.randn(others + 2, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] *= torch.finfo(dtype).max / 4
+    x[1] *= torch.finfo(dtype).smallest_normal
+    y = constraint.project(x)
     assert (constraint.violation(y) == 0).all()
     assert torch.equal(constraint.project(y), y)
 

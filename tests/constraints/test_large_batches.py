@@ -53,6 +53,21 @@ def test_signs_of_any_list(dtype):
         torch.testing.assert_close(found, signs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("stored", ["by row", "by column"])
+def test_small_squares_that_a_sum_in_float32_loses(stored):
+    """Without lanes their sum is off by more than is allowed for."""
+    x = torch.full((300, 256), 0.999 * 2**-12.5)
+    x[:, 0] = 1.0
+    if stored == "by column":
+        x = x.t().contiguous().t()
+    longest = x.double().norm(dim=1).max().item()
+    for epsilon in torch.linspace(1.0, longest - 1e-8, 30, dtype=torch.float64).tolist():
+        for constraint in (L2Ball(epsilon), MaxNorm(epsilon)):
+            found = constraint.project(x)
+            assert found.double().norm(dim=1).max() <= epsilon
+            assert torch.equal(constraint.project(found), found)
+
+
 @pytest.mark.parametrize("total", [1.0, 1e-3, 250.0])
 @pytest.mark.parametrize("all_outside", [True, False])
 def test_simplex(total, all_outside):

@@ -16,8 +16,13 @@ from torch.optim import SGD, Adam, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch_versions import compiles
 
-from rai_toolbox import optim
-from rai_toolbox.optim import ClampedParameterOptimizer, ParamTransformingOptimizer
+from rai_toolbox import optim, to_batch
+from rai_toolbox.constraints import MinMaxNorm
+from rai_toolbox.optim import (
+    ClampedParameterOptimizer,
+    ParamTransformingOptimizer,
+    ProjectedOptimizer,
+)
 
 pytestmark = compiles
 
@@ -181,6 +186,19 @@ def test_compiled_is_eager_in_other_views(param_ndim):
     make = partial(WRAPPERS["L2Projected"], lr=0.1, param_ndim=param_ndim, grad_bias=0.1)
     for ours, theirs in zip(*same_run(make), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_compiled_is_eager_where_strides_allow_no_view():
+    runs = []
+    for run in (compiled_run, eager_run):
+        param = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        param = param.to(memory_format=torch.channels_last).requires_grad_()
+        constraint = MinMaxNorm(0.5, 0.6)
+        opt = ProjectedOptimizer([param], SGD, lr=0.1, constraint=constraint, param_ndim=2)
+        run(opt)
+        assert (constraint.violation(to_batch(param.detach(), 2)) == 0).all()
+        runs.append(param)
+    torch.testing.assert_close(*runs)
 
 
 def test_a_wrapper_that_does_nothing_compiles_to_what_adam_compiles_to():

@@ -11,16 +11,16 @@ from optim.memory_layouts import LAYOUTS, equal_bits
 
 from rai_toolbox import to_batch
 from rai_toolbox.constraints.kernels.directions import sign_
-from rai_toolbox.optim.transforms import LargestSign, normalize_, top_q_
+from rai_toolbox.optim.transforms import LargestSign, normalize_, top_q_, top_q_each_
 
 TINY = torch.finfo(torch.float32).tiny
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
-    "sign": lambda g, k: sign_([g]),
-    "l1": lambda g, k: normalize_([g], 1, k, TINY),
-    "l2": lambda g, k: normalize_([g], 2, k, TINY),
-    "top_q": lambda g, k: top_q_(g, 0.6, k),
-    "largest_sign": lambda g, k: LargestSign().change_([g], {"param_ndim": k}),
+    "sign": lambda grads, k: sign_(grads),
+    "l1": lambda grads, k: normalize_(grads, 1, k, TINY),
+    "l2": lambda grads, k: normalize_(grads, 2, k, TINY),
+    "top_q": lambda grads, k: top_q_each_(grads, 0.6, k),
+    "largest_sign": lambda grads, k: LargestSign().change_(grads, {"param_ndim": k}),
 }
 
 in_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,7 +29,7 @@ for_each_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 def transformed(name, grad, param_ndim=-1):
     result = grad.clone()
-    TRANSFORMS[name](result, param_ndim)
+    TRANSFORMS[name]([result], param_ndim)
     return result
 
 
@@ -55,10 +55,24 @@ def test_any_layout_alike(name, dtype, layout):
         grad = random(shape, dtype)
         for param_ndim in [None, *range(-len(shape), len(shape) + 1)]:
             other = LAYOUTS[layout](grad)
-            TRANSFORMS[name](other, param_ndim)
+            TRANSFORMS[name]([other], param_ndim)
             rounding = 4 * torch.finfo(dtype).eps
             expected = transformed(name, grad, param_ndim)
             torch.testing.assert_close(other, expected, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@for_each_transform
+@torch.no_grad()
+def test_several_of_one_shape_in_any_layout(name, layout):
+    for shape in [(4, 3, 5, 6), (7, 11), (2, 3, 5)]:
+        grads = [random(shape, torch.float32, seed) for seed in range(3)]
+        for param_ndim in [None, *range(-len(shape), len(shape) + 1)]:
+            others = list(map(LAYOUTS[layout], grads))
+            TRANSFORMS[name](others, param_ndim)
+            for grad, other in zip(grads, others, strict=True):
+                expected = transformed(name, grad, param_ndim)
+                torch.testing.assert_close(other, expected, rtol=1e-6, atol=0)
 
 
 @in_each_dtype

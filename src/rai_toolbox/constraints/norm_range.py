@@ -23,6 +23,7 @@ from rai_toolbox.constraints.kernels.norms import (
     least_and_most,
     norm,
     row_scale,
+    scale_dtype,
     sums_fast,
 )
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
@@ -106,8 +107,10 @@ class MinMaxNorm(Constraint):
             return l2_ball_factor(x, self.max_norm)
         fast = not exact and x.numel() > BLOCK and sums_fast(x, _CHUNK)
         length = fast_norm(x, 2, _CHUNK) if fast else norm(x, 2, x.ndim - 1)
-        least, most = least_and_most(length)
-        if not (LEAST[torch.float32] < least and most < math.inf):
+        (least, most), info = least_and_most(length), torch.finfo(scale_dtype(x))
+        # (factors must be normal numbers of their dtype: others are not precise)
+        fits = 2 * most * info.smallest_normal < self.min_norm < least * info.max / 2
+        if not (fits and LEAST[torch.float32] < least):
             return NotImplemented
         return self._factor(length, length, x)
 
@@ -117,7 +120,10 @@ class MinMaxNorm(Constraint):
         still = length == 0
         factor = self._factor(length, torch.where(still, 1.0, length), x)
         if in_blocks(x):
-            unfit = ~length.isfinite() | still | ~factor.isfinite()
+            info = torch.finfo(scale_dtype(x))
+            normal = (factor >= info.smallest_normal) & (factor <= info.max)
+            short = length < torch.finfo(length.dtype).smallest_normal  # of few digits, if not 0
+            unfit = ~length.isfinite() | short | ~normal
             at = unfit.view(-1).nonzero().view(-1)
             moved = Constraint.project_(self._at_rows(x, at), x.index_select(0, at))
             scale_(x, torch.where(unfit, 1.0, factor))

@@ -112,7 +112,7 @@ def in_groups(
             if len(chunk) == 1:
                 _in_parts(chunk[0], act_, batch_shape)
             else:
-                rows = torch.stack(chunk)
+                rows = torch.stack(chunk).contiguous()  # (it keeps channels last)
                 act_(rows.view(-1, *batch_shape[1:]))
                 foreach_copy_(chunk, rows.unbind())
 

@@ -103,9 +103,10 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         if info.smallest_normal <= least and most <= info.max:
             part.mul_(factor.to(dtype))
             return x
-    # A factor below the normal numbers has few digits, so that the rest is rounded again.
+    # A factor below the normal numbers has few digits, so that the rest is rounded again, and down.
     first = factor.clamp(info.smallest_normal, info.max)
-    rest = factor / first * (1 - 2 * torch.finfo(x.dtype).eps)
+    below = (factor - spacing(factor.dtype)).clamp(min=0)
+    rest = below / first * (1 - 2 * torch.finfo(x.dtype).eps)
     part.mul_(first.to(dtype)).mul_(torch.where(first == factor, 1.0, rest).to(dtype))
     return x
 

@@ -52,10 +52,15 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
 
 
 def sums_fast(x: Tensor, chunk: int) -> bool:
-    """Whether `fast_norm` takes a batch (N, ...): a plain one of real numbers, on the CPU."""
+    """Whether `fast_norm` takes a batch (N, ...): a plain one of real numbers, on the CPU.
+
+    Its rows must be dense: torch sums other ones term by term, without lanes (see `sum_error`).
+    """
     size = x.shape[1:].numel()
-    laid_out = size <= chunk or x.is_contiguous()
-    return 0 < size <= BLOCK and len(x) > 0 and laid_out and not x.is_complex() and in_blocks(x)
+    dense = x.is_contiguous() or (
+        size <= chunk and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return 0 < size <= BLOCK and len(x) > 0 and dense and not x.is_complex() and in_blocks(x)
 
 
 def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
