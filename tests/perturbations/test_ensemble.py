@@ -178,6 +178,7 @@ BAD = {
         TypeError,
         "`attacks` must take `fooled` where it is given, got 'b'",
     ),
+    "a list": ({"attacks": [attack]}, TypeError, "`attacks` must be a dict of names and attacks"),
     "class": ({"target": torch.full((N,), 4)}, ValueError, "classes from 0 to 3, got 4"),
     "one class": ({"model": lambda x: x[:, :1]}, ValueError, "of two classes at least"),
 }

@@ -118,6 +118,8 @@ def ensemble(
     >>> found.fooled_by
     ['gradients', None]
     """
+    if not isinstance(attacks, Mapping):
+        raise wrong("attacks", "be a dict of names and attacks", repr(attacks), TypeError)
     if not attacks:
         raise wrong("attacks", "be one at least", "none")
     given = {"criterion": criterion, "fooled": fooled, "levels": levels, "generator": generator}

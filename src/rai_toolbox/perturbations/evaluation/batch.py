@@ -102,7 +102,10 @@ class Batch:
         kind, got = (f"shape {tuple(t.shape)} and {t.dtype}" for t in (data, perturbed))
         if got != kind:
             raise wrong("solver", f"return data of {kind}", got)
-        return perturbed.detach(), getattr(found, "fooled_by", []), getattr(found, "calls", {})
+        by, calls = getattr(found, "fooled_by", None), getattr(found, "calls", None)
+        if not isinstance(by, list) or not isinstance(calls, dict):
+            by, calls = [], {}  # another solver may call other things so
+        return perturbed.detach(), by, calls
 
 
 @contextmanager
