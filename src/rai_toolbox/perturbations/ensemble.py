@@ -214,9 +214,9 @@ def standard(version: str = "standard") -> Callable[..., Ensembled]:
     ... )
     >>> print(report.by_attack())
     norm  epsilon  attack    fooled     calls
-    L2        0.2  APGD-CE        1       108
-    L2        0.2  APGD-T         0       106
-    L2        0.2  FAB-T          0       203
+    L2        0.2  APGD-CE        1       104
+    L2        0.2  APGD-T         0       103
+    L2        0.2  FAB-T          0       202
     L2        0.2  Square         0      5002
     """
     apgd = partial(attack, steps=_STEPS, random_start=True, stop_once_fooled=True)
