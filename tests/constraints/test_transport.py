@@ -91,6 +91,17 @@ def test_results_are_exact_for_large_and_far_matrices():
             assert (y.double().sum(1) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("constraint", [Birkhoff(), plans(24, 24)], ids=["Birkhoff", "Transport"])
+def test_the_projection_is_the_nearest_plan_however_far(constraint):
+    scales = torch.tensor([1.0, 1e3, 1e6, 1e9], dtype=torch.float64).view(4, 1, 1)
+    x = scales * normal(4, 24, 24)
+    y = constraint.project(x)
+    away = y - x
+    gap = (away * (y - constraint.lmo(away))).sum((1, 2))
+    # (Entries are differences of numbers as large as those of x.)
+    assert (gap / scales.flatten() <= 1e-9 + 1e-14 * scales.flatten()).all()
+
+
 def test_reference_values():
     x = torch.tensor([[[0.9, 0.3], [0.2, 0.4]]])
     torch.testing.assert_close(Birkhoff().project(x), torch.tensor([[[0.7, 0.3], [0.3, 0.7]]]))

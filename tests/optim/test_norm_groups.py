@@ -67,6 +67,16 @@ def test_equal_sets_share_a_group_and_the_scale_is_an_argument(capsys):
     assert scales == [(12, 3), (12, 12), (12, 12), (1, 12)]
 
 
+def test_the_head_may_share_the_weight_of_an_embedding():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
+    model[2].weight = model[0].weight
+    assert sets_of(norm_groups(model, head_radius=20.0, verbose=False)) == {
+        "0.weight": (LinfBall(5.0), None),
+        "1.weight": (SpectralBall(1.0), None),
+        "1.bias": (L2Ball(2.0), None),
+    }
+
+
 def test_scion_trains_in_these_sets():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))

@@ -123,6 +123,23 @@ def test_converging_coefficients_reach_the_exact_answer():
     torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("unconstrained", [False, True])
+def test_an_empty_matrix_is_left_alone(unconstrained):
+    empty, full = (torch.zeros(rows, 3, requires_grad=True) for rows in (0, 2))
+    optim = Scion([empty, full], constraint=SpectralBall(1.0), lr=0.5, unconstrained=unconstrained)
+    for param in (empty, full):
+        param.grad = torch.ones_like(param)
+    optim.step()
+    assert empty.shape == (0, 3) and bool((full < 0).all())
+
+
+def test_a_set_that_was_removed_later_is_missed():
+    optim = Scion([parameter(2, 2)], constraint=SpectralBall(1.0), lr=0.5)
+    optim.param_groups[0]["constraint"] = None
+    with pytest.raises(ValueError, match="`constraint` must be given for each group, got None"):
+        optim.step()
+
+
 def test_a_step_of_size_zero_changes_nothing():
     weight = torch.nn.Parameter(normal(3, 2))
     weight.grad = normal(3, 2, seed=1)

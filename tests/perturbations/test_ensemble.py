@@ -12,6 +12,7 @@ from test_square import BALLS, N, a_problem, seeded
 from torch import nn
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
+from rai_toolbox.perturbations import verify
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.ensemble import ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
@@ -178,9 +179,34 @@ BAD = {
         TypeError,
         "`attacks` must take `fooled` where it is given, got 'b'",
     ),
+    "shape": (
+        {"attacks": {"a": lambda model, data, target, **_: data[:1]}},
+        ValueError,
+        "`attacks` must return data of shape",
+    ),
+    "a list": ({"attacks": [attack]}, TypeError, "`attacks` must be a dict of names and attacks"),
     "class": ({"target": torch.full((N,), 4)}, ValueError, "classes from 0 to 3, got 4"),
     "one class": ({"model": lambda x: x[:, :1]}, ValueError, "of two classes at least"),
 }
+
+
+@pytest.mark.parametrize("levels", [None, 256])
+def test_what_is_not_allowed_does_not_count(levels):
+    model, data, target = a_problem()
+    data = (255 * data).round() / 255
+
+    def outside(model, data, target, levels=None, generator=None, **settings):
+        return SimpleNamespace(data=data.add_(1.0))
+
+    def no_numbers(model, data, target, levels=None, generator=None, **settings):
+        return SimpleNamespace(data=data * torch.nan)
+
+    attacks = {"outside": outside, "no numbers": no_numbers, "APGD": partial(attack, steps=5)}
+    ball = LinfBall(8 / 255)
+    found = ensemble(model, data, target, attacks=attacks, ball=ball, levels=levels)
+    assert verify(model, data, target, found.data, ball=ball).feasible
+    assert found.fooled.any() and torch.equal(model(found.data).argmax(1) != target, found.fooled)
+    assert "no numbers" not in found.fooled_by
 
 
 @pytest.mark.parametrize("name", BAD)

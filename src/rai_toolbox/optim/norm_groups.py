@@ -52,8 +52,8 @@ def norm_groups(
     radius : float
         Multiplies the norms of all but the head, > 0.
     head : str, optional
-        The name of the head's weight; by default that of the last `nn.Linear`, if there is one.
-        Empty for none.
+        The name of the head's weight; by default that of the last `nn.Linear`, if there is one,
+        also where it shares the weight of an embedding. Empty for none.
     head_radius : float, optional
         By default `radius`.
     scale : callable
@@ -113,9 +113,12 @@ def norm_groups(
 
 
 def _last_linear(module: nn.Module, named: dict[str, Tensor]) -> str:
-    weights = {m.weight for m in module.modules() if isinstance(m, nn.Linear)}
-    names = [name for name, param in named.items() if param in weights]
-    return names[-1] if names else ""
+    """The name of the weight of the last linear layer, which an embedding may share."""
+    last = None
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            last = layer.weight
+    return next((name for name, param in named.items() if param is last), "")
 
 
 def _settings(

@@ -151,8 +151,6 @@ class Scion(FrankWolfe):
 
     def _check_step_size(self, group: Group) -> None:
         self._check_before_step(group)
-        if group["constraint"] is None:
-            raise checks.wrong("constraint", "be given for each group", "None")
         if group["weight_decay"] and not group["unconstrained"]:
             raise ValueError(
                 "`weight_decay` must be 0 if constrained (a step leads to the oracle's answer, "
@@ -160,6 +158,8 @@ class Scion(FrankWolfe):
             )
 
     def _check_before_step(self, group: Group) -> None:
+        if group["constraint"] is None:
+            raise checks.wrong("constraint", "be given for each group", "None")
         lr = check_lr_value("lr", group["lr"])
         if lr is not None and lr > 1 and not group["unconstrained"]:
             raise ValueError(f"`lr` must be in [0, 1] if constrained, got {group['lr']!r}")

@@ -84,7 +84,8 @@ def ensemble(
         As in `attack`.
     attacks : mapping
         From names to attacks: `attack`, `square_attack`, `fab_attack`, partials of them, or other
-        functions with these arguments, whose result has an attribute `data`. If one named "Square"
+        functions with these arguments, whose result has an attribute `data`, which is projected
+        onto ball and range, and does not count where it is NaN. If one named "Square"
         finds more than those before, a `RobustnessReport` calls its figure unreliable.
     steps, criterion, fooled : optional
         If given, passed to the attacks; steps only to those that take it.
@@ -118,6 +119,8 @@ def ensemble(
     >>> found.fooled_by
     ['gradients', None]
     """
+    if not isinstance(attacks, Mapping):
+        raise wrong("attacks", "be a dict of names and attacks", repr(attacks), TypeError)
     if not attacks:
         raise wrong("attacks", "be one at least", "none")
     given = {"criterion": criterion, "fooled": fooled, "levels": levels, "generator": generator}
@@ -153,10 +156,12 @@ def ensemble(
                 settings["steps"] = steps
             with warnings.catch_warnings(), torch.enable_grad():
                 warnings.simplefilter("ignore", ZeroGradientWarning)  # there is one at the end
-                found = run(counted, part.data, target[rows], **settings, **options)
-            _, cost, success = objective.evaluate(lambda x: x, found.data, target[rows])
-            best.update_(cost, success, [data.index_copy(0, rows, found.data)], rows)
-            for row in rows[success].tolist():
+                # (copies, as an attack may work in place)
+                found = run(counted, part.data.clone(), target[rows], **settings, **options)
+            points = part.feasible(inputs.found_by("attacks", found, part.data))
+            _, cost, success = objective.evaluate(lambda x: x, points, target[rows])
+            best.update_(cost, success, [data.index_copy(0, rows, points)], rows)
+            for row in rows[best.success[rows]].tolist():
                 fooled_by[row] = name
             if uses_gradient:
                 zero_gradient[rows] &= getattr(found, "zero_gradient", torch.tensor(False))

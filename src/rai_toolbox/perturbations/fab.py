@@ -158,11 +158,7 @@ def fab_attack(
             found[rows[nearer]] = search.found[nearer]
             length[rows] = search.length
             calls += search.calls
-        if levels is None:
-            found = allowed.project(found)
-        else:
-            change = allowed.of_perturbations().project(found.double() - data.double())
-            found = allowed.on_grid(change)
+        found = allowed.feasible(found)
         logits = model(found)
         fooled, margins = is_fooled(logits, target, targeted), margin_loss(logits, target)
     warn_of_zero_gradient(zero_gradient & ~fooled)

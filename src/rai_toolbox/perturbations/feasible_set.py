@@ -132,6 +132,13 @@ class FeasibleSet:
         allowed = ball if self.bounds is None else BoundedBall(ball, *self.bounds)
         return allowed.project(perturbed)
 
+    def feasible(self, perturbed: Tensor) -> Tensor:
+        """Perturbed data of any origin, projected; on the grid, if there is one."""
+        if self.levels is None:
+            return self.project(perturbed)
+        change = perturbed.double() - self.data.double()
+        return self.on_grid(self.of_perturbations().project(change))
+
     @cached_property
     def grid(self) -> Grid:
         """The grid of the levels."""

@@ -100,6 +100,18 @@ def check_batch(data: Any, target: Any, classes: bool = True) -> None:
     check_target(target, data, classes)
 
 
+def found_by(name: str, result: Any, data: Tensor) -> Tensor:
+    """The perturbed data in what a solver returned; `name` is that of the argument it was."""
+    perturbed = getattr(result, "data", None)
+    if not isinstance(perturbed, Tensor):
+        got = type(result).__name__
+        raise wrong(name, "return an object with `data`, a tensor", got, TypeError)
+    kind, got = (f"shape {tuple(t.shape)} and {t.dtype}" for t in (data, perturbed))
+    if got != kind:
+        raise wrong(name, f"return data of {kind}", got)
+    return perturbed.detach()
+
+
 def check_ball(ball: object) -> None:
     """Raise unless `ball` is a ball of one of the three norms, without a center."""
     if balls.check_ball("ball", ball).center is not None:

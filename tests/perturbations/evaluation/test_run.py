@@ -500,6 +500,15 @@ def test_who_fooled_whom_is_kept_merged_and_saved(tmp_path):
     assert report.from_plain(older).by_attack() == []
 
 
+def test_another_solver_may_call_other_results_so():
+    def solver(model, data, target, **settings):
+        found = Corner()(model, data, target, **settings).data
+        return SimpleNamespace(data=found, calls=7, fooled_by=torch.zeros(len(data), 2))
+
+    report = evaluated(solver=solver)
+    assert report.withstood == evaluated().withstood and report.by_attack() == []
+
+
 def test_figures_are_called_unreliable_everywhere_where_the_black_box_finds_more():
     with pytest.warns(RobustnessWarning) as caught:
         report = evaluated(solver=Pair())

@@ -50,12 +50,14 @@ def polar_factors(
     shape, or its transpose, are computed together. A matrix that is not finite becomes NaN.
     """
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]
+    factors = {i: x.to(dtype) for i, x in enumerate(wide) if x.numel() == 0}
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, x in enumerate(wide):
+        if i in factors:
+            continue
         alone = x.is_cpu and x.numel() >= _LARGE
         key = (i,) if alone else (x.shape[1:], x.dtype, x.device)
         alike.setdefault(key, []).append(i)
-    factors: dict[int, Tensor] = {}
     for members in alike.values():
         x = torch.cat([wide[i] for i in members]) if len(members) > 1 else wide[members[0]]
         found = _iterated(_normalized(x).to(dtype), coefficients)

@@ -9,10 +9,13 @@ from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.kernels.blocks import needs_grad
 
 _MOST_STEPS = 100
+_FAR = 1e3  # times the mean sum: Newton's method takes many steps from there
 _ALTERNATIONS = 3
 _LEAST_RIDGE = 1e-11  # equations of sums depend on each other
+_FARTHEST = 1e12  # entries much smaller than rounding
 _MOST_HALVINGS = 30
 _EXACT = 1e-14  # relative error of the sums at which Newton's method ends; the rest is repaired
+_NEAR = 1e-6  # the same where there is to be a better start
 
 
 def nearest_plan(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -68,10 +71,32 @@ def _log_sum(logits: Tensor, dim: int) -> Tensor:
 
 
 def _solved(y: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``max(y - a - b^T, 0)``, a and b."""
+    """``max(y - a - b^T, 0)``, a and b.
+
+    If y is far away, y / c comes first, with a large c, and then y / (c / 10) from there, until y.
+    """
     m, k = y.shape[-2:]
-    # The first guess is as if entries might be negative. Then each row and column has a support.
-    b = (y.sum(-2) - columns - (y.sum((-2, -1)) - rows.sum(-1)).unsqueeze(-1) / k) / m
+    total = rows.sum(-1, keepdim=True)
+    spread = (y.amax((-2, -1)) - y.amin((-2, -1))).unsqueeze(-1)
+    c = (spread * max(m, k) / total / _FAR).nan_to_num(1.0, 1.0).clamp(1.0, _FARTHEST)
+    near = y / c.unsqueeze(-1)
+    # The first guess is as if entries might be negative.
+    b = (near.sum(-2) - columns - (near.sum((-2, -1)).unsqueeze(-1) - total) / k) / m
+    while True:
+        within = torch.where(c == 1, _EXACT * total, _NEAR * total)
+        x, a, b = _minimized(near, b, rows, columns, within)
+        if bool((c == 1).all()):
+            return x, a, b
+        less = (c / 10).clamp(min=1.0)
+        c, b = less, b * (c / less)
+        near = y / c.unsqueeze(-1)
+
+
+def _minimized(
+    y: Tensor, b: Tensor, rows: Tensor, columns: Tensor, within: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``max(y - a - b^T, 0)``, a and b, by Newton's method from some b, until sums are `within`."""
+    # (So that each row and column has a support.)
     for _ in range(_ALTERNATIONS):
         a = _thresholds(y - b.unsqueeze(-2), rows)
         b = _thresholds((y - a.unsqueeze(-1)).mT, columns)
@@ -81,7 +106,7 @@ def _solved(y: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, T
     for _ in range(_MOST_STEPS):
         of_a, of_b = x[left].sum(-1) - rows[left], x[left].sum(-2) - columns[left]
         error = torch.maximum(of_a.abs().amax(-1), of_b.abs().amax(-1)).unsqueeze(-1)
-        moving = (error > _EXACT * total[left]).squeeze(-1)
+        moving = (error > within[left]).squeeze(-1)
         if not bool(moving.any()):
             break
         left, of_a, of_b, error = left[moving], of_a[moving], of_b[moving], error[moving]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import Bar
+from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.evaluation.fingerprint import fingerprint
 from rai_toolbox.perturbations.evaluation.report import Examples, RobustnessReport
 from rai_toolbox.perturbations.evaluation.verification import (
@@ -20,7 +21,7 @@ from rai_toolbox.perturbations.evaluation.verification import (
     VerificationReport,
     compare,
 )
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.solve import NotFiniteWarning
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 
@@ -95,14 +96,11 @@ class Batch:
             settings = {"ball": ball, "data_range": self.data_range, "generator": generator}
             # Copies, as a solver may work in place, too.
             found = self.solver(self.model, data.clone(), target.clone(), **settings)
-        perturbed = getattr(found, "data", None)
-        if not isinstance(perturbed, Tensor):
-            got = type(found).__name__
-            raise wrong("solver", "return an object with `data`, a tensor", got, TypeError)
-        kind, got = (f"shape {tuple(t.shape)} and {t.dtype}" for t in (data, perturbed))
-        if got != kind:
-            raise wrong("solver", f"return data of {kind}", got)
-        return perturbed.detach(), getattr(found, "fooled_by", []), getattr(found, "calls", {})
+        perturbed = inputs.found_by("solver", found, data)
+        by, calls = getattr(found, "fooled_by", None), getattr(found, "calls", None)
+        if not isinstance(by, list) or not isinstance(calls, dict):
+            by, calls = [], {}  # another solver may call other things so
+        return perturbed, by, calls
 
 
 @contextmanager
