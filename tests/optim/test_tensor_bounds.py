@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adam
+from torch_versions import compiles
 
 from rai_toolbox.constraints import Box
 from rai_toolbox.optim import (
@@ -319,6 +320,7 @@ def test_sparse_gradients_are_refused_for_tensor_bounds_and_pass_in_free_groups(
                 optim.step()
 
 
+@compiles
 @pytest.mark.parametrize("cls", slow_but([ClampedParameterOptimizer, ClampedGradientOptimizer]))
 @pytest.mark.parametrize("inner", slow_but([SGD, Adam]))
 def test_compiled_steps_do_the_same_and_follow_changes(cls, inner):
