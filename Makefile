@@ -14,10 +14,10 @@ demo: .venv/.stamp  ## train and attack a small net on real digits; figures go t
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=300 --numprocesses=auto
 
-test: .venv/.stamp  ## run the tests but the slow ones, and the examples of the docs (4 minutes)
+test: .venv/.stamp  ## run the tests but the slow ones, and the examples of the docs (5 minutes)
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/.stamp  ## run all tests (15 minutes on 2 cores)
+test-all: .venv/.stamp  ## run all tests (25 minutes on 2 cores)
 	$(PYTEST)
 
 test-versions:  ## run some tests on the oldest and the newest torch (11 GB of disk)
