@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from bitwise import same_bits
 from engine_cases import WITH_INNER, WRAPPERS, recording, tensors, unbounded
 from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,10 +116,37 @@ def test_plain_sgd_steps_many_tensors_together():
     assert number() == number(foreach=True) <= 20 < 200 <= number(foreach=False)
 
 
+def test_sgd_with_momentum_steps_small_tensors_together():
+    def number(shape, **settings):
+        params = tensors(*[shape] * 60)
+        return len(operators(unbounded(params, InnerOpt=SGD, momentum=0.9, **settings)))
+
+    assert number((3, 2)) == number((3, 2), foreach=True) <= 20 < 180 <= number((300, 200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_tensors_stepped_together_get_the_same_bits(dtype, dampening):
+    settings = {"lr": 0.1, "momentum": 0.9, "dampening": dampening}
+    ours, theirs = (
+        [x.detach().to(dtype).requires_grad_() for x in tensors(*[(5, 7)] * 9)] for _ in range(2)
+    )
+    opt, bare = unbounded(ours, InnerOpt=SGD, **settings), SGD(theirs, **settings)
+    for step in range(4):
+        for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+            x.grad = None if i == step else torch.randn(5, 7).to(dtype)
+            y.grad = None if x.grad is None else x.grad.clone()
+        opt.step()
+        bare.step()
+    assert same_bits([x.detach() for x in ours], [y.detach() for y in theirs])
+    assert same_bits(opt.state_dict()["state"], bare.state_dict()["state"])
+
+
 @pytest.mark.parametrize(
     ("inner", "settings"),
     [
         (SGD, {"weight_decay": 0.1}),
+        (SGD, {"momentum": 0.9}),
         (SGD, {"momentum": 0.9, "nesterov": True}),
         (SGD, {}),
         (SGD, {"maximize": True}),

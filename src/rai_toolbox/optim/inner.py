@@ -16,6 +16,8 @@ from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
 from rai_toolbox.checks import wrong
 from rai_toolbox.optim.settings import trained
 
+_SMALL = 2**15  # elements of a tensor up to which a call costs more than its arithmetic
+
 _SLOW = {"slow_buffer", "slow_param", "slow_params"}
 """Names of the slow weights in the state of Lookahead, in its implementations."""
 
@@ -67,8 +69,9 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
-    # (not with a closure, which would see the changed groups)
-    together = _plain_groups(inner) if type(inner) is SGD and closure is None else []
+    # (a closure would see the changed groups, and a compiler fuses on its own)
+    watched = torch.compiler.is_compiling() or closure is not None
+    together = _fast_groups(inner) if type(inner) is SGD and not watched else []
     try:
         for group in together:
             group["foreach"] = True
@@ -96,20 +99,29 @@ def with_iterates(inner: Optimizer, group: Mapping[str, Any]) -> tuple[list[Tens
     return [*params, *(iterate for iterate, _ in more)], [*params, *(param for _, param in more)]
 
 
-def _plain_groups(inner: SGD) -> list[dict[str, Any]]:
-    """Groups in which SGD is one operator on each parameter, or one on all by `foreach=True`.
+def _fast_groups(inner: SGD) -> list[dict[str, Any]]:
+    """Groups in which SGD is faster with `foreach=True`, and has the same bits and no temporaries.
 
-    Torch's own choice on CPU is a loop in Python. With any of these settings, and in other
-    optimizers, it would take a copy of all parameters, or round otherwise.
+    Torch's own choice on CPU is a loop in Python. With other settings, and in other optimizers,
+    it would take a copy of all gradients.
     """
-    more = ("momentum", "weight_decay", "maximize", "differentiable", "fused")
+    more = ("weight_decay", "maximize", "nesterov", "differentiable", "fused")
     found = []
     for group in inner.param_groups:
-        if len(group["params"]) > 1 and group["foreach"] is None and not any(map(group.get, more)):
-            grads = [param.grad for param in group["params"] if param.grad is not None]
-            plain = foreach.are_plain(group["params"]) and foreach.are_plain(grads)
-            if plain and torch.float16 not in {grad.dtype for grad in grads}:  # torch refuses it
-                found.append(group)
+        params = group["params"]
+        if len(params) < 2 or group["foreach"] is not None or any(map(group.get, more)):
+            continue
+        grads = [param.grad for param in params if param.grad is not None]
+        dtypes = {each.dtype for each in (*params, *grads)}
+        if not foreach.are_plain([*params, *grads]) or torch.float16 in dtypes:  # torch refuses it
+            continue
+        # Momentum makes it three operators: each tensor is to be in cache for the next one. And it
+        # rounds otherwise in half precision.
+        if not group["momentum"] or (
+            dtypes <= {torch.float32, torch.float64}
+            and sum(param.numel() for param in params) <= _SMALL * len(params)
+        ):
+            found.append(group)
     return found
 
 
