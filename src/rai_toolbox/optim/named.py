@@ -378,9 +378,9 @@ class LinfProjectedOptim(Constrained, SignedGradientOptim):
 class TopQGradientOptimizer(ParamTransformingOptimizer):
     """Keep the largest-magnitude entries of each gradient's sub-tensors before the inner step.
 
-    Of the n entries of a sub-tensor, of a shape (d0, ...) that `param_ndim` gives, the ``round((1 -
-    q) * n)`` largest magnitudes stay, exactly so many also if there are ties; the rest become 0
-    (Tramèr & Boneh, 2019).
+    Of the n entries of a sub-tensor, of a shape (d0, ...) that `param_ndim` gives, the
+    ``round((1 - q) * n)`` largest magnitudes stay, exactly so many also if there are ties; the rest
+    become 0 (Tramèr & Boneh, 2019).
 
     Parameters
     ----------
@@ -651,7 +651,7 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
 
 
 class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
-    """Frank-Wolfe on the L1 ball of radius `epsilon`, towards points of few equal entries.
+    """Frank-Wolfe on the L1 ball of radius `epsilon`, toward points of few equal entries.
 
     ``s = -epsilon * L1q(g)``, for each sub-tensor, of a shape (d0, ...) that `param_ndim` gives,
     with the transform L1q of `L1qNormedGradientOptim`; `FrankWolfe` steps toward s (Jaggi, 2013;
