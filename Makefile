@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-versions lint format bench bench-attacks docs clean
@@ -51,15 +52,16 @@ clean:  ## remove all that was made, but for the environment (.venv)
 .venv/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) "pip>=25.1"  # older ones have no --group
+	$(PIP) -e ".[demo]" --group dev
 	@touch $@
 
 .venv/.bench: .venv/.stamp  # only here: libraries to compare with
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	$(PIP) --group bench
 	@touch $@
 
 # torchattacks asks for torchvision, which it never imports, and for an old version of requests
 .venv/.attacks: .venv/.stamp  # only here: libraries to compare with
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,attacks]"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps torchattacks
+	$(PIP) --group attacks
+	$(PIP) --no-deps torchattacks
 	@touch $@

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import rai_toolbox
 
 
 def model_name() -> str:
@@ -19,13 +20,6 @@ def model_name() -> str:
         return platform.processor() or "unknown"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # on the path, but not installed
-        return "unknown"
 
 
 def describe() -> dict[str, Any]:
@@ -42,6 +36,6 @@ def describe() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "rai_toolbox": version("rai-toolbox"),
+            "rai_toolbox": rai_toolbox.__version__,
         },
     }

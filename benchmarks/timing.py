@@ -17,7 +17,7 @@ from typing import Any
 
 try:
     from tqdm import tqdm
-except ImportError:  # an extra: rai-toolbox[progress]
+except ImportError:  # an extra: rai-constrained[progress]
     tqdm = None
 
 Samples = dict[str, list[float]]  # seconds per call, one entry a round

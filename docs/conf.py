@@ -1,11 +1,16 @@
 """How Sphinx builds the documentation: `make docs`."""
 
-from importlib.metadata import version as installed_version
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+from rai_toolbox import __version__
 
 project = "rai_toolbox"
 author = "rai_toolbox contributors"
 copyright = f"2026, {author}"
-version = release = installed_version("rai-toolbox")
+version = release = __version__
 
 extensions = [
     "myst_parser",
@@ -13,13 +18,17 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "api_pages",  # in _ext
 ]
 html_theme = "furo"
 html_title = f"{project} {version}"
+templates_path = ["_templates"]
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # `InnerOpt=SGD`, as in the source
 autodoc_typehints = "none"  # docstrings say types together with shapes and meaning
+python_maximum_signature_line_length = 80
+toc_object_entries = False  # else each method is in the table of contents
 # Docstrings write `name` for code, as Markdown does; what is documented here becomes a link.
 default_role = "py:obj"
 napoleon_google_docstring = False
@@ -28,12 +37,3 @@ napoleon_use_ivar = True  # attributes are told, not listed again
 # The README links to files of the repository, which are no pages here.
 suppress_warnings = ["myst.xref_missing"]
 exclude_patterns = ["stationarity/*", "attacks/*", "speed/*", "lbfgs/*"]  # parts of pages
-
-
-def skip_fields(app, what, name, obj, skip, options):
-    """Leave out the fields of named tuples: the docstring of the class describes them."""
-    return True if type(obj).__name__ == "_tuplegetter" else None
-
-
-def setup(app):
-    app.connect("autodoc-skip-member", skip_fields)

@@ -89,4 +89,4 @@ def test_exceptions_pass_through():
 
 
 def test_the_version_is_that_of_the_installed_package():
-    assert rai_toolbox.__version__ == version("rai-toolbox")
+    assert rai_toolbox.__version__ == version("rai-constrained")

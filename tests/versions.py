@@ -51,7 +51,9 @@ def environment(version: str) -> Path:
         base = interpreter(oldest=version == OLDEST)
         subprocess.run([base, "-m", "venv", folder], check=True)
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    subprocess.run([*install, f"torch=={version}", "-e", ".[test]"], cwd=ROOT, check=True)
+    subprocess.run([*install, "pip>=25.1"], check=True)  # older ones have no --group
+    wanted_here = [f"torch=={version}", "-e", ".[demo]", "--group", "test"]
+    subprocess.run([*install, *wanted_here], cwd=ROOT, check=True)
     stamp.write_text(wanted, encoding="utf-8")
     return python
 
@@ -59,7 +61,7 @@ def environment(version: str) -> Path:
 def requirements() -> str:
     """What pyproject.toml asks for, as it is written there."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return text[text.index("requires-python") : text.index("[project.scripts]")]
+    return text[text.index("requires-python") : text.index("[tool.")]
 
 
 def interpreter(oldest: bool) -> str:

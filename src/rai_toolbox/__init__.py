@@ -4,6 +4,6 @@ from rai_toolbox.batch import to_batch
 from rai_toolbox.functional import negate
 from rai_toolbox.modules import evaluating, freeze, frozen
 
-__version__ = "0.1.0"  # the build reads it here
+__version__ = "0.2.0"  # the build reads it here
 
 __all__ = ["evaluating", "freeze", "frozen", "negate", "to_batch"]

@@ -20,7 +20,7 @@ def require(module: str, extra: str) -> Any:
     except ImportError as error:
         raise MissingExtra(
             f"{module.partition('.')[0]} cannot be imported ({error}): "
-            f'pip install "rai-toolbox[{extra}]"'
+            f'pip install "rai-constrained[{extra}]"'
         ) from error
 
 

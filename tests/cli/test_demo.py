@@ -195,7 +195,7 @@ def test_a_missing_extra_is_one_clear_line(missing, tmp_path, monkeypatch, capsy
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"rai-toolbox: error: {missing} cannot be imported (")
-    assert line.endswith('): pip install "rai-toolbox[demo]"')
+    assert line.endswith('): pip install "rai-constrained[demo]"')
     assert not (tmp_path / "out").exists()
 
 

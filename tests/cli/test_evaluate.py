@@ -393,7 +393,7 @@ def test_without_matplotlib_there_is_all_but_the_picture(folder, monkeypatch, ca
     assert main(run()) == 0
     shown = capsys.readouterr()
     assert f"warning: there is no {Path('out/report.png')}: matplotlib cannot be" in shown.err
-    assert 'pip install "rai-toolbox[plots]"' in shown.err and "report.png" not in shown.out
+    assert 'pip install "rai-constrained[plots]"' in shown.err and "report.png" not in shown.out
     names = sorted(file.name for file in (folder / "out").iterdir())
     assert names == ["report.csv", "report.json"]
 
@@ -402,5 +402,5 @@ def test_the_help_says_what_it_needs(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out
-    for word in ("rai-toolbox[plots]", "--model", "--data", "--norm", "--epsilon", "--resume"):
+    for word in ("rai-constrained[plots]", "--model", "--data", "--norm", "--epsilon", "--resume"):
         assert word in "".join(shown.split())

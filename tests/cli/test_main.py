@@ -24,7 +24,7 @@ def test_help_of_the_demo_says_what_it_needs(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         cli.main(["demo", "--help"])
     shown = capsys.readouterr().out
-    for word in ("rai-toolbox[demo]", "--out", "--epochs", "--seed", "--quick"):
+    for word in ("rai-constrained[demo]", "--out", "--epochs", "--seed", "--quick"):
         assert word in shown
 
 

@@ -192,7 +192,7 @@ def add_to(commands: Any) -> None:
         description="Train the same CNN with and without bounded weights on 5,000 MNIST digits, "
         "attack test digits within L-inf and L2 balls, fit a linear classifier with weights in L1 "
         "balls, and write demo.png, sparse.png, robustness.png and demo.json. "
-        'Needs: pip install "rai-toolbox[demo]".',
+        'Needs: pip install "rai-constrained[demo]".',
     )
     parser.set_defaults(run=demo)
     add = parser.add_argument

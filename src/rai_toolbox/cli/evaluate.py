@@ -242,7 +242,7 @@ def add_to(commands: Any) -> None:
         help="measure how robust your model is",
         description="Clean and robust accuracy of a model within norm balls around data, verified "
         "independently of the solver. Writes report.json, report.csv and report.png (the last with "
-        '"rai-toolbox[plots]"). Import paths are looked up in the working directory, too.',
+        '"rai-constrained[plots]"). Import paths are looked up in the working directory, too.',
         epilog="example: rai-toolbox evaluate --model nets:small --weights small.pt "
         "--data digits.npz --norm linf --epsilon 0.05 0.1 --norm l2 --epsilon 0.5 1",
     )

@@ -84,7 +84,7 @@ class LinfBall(_Ball):
     epsilon : float or Tensor
         Radius, >= 0; a tensor broadcasts against the batch: one per element, channel or sub-tensor.
     center : float or Tensor, optional
-        By default 0. Counts as rounded to the dtype of x.
+        By default 0; a tensor broadcasts against the batch. Counts as rounded to the dtype of x.
 
     Raises
     ------
@@ -143,7 +143,7 @@ class L2Ball(_Ball):
     epsilon : float or Tensor
         Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
     center : float or Tensor, optional
-        By default 0. Counts as rounded to the dtype of x.
+        By default 0; a tensor broadcasts against the batch. Counts as rounded to the dtype of x.
     dim : int or tuple of int, optional
         Along which dims of the batch a ball lies; by default all but the first.
 
@@ -197,7 +197,7 @@ class L1Ball(_Ball):
     epsilon : float or Tensor
         Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
     center : float or Tensor, optional
-        By default 0. Counts as rounded to the dtype of x.
+        By default 0; a tensor broadcasts against the batch. Counts as rounded to the dtype of x.
     dim : int or tuple of int, optional
         Along which dims of the batch a ball lies; by default all but the first.
 

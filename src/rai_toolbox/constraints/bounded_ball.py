@@ -58,7 +58,8 @@ class BoundedBall(Constraint):
     ball : LinfBall or L2Ball or L1Ball
         The ball, whose radius is finite.
     lower, upper : float or Tensor or None
-        The bounds; None, or an infinity, leaves a side open.
+        The bounds; a tensor broadcasts against the batch (N, ...). None, or an infinity, leaves a
+        side open.
 
     Raises
     ------

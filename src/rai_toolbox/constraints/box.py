@@ -33,7 +33,8 @@ class Box(Constraint):
     Parameters
     ----------
     lower, upper : float or Tensor or None
-        The bounds; None, or an infinity, leaves a side open.
+        The bounds; a tensor broadcasts against the batch (N, ...). None, or an infinity, leaves a
+        side open.
 
     Raises
     ------
@@ -107,6 +108,11 @@ class NonNegative(Box):
     """Every element non-negative.
 
     ``{x : x >= 0}``, elementwise; ``P(x) = max(x, 0)``, at the cost of one pass.
+
+    Raises
+    ------
+    TypeError
+        From methods, if a batch is not of a real floating-point dtype.
 
     Examples
     --------

@@ -37,11 +37,12 @@ class BoxSection(Constraint):
     Parameters
     ----------
     weight : float or Tensor
-        The weight of each entry, of any sign, or 0.
+        The weight of each entry, of any sign, or 0; a tensor broadcasts against the batch (N, ...).
     total : float or Tensor
-        The weighted sum; a tensor has one value per sub-tensor.
+        The weighted sum; a tensor has one value per sub-tensor, shape (N, 1, ...).
     lower, upper : float or Tensor or None
-        The bounds; None, or an infinity, leaves a side open. `lmo` and `sample_` need both.
+        The bounds; a tensor broadcasts likewise. None, or an infinity, leaves a side open. `lmo`
+        and `sample_` need both.
     dim : int or tuple of int, optional
         Along which dims of the batch the sum is taken; by default all but the first.
 

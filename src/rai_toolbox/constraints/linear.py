@@ -73,10 +73,10 @@ class Hyperplane(_Linear):
     Parameters
     ----------
     normal : float or Tensor
-        The weights w of the entries; a number is the weight of each of them. A sub-tensor with
-        weights 0 and an offset other than 0 has no solution: its projection is NaN.
+        The weights w of the entries; a tensor broadcasts against the batch (N, ...). A sub-tensor
+        with weights 0 and an offset other than 0 has no solution: its projection is NaN.
     offset : float or Tensor
-        The value c of the weighted sum, one per sub-tensor.
+        The value c of the weighted sum, one per sub-tensor: shape (N, 1, ...).
     dim : int or tuple of int, optional
         Along which dims of the batch the sum is taken; by default all but the first.
 
@@ -108,10 +108,10 @@ class HalfSpace(_Linear):
     Parameters
     ----------
     normal : float or Tensor
-        The weights w of the entries; a number is the weight of each of them. A sub-tensor with
-        weights 0 and an offset below 0 has no solution: its projection is NaN.
+        The weights w of the entries; a tensor broadcasts against the batch (N, ...). A sub-tensor
+        with weights 0 and an offset below 0 has no solution: its projection is NaN.
     offset : float or Tensor
-        The largest value c of the weighted sum, one per sub-tensor.
+        The largest value c of the weighted sum, one per sub-tensor: shape (N, 1, ...).
     dim : int or tuple of int, optional
         Along which dims of the batch the sum is taken; by default all but the first.
 

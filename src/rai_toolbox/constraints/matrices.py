@@ -38,6 +38,11 @@ class PSD(Constraint):
     largest, can explain.
     The derivative is exact, also where eigenvalues are equal.
 
+    Raises
+    ------
+    ValueError
+        From methods, if a batch is not one of square matrices.
+
     Examples
     --------
     >>> import torch
@@ -91,6 +96,11 @@ class Stiefel(Constraint):
     ----------
     flatten : int, optional
         See `SpectralBall`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `flatten` is not an int >= 1; from methods, if a batch is not one of matrices.
 
     Examples
     --------

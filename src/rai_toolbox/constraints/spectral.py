@@ -115,7 +115,7 @@ class SpectralBall(_SingularValueBall):
     Parameters
     ----------
     epsilon : float or Tensor
-        The radius, finite and >= 0.
+        The radius, finite and >= 0; a tensor has one per matrix, shape (N, 1, 1).
     flatten : int, optional
         How many dims of a sub-tensor make the rows of one matrix, all others its columns: 1 for the
         weight of a convolution, with ``param_ndim=None``. By default a sub-tensor has 2 dims.
@@ -158,7 +158,7 @@ class NuclearBall(_SingularValueBall):
     Parameters
     ----------
     epsilon : float or Tensor
-        The radius, finite and >= 0.
+        The radius, finite and >= 0; a tensor has one per matrix, shape (N, 1, 1).
     flatten : int, optional
         How many dims of a sub-tensor make the rows of one matrix, all others its columns: 1 for the
         weight of a convolution, with ``param_ndim=None``. By default a sub-tensor has 2 dims.

@@ -24,7 +24,8 @@ _OF_CHAIN: dict[str, Any] = {"param_ndim": None, **NEUTRAL}
 class ChainedParamTransformingOptimizer(ParamTransformingOptimizer):
     """Apply the transforms of several optimizers, left to right, around one inner optimizer.
 
-    ``g <- T_n(...T_1(g))``, inner step, ``p <- P_n(...P_1(p))``.
+    ``g <- T_n(...T_1(g))``, inner step, ``p <- P_n(...P_1(p))``, each on sub-tensors of the shape
+    that the `param_ndim` of its member gives.
 
     Parameters
     ----------

@@ -42,7 +42,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     InnerOpt : Optimizer class, functools.partial of one, or instance
         The optimizer that updates the parameters. The groups of an instance are used.
     param_ndim : int or None
-        Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`.
+        Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`. A parameter of
+        shape (N, C, H, W) is N sub-tensors of shape (C, H, W) with -1 or 3, one of its own shape
+        with None, and each of its elements is one with 0.
     grad_scale : float
         Multiplies each gradient, after its transform.
     grad_bias : float

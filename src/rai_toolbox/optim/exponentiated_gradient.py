@@ -39,7 +39,7 @@ class ExponentiatedGradient(Constrained, OwnStepOptimizer):
     params : iterable
         Tensors, named tensors, or dicts that define parameter groups.
     lr : float
-        The step size, >= 0; with 0 nothing moves.
+        The step size, >= 0, in 1 / the unit of the gradient; with 0 nothing moves.
     total : float
         The sum of each sub-tensor, > 0.
     constraint : Birkhoff or Transport, optional

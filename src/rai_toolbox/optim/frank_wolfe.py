@@ -74,8 +74,9 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`. Only for
         `constraint`.
     smoothness : float, optional
-        L > 0, a Lipschitz constant of the gradient, for the short step. With `line_search` it is
-        the first L to try, and each search writes the L that it found to the group.
+        L > 0, a Lipschitz constant of the gradient (in units of loss / parameter^2), for the short
+        step. With `line_search` it is the first L to try, and each search writes the L that it
+        found to the group.
     line_search : bool
         Search for the smoothness, in all groups together. `step` then needs a closure, which must
         be deterministic and compute gradients; it is called once more for each trial, of which

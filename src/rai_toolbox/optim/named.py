@@ -49,18 +49,18 @@ class _ClampingOptimizer(ParamTransformingOptimizer):
 class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
     """Clamp each element of each parameter to [clamp_min, clamp_max] after the inner step.
 
-    ``p <- min(max(p, clamp_min), clamp_max)``, elementwise: the Euclidean projection onto the
-    box. Bounds count as rounded to the parameter's dtype. NaN stays NaN. Around inner optimizers
-    that mix elements, such as LBFGS and Muon, gradients are replaced by their gradient mapping, see
-    `ProjectedOptimizer`. For losses of full batches there is `ProjectedLBFGS`, which searches
-    inside the box.
+    ``p <- min(max(p, clamp_min), clamp_max)``, elementwise: the Euclidean projection onto the box
+    (gradient projection: Goldstein, 1964; Levitin & Polyak, 1966). Bounds count as rounded to the
+    parameter's dtype. NaN stays NaN. Around inner optimizers that mix elements, such as LBFGS and
+    Muon, gradients are replaced by their gradient mapping, see `ProjectedOptimizer`. For losses of
+    full batches there is `ProjectedLBFGS`, which searches inside the box.
 
     Parameters
     ----------
     clamp_min, clamp_max : float or Tensor or None
-        The bounds; a tensor broadcasts against each parameter of its group. At least one of them
-        must be given, to the optimizer or to each group. A group that gives None for both is left
-        free.
+        The bounds, in the unit of the parameter; a tensor broadcasts against each parameter of its
+        group, of any shape. At least one of them must be given, to the optimizer or to each group.
+        A group that gives None for both is left free.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 
@@ -97,13 +97,15 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
 class ClampedGradientOptimizer(_ClampingOptimizer):
     """Clamp each element of each gradient to [clamp_min, clamp_max] before the inner step.
 
-    ``g <- min(max(g, clamp_min), clamp_max)``, elementwise. NaN stays NaN. A sparse gradient is
-    clamped by its values, which takes bounds that leave 0 as it is.
+    ``g <- min(max(g, clamp_min), clamp_max)``, elementwise, for gradients of any shape: clipping by
+    value (Mikolov, 2012). NaN stays NaN. A sparse gradient is clamped by its values, which takes
+    bounds that leave 0 as it is.
 
     Parameters
     ----------
     clamp_min, clamp_max : float or Tensor or None
-        The bounds, as in `ClampedParameterOptimizer`; a tensor broadcasts against each gradient.
+        The bounds, as in `ClampedParameterOptimizer`, in the unit of the gradient; a tensor
+        broadcasts against each gradient.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 
@@ -131,13 +133,20 @@ class ClampedGradientOptimizer(_ClampingOptimizer):
 class SignedGradientOptim(ParamTransformingOptimizer):
     """Replace each element of each gradient by its sign before the inner step.
 
-    ``g <- g / |g|``, elementwise, with 0 -> 0: the steepest direction in the Linf norm. NaN
-    stays NaN. A complex gradient is turned to unit modulus, a sparse one is signed by its values.
+    ``g <- g / |g|``, elementwise, with 0 -> 0, for gradients of any shape: the steepest direction
+    in the Linf norm (Goodfellow, Shlens & Szegedy, 2015; Bernstein et al., 2018). A step of SGD
+    moves each element by `lr`, in the unit of the parameter. NaN stays NaN. A complex gradient is
+    turned to unit modulus, a sparse one is signed by its values.
 
     Parameters
     ----------
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ParamTransformingOptimizer`.
 
     Examples
     --------
@@ -190,12 +199,15 @@ class _NormedGradientOptim(ParamTransformingOptimizer):
 class L1NormedGradientOptim(_NormedGradientOptim):
     """Divide each sub-tensor of each gradient by its L1 norm before the inner step.
 
-    ``g <- g / max(|g|_1, div_by_zero_eps)``; a sub-tensor of zeros stays zero.
+    ``g <- g / max(|g|_1, div_by_zero_eps)``, for each sub-tensor g, of a shape (d0, ...) that
+    `param_ndim` gives; one of zeros stays zero. A step of SGD has the length `lr` in the L1 norm,
+    in the unit of the parameter.
 
     Parameters
     ----------
     div_by_zero_eps : float
-        Smallest divisor, >= 0. The norm neither overflows nor underflows in any dtype.
+        Smallest divisor, >= 0, in the unit of the gradient. The norm neither overflows nor
+        underflows in any dtype.
     params, InnerOpt, param_ndim, defaults, grad_scale, grad_bias, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 
@@ -224,13 +236,16 @@ class L1NormedGradientOptim(_NormedGradientOptim):
 class L2NormedGradientOptim(_NormedGradientOptim):
     """Divide each sub-tensor of each gradient by its L2 norm before the inner step.
 
-    ``g <- g / max(|g|_2, div_by_zero_eps)``: the steepest direction in the L2 norm; a sub-tensor
-    of zeros stays zero.
+    ``g <- g / max(|g|_2, div_by_zero_eps)``, for each sub-tensor g, of a shape (d0, ...) that
+    `param_ndim` gives: the steepest direction in the L2 norm (Hazan, Levy & Shalev-Shwartz, 2015).
+    A sub-tensor of zeros stays zero. A step of SGD has the length `lr` in the L2 norm, in the unit
+    of the parameter.
 
     Parameters
     ----------
     div_by_zero_eps : float
-        Smallest divisor, >= 0. The norm neither overflows nor underflows in any dtype.
+        Smallest divisor, >= 0, in the unit of the gradient. The norm neither overflows nor
+        underflows in any dtype.
     params, InnerOpt, param_ndim, defaults, grad_scale, grad_bias, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 
@@ -259,13 +274,15 @@ class L2NormedGradientOptim(_NormedGradientOptim):
 class L2ProjectedOptim(Constrained, L2NormedGradientOptim):
     """L2-normalize each gradient, step, and project each parameter onto an L2 ball.
 
-    ``g <- g / |g|_2``, inner step, ``p <- p * min(1, epsilon / |p|_2)``, for each sub-tensor.
+    ``g <- g / |g|_2``, inner step, ``p <- p * min(1, epsilon / |p|_2)``, for each sub-tensor, of a
+    shape (d0, ...) that `param_ndim` gives (Madry et al., 2018). A step of SGD has the length `lr`.
     The result is in the ball after rounding to the parameter's dtype too.
 
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. Required, here or in every parameter group.
+        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
+        group.
     div_by_zero_eps : float
         See `L2NormedGradientOptim`.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
@@ -311,12 +328,14 @@ class L2ProjectedOptim(Constrained, L2NormedGradientOptim):
 class LinfProjectedOptim(Constrained, SignedGradientOptim):
     """Take the sign of each gradient, step, and clamp each parameter to [-epsilon, epsilon].
 
-    ``g <- sign(g)``, inner step, ``p <- min(max(p, -epsilon), epsilon)``, elementwise.
+    ``g <- sign(g)``, inner step, ``p <- min(max(p, -epsilon), epsilon)``, elementwise, for
+    parameters of any shape (Madry et al., 2018). A step of SGD moves each element by `lr`.
 
     Parameters
     ----------
     epsilon : float
-        Radius of the Linf ball, >= 0. Required, here or in every parameter group.
+        Radius of the Linf ball, >= 0, in the unit of the parameter. Required, here or in every
+        parameter group.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 
@@ -359,8 +378,9 @@ class LinfProjectedOptim(Constrained, SignedGradientOptim):
 class TopQGradientOptimizer(ParamTransformingOptimizer):
     """Keep the largest-magnitude entries of each gradient's sub-tensors before the inner step.
 
-    Of the n entries of a sub-tensor the ``round((1 - q) * n)`` largest magnitudes stay, exactly
-    so many also if there are ties; the rest become 0.
+    Of the n entries of a sub-tensor, of a shape (d0, ...) that `param_ndim` gives, the
+    ``round((1 - q) * n)`` largest magnitudes stay, exactly so many also if there are ties; the rest
+    become 0 (Tramèr & Boneh, 2019).
 
     Parameters
     ----------
@@ -425,9 +445,10 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
 class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
     """Follow the signs of the largest gradient entries, at unit L1 norm per sub-tensor.
 
-    Top-q, then sign, then L1-normalize: the chain of `TopQGradientOptimizer`,
-    `SignedGradientOptim` and `L1NormedGradientOptim`. A sparse direction of steepest ascent
-    (Tramèr & Boneh, 2019).
+    Top-q, then sign, then L1-normalize: the chain of `TopQGradientOptimizer`, `SignedGradientOptim`
+    and `L1NormedGradientOptim`. A sparse direction of steepest ascent (Tramèr & Boneh, 2019). A
+    step of SGD has the length `lr` in the L1 norm of each sub-tensor, of a shape (d0, ...) that
+    `param_ndim` gives, in the unit of the parameter.
 
     Parameters
     ----------
@@ -512,13 +533,14 @@ class _FrankWolfeOnBall(Constrained, ParamTransformingOptimizer):
 class L1FrankWolfe(_FrankWolfeOnBall):
     """Frank-Wolfe on the L1 ball of radius `epsilon`.
 
-    ``s = -epsilon * sign(g_i) * e_i``, i the index of a largest magnitude of each sub-tensor;
-    `FrankWolfe` steps towards s.
+    ``s = -epsilon * sign(g_i) * e_i``, i the index of a largest magnitude of each sub-tensor, of a
+    shape (d0, ...) that `param_ndim` gives; `FrankWolfe` steps toward s (Jaggi, 2013).
 
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. Required, here or in every parameter group.
+        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
+        group.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
@@ -551,12 +573,14 @@ class L1FrankWolfe(_FrankWolfeOnBall):
 class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
     """Frank-Wolfe on the L2 ball of radius `epsilon`.
 
-    ``s = -epsilon * g / |g|_2``, for each sub-tensor; `FrankWolfe` steps towards s.
+    ``s = -epsilon * g / |g|_2``, for each sub-tensor, of a shape (d0, ...) that `param_ndim` gives;
+    `FrankWolfe` steps toward s (Jaggi, 2013).
 
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. Required, here or in every parameter group.
+        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
+        group.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
@@ -589,12 +613,14 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
 class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
     """Frank-Wolfe on the Linf ball of radius `epsilon`.
 
-    ``s = -epsilon * sign(g)``, elementwise; `FrankWolfe` steps towards s.
+    ``s = -epsilon * sign(g)``, elementwise, for parameters of any shape; `FrankWolfe` steps toward
+    s (Jaggi, 2013).
 
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. Required, here or in every parameter group.
+        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
+        group.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
@@ -625,15 +651,17 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
 
 
 class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
-    """Frank-Wolfe on the L1 ball of radius `epsilon`, towards points of few equal entries.
+    """Frank-Wolfe on the L1 ball of radius `epsilon`, toward points of few equal entries.
 
-    ``s = -epsilon * L1q(g)``, with the transform L1q of `L1qNormedGradientOptim`; `FrankWolfe`
-    steps towards s.
+    ``s = -epsilon * L1q(g)``, for each sub-tensor, of a shape (d0, ...) that `param_ndim` gives,
+    with the transform L1q of `L1qNormedGradientOptim`; `FrankWolfe` steps toward s (Jaggi, 2013;
+    Tramèr & Boneh, 2019).
 
     Parameters
     ----------
     epsilon : float
-        Radius of the ball, >= 0. Required, here or in every parameter group.
+        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
+        group.
     q, dq, generator
         See `TopQGradientOptimizer`.
     lr, use_default_lr_schedule

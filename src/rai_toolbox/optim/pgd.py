@@ -79,8 +79,9 @@ class PGD(Constrained, ParamTransformingOptimizer):
         The ball that each sub-tensor is kept in, alone or within bounds. To be given here or in
         every parameter group.
     lr : float or Tensor
-        How far a step goes, in the norm of the ball. To be given here, in every parameter group, or
-        by `InnerOpt`, whose own default knows no radius.
+        How far a step goes, in the norm of the ball and the unit of the parameter; a tensor has the
+        shape (). To be given here, in every parameter group, or by `InnerOpt`, whose own default
+        knows no radius.
     q : float
         The share of the gradient's entries that a step in an L1 ball leaves alone, in [0, 1]; of
         other balls it says nothing.

@@ -61,14 +61,15 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
     such as Adam, need it to converge to a stationary point, unless the set is elementwise, too;
     those that mix elements, such as LBFGS and Muon, need it in any set. It removes from g what
     pushes against the constraint, as measured by an average m of recent gradients, and leaves g
-    unchanged where the constraint is not active. See the user guide for proof and figures. For
-    losses of full batches, `ProjectedLBFGS` takes fewer evaluations than this with torch's LBFGS.
+    unchanged where the constraint is not active (Nesterov, 2018; Beck, 2017). :doc:`/stationarity`
+    has the proof for these inner optimizers, and measurements. For losses of full batches,
+    `ProjectedLBFGS` takes fewer evaluations than this with torch's LBFGS.
 
     Parameters
     ----------
     constraint : Constraint or None
-        The set that each sub-tensor is kept in; None leaves parameters unconstrained. Required,
-        here or in every parameter group.
+        The set that each sub-tensor, of a shape (d0, ...) that `param_ndim` gives, is kept in; None
+        leaves parameters unconstrained. Required, here or in every parameter group.
     gradient_mapping : bool, optional
         Whether g is replaced by its gradient mapping. By default it is where that changes the
         point of convergence: not with SGD and ASGD, and on an elementwise set not with torch's

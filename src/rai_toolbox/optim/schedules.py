@@ -198,7 +198,8 @@ class LinearSetting(SettingScheduler):
     Parameters
     ----------
     start, end : float or Tensor, or sequence of these or None
-        A sequence has one for each group, and None, in both of them, leaves a group unchanged.
+        Tensors have the shape of the setting. A sequence has one for each group, and None, in both
+        of them, leaves a group unchanged.
     total_steps : int
         The number of steps from `start` to `end`, >= 1.
     optimizer, setting, last_step

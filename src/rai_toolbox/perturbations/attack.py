@@ -69,11 +69,12 @@ def attack(
     ball : LinfBall or L2Ball or L1Ball
         Without a center. Its epsilon is a number, or has one value per example, shape (N,).
     data_range : pair of float or Tensor, or None
-        Lower and upper bound of all data; None for no bounds.
+        Lower and upper bound of all data, in their unit; a tensor broadcasts against the data. None
+        for no bounds.
     optimizer : Optimizer class or functools.partial of one, optional
-        Called with the parameters, `constraint`, and `steps` if it requires it. By default `APGD`.
-        A step of `PGD` without `lr` goes 2.5 of the largest radius / steps. `ProjectedOptimizer`
-        requires `lr`.
+        Called with the parameters, `constraint`, and `steps` if it requires it. By default `APGD`
+        (Croce & Hein, 2020). A step of `PGD` without `lr` goes 2.5 of the largest radius / steps.
+        `ProjectedOptimizer` requires `lr`.
     steps : int
         Number of steps of each run, >= 0.
     criterion : callable, optional

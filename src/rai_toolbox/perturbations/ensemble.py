@@ -269,6 +269,11 @@ def short_ensemble(
     -------
     Ensembled
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `attack`.
+
     Examples
     --------
     >>> import torch

@@ -68,7 +68,8 @@ def fab_attack(
     ball : LinfBall or L2Ball or L1Ball
         Without a center. Its epsilon is a number, or has one value per example, shape (N,).
     data_range : pair of float or Tensor, or None
-        Lower and upper bound of all data; None for no bounds.
+        Lower and upper bound of all data, in their unit; a tensor broadcasts against the data. None
+        for no bounds.
     steps : int
         Number of steps of each run, >= 1. Each calls the model twice, and differentiates it once
         for each class that it chooses from.

@@ -25,7 +25,7 @@ def uniform_like_l1_n_ball_(
 
     Parameters
     ----------
-    x : Tensor
+    x : Tensor, shape (N, ...)
         Of a floating-point dtype; its values are not read.
     epsilon : float
         Radius, > 0.
@@ -37,7 +37,7 @@ def uniform_like_l1_n_ball_(
     Returns
     -------
     Tensor
-        `x`.
+        `x`, of its shape.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def uniform_like_l2_n_ball_(
     """Fill x in place with points drawn uniformly from the L2 ball of each sub-tensor.
 
     The direction of normal variables, at the radius ``epsilon u^(1/n)`` with u uniform (Muller,
-    1959). See `uniform_like_l1_n_ball_` for the arguments.
+    1959). See `uniform_like_l1_n_ball_` for the arguments and errors.
 
     Examples
     --------
@@ -85,7 +85,7 @@ def uniform_like_linf_n_ball_(
 ) -> Tensor:
     """Fill x in place with numbers drawn uniformly from [-epsilon, epsilon].
 
-    See `uniform_like_l1_n_ball_` for the arguments; `param_ndim` has no effect here.
+    See `uniform_like_l1_n_ball_` for the arguments and errors; `param_ndim` has no effect here.
 
     Examples
     --------

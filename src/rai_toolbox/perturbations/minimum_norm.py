@@ -93,7 +93,8 @@ def minimum_norm_attack(
     ball : type of LinfBall, L2Ball or L1Ball
         The norm.
     data_range : tuple of float or Tensor, optional
-        Lower and upper bound of all data; None for no bounds.
+        Lower and upper bound of all data, in their unit; a tensor broadcasts against the data. None
+        for no bounds.
     steps : int
         Number of steps of the solver at each radius.
     search_steps : int

@@ -70,8 +70,8 @@ def gradient_ascent(
         From perturbed data to the first argument of `criterion`.
     data : Tensor or array-like, shape (N, ...)
         Of a floating-point dtype; plain Python numbers get torch's default dtype.
-    target : Tensor or array-like
-        The second argument of `criterion`.
+    target : Tensor or array-like, shape (N, ...)
+        The second argument of `criterion`; for the default one, classes of shape (N,).
     optimizer : Optimizer class, functools.partial of one, or instance
         An instance requires a `perturbation_model` instance, of whose parameters it is. A method
         `observe_` of an optimizer is called before each step with the costs of the examples, shape
@@ -102,7 +102,7 @@ def gradient_ascent(
     Returns
     -------
     (Tensor, Tensor)
-        The perturbed data, and their losses with the sign of `criterion`.
+        The perturbed data, shape (N, ...), and their losses with the sign of `criterion`.
 
     Raises
     ------

@@ -61,7 +61,8 @@ def square_attack(
     ball : LinfBall or L2Ball or L1Ball
         Without a center. Its epsilon is a number, or has one value per example, shape (N,).
     data_range : pair of float or Tensor, or None
-        Lower and upper bound of all data; None for no bounds.
+        Lower and upper bound of all data, in their unit; a tensor broadcasts against the data. None
+        for no bounds.
     queries : int
         Number of queries for each example, >= 0, besides one of the data and one of the result.
     criterion, fooled : callable, optional

@@ -75,7 +75,8 @@ def universal_perturbation(
     ball : LinfBall, L2Ball or L1Ball
         The set of delta; its `epsilon` is a number.
     data_range : tuple of float or Tensor, optional
-        The bounds to which perturbed data are clipped; None for no bounds.
+        The bounds to which perturbed data are clipped; a tensor broadcasts against the data. None
+        for no bounds.
     epochs : int
         Largest number of passes over the data. With the default optimizer the search ends when its
         step is less than .005 of `epsilon`.

@@ -348,8 +348,8 @@ class RobustnessReport:
     def plot(self) -> Figure:
         """Accuracy against epsilon, a panel per norm, and the examples below.
 
-        Requires matplotlib: ``pip install "rai-toolbox[plots]"``. The figure opens no window; write
-        it with its method ``savefig``.
+        Requires matplotlib: ``pip install "rai-constrained[plots]"``. The figure opens no window;
+        write it with its method ``savefig``.
         """
         figure: Figure = draw_report(self)
         return figure

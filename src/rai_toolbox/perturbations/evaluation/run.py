@@ -82,7 +82,8 @@ def evaluate_robustness(
     balls : LinfBall, L2Ball or L1Ball, or an iterable of them
         Each has a number as radius, and no center.
     data_range : (float or Tensor, float or Tensor), optional
-        Lower and upper bound of all data, also of perturbed ones; None for no bounds.
+        Lower and upper bound of all data, also of perturbed ones, in their unit; a tensor
+        broadcasts against the data. None for no bounds.
     solver : Callable
         Called as ``solver(model, data, target, ball=..., data_range=..., generator=...)``; returns
         an object whose ``data`` are the perturbed data. By default a few attacks, `short_ensemble`.

@@ -246,7 +246,8 @@ def verify(
     ball : LinfBall or L2Ball or L1Ball
         Without a center: it is around each original.
     data_range : (float or Tensor, float or Tensor), optional
-        Lower and upper bound of all data; None for no bounds.
+        Lower and upper bound of all data, in their unit; a tensor broadcasts against the data. None
+        for no bounds.
     criterion : Callable, optional
         With `correct`, the loss of each example that should have increased.
     correct : Callable, optional
