@@ -1,6 +1,10 @@
 """How Sphinx builds the documentation: `make docs`."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "rai_toolbox"
 author = "rai_toolbox contributors"
@@ -13,7 +17,21 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
+    "api_links",  # in _ext
 ]
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",  # written by the build
+    "filename_pattern": "/",  # run all of them
+    "reference_url": {"rai_toolbox": None},  # names in the code link to their API pages
+    "doc_module": ("rai_toolbox",),
+    "show_memory": False,
+    "show_signature": False,
+    "download_all_examples": False,
+    "within_subsection_order": "FileNameSortKey",
+    "write_computation_times": False,
+}
 html_theme = "furo"
 html_title = f"{project} {version}"
 
@@ -25,8 +43,7 @@ default_role = "py:obj"
 napoleon_google_docstring = False
 napoleon_use_ivar = True  # attributes are told, not listed again
 
-# The README links to files of the repository, which are no pages here.
-suppress_warnings = ["myst.xref_missing"]
+suppress_warnings = ["config.cache"]  # of sphinx-gallery: its settings are not written to the cache
 exclude_patterns = ["stationarity/*", "attacks/*", "speed/*", "lbfgs/*"]  # parts of pages
 
 
