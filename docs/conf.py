@@ -43,6 +43,7 @@ default_role = "py:obj"
 napoleon_google_docstring = False
 napoleon_use_ivar = True  # attributes are told, not listed again
 
+myst_heading_anchors = 3  # for links such as constraints.md#batches
 suppress_warnings = ["config.cache"]  # of sphinx-gallery: its settings are not written to the cache
 exclude_patterns = ["stationarity/*", "attacks/*", "speed/*", "lbfgs/*"]  # parts of pages
 

@@ -2,6 +2,7 @@
 
 import re
 from importlib import import_module
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -30,7 +31,7 @@ class ApiLinks(SphinxTransform):
     default_priority = 100  # before references are resolved
 
     def apply(self, **kwargs):
-        if not self.env.doc2path(self.env.docname).endswith(".md"):
+        if Path(self.env.doc2path(self.env.docname)).suffix != ".md":
             return
         for code in list(self.document.findall(nodes.literal)):
             name = target(code.astext())
