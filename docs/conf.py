@@ -18,8 +18,22 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
-    "api_pages",  # in _ext
+    "sphinx_gallery.gen_gallery",
+    "api_links",  # in _ext
+    "api_pages",
 ]
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",  # written by the build
+    "filename_pattern": "/",  # run all of them
+    "reference_url": {"rai_toolbox": None},  # names in the code link to their API pages
+    "doc_module": ("rai_toolbox",),
+    "show_memory": False,
+    "show_signature": False,
+    "download_all_examples": False,
+    "within_subsection_order": "FileNameSortKey",
+    "write_computation_times": False,
+}
 html_theme = "furo"
 html_title = f"{project} {version}"
 templates_path = ["_templates"]
@@ -34,6 +48,6 @@ default_role = "py:obj"
 napoleon_google_docstring = False
 napoleon_use_ivar = True  # attributes are told, not listed again
 
-# The README links to files of the repository, which are no pages here.
-suppress_warnings = ["myst.xref_missing"]
+myst_heading_anchors = 3  # for links such as constraints.md#batches
+suppress_warnings = ["config.cache"]  # of sphinx-gallery: its settings are not written to the cache
 exclude_patterns = ["stationarity/*", "attacks/*", "speed/*", "lbfgs/*"]  # parts of pages

@@ -1,4 +1,4 @@
-"""Fits to real data beside other solvers, by more inner optimizers than docs/examples.md."""
+"""Fits to real data beside other solvers, by more inner optimizers than the gallery of examples."""
 
 import pytest
 import torch
