@@ -157,6 +157,8 @@ def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
 
 def logits_of(output: Any) -> Any:
     """What a model returns as `logits`, like those of Transformers, or else all of it."""
+    if isinstance(output, Tensor):  # which has none: a look would cost an error each time
+        return output
     if isinstance(output, Mapping):
         return output.get("logits", output)
     return getattr(output, "logits", output)
@@ -183,9 +185,7 @@ def checked(
 
     def output_of(data: Tensor) -> Any:
         # Leaves are used again, results of recorded operators are not: a model may work in place.
-        output = model(data.clone() if data.is_leaf else data)
-        if not isinstance(output, Tensor):
-            output = logits_of(output)
+        output = logits_of(model(data.clone() if data.is_leaf else data))
         fits = are_logits(output, len(data))
         if classes and not fits:
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()
