@@ -14,7 +14,11 @@ from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball, check_ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, in_dtype
-from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
+from rai_toolbox.constraints.kernels.ball_in_box import (
+    all_fit,
+    clamp_between_,
+    nearest_in_ball_and_box,
+)
 from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     least_in_l1,
     least_in_l2,
@@ -151,24 +155,29 @@ class BoundedBall(Constraint):
         self.ball.sample_(x, generator)
         return self.project_(x)
 
-    def _bounds_in(self, dtype: torch.dtype) -> tuple[Any, Any]:
-        """The bounds as they count in `dtype`; those of a Linf ball are within it."""
-        known = {} if torch.compiler.is_compiling() else self.__dict__["_known"]
-        if dtype not in known:
-            lower, upper = in_dtype(self.lower, dtype), in_dtype(self.upper, dtype)
+    def _settings_in(self, x: Tensor) -> tuple[Any, Any, Tensor, bool]:
+        """The bounds as they count in the dtype of x, the radius, and if all radii fit float32.
+
+        The bounds of a Linf ball are within it.
+        """
+        kind = (x.dtype, x.device)
+        known = self.__dict__["_known"] if in_blocks(x) else {}
+        if kind not in known:
+            lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
             if self.ball.p == inf:
-                epsilon = in_dtype(self.ball.epsilon, dtype)
+                epsilon = in_dtype(self.ball.epsilon, x.dtype)
                 lower = -epsilon if lower is None else _larger(lower, -epsilon)
                 upper = epsilon if upper is None else -_larger(-upper, -epsilon)
-            known[dtype] = lower, upper
-        return known[dtype]  # type: ignore[no-any-return]
+            epsilon = as_wide(self.ball.epsilon, x)
+            known[kind] = lower, upper, epsilon, in_blocks(x) and all_fit(epsilon)
+        return known[kind]  # type: ignore[no-any-return]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
         return super()._replaced({"_known": {}, **settings})
 
     def _project_around_0_(self, x: Tensor) -> Tensor:
         if self.ball.p == inf:
-            return clamp_between_(x, *self._bounds_in(x.dtype))
+            return clamp_between_(x, *self._settings_in(x)[:2])
         if x.numel() <= MANY or not in_blocks(x):
             return x.copy_(self._nearest_around_0(x))
         for rows in row_blocks(x, MANY):
@@ -176,9 +185,9 @@ class BoundedBall(Constraint):
         return x
 
     def _nearest_around_0(self, x: Tensor) -> Tensor:
-        bounds, epsilon = self._bounds_in(x.dtype), as_wide(self.ball.epsilon, x)
-        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, *bounds)
-        if unsettled is not None and in_blocks(x):
+        lower, upper, epsilon, fits = self._settings_in(x)
+        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, lower, upper, fits)
+        if unsettled is not None:
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
         return nearest

@@ -94,15 +94,16 @@ def margin_loss(
     wide, own = logits.to(torch.promote_types(logits.dtype, torch.float32)), target.unsqueeze(1)
     if rival is not None:
         return (wide.gather(1, rival.unsqueeze(1)) - wide.gather(1, own)).squeeze(1)
-    others = wide.scatter(1, own, -torch.inf)
+    seen = wide.detach() if smooth else wide
+    others = seen.scatter(1, own, -torch.inf)
     largest = others.amax(1, keepdim=True)
-    margin = largest - wide.gather(1, own)
+    margin = largest - seen.gather(1, own)
     if not smooth:
         return margin.squeeze(1)
-    unit = margin.detach().abs().clamp(min=torch.finfo(wide.dtype).tiny)
-    weights = ((others - largest).detach() / unit).softmax(1).scatter(1, own, -1.0)
+    unit = margin.abs().clamp(min=torch.finfo(wide.dtype).tiny)
+    weights = ((others - largest) / unit).softmax(1).scatter(1, own, -1.0)
     mean = (weights * wide.where(weights != 0, 0.0)).sum(1)  # (a logit may be -inf)
-    return margin.detach().squeeze(1) + (mean - mean.detach())
+    return margin.squeeze(1) + (mean - mean.detach())
 
 
 def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
