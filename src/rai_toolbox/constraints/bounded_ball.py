@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox._torch import forward_ad_level, function_transforms_active
 from rai_toolbox.checks import wrong
-from rai_toolbox.constraints.balls import Ball, check_ball
+from rai_toolbox.constraints.balls import Ball, LinfBall, check_ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, in_dtype
 from rai_toolbox.constraints.kernels.ball_in_box import (
@@ -87,6 +87,13 @@ class BoundedBall(Constraint):
     ball: Any
     lower: float | Tensor | None
     upper: float | Tensor | None
+
+    @staticmethod
+    def around_0(ball: Any, lower: Tensor, upper: Tensor) -> BoundedBall:
+        """The set of a ball around 0 and bounds that hold 0, whose values are not read."""
+        made = {"ball": ball, "lower": lower, "upper": upper, "_met": set()}
+        names = ("ball", "lower", "upper") if ball._tensors else ("lower", "upper")
+        return _AROUND_0._replaced({**made, "_tensors": names})
 
     def _check_settings(self) -> None:
         check_ball("ball", self.ball)
@@ -279,3 +286,6 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     if upper is not None:
         grad.masked_fill_((x >= upper) & (grad < 0), 0.0)
     return grad
+
+
+_AROUND_0 = BoundedBall(LinfBall(1.0), -1.0, 1.0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -223,10 +225,18 @@ def check_lr(optimizer: object) -> None:
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """Whether a callable takes an argument of this name, and whether it requires it."""
-    parameters = inspect.signature(call).parameters
+    parameters = _PARAMETERS.get(call)
+    if parameters is None:
+        parameters = inspect.signature(call).parameters
+        if isinstance(call, (type, FunctionType)):
+            _PARAMETERS[call] = parameters
     if name in parameters:
         return True, parameters[name].default is inspect.Parameter.empty
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values()), False
+
+
+# Of classes and functions, which do not change: to read them takes as long as an attack's step.
+_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 def batches(

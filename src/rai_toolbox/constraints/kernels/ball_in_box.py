@@ -9,7 +9,6 @@ told of sub-tensors is a column: of shape (N, 1, ...), in float64.
 from __future__ import annotations
 
 from functools import partial
-from math import inf
 from typing import Any
 
 import torch
