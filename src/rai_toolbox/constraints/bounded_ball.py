@@ -152,9 +152,9 @@ class BoundedBall(Constraint):
         ):
             return super().project_(x)
         if eager and isfinite(x.sum().item()):
-            return self._project_around_0_(x)
+            return self._project_around_0_(x, eager)
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
-        return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
+        return self._project_around_0_(x, eager).masked_fill_(spoilt, torch.nan)
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
@@ -162,13 +162,13 @@ class BoundedBall(Constraint):
         self.ball.sample_(x, generator)
         return self.project_(x)
 
-    def _settings_in(self, x: Tensor) -> tuple[Any, Any, Tensor, bool]:
+    def _settings_in(self, x: Tensor, eager: bool) -> tuple[Any, Any, Tensor, bool]:
         """The bounds as they count in the dtype of x, the radius, and if all radii fit float32.
 
         The bounds of a Linf ball are within it.
         """
         kind = (x.dtype, x.device)
-        known = self.__dict__["_known"] if in_blocks(x) else {}
+        known = self.__dict__["_known"] if eager else {}
         if kind not in known:
             lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
             if self.ball.p == inf:
@@ -176,28 +176,26 @@ class BoundedBall(Constraint):
                 lower = -epsilon if lower is None else _larger(lower, -epsilon)
                 upper = epsilon if upper is None else -_larger(-upper, -epsilon)
             epsilon = as_wide(self.ball.epsilon, x)
-            known[kind] = lower, upper, epsilon, in_blocks(x) and all_fit(epsilon)
+            known[kind] = lower, upper, epsilon, eager and all_fit(epsilon)
         return known[kind]  # type: ignore[no-any-return]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
         return super()._replaced({"_known": {}, **settings})
 
-    def _project_around_0_(self, x: Tensor) -> Tensor:
+    def _project_around_0_(self, x: Tensor, eager: bool) -> Tensor:
+        lower, upper, epsilon, fits = self._settings_in(x, eager)
         if self.ball.p == inf:
-            return clamp_between_(x, *self._settings_in(x)[:2])
-        if x.numel() <= MANY or not in_blocks(x):
-            return x.copy_(self._nearest_around_0(x))
-        for rows in row_blocks(x, MANY):
-            x[rows].copy_(self._at_rows(x, rows)._nearest_around_0(x[rows]))
-        return x
-
-    def _nearest_around_0(self, x: Tensor) -> Tensor:
-        lower, upper, epsilon, fits = self._settings_in(x)
-        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, lower, upper, fits)
+            return clamp_between_(x, lower, upper)
+        if eager and x.numel() > MANY and len(x) > 1:
+            for rows in row_blocks(x, MANY):
+                self._at_rows(x, rows)._project_around_0_(x[rows], eager)
+            return x
+        radius = epsilon, fits
+        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, radius, lower, upper, eager)
         if unsettled is not None:
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
-        return nearest
+        return x.copy_(nearest)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outside: Tensor = self.ball._excess(x, dtype)

@@ -187,7 +187,9 @@ def checked(
 
     def output_of(data: Tensor) -> Any:
         # Leaves are used again, results of recorded operators are not: a model may work in place.
-        output = logits_of(model(data.clone() if data.is_leaf else data))
+        output = model(data.clone() if data.is_leaf else data)
+        if not isinstance(output, Tensor):
+            output = logits_of(output)
         fits = are_logits(output, len(data))
         if classes and not fits:
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes, wrong
-from rai_toolbox.perturbations.losses import Criterion, Rule
+from rai_toolbox.perturbations.losses import Criterion, Rule, successes
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel
 
@@ -71,6 +71,8 @@ class Objective:
     reduction_fn: Callable[[Tensor], Tensor] = torch.sum
     samples: int = 1
     success: Rule | None = None
+    _scales: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """What losses are multiplied by, as tensors of their kind."""
 
     def evaluate(
         self,
@@ -86,8 +88,10 @@ class Objective:
         With `rows`, costs and success are those of some examples, whose target is given. A model
         may work in place: it gets a copy of perturbed data that are `reused`.
         """
-        perturbed, cost, output = self._evaluate(perturbation, data, target, rows, params, reused)
-        return perturbed, cost, self.success_of(cost, output, target)
+        with torch.no_grad():
+            args = (perturbation, data, target, rows, params, reused)
+            perturbed, cost, output = self._evaluate(*args)
+            return perturbed.detach(), cost, self.successes([cost], [output], target)[0]
 
     def _evaluate(
         self,
@@ -98,7 +102,10 @@ class Objective:
         params: list[Tensor] | None,
         reused: bool,
     ) -> tuple[Tensor, Tensor, Any]:
-        """`evaluate` that leaves success to `success_of`, and gives the output that it needs."""
+        """`evaluate` that leaves success to `successes`, and gives the output that it needs.
+
+        To be called under `no_grad`. Data and output may be those that autograd has seen.
+        """
         losses, outputs = [], []
         output: Any
         for _ in range(self.samples):
@@ -109,22 +116,22 @@ class Objective:
                 loss = self.criterion(output, target)
                 if params is not None:
                     self._differentiate(loss, params)
-            losses.append(loss.detach())
-            outputs.append(output.detach() if isinstance(output, Tensor) else output)
+            losses.append(loss)
+            outputs.append(output)
         if self.samples > 1:
             loss = torch.stack(losses).mean(0)
             output = None if self.success is None else _mean(outputs)
         else:
             loss, output = losses[0], outputs[0]
         cost = loss.neg() if self.sign == -1.0 else loss * self.sign
-        return perturbed.detach(), cost, output
+        return perturbed, cost, output
 
-    @torch.no_grad()
-    def success_of(self, cost: Tensor, output: Any, target: Tensor) -> Tensor:
-        """Which examples have succeeded."""
+    def successes(self, costs: list[Tensor], outputs: list[Any], target: Tensor) -> list[Tensor]:
+        """Which examples have succeeded, in each of some trials."""
         if self.success is None:
-            return torch.zeros_like(cost, dtype=torch.bool)
-        return self.success(output, target)
+            return [torch.zeros_like(cost, dtype=torch.bool) for cost in costs]
+        outputs = [each.detach() if isinstance(each, Tensor) else each for each in outputs]
+        return successes(self.success, outputs, target)
 
     def _differentiate(self, loss: Tensor, params: list[Tensor]) -> None:
         if self.reduction_fn is not torch.sum:  # else differentiate without the sum
@@ -134,8 +141,12 @@ class Objective:
         if not loss.requires_grad:
             got = "a loss that does not depend on the perturbation (is something detached?)"
             raise wrong("model` and `criterion", "be differentiable", got)
-        scale = torch.full_like(loss, self.sign / self.samples)
-        torch.autograd.backward(loss, scale, inputs=params)
+        kind = (loss.shape, loss.dtype, loss.device)
+        if kind not in self._scales:
+            self._scales[kind] = torch.full_like(
+                loss, self.sign / self.samples, requires_grad=False
+            )
+        torch.autograd.backward(loss, self._scales[kind], inputs=params)
 
 
 def _mean(outputs: list[Any]) -> Tensor:
@@ -170,10 +181,7 @@ def solve(
     def choose_among_waiting() -> None:
         if waiting:
             costs, outputs, trials = map(list, zip(*waiting, strict=True))
-            successes = [
-                objective.success_of(*each, target) for each in zip(costs, outputs, strict=True)
-            ]
-            best.choose_(costs, successes, trials)
+            best.choose_(costs, objective.successes(costs, outputs, target), trials)
             waiting.clear()
 
     with torch.no_grad():
@@ -197,17 +205,15 @@ def solve(
                 room = _room(output, separate or [perturbed])
             tensors = separate or [perturbed]
             if step == 0 or not (use_best or stop):
-                success = objective.success_of(cost, output, target)
+                (success,) = objective.successes([cost], [output], target)
                 best = BestOf(cost, success, tensors, use_best, stop)
             elif rows is None and room > 1:
-                copies = [tensor.detach().clone() for tensor in tensors]
-                waiting.append((cost, output.clone(), copies))
+                waiting.append((cost, output.clone(), list(map(torch.clone, tensors))))
                 if len(waiting) == room:
                     choose_among_waiting()
             else:
-                best.update_(
-                    cost, objective.success_of(cost, output, target_of_rows), tensors, rows
-                )
+                (success,) = objective.successes([cost], [output], target_of_rows)
+                best.update_(cost, success, tensors, rows)
             if step == 0 and (use_best or stop or observe is not None):
                 check_per_example("criterion", cost, perturbed)
                 check_per_example("stop_once", success, perturbed)

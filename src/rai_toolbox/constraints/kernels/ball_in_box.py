@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import in_blocks
 from rai_toolbox.constraints.kernels.norms import least_and_most, norm
 from rai_toolbox.constraints.kernels.rounding import noise
 
@@ -35,15 +34,16 @@ def clamp_between_(x: Tensor, lower: Any, upper: Any) -> Tensor:
 
 
 def nearest_in_ball_and_box(
-    x: Tensor, p: float, epsilon: Tensor, lower: Bound, upper: Bound, fits: bool
+    x: Tensor, p: float, radius: tuple[Tensor, bool], lower: Bound, upper: Bound, eager: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Project float32 or float64 sub-tensors; also returns which of them are not settled.
 
     None stands for no sub-tensor, or for none that is known without reading values. The bounds are
     of the dtype of x, and hold 0. Results that are not settled are in the set, but not nearest:
-    where numbers are too large or too small beside epsilon. `fits` is `all_fit` of epsilon.
+    where numbers are too large or too small beside epsilon. `radius` is that and its `all_fit`;
+    `eager` means that values may be read.
     """
-    eager, eps, ndim = in_blocks(x), torch.finfo(x.dtype).eps, x.ndim - 1
+    (epsilon, fits), eps, ndim = radius, torch.finfo(x.dtype).eps, x.ndim - 1
     safe = epsilon * (1 - 8 * noise(x[0].numel())) if x.dtype == torch.float64 else epsilon
     within = clamp_between_(x.clone(), lower, upper)
     inside = norm(within, p, ndim) <= epsilon
