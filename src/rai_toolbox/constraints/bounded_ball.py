@@ -11,10 +11,14 @@ from torch import Generator, Tensor
 
 from rai_toolbox._torch import forward_ad_level, function_transforms_active
 from rai_toolbox.checks import wrong
-from rai_toolbox.constraints.balls import Ball, check_ball
+from rai_toolbox.constraints.balls import Ball, LinfBall, check_ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, in_dtype
-from rai_toolbox.constraints.kernels.ball_in_box import clamp_between_, nearest_in_ball_and_box
+from rai_toolbox.constraints.kernels.ball_in_box import (
+    all_fit,
+    clamp_between_,
+    nearest_in_ball_and_box,
+)
 from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     least_in_l1,
     least_in_l2,
@@ -85,6 +89,13 @@ class BoundedBall(Constraint):
     lower: float | Tensor | None
     upper: float | Tensor | None
 
+    @staticmethod
+    def around_0(ball: Any, lower: Tensor, upper: Tensor) -> BoundedBall:
+        """The set of a ball around 0 and bounds that hold 0, whose values are not read."""
+        made = {"ball": ball, "lower": lower, "upper": upper, "_met": set()}
+        names = ("ball", "lower", "upper") if ball._tensors else ("lower", "upper")
+        return _AROUND_0._replaced({**made, "_tensors": names})
+
     def _check_settings(self) -> None:
         check_ball("ball", self.ball)
         if not self.ball.bounded:
@@ -142,9 +153,9 @@ class BoundedBall(Constraint):
         ):
             return super().project_(x)
         if eager and isfinite(x.sum().item()):
-            return self._project_around_0_(x)
+            return self._project_around_0_(x, eager)
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
-        return self._project_around_0_(x).masked_fill_(spoilt, torch.nan)
+        return self._project_around_0_(x, eager).masked_fill_(spoilt, torch.nan)
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
@@ -152,37 +163,40 @@ class BoundedBall(Constraint):
         self.ball.sample_(x, generator)
         return self.project_(x)
 
-    def _bounds_in(self, dtype: torch.dtype) -> tuple[Any, Any]:
-        """The bounds as they count in `dtype`; those of a Linf ball are within it."""
-        known = {} if torch.compiler.is_compiling() else self.__dict__["_known"]
-        if dtype not in known:
-            lower, upper = in_dtype(self.lower, dtype), in_dtype(self.upper, dtype)
+    def _settings_in(self, x: Tensor, eager: bool) -> tuple[Any, Any, Tensor, bool]:
+        """The bounds as they count in the dtype of x, the radius, and if all radii fit float32.
+
+        The bounds of a Linf ball are within it.
+        """
+        kind = (x.dtype, x.device)
+        known = self.__dict__["_known"] if eager else {}
+        if kind not in known:
+            lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
             if self.ball.p == inf:
-                epsilon = in_dtype(self.ball.epsilon, dtype)
+                epsilon = in_dtype(self.ball.epsilon, x.dtype)
                 lower = -epsilon if lower is None else _larger(lower, -epsilon)
                 upper = epsilon if upper is None else -_larger(-upper, -epsilon)
-            known[dtype] = lower, upper
-        return known[dtype]  # type: ignore[no-any-return]
+            epsilon = as_wide(self.ball.epsilon, x)
+            known[kind] = lower, upper, epsilon, eager and all_fit(epsilon)
+        return known[kind]  # type: ignore[no-any-return]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
         return super()._replaced({"_known": {}, **settings})
 
-    def _project_around_0_(self, x: Tensor) -> Tensor:
+    def _project_around_0_(self, x: Tensor, eager: bool) -> Tensor:
+        lower, upper, epsilon, fits = self._settings_in(x, eager)
         if self.ball.p == inf:
-            return clamp_between_(x, *self._bounds_in(x.dtype))
-        if x.numel() <= MANY or not in_blocks(x):
-            return x.copy_(self._nearest_around_0(x))
-        for rows in row_blocks(x, MANY):
-            x[rows].copy_(self._at_rows(x, rows)._nearest_around_0(x[rows]))
-        return x
-
-    def _nearest_around_0(self, x: Tensor) -> Tensor:
-        bounds, epsilon = self._bounds_in(x.dtype), as_wide(self.ball.epsilon, x)
-        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, epsilon, *bounds)
-        if unsettled is not None and in_blocks(x):
+            return clamp_between_(x, lower, upper)
+        if eager and x.numel() > MANY and len(x) > 1:
+            for rows in row_blocks(x, MANY):
+                self._at_rows(x, rows)._project_around_0_(x[rows], eager)
+            return x
+        radius = epsilon, fits
+        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, radius, lower, upper, eager)
+        if unsettled is not None:
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
-        return nearest
+        return x.copy_(nearest)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outside: Tensor = self.ball._excess(x, dtype)
@@ -271,3 +285,6 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     if upper is not None:
         grad.masked_fill_((x >= upper) & (grad < 0), 0.0)
     return grad
+
+
+_AROUND_0 = BoundedBall(LinfBall(1.0), -1.0, 1.0)

@@ -39,7 +39,8 @@ class SteepestStep(OfSet):
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
-        p, k = norm_ball_of(group[self.constraint]).p, group[self.param_ndim]
+        constraint: Any = group[self.constraint]
+        p, k = getattr(constraint, "ball", constraint).p, group[self.param_ndim]
         if p == 1:
             for param, grad in zip(params, tensors, strict=True):
                 self._sparsify_(param, grad, group)

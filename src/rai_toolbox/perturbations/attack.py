@@ -219,11 +219,11 @@ def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Calla
     if not inputs.takes(given, "constraint")[0]:
         rule = "take `constraint`, as PGD, APGD, FrankWolfe and ProjectedOptimizer do"
         raise wrong("optimizer", rule, given, TypeError)
+    _, required = inputs.takes(given, "steps")
     made, settings = getattr(given, "func", given), getattr(given, "keywords", {})
     is_pgd = isinstance(made, type) and issubclass(made, PGD)
     if is_pgd and inputs.lacks_lr(given) and "InnerOpt" not in settings:
         radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
         given = partial(given, lr=2.5 * max(radii, default=0.0) / max(steps, 1))
     inputs.check_lr(given)
-    _, required = inputs.takes(given, "steps")
     return partial(given, steps=steps) if required else given

@@ -49,23 +49,42 @@ class BestOf:
         if rows is not None:
             cost = self.last_cost.to(cost.dtype).index_copy(0, rows, cost)
             success = self.success.index_copy(0, rows, success)
-        self.last_cost = cost
-        take = torch.ones_like(success)
+        self.choose_([cost], [success], [tensors])
+
+    def choose_(
+        self, costs: list[Tensor], successes: list[Tensor], trials: list[list[Tensor]]
+    ) -> None:
+        """Take over the best of some trials, as updates by one after the other would."""
+        self.last_cost = costs[-1]
+        cost = torch.stack([self.cost.to(costs[0].dtype), *costs])
+        success = torch.stack([self.success, *successes])
+        tensors = [
+            torch.stack(each) if len(each) > 1 else each[0].detach().unsqueeze(0)
+            for each in zip(*trials, strict=True)
+        ]
+        number = torch.full_like(
+            self.success, len(trials), dtype=torch.long
+        )  # 0 is the best so far
         if self.best:
-            valid = take  # no NaN is kept, whatever the model predicts for it
+            whole = torch.ones_like(success)  # no NaN is kept, whatever the model predicts for it
             for tensor in tensors:
-                entries = tensor.detach().unsqueeze(-1).flatten(take.ndim)
-                valid = valid & ~entries.sum(-1).isnan()
-            success = success & valid
-            lower = (cost < self.cost) | (self.cost.isnan() & ~cost.isnan())
-            take = valid & ((success > self.success) | ((success >= self.success) & lower))
+                entries = tensor.unsqueeze(-1).flatten(cost.ndim)
+                whole[1:] &= ~entries.sum(-1).isnan()
+            success &= whole
+            rank = whole * (1 + 2 * success + ~cost.isnan())
+            top = rank == rank.amax(0)
+            least = cost.where(top, torch.inf).amin(0)
+            number = (top & ~(cost > least)).byte().argmax(0)  # the first one of these
         if self.stop:
-            take = (take | success) > self.success
-        self.success = torch.where(take, success, self.success)
-        self.cost = torch.where(take, cost, self.cost.to(cost.dtype))
+            number = torch.where(success.any(0), success.byte().argmax(0), number)
+        at = number.unsqueeze(0)
+        self.cost, self.success = cost.gather(0, at)[0], success.gather(0, at)[0]
         for kept, tensor in zip(self.tensors, tensors, strict=True):
-            mask = take.reshape(take.shape + (1,) * (tensor.ndim - take.ndim))
-            torch.where(mask, tensor.detach(), kept, out=kept)
+            column = number.view(number.shape + (1,) * (kept.ndim - number.ndim))
+            new = tensor[0]
+            if len(trials) > 1:
+                new = tensor.take_along_dim((column - 1).clamp(min=0).unsqueeze(0), 0)[0]
+            torch.where(column > 0, new, kept, out=kept)
 
     def rows_without_success(self) -> Tensor:
         """The indices of the examples that no trial succeeded for; synchronizes with the host."""

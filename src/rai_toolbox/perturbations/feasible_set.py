@@ -111,9 +111,9 @@ class FeasibleSet:
         if self.bounds is None:
             return self.ball
         if isinstance(self.ball, LinfBall):  # elementwise: here the rounded sums are all inside
-            return BoundedBall(self.ball, *self._changes)
+            return BoundedBall.around_0(self.ball, *self._changes)
         lower, upper = self.bounds
-        return BoundedBall(self.ball, lower - self.data, upper - self.data)
+        return BoundedBall.around_0(self.ball, lower - self.data, upper - self.data)
 
     @torch.no_grad()
     def project(self, perturbed: Tensor) -> Tensor:
@@ -163,16 +163,15 @@ class FeasibleSet:
     def _changes(self) -> tuple[Tensor, Tensor]:
         """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
         assert self.bounds is not None
-        return self._reach(self.bounds[0], -1), self._reach(self.bounds[1], 1)
-
-    def _reach(self, bound: Tensor, sign: int) -> Tensor:
-        """The largest change toward a bound whose rounded sum is in ball and bounds."""
-        epsilon = as_wide(self.ball.epsilon, bound)
-        end = offset_from(as_wide(self.data, bound), sign * epsilon, bound.dtype)
-        end = end.maximum(bound) if sign < 0 else end.minimum(bound)
-        change = end - self.data
-        beyond = sign * (self.data + change) > sign * end  # as the difference was rounded
-        return torch.where(beyond, change.nextafter(torch.zeros_like(change)), change)
+        epsilon = as_wide(self.ball.epsilon, self.data).expand(self.data.shape)
+        offsets = torch.stack([-epsilon, epsilon])
+        ends = offset_from(as_wide(self.data, self.data), offsets, self.data.dtype)
+        ends = ends.clamp(*self.bounds)
+        changes = ends - self.data
+        beyond = (self.data + changes - ends) * offsets > 0  # as the difference was rounded
+        nearer = changes.nextafter(torch.zeros_like(changes))
+        down, up = torch.where(beyond, nearer, changes)
+        return down, up
 
 
 class _OnGrid(AdditivePerturbation):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -157,6 +159,8 @@ def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
 
 def logits_of(output: Any) -> Any:
     """What a model returns as `logits`, like those of Transformers, or else all of it."""
+    if isinstance(output, Tensor):  # which has none: a look would cost an error each time
+        return output
     if isinstance(output, Mapping):
         return output.get("logits", output)
     return getattr(output, "logits", output)
@@ -223,10 +227,18 @@ def check_lr(optimizer: object) -> None:
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """Whether a callable takes an argument of this name, and whether it requires it."""
-    parameters = inspect.signature(call).parameters
+    parameters = _PARAMETERS.get(call)
+    if parameters is None:
+        parameters = inspect.signature(call).parameters
+        if isinstance(call, (type, FunctionType)):
+            _PARAMETERS[call] = parameters
     if name in parameters:
         return True, parameters[name].default is inspect.Parameter.empty
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values()), False
+
+
+# Of classes and functions, which do not change: to read them takes as long as an attack's step.
+_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 def batches(

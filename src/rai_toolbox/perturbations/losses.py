@@ -94,15 +94,16 @@ def margin_loss(
     wide, own = logits.to(torch.promote_types(logits.dtype, torch.float32)), target.unsqueeze(1)
     if rival is not None:
         return (wide.gather(1, rival.unsqueeze(1)) - wide.gather(1, own)).squeeze(1)
-    others = wide.scatter(1, own, -torch.inf)
+    seen = wide.detach() if smooth else wide
+    others = seen.scatter(1, own, -torch.inf)
     largest = others.amax(1, keepdim=True)
-    margin = largest - wide.gather(1, own)
+    margin = largest - seen.gather(1, own)
     if not smooth:
         return margin.squeeze(1)
-    unit = margin.detach().abs().clamp(min=torch.finfo(wide.dtype).tiny)
-    weights = ((others - largest).detach() / unit).softmax(1).scatter(1, own, -1.0)
+    unit = margin.abs().clamp(min=torch.finfo(wide.dtype).tiny)
+    weights = ((others - largest) / unit).softmax(1).scatter(1, own, -1.0)
     mean = (weights * wide.where(weights != 0, 0.0)).sum(1)  # (a logit may be -inf)
-    return margin.detach().squeeze(1) + (mean - mean.detach())
+    return margin.squeeze(1) + (mean - mean.detach())
 
 
 def dlr_loss(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:
@@ -268,7 +269,7 @@ def is_fooled(logits: Tensor, target: Tensor, targeted: bool = False) -> Tensor:
     (tensor([False,  True]), tensor([ True, False]))
     """
     logits = logits_of(logits)
-    largest, predicted = logits.max(1)  # NaN where there is one
+    largest, predicted = logits.max(-1)  # NaN where there is one
     none = largest.isnan()
     return (predicted == target) & ~none if targeted else (predicted != target) | none
 
@@ -287,17 +288,12 @@ def fooled_rule(
     """
     if given is None and classes:
         return partial(is_fooled, targeted=targeted)
-    if given is not None and not callable(given):
+    if given is None:
+        return partial(_is_fooled_class, targeted=targeted, required=required, name=name)
+    if not callable(given):
         raise wrong(name, "be a function of output and target", repr(given), TypeError)
 
     def fooled(output: Any, target: Tensor) -> Tensor:
-        if given is None and are_classes(target) and are_logits(output, len(target)):
-            return is_fooled(output, target, targeted)
-        if given is None and required:
-            rule = "be given for targets that are not classes: from output and target to a bool "
-            raise wrong(name, rule + "for each example", given)
-        if given is None:
-            return torch.zeros(target.shape[:1], dtype=torch.bool, device=target.device)
         found = given(output, target)
         dtype, shape = getattr(found, "dtype", type(found)), tuple(getattr(found, "shape", ()))
         if dtype != torch.bool or shape != target.shape[:1]:
@@ -306,6 +302,26 @@ def fooled_rule(
         return found
 
     return fooled
+
+
+def _is_fooled_class(
+    output: Any, target: Tensor, targeted: bool, required: bool, name: str
+) -> Tensor:
+    if are_classes(target) and are_logits(output, len(target)):
+        return is_fooled(output, target, targeted)
+    if required:
+        rule = "be given for targets that are not classes: from output and target to a bool "
+        raise wrong(name, rule + "for each example", None)
+    return torch.zeros(target.shape[:1], dtype=torch.bool, device=target.device)
+
+
+def successes(rule: Rule, outputs: list[Any], target: Tensor) -> list[Tensor]:
+    """What a rule says of some outputs: `is_fooled` by one call."""
+    own, settings = getattr(rule, "func", rule), getattr(rule, "keywords", {})
+    is_known = own is is_fooled or own is _is_fooled_class
+    if is_known and are_classes(target) and are_logits(outputs[0], len(target)):
+        return list(is_fooled(torch.stack(outputs), target, settings.get("targeted", False)))
+    return [rule(output, target) for output in outputs]
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -16,11 +16,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import has_step_hooks, unhooked
+from rai_toolbox._torch import has_step_hooks, plain_step
+from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes, wrong
-from rai_toolbox.perturbations.losses import Criterion, Rule
+from rai_toolbox.perturbations.losses import Criterion, Rule, successes
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel
 
@@ -70,6 +71,8 @@ class Objective:
     reduction_fn: Callable[[Tensor], Tensor] = torch.sum
     samples: int = 1
     success: Rule | None = None
+    _scales: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """What losses are multiplied by, as tensors of their kind."""
 
     def evaluate(
         self,
@@ -85,35 +88,65 @@ class Objective:
         With `rows`, costs and success are those of some examples, whose target is given. A model
         may work in place: it gets a copy of perturbed data that are `reused`.
         """
+        with torch.no_grad():
+            args = (perturbation, data, target, rows, params, reused)
+            perturbed, cost, output = self._evaluate(*args)
+            return perturbed.detach(), cost, self.successes([cost], [output], target)[0]
+
+    def _evaluate(
+        self,
+        perturbation: Callable[[Tensor], Tensor],
+        data: Tensor,
+        target: Tensor,
+        rows: Tensor | None,
+        params: list[Tensor] | None,
+        reused: bool,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """`evaluate` that leaves success to `successes`, and gives the output that it needs.
+
+        To be called under `no_grad`. Data and output may be those that autograd has seen.
+        """
         losses, outputs = [], []
-        with torch.set_grad_enabled(params is not None):
-            for _ in range(self.samples):
+        output: Any
+        for _ in range(self.samples):
+            with torch.set_grad_enabled(params is not None):
                 perturbed = perturbation(data)
                 given = perturbed if rows is None else perturbed.index_select(0, rows)
                 output = self.model(given.clone() if reused else given)
                 loss = self.criterion(output, target)
-                losses.append(loss.detach())
-                if self.success is not None:
-                    outputs.append(output.detach() if isinstance(output, Tensor) else output)
-                if params is None:
-                    continue
-                if self.reduction_fn is not torch.sum:  # else differentiate without the sum
-                    loss = self.reduction_fn(loss)
-                    if loss.ndim != 0:
-                        raise wrong("reduction_fn", "give one number", f"shape {tuple(loss.shape)}")
-                if not loss.requires_grad:
-                    got = "a loss that does not depend on the perturbation (is something detached?)"
-                    raise wrong("model` and `criterion", "be differentiable", got)
-                scale = torch.full_like(loss, self.sign / self.samples)
-                torch.autograd.backward(loss, scale, inputs=params)
-        with torch.no_grad():
-            cost = self.sign * (losses[0] if self.samples == 1 else torch.stack(losses).mean(0))
-            if self.success is None:
-                success = torch.zeros_like(cost, dtype=torch.bool)
-            else:
-                output = outputs[0] if self.samples == 1 else _mean(outputs)
-                success = self.success(output, target)
-        return perturbed.detach(), cost, success
+                if params is not None:
+                    self._differentiate(loss, params)
+            losses.append(loss)
+            outputs.append(output)
+        if self.samples > 1:
+            loss = torch.stack(losses).mean(0)
+            output = None if self.success is None else _mean(outputs)
+        else:
+            loss, output = losses[0], outputs[0]
+        cost = loss.neg() if self.sign == -1.0 else loss * self.sign
+        return perturbed, cost, output
+
+    def successes(self, costs: list[Tensor], outputs: list[Any], target: Tensor) -> list[Tensor]:
+        """Which examples have succeeded, in each of some trials."""
+        if self.success is None:
+            return [torch.zeros_like(cost, dtype=torch.bool) for cost in costs]
+        outputs = [each.detach() if isinstance(each, Tensor) else each for each in outputs]
+        return successes(self.success, outputs, target)
+
+    def _differentiate(self, loss: Tensor, params: list[Tensor]) -> None:
+        if self.reduction_fn is not torch.sum:  # else differentiate without the sum
+            loss = self.reduction_fn(loss)
+            if loss.ndim != 0:
+                raise wrong("reduction_fn", "give one number", f"shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            got = "a loss that does not depend on the perturbation (is something detached?)"
+            raise wrong("model` and `criterion", "be differentiable", got)
+        kind = (loss.shape, loss.dtype, loss.device)
+        if kind not in self._scales:
+            self._scales[kind] = torch.full_like(
+                loss, self.sign / self.samples, requires_grad=False
+            )
+        torch.autograd.backward(loss, self._scales[kind], inputs=params)
 
 
 def _mean(outputs: list[Any]) -> Tensor:
@@ -143,41 +176,59 @@ def solve(
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
     rows, target_of_rows, reused = None, target, True
-    not_finite = torch.zeros(())
-    for step in range(steps + 1):
-        for param in params:
-            param.grad = None
-        last = step == steps
-        perturbed, cost, success = objective.evaluate(
-            perturbation, data, target_of_rows, rows, None if last else params, reused
-        )
-        for param in params:
-            if param.grad is not None:
-                if step == 0:
-                    not_finite = not_finite + (~param.grad.isfinite()).sum()
-                param.grad.nan_to_num_(0.0, 0.0, 0.0)
-        if step == 0:
-            separate = own_rows(perturbation, params, perturbed)
-            reused = not (separate and isinstance(perturbation, InitializedModel))
-            zero_gradient = _zero_gradient(params, perturbed, bool(separate))
-            if use_best or stop or observe is not None:
+    waiting: list[tuple[Tensor, Any, list[Tensor]]] = []
+
+    def choose_among_waiting() -> None:
+        if waiting:
+            costs, outputs, trials = map(list, zip(*waiting, strict=True))
+            best.choose_(costs, objective.successes(costs, outputs, target), trials)
+            waiting.clear()
+
+    with torch.no_grad():
+        for step in range(steps + 1):
+            for param in params:
+                param.grad = None
+            last = step == steps
+            perturbed, cost, output = objective._evaluate(
+                perturbation, data, target_of_rows, rows, None if last else params, reused
+            )
+            if step == 0:
+                grads = [param.grad for param in params if param.grad is not None]
+                not_finite = sum(((~g.isfinite()).sum() for g in grads), torch.zeros(()))
+            for param in params:
+                if param.grad is not None:
+                    param.grad.nan_to_num_(0.0, 0.0, 0.0)
+            if step == 0:
+                separate = own_rows(perturbation, params, perturbed)
+                reused = not (separate and isinstance(perturbation, InitializedModel))
+                zero_gradient = _zero_gradient(grads, perturbed, bool(separate))
+                room = _room(output, separate or [perturbed])
+            tensors = separate or [perturbed]
+            if step == 0 or not (use_best or stop):
+                (success,) = objective.successes([cost], [output], target)
+                best = BestOf(cost, success, tensors, use_best, stop)
+            elif rows is None and room > 1:
+                waiting.append((cost, output.clone(), list(map(torch.clone, tensors))))
+                if len(waiting) == room:
+                    choose_among_waiting()
+            else:
+                (success,) = objective.successes([cost], [output], target_of_rows)
+                best.update_(cost, success, tensors, rows)
+            if step == 0 and (use_best or stop or observe is not None):
                 check_per_example("criterion", cost, perturbed)
                 check_per_example("stop_once", success, perturbed)
-        if step == 0 or not (use_best or stop):
-            best = BestOf(cost, success, separate or [perturbed], use_best, stop)
-        else:
-            best.update_(cost, success, separate or [perturbed], rows)
-        if last:
-            break
-        is_check = step + 1 in _FIRST_CHECKS or (step + 1) % _CHECK_EVERY == 0
-        if stop and is_check:
-            rows = best.rows_without_success()
-            if len(rows) == 0:
+            if last:
                 break
-            target_of_rows = target if target.ndim == 0 else target[rows]
-        if observe is not None:
-            observe(best.last_cost)
-        take_step()
+            if stop and (step + 1 in _FIRST_CHECKS or (step + 1) % _CHECK_EVERY == 0):
+                choose_among_waiting()
+                rows = best.rows_without_success()
+                if len(rows) == 0:
+                    break
+                target_of_rows = target if target.ndim == 0 else target[rows]
+            if observe is not None:
+                observe(cost if rows is None else best.last_cost)
+            take_step()
+        choose_among_waiting()
     warn_of_not_finite(not_finite)
     for param in params:
         param.grad = None
@@ -212,9 +263,19 @@ def own_rows(model: PerturbationModel, params: list[Tensor], data: Tensor) -> li
     return params if separate and fits else []
 
 
-def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor:
+def _room(output: Any, tensors: list[Tensor]) -> int:
+    """How many trials wait to be judged together, which takes a third of the time if each is small.
+
+    (Operators are slow where others have run between two calls of the same one.)
+    """
+    if not isinstance(output, Tensor):
+        return 0
+    return BLOCK // max(1, sum(tensor.numel() for tensor in (output, *tensors)))
+
+
+def _zero_gradient(grads: list[Tensor], data: Tensor, separate: bool) -> Tensor:
     """Whether there are gradients, and all are 0, shape (N,): of the example, or of shared ones."""
-    grads = [param.grad for param in params if param.grad is not None and param.grad.numel()]
+    grads = [grad for grad in grads if grad.numel()]
     zero = torch.full(data.shape[:1], bool(grads), device=data.device)
     for grad in grads:
         zeros = grad == 0
@@ -223,9 +284,9 @@ def _zero_gradient(params: list[Tensor], data: Tensor, separate: bool) -> Tensor
 
 
 def _step_of(optimizer: Any) -> Callable[[], object]:
-    """The step of an optimizer, if it can step with gradients alone.
+    """The step of an optimizer, to call under `no_grad`, if it can step with gradients alone.
 
-    Without hooks this bypasses torch's wrapper, which costs as much as the step of a small model.
+    Without hooks this bypasses torch's wrappers, which cost as much as the step of a small model.
     """
     step: Callable[[], object] | None = getattr(optimizer, "step", None)
     if not callable(step):
@@ -235,9 +296,9 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
         rule = "step by gradients alone, without a `closure`"
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
     plain = isinstance(optimizer, Optimizer) and "step" not in vars(optimizer)
-    if plain and not has_step_hooks(optimizer):
-        return partial(unhooked(type(optimizer).step), optimizer)
-    return step
+    if plain and not has_step_hooks(optimizer) and not optimizer.defaults.get("differentiable"):
+        return partial(plain_step(type(optimizer).step), optimizer)
+    return torch.enable_grad()(step)
 
 
 def _has_training_mode(module: nn.Module) -> bool:

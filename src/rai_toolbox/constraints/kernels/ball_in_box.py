@@ -8,13 +8,13 @@ told of sub-tensors is a column: of shape (N, 1, ...), in float64.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import in_blocks
-from rai_toolbox.constraints.kernels.norms import norm
+from rai_toolbox.constraints.kernels.norms import least_and_most, norm
 from rai_toolbox.constraints.kernels.rounding import noise
 
 Bound = float | Tensor | None
@@ -22,8 +22,8 @@ Bound = float | Tensor | None
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
 _FROM_ONE_SIDE, _IN_BRACKETS = 17, 56
 
-# Radii whose squares, and those of numbers that matter beside them, float32 holds.
 _RADII = (2.0**-40, 2.0**40)
+_LEAST_AIM = 1e-300  # not 0, to divide
 
 
 def clamp_between_(x: Tensor, lower: Any, upper: Any) -> Tensor:
@@ -34,77 +34,81 @@ def clamp_between_(x: Tensor, lower: Any, upper: Any) -> Tensor:
 
 
 def nearest_in_ball_and_box(
-    x: Tensor, p: float, epsilon: Tensor, lower: Bound, upper: Bound
+    x: Tensor, p: float, radius: tuple[Tensor, bool], lower: Bound, upper: Bound, eager: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Project float32 or float64 sub-tensors; also returns which of them are not settled.
 
-    None stands for no sub-tensor. The bounds are of the dtype of x, and hold 0. Results that are
-    not settled are in the set, but not nearest: where numbers are not finite, or too large or too
-    small beside epsilon.
+    None stands for no sub-tensor, or for none that is known without reading values. The bounds are
+    of the dtype of x, and hold 0. Results that are not settled are in the set, but not nearest:
+    where numbers are too large or too small beside epsilon. `radius` is that and its `all_fit`;
+    `eager` means that values may be read.
     """
-    eager, eps = in_blocks(x), torch.finfo(x.dtype).eps
+    (epsilon, fits), eps, ndim = radius, torch.finfo(x.dtype).eps, x.ndim - 1
     safe = epsilon * (1 - 8 * noise(x[0].numel())) if x.dtype == torch.float64 else epsilon
     within = clamp_between_(x.clone(), lower, upper)
-    most = within.abs()
-    inside = norm(most, p, x.ndim - 1) <= epsilon
+    inside = norm(within, p, ndim) <= epsilon
     if eager and bool(inside.all()):
-        return torch.copysign(most, x, out=most), None  # a zero keeps its sign
-    aim = safe * (1 - 2 * eps)
+        return torch.copysign(within, x, out=within), None  # a zero keeps its sign
+    aim = (safe * (1 - 2 * eps)).clamp(min=_LEAST_AIM)
     search = _scaled if p == 2 else _lowered
-    found = search(x.abs(), most, torch.where(inside, torch.inf, aim), within, eager)
-    length = norm(found, p, x.ndim - 1)
-    exact = (length - aim).abs() <= 32 * eps * aim
-    fits = (epsilon == 0) | ((epsilon > _RADII[0]) & (epsilon < _RADII[1]))
-    settled = inside | (exact & fits)
-    longer = ~inside & ~(length <= safe)
-    if not eager or bool(longer.any()):
-        found.mul_(torch.where(longer, aim / length, 1.0).to(x.dtype))
-    all_settled = eager and bool(settled.all())
-    return torch.copysign(found, x, out=found), None if all_settled else ~settled
+    found = search(x.abs(), within.abs_(), aim, inside, eager)
+    ratio = torch.where(inside, 1.0, aim / norm(found, p, ndim))
+    least, most = least_and_most(ratio) if eager else (0.0, 1.0)
+    if not least >= 1 - 2 * eps:  # some are too long, by rounding
+        found.mul_(torch.where(ratio >= 1 - 2 * eps, 1.0, ratio).to(x.dtype))
+    torch.copysign(found, x, out=found)
+    if not eager or (fits and least >= 1 - 32 * eps and most <= 1 + 32 * eps):
+        return found, None
+    fit = (epsilon > _RADII[0]) & (epsilon < _RADII[1])
+    return found, ~(inside | (((ratio - 1).abs() <= 32 * eps) & fit))
 
 
-def _scaled(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: bool) -> Tensor:
-    """``min(t size, most)`` of L2 norm epsilon, or with t = 1 where epsilon is infinite.
+def all_fit(epsilon: Tensor) -> bool:
+    """Whether float32 holds the squares of all radii, and of numbers that matter beside them."""
+    return bool(((epsilon > _RADII[0]) & (epsilon < _RADII[1])).all())
+
+
+def _scaled(size: Tensor, most: Tensor, aim: Tensor, inside: Tensor, eager: bool) -> Tensor:
+    """``min(t size, most)`` of L2 norm `aim`, or with t = 1 where it is inside.
 
     The square of the norm is a concave function of t^2: Newton's method stays on the near side of
     the root where it starts there, and may end at any time.
     """
-    dims, dtype = tuple(range(1, size.ndim)), size.dtype
-    norm_of, close = torch.linalg.vector_norm, 4 * torch.finfo(dtype).eps  # (in that dtype)
-    t = epsilon / norm_of(size, 2, dims, keepdim=True).double()
-    t = torch.where(epsilon == torch.inf, 1.0, t).clamp(max=1)
-    mask = torch.empty_like(size)
+    dims, close = tuple(range(1, size.ndim)), 4 * torch.finfo(size.dtype).eps
+    norm_of = partial(torch.linalg.vector_norm, dim=dims, keepdim=True)  # (in that dtype)
+    aim = aim.to(size.dtype)
+    t = torch.where(inside, 1.0, (aim / norm_of(size)).clamp_(max=1))
+    aim = torch.where(inside, 0.0, aim)
+    enough, buffer = aim * (1 - close), torch.empty_like(size)
     for _ in range(_FROM_ONE_SIDE):
-        moved = torch.mul(size, t.to(dtype), out=buffer)
-        torch.lt(moved, most, out=mask)
+        moved = size * t
         found = torch.minimum(moved, most, out=buffer)
-        short = epsilon - norm_of(found, 2, dims, keepdim=True).double()
-        going = (short > close * epsilon) & (t < 1)
-        if eager and not bool(going.any()):
+        length = norm_of(found)
+        short = length < enough
+        if eager and not bool(short.any()):
             break
-        slope = norm_of(mask.mul_(size), 2, dims, keepdim=True).double()
-        gain = (short / slope) * ((2 * epsilon - short) / slope)
-        farther = torch.where(slope > 0, (t.square() + gain).sqrt(), 1.0).clamp(max=1)
-        t = torch.where(going, farther, t)
+        slope = norm_of(torch.lt(moved, most, out=moved).mul_(size))
+        gain = (aim - length).div_(slope) * (aim + length).div_(slope)
+        t = torch.where(short, gain.addcmul_(t, t).sqrt_().clamp_(max=1), t)
     return found
 
 
-def _lowered(size: Tensor, most: Tensor, epsilon: Tensor, buffer: Tensor, eager: bool) -> Tensor:
-    """``min(max(size - t, 0), most)`` whose sum is epsilon, or with t = 0 where that is infinite.
+def _lowered(size: Tensor, most: Tensor, aim: Tensor, inside: Tensor, eager: bool) -> Tensor:
+    """``min(max(size - t, 0), most)`` whose sum is `aim`, or with t = 0 where it is inside.
 
     The sum is a falling function of t: Newton's method in a bracket, with bisection where a step
     would leave it. Of t, a part has the dtype, and the rest is what float64 adds to it.
     """
     dims, dtype = tuple(range(1, size.ndim)), size.dtype
-    low, high = torch.zeros_like(epsilon), size.amax(dims, keepdim=True).double()
+    low, high = torch.zeros_like(aim), size.amax(dims, keepdim=True).double()
     t, rest, zero = low.to(dtype), low, size.new_zeros(())
-    going = epsilon < torch.inf
-    moved = torch.empty_like(size)
+    going, close = ~inside, 8 * torch.finfo(dtype).eps * aim
+    moved, buffer = torch.empty_like(size), torch.empty_like(size)
     for _ in range(_IN_BRACKETS):
         torch.sub(size, t, out=moved).sub_(rest.to(dtype))
         found = torch.clamp(moved, zero, most, out=buffer)
-        excess = found.sum(dims, keepdim=True, dtype=torch.float64) - epsilon
-        going = going & (excess.abs() > 8 * torch.finfo(dtype).eps * epsilon)
+        excess = found.sum(dims, keepdim=True, dtype=torch.float64) - aim
+        going = going & (excess.abs() > close)
         if eager and not bool(going.any()):
             break
         whole = t + rest
