@@ -15,8 +15,8 @@ from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_
-from rai_toolbox.constraints.kernels.norms import norm
+from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_, project_l2_each_
+from rai_toolbox.constraints.kernels.norms import for_each, norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
 
@@ -173,8 +173,15 @@ class L2Ball(_Ball):
 
     def _scaling(self, x: Tensor) -> Any:
         if self.center is None and can_judge(x, self.epsilon):
-            return l2_ball_factor(x, self.epsilon)
+            factor = l2_ball_factor([x], self.epsilon)
+            return None if factor is None else for_each(factor, [x])[0]
         return super()._scaling(x)
+
+    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+        if self.center is None:
+            project_l2_each_(batches, self.epsilon)
+        else:
+            super()._project_rows_each_(batches)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         offset = self._from_center(x, dtype)

@@ -230,7 +230,7 @@ class Constraint:
             return
         for x in batches:
             self._check_batch(x)
-        in_groups(batches, self.project_)
+        in_groups(batches, self.project_, act_each_=self._project_rows_each_)
 
     # Plain data
 
@@ -320,6 +320,11 @@ class Constraint:
         NotImplemented.
         """
         return NotImplemented
+
+    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+        """`project_` for plain batches on the CPU, with rows of one length and dtype."""
+        for x in batches:
+            self.project_(x)
 
     # From a batch to points in float64, and back
 

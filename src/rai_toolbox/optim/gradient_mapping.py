@@ -18,7 +18,8 @@ from rai_toolbox.constraints.box import OPEN, checked_box
 from rai_toolbox.constraints.kernels.blocks import BLOCK, needs_grad, wide_dtype
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
-    fast_norm,
+    fast_norms,
+    for_each,
     least_and_most,
     scale_dtype,
     sums_fast,
@@ -249,9 +250,9 @@ def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float)
     if not (sums_fast(x, _CHUNK) and sums_fast(gradient, _CHUNK)) or needs_grad(x, gradient):
         return None
     vectors = [x, gradient] if m is None or m is gradient else [x, gradient, m.contiguous()]
-    lengths = [fast_norm(vector, 2, _CHUNK) for vector in vectors]
+    lengths = [fast_norms([vector], 2, _CHUNK) for vector in vectors]
     for least, most in map(least_and_most, lengths):
         if not (LEAST[torch.float32] < least and most < 1 / LEAST[torch.float32]):
             return None
     slope = lengths[1] if len(lengths) == 2 else torch.maximum(*lengths[1:])
-    return (lengths[0] / slope).mul_(reach).to(x.dtype)
+    return for_each((lengths[0] / slope).mul_(reach).to(x.dtype), [x])[0]
