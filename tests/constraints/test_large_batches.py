@@ -94,7 +94,7 @@ def without_scaling(constraint):
     """The same set, whose projection is not known to scale rows."""
 
     class Same(type(constraint)):
-        def _scaling(self, x, exact=False):
+        def _scaling(self, length, x):
             return NotImplemented
 
     return Same._from_settings(
@@ -106,18 +106,18 @@ def without_scaling(constraint):
 @pytest.mark.parametrize("gradient_size", [1.0, 1e-8, 1e8])
 def test_gradient_mapping(constraint, gradient_size):
     mapped = []
-    for each in (constraint, without_scaling(constraint)):
-        x = rows()[13:].requires_grad_()
-        x.grad = rows()[13:].flip(0) * gradient_size
+    for each, dtype in ((constraint, torch.float32), (without_scaling(constraint), torch.float64)):
+        x = rows()[13:].to(dtype).requires_grad_()
+        x.grad = (rows()[13:].flip(0) * gradient_size).to(dtype)
         start = x.grad.clone()
         length = x.detach().norm(dim=1)
         # (with averaging=0, m is g; the step of Adam leaves the gradient alone)
         adam = {"lr": 1e-3, "averaging": 0.0}
         ProjectedOptimizer([x], torch.optim.Adam, constraint=each, **adam).step()
-        mapped.append(x.grad)
+        mapped.append(x.grad.float())
     torch.testing.assert_close(mapped[0], mapped[1], rtol=1e-4, atol=2e-5 * gradient_size)
     assert (mapped[0] != start).any()
     if not isinstance(constraint, UnitNorm):
         inside = length * 1.101 < 17.4
         assert inside.any()
-        assert torch.equal(mapped[0][inside], start[inside])
+        assert torch.equal(mapped[0][inside], start[inside].float())

@@ -313,11 +313,11 @@ class Constraint:
         """Random points of the set in the shape, dtype and device of `like`, or in float64."""
         raise ValueError(f"`sample_` is not defined for {type(self).__name__}")
 
-    def _scaling(self, x: Tensor) -> Any:
-        """The factor of each sub-tensor, shape (N, 1, ...), if that is what the projection does.
+    def _scaling(self, length: Tensor, x: Tensor) -> Any:
+        """The factor of each row of `x`, if that is what the projection does, by its norm.
 
-        It is right to about 1e-6, and exactly 1 for what is inside; None if all are. By default
-        NotImplemented.
+        `length` has the shape (N,). The factor is exactly 1 for norms that are inside; None if all
+        are. By default NotImplemented.
         """
         return NotImplemented
 

@@ -17,22 +17,18 @@ from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_g
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import (
-    l2_ball_factor,
     project_l2_ball_,
     project_l2_each_,
     scale_,
     scale_each_,
+    shrinking,
 )
 from rai_toolbox.constraints.kernels.norms import (
-    EXACT_CHUNK,
     LEAST,
-    fast_norms,
-    for_each,
     least_and_most,
     norm,
     row_scale,
     scale_dtype,
-    sums_fast,
     wide_norms,
 )
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
@@ -116,17 +112,13 @@ class MinMaxNorm(Constraint):
         else:
             scale_each_(batches, factor)
 
-    def _scaling(self, x: Tensor) -> Any:
+    def _scaling(self, length: Tensor, x: Tensor) -> Any:
         if self.p != 2 or not can_judge(x, self.min_norm, self.max_norm):
-            return NotImplemented
-        factor: Tensor | None
+            return super()._scaling(length, x)
         if self.min_norm == 0:
-            factor = l2_ball_factor([x], self.max_norm)
-            return None if factor is None else for_each(factor, [x])[0]
-        fast = sums_fast(x, EXACT_CHUNK)
-        length = fast_norms([x], 2, EXACT_CHUNK) if fast else wide_norms([x], 2)
+            return shrinking(length, self.max_norm)
         factor = self._factors(length, x)
-        return NotImplemented if factor is None else for_each(factor, [x])[0]
+        return NotImplemented if factor is None else factor
 
     def _factors(self, length: Tensor, x: Tensor) -> Tensor | None:
         """What the projection multiplies rows of these norms by; None if no factor fits one."""

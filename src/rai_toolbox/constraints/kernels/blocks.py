@@ -111,7 +111,7 @@ def in_groups(
         if joins and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
             alike.setdefault((x.shape, x.dtype), []).append(x)
         elif act_each_ is not None and plain and size > BLOCK // 2 and x.is_contiguous():
-            large.append(x.view(shape_of(x.shape)))
+            large.append(view_or_copy(x, shape_of(x.shape))[0])
         else:
             _in_parts(x, act_, shape_of(x.shape))
     if act_each_ is not None:

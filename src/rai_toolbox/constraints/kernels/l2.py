@@ -54,12 +54,12 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
 
 def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
     """`project_l2_ball_` for the rows of plain batches on the CPU, of one length and dtype."""
-    factor = l2_ball_factor(batches, epsilon)
+    factor = _ball_factor(batches, epsilon)
     if factor is not None:
         scale_each_(batches, factor)
 
 
-def l2_ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
+def _ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
     """What the projection multiplies each row by, shape (N,); None if all are inside.
 
     Norms of large batches are in float32, and in float64 where these leave it in doubt.
@@ -85,6 +85,13 @@ def l2_ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
     if longest <= epsilon:
         return None
     return _factor(length, epsilon, _inner_radius(epsilon, x, size, noise(size)))
+
+
+def shrinking(length: Tensor, epsilon: Any) -> Tensor | None:
+    """Factors for the L2 ball of rows of some norms; None if all are 1."""
+    if length.amax().item() <= epsilon:
+        return None
+    return torch.where(length > epsilon, epsilon / length, 1.0)
 
 
 def _some_norms(batches: list[Tensor], chosen: Tensor) -> Tensor:
