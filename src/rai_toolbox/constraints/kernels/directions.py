@@ -86,21 +86,21 @@ def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> 
     dtype = scale_dtype(batches[0])
     fast = p in (1, 2) and all(sums_fast(x, _CHUNK) for x in batches)
     length = fast_norms(batches, p, _CHUNK) if fast else wide_norms(batches, p)
-    least, most = max(div_by_zero_eps, LEAST[dtype]), 1 / torch.finfo(dtype).smallest_normal
+    least, most = max(div_by_zero_eps, LEAST[dtype]), torch.finfo(dtype).max
     shortest, longest = least_and_most(length)
     others = None
-    if not (shortest > least and longest < most):
-        others = ~((length > least) & (length < most))
+    if not (shortest > least and longest <= most):
+        others = ~((length > least) & (length <= most))
         length = length.masked_fill(others, 1.0)
-    factors = for_each(length.reciprocal().to(dtype), batches)
-    for i, (x, factor) in enumerate(zip(batches, factors, strict=True)):
+    divisors = for_each(length.to(dtype), batches)
+    for i, (x, divisor) in enumerate(zip(batches, divisors, strict=True)):
         if others is None:
-            x.mul_(factor)
+            x.div_(divisor)
             continue
         at = for_each(others, batches)[i].view(-1).nonzero().view(-1)
         some = x[at]
         _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps)
-        x.mul_(factor).index_copy_(0, at, some)
+        x.div_(divisor).index_copy_(0, at, some)
 
 
 def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:

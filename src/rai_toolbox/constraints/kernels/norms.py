@@ -52,7 +52,7 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
         return _wide_norm(x, p, dims)
     rows_fit = split > 0 and x.numel() <= BLOCK * len(x)
     dim = 0 if rows_fit else max(range(x.ndim), key=lambda dim: x.shape[dim])
-    height = max(1, min(2 * BLOCK, x.numel() // 2) * x.shape[dim] // x.numel())
+    height = max(1, BLOCK * x.shape[dim] // x.numel())
     lengths = torch.cat([_wide_norm(part, p, dims) for part in x.split(height, dim)], dim)
     return lengths if dim < split else _wide_norm(lengths, p, dims)
 
@@ -86,10 +86,10 @@ def wide_norms(batches: list[Tensor], p: float) -> Tensor:
     The rows have one length and dtype.
     """
     x, size = batches[0], batches[0].shape[1:].numel()
-    largest = min(2 * BLOCK, max(x.numel() for x in batches) // 2)
-    if p != 2 or x.dtype != torch.float32 or not BLOCK // 2 < largest >= size > 0:
+    is_large = max(x.numel() for x in batches) > BLOCK >= size > 0
+    if p != 2 or x.dtype != torch.float32 or not is_large:
         return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
-    height = largest // size
+    height = BLOCK // size
     memory = x.new_empty(height, size, dtype=torch.float64)  # one, because it is slow to touch
     parts = (part for x in batches for part in x.reshape(-1, size).split(height))
     return torch.cat([vector_norm(memory[: len(part)].copy_(part), 2, 1) for part in parts])
@@ -98,9 +98,14 @@ def wide_norms(batches: list[Tensor], p: float) -> Tensor:
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
     """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
     size = batches[0].shape[1:].numel()
-    memory = batches[0].new_empty(max(len(x) for x in batches), size)
-    pairs = ((x.view(-1, size), y.view(-1, size)) for x, y in zip(batches, others, strict=True))
-    return _joined([torch.mul(x, y, out=memory[: len(x)]).sum(1) for x, y in pairs])
+    height = 2 * BLOCK // size
+    memory = batches[0].new_empty(height, size)
+    parts = (
+        torch.mul(x, y, out=memory[: len(x)]).sum(1)
+        for pair in zip(batches, others, strict=True)
+        for x, y in zip(*(each.view(-1, size).split(height) for each in pair), strict=True)
+    )
+    return torch.cat(list(parts))
 
 
 def for_each(of_rows: Tensor, batches: list[Tensor]) -> list[Tensor]:
