@@ -7,6 +7,7 @@ from rai_toolbox.constraints import L2Ball, MaxNorm, Simplex, UnitNorm
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.constraints.kernels.directions import normalize_, sign_
 from rai_toolbox.optim import ProjectedOptimizer
+from rai_toolbox.optim.gradient_mapping import GradientMapping
 
 SHAPE = (400, 300)
 assert SHAPE[0] * SHAPE[1] > BLOCK
@@ -94,7 +95,7 @@ def without_scaling(constraint):
     """The same set, whose projection is not known to scale rows."""
 
     class Same(type(constraint)):
-        def _scaling(self, x, exact=False):
+        def _scaling(self, length, x):
             return NotImplemented
 
     return Same._from_settings(
@@ -106,18 +107,98 @@ def without_scaling(constraint):
 @pytest.mark.parametrize("gradient_size", [1.0, 1e-8, 1e8])
 def test_gradient_mapping(constraint, gradient_size):
     mapped = []
-    for each in (constraint, without_scaling(constraint)):
-        x = rows()[13:].requires_grad_()
-        x.grad = rows()[13:].flip(0) * gradient_size
+    for each, dtype in ((constraint, torch.float32), (without_scaling(constraint), torch.float64)):
+        x = rows()[13:].to(dtype).requires_grad_()
+        x.grad = (rows()[13:].flip(0) * gradient_size).to(dtype)
         start = x.grad.clone()
         length = x.detach().norm(dim=1)
         # (with averaging=0, m is g; the step of Adam leaves the gradient alone)
         adam = {"lr": 1e-3, "averaging": 0.0}
         ProjectedOptimizer([x], torch.optim.Adam, constraint=each, **adam).step()
-        mapped.append(x.grad)
+        mapped.append(x.grad.float())
     torch.testing.assert_close(mapped[0], mapped[1], rtol=1e-4, atol=2e-5 * gradient_size)
     assert (mapped[0] != start).any()
     if not isinstance(constraint, UnitNorm):
         inside = length * 1.101 < 17.4
         assert inside.any()
-        assert torch.equal(mapped[0][inside], start[inside])
+        assert torch.equal(mapped[0][inside], start[inside].float())
+
+
+def close_to(radius, dtype):
+    """Large batches with rows on both sides of a radius, at it, and at both ends of the range."""
+    generator = torch.Generator().manual_seed(0)
+    info = torch.finfo(dtype)
+    made = []
+    for shape in [(400, 300), (250, 3, 10, 10), (300, 1700), (260, 300)]:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).flatten(1)
+        x *= radius / x.norm(dim=1, keepdim=True)
+        near = 1 + 1e-6 * torch.randn(len(x), 1, generator=generator, dtype=torch.float64)
+        x *= torch.where(torch.arange(len(x)).unsqueeze(1) % 3 > 0, near, near * 3)
+        made.append(x.to(dtype).view(shape))
+    ends = [0.0, info.smallest_normal * info.eps, info.tiny, info.max, torch.nan, torch.inf]
+    for i, value in enumerate(ends):
+        made[0][5 + i, 7] = value
+    made[3][1], made[3][2] = 0.0, info.max / 32  # whose norm float64 holds
+    return made
+
+
+@in_each_dtype
+@pytest.mark.parametrize("kind", [L2Ball, MaxNorm])
+def test_large_batches_together_with_rows_close_to_the_radius(kind, dtype):
+    constraint = kind(3.0)
+    start, together = close_to(3.0, dtype), close_to(3.0, dtype)
+    constraint.project_each_(together)
+    for x, y in zip(start, together, strict=True):
+        rounding = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y, constraint.project(x), rtol=rounding, atol=0, equal_nan=True)
+        assert torch.equal(constraint.project(y).nan_to_num(), y.nan_to_num())
+        length, after = x.double().flatten(1).norm(dim=1), y.double().flatten(1).norm(dim=1)
+        finite = x.isfinite().flatten(1).all(1)
+        assert (after[finite] <= 3.0 * (1 + 1e-15)).all()
+        assert torch.equal(y[length < 3.0], x[length < 3.0])
+        assert y[~finite].isnan().all()
+
+
+@in_each_dtype
+def test_large_batches_together_on_spheres(dtype):
+    together = close_to(1.0, dtype)
+    UnitNorm().project_each_(together)
+    for x, y in zip(close_to(1.0, dtype), together, strict=True):
+        assert (UnitNorm().violation(y).nan_to_num(0.0) == 0).all()
+        assert torch.equal(UnitNorm().project(y).nan_to_num(), y.nan_to_num())
+        finite = x.isfinite().flatten(1).all(1)
+        assert torch.equal(y.isnan().flatten(1).any(1), ~finite)
+
+
+@pytest.mark.parametrize("settings", [{}, {"averaging": 0.5}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("constraint", [UnitNorm(), L2Ball(17.4)], ids=repr)
+def test_gradient_mapping_of_several_parameters(constraint, settings):
+    """As one by one in float64; a row of zeros, which has no scale, goes the other way."""
+    found = []
+    for each, dtype in ((constraint, torch.float32), (without_scaling(constraint), torch.float64)):
+        params = []
+        for i, height in enumerate((300, 150, 400)):
+            x = rows()[13:].repeat(2, 1)[i : i + height].to(dtype)
+            x[3] = 1.0 if i < 2 else 0.0
+            params.append(x.requires_grad_())
+            params[-1].grad = rows()[13:].repeat(2, 1)[i + 1 : i + 1 + height].to(dtype)
+        opt = ProjectedOptimizer(params, torch.optim.Adam, constraint=each, lr=1e-6, **settings)
+        opt.step()
+        found.append([param.grad.float() for param in params])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("constraint", [UnitNorm(), L2Ball(17.4)], ids=repr)
+def test_gradient_mapping_by_an_average(constraint, maximize):
+    """The norm of ``x - e m`` follows from those of x and m, and their product."""
+    mapping = GradientMapping(torch.optim.Adam)
+    x, group = rows()[13:], {"constraint": constraint, "maximize": maximize}
+    grad, average = x.flip(0), x.roll(5, 0) + 0.3 * x
+    wide = grad.double()
+    mapping.map_(
+        wide, x.double(), average.double(), {**group, "constraint": without_scaling(constraint)}
+    )
+    assert mapping._map_rows_([grad], [x], [average], group=group)
+    torch.testing.assert_close(grad, wide.float(), rtol=1e-4, atol=2e-5)

@@ -15,7 +15,7 @@ from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_
+from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, shrinking
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
@@ -171,10 +171,16 @@ class L2Ball(_Ball):
         self._check_batch(x)
         return project_l2_ball_(x, self.epsilon, x.ndim - 1)
 
-    def _scaling(self, x: Tensor) -> Any:
+    def _scaling(self, length: Tensor, x: Tensor) -> Any:
         if self.center is None and can_judge(x, self.epsilon):
-            return l2_ball_factor(x, self.epsilon)
-        return super()._scaling(x)
+            return shrinking(length, self.epsilon)
+        return super()._scaling(length, x)
+
+    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+        if self.center is None:
+            project_l2_each_(batches, self.epsilon)
+        else:
+            super()._project_rows_each_(batches)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         offset = self._from_center(x, dtype)

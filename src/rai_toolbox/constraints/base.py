@@ -230,7 +230,7 @@ class Constraint:
             return
         for x in batches:
             self._check_batch(x)
-        in_groups(batches, self.project_)
+        in_groups(batches, self.project_, act_each_=self._project_rows_each_)
 
     # Plain data
 
@@ -313,13 +313,18 @@ class Constraint:
         """Random points of the set in the shape, dtype and device of `like`, or in float64."""
         raise ValueError(f"`sample_` is not defined for {type(self).__name__}")
 
-    def _scaling(self, x: Tensor) -> Any:
-        """The factor of each sub-tensor, shape (N, 1, ...), if that is what the projection does.
+    def _scaling(self, length: Tensor, x: Tensor) -> Any:
+        """The factor of each row of `x`, if that is what the projection does, by its norm.
 
-        It is right to about 1e-6, and exactly 1 for what is inside; None if all are. By default
-        NotImplemented.
+        `length` has the shape (N,). The factor is exactly 1 for norms that are inside; None if all
+        are. By default NotImplemented.
         """
         return NotImplemented
+
+    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+        """`project_` for plain batches on the CPU, with rows of one length and dtype."""
+        for x in batches:
+            self.project_(x)
 
     # From a batch to points in float64, and back
 

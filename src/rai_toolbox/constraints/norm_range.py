@@ -13,24 +13,27 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import BLOCK, can_judge, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import l2_ball_factor, project_l2_ball_, scale_
+from rai_toolbox.constraints.kernels.l2 import (
+    project_l2_ball_,
+    project_l2_each_,
+    scale_,
+    scale_each_,
+    shrinking,
+)
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
-    fast_norm,
     least_and_most,
     norm,
     row_scale,
     scale_dtype,
-    sums_fast,
+    wide_norms,
 )
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.kernels.threshold import lowered
 from rai_toolbox.constraints.sampling import uniform
-
-_CHUNK = 256  # entries whose squares are summed in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +91,9 @@ class MinMaxNorm(Constraint):
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
-        factor = self._scaling(x, exact=True)
-        if factor is None:
+        if self.p == 2 and can_judge(x, self.min_norm, self.max_norm):
+            self._project_rows_each_([x])
             return x
-        if factor is not NotImplemented:
-            return scale_(x, factor)
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             return project_l2_ball_(x, self.max_norm, x.ndim - 1)
         if self.p == 2 and x.numel() > 0 and not needs_grad(x, self.min_norm, self.max_norm):
@@ -100,18 +101,32 @@ class MinMaxNorm(Constraint):
             return x
         return super().project_(x)
 
-    def _scaling(self, x: Tensor, exact: bool = False) -> Any:
+    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+        if self.p != 2:
+            super()._project_rows_each_(batches)
+        elif self.min_norm == 0:
+            project_l2_each_(batches, self.max_norm)
+        elif (factor := self._factors(wide_norms(batches, 2), batches[0])) is None:
+            for x in batches:
+                self._scale_(x)
+        else:
+            scale_each_(batches, factor)
+
+    def _scaling(self, length: Tensor, x: Tensor) -> Any:
         if self.p != 2 or not can_judge(x, self.min_norm, self.max_norm):
-            return NotImplemented
+            return super()._scaling(length, x)
         if self.min_norm == 0:
-            return l2_ball_factor(x, self.max_norm)
-        fast = not exact and x.numel() > BLOCK and sums_fast(x, _CHUNK)
-        length = fast_norm(x, 2, _CHUNK) if fast else norm(x, 2, x.ndim - 1)
+            return shrinking(length, self.max_norm)
+        factor = self._factors(length, x)
+        return NotImplemented if factor is None else factor
+
+    def _factors(self, length: Tensor, x: Tensor) -> Tensor | None:
+        """What the projection multiplies rows of these norms by; None if no factor fits one."""
         (least, most), info = least_and_most(length), torch.finfo(scale_dtype(x))
         # (factors must be normal numbers of their dtype: others are not precise)
         fits = 2 * most * info.smallest_normal < self.min_norm < least * info.max / 2
         if not (fits and LEAST[torch.float32] < least):
-            return NotImplemented
+            return None
         return self._factor(length, length, x)
 
     def _scale_(self, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +16,24 @@ from rai_toolbox.autograd import readable
 from rai_toolbox.checks import check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import OPEN, checked_box
-from rai_toolbox.constraints.kernels.blocks import BLOCK, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
+    GROUP,
+    can_judge,
+    joined,
+    needs_grad,
+    wide_dtype,
+)
 from rai_toolbox.constraints.kernels.norms import (
+    EXACT_CHUNK,
     LEAST,
-    fast_norm,
+    fast_norms,
+    fast_products,
+    for_each,
     least_and_most,
     scale_dtype,
     sums_fast,
+    wide_norms,
 )
 from rai_toolbox.constraints.sharding import beside
 from rai_toolbox.optim.own_step import OwnStepOptimizer
@@ -39,7 +51,6 @@ ELEMENTWISE = (SGD, ASGD, OwnStepOptimizer, *(getattr(optim, name) for name in _
 _DECOUPLED = (Adafactor, AdamW, *filter(None, [Muon]))
 _REACH, _AVERAGING = 0.1, 0.9
 _STATE = "gradient_average"
-_CHUNK = 2**12  # entries whose squares are summed in float32
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,67 @@ class GradientMapping(OfSet):
         averages = self._averages(tensors, params, group, optimizer)
         if group.get(self.steps_taken, 0) < group.get(self.warmup, 0):
             return
+        large: list[tuple[Tensor, ...]] = []
         for grad, param, average in zip(tensors, params, averages, strict=True):
             x, _ = batch_in(param, group, self.param_ndim)
             view, copied = batch_in(grad, group, self.param_ndim)
+            batches = (view, x) if average is None else (view, x, average.reshape(x.shape))
+            if not copied and self._judges_rows(batches, group):
+                large.append(batches)
+                continue
             self.map_(view, x, average, group)
             if copied:
                 grad.copy_(view.view(grad.shape))
+        columns = [joined(list(column), GROUP) for column in zip(*large, strict=True)]
+        for piece in zip(*columns, strict=True):
+            if not self._map_rows_(*piece, group=group):
+                for grad, x, *others in zip(*piece, strict=True):
+                    self.map_(grad, x, others[0] if others else None, group)
+
+    def _judges_rows(self, batches: Sequence[Tensor], group: Group) -> bool:
+        """Whether `_map_rows_` takes a gradient, its parameter, and an average."""
+        as_it_is = group.get(self.grad_scale, 1.0) == 1.0 and group.get(self.grad_bias, 0.0) == 0.0
+        return (
+            as_it_is
+            and self._decay(group) == 0.0
+            and self.set_of(group)._dims is None
+            and issubclass(self.inner, ELEMENTWISE)
+            and {batch.dtype for batch in batches} == {torch.float32}
+            and all(sums_fast(batch, EXACT_CHUNK) for batch in batches)
+            and not needs_grad(*batches)
+        )
+
+    def _map_rows_(
+        self, grads: list[Tensor], xs: list[Tensor], ms: list[Tensor] | None = None, *, group: Group
+    ) -> bool:
+        """`map_` for large batches, if the projection multiplies each row by a factor f.
+
+        That is then ``g + (1 - f) (x / e - m)``. The norm of y, by which f is known, follows from
+        those of x and m and their product, so that y is not made.
+        """
+        reach, sign = group.get(self.reach, _REACH), -1 if group.get("maximize") else 1
+        found = _row_steps(xs, grads, ms, reach)
+        if found is None or reach > 0.5:  # (y could be much shorter than x)
+            return False
+        e, length, slope = found
+        product = fast_products(xs, grads if ms is None else ms).double()
+        square = length.square() - 2 * sign * e * product + (e * slope).square()
+        factor = self.set_of(group)._scaling(square.sqrt(), xs[0])
+        if factor is None:  # all of y is in the set
+            return True
+        if factor is NotImplemented:
+            return False
+        pulls = for_each(((1 - factor) / (sign * e)).float(), xs)
+        shares = for_each((factor if ms is None else factor - 1).float(), xs)
+        for grad, x, m, pull, share in zip(grads, xs, ms or grads, pulls, shares, strict=True):
+            _ = grad.mul_(share) if ms is None else grad.addcmul_(m, share)
+            grad.addcmul_(x, pull)
+        return True
+
+    def _decay(self, group: Group) -> float:
+        """The weight decay that the inner optimizer adds to gradients."""
+        decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
+        return 0.0 if decoupled else group.get("weight_decay", 0.0)
 
     def map_(self, grad: Tensor, x: Tensor, average: Tensor | None, group: Group) -> Tensor:
         """Replace the gradient g by ``g + (y - P(y)) / e`` with ``y = x - e m``, in place.
@@ -105,8 +171,7 @@ class GradientMapping(OfSet):
         gradient, that is allowed for: it then descends on the mapping of the sum.
         """
         constraint, scale = self.set_of(group), group.get(self.grad_scale, 1.0)
-        decoupled = issubclass(self.inner, _DECOUPLED) or group.get("decoupled_weight_decay")
-        weight_decay = 0.0 if decoupled else group.get("weight_decay", 0.0)
+        weight_decay = self._decay(group)
         dtype = torch.promote_types(scale_dtype(x), grad.dtype)
         x, g = readable(x).to(dtype), readable(grad)  # (changed before this is differentiated)
         followed = []
@@ -119,12 +184,16 @@ class GradientMapping(OfSet):
         # (the gradient is still to be scaled, where that is not by 0)
         alpha = (-1 if group.get("maximize") else 1) / (scale or 1.0)
         y = torch.addcmul(x, e, followed[-1], value=-1)
-        factor = NotImplemented if constraint._dims is not None else constraint._scaling(y)
+        factor = NotImplemented
+        if constraint._dims is None and can_judge(y):
+            fast = sums_fast(y, EXACT_CHUNK)
+            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], 2)
+            factor = constraint._scaling(length, y)
         if factor is NotImplemented:
             pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
             return grad.add_(pushed_back, alpha=alpha)
         if factor is not None:  # else all of y is in the set
-            grad.addcmul_(y, (1 - factor).to(dtype) / e, value=alpha)
+            grad.addcmul_(y, for_each(1 - factor, [y])[0].to(dtype) / e, value=alpha)
         return grad
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
@@ -246,12 +315,26 @@ def step_size(
 
 def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float) -> Tensor | None:
     """`step_size` by norms in float32, right to about 1e-6; None if these do not hold all of it."""
-    if not (sums_fast(x, _CHUNK) and sums_fast(gradient, _CHUNK)) or needs_grad(x, gradient):
+    fast = sums_fast(x, EXACT_CHUNK) and sums_fast(gradient, EXACT_CHUNK)
+    if not fast or needs_grad(x, gradient):
         return None
-    vectors = [x, gradient] if m is None or m is gradient else [x, gradient, m.contiguous()]
-    lengths = [fast_norm(vector, 2, _CHUNK) for vector in vectors]
+    averages = None if m is None or m is gradient else [m.contiguous()]
+    found = _row_steps([x], [gradient], averages, reach)
+    return None if found is None else for_each(found[0].to(x.dtype), [x])[0]
+
+
+def _row_steps(
+    xs: list[Tensor], gradients: list[Tensor], averages: list[Tensor] | None, reach: float
+) -> list[Tensor] | None:
+    """Step sizes for all rows; the norms of x, and of the average or the gradient; in float64.
+
+    None if norms in float32 do not hold all of it.
+    """
+    vectors = [xs, gradients] if averages is None else [xs, gradients, averages]
+    lengths = [fast_norms(batches, 2, EXACT_CHUNK) for batches in vectors]
     for least, most in map(least_and_most, lengths):
         if not (LEAST[torch.float32] < least and most < 1 / LEAST[torch.float32]):
             return None
-    slope = lengths[1] if len(lengths) == 2 else torch.maximum(*lengths[1:])
-    return (lengths[0] / slope).mul_(reach).to(x.dtype)
+    length, *slopes = (each.double() for each in lengths)
+    slope = slopes[0] if averages is None else torch.maximum(*slopes)
+    return [reach * length / slope, length, slopes[-1]]

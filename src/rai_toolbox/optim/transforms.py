@@ -22,7 +22,7 @@ from rai_toolbox.checks import check_fraction, check_non_negative, check_order
 from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import in_groups
-from rai_toolbox.constraints.kernels.l2 import project_l2_ball_
+from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
 from rai_toolbox.optim.settings import (
@@ -221,9 +221,11 @@ class L2Projection(Transform):
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         epsilon = group[self.epsilon]
-        _on_sub_tensors_(
-            tensors, group[self.param_ndim], partial(project_l2_ball_, epsilon=epsilon)
-        )
+        each_ = None
+        if not isinstance(epsilon, Tensor):
+            each_ = partial(project_l2_each_, epsilon=epsilon)
+        project_ = partial(project_l2_ball_, epsilon=epsilon)
+        _on_sub_tensors_(tensors, group[self.param_ndim], project_, each_)
 
 
 @dataclass(frozen=True)
@@ -325,8 +327,9 @@ def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -
 
 def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
     """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
-    normalize_each_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
-    _on_sub_tensors_(grads, param_ndim, normalize_each_)
+    normalize_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
+    each_ = partial(directions.normalize_each_, p=p, div_by_zero_eps=eps)
+    _on_sub_tensors_(grads, param_ndim, normalize_, each_)
 
 
 def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
@@ -350,7 +353,10 @@ def top_q_each_(grads: list[Tensor], q: float, param_ndim: int | None) -> None:
 
 
 def _on_sub_tensors_(
-    tensors: list[Tensor], param_ndim: int | None, act_: Callable[..., object]
+    tensors: list[Tensor],
+    param_ndim: int | None,
+    act_: Callable[..., object],
+    act_each_: Callable[[list[Tensor]], object] | None,
 ) -> None:
     """Let ``act_(x, ndim=k)`` change sub-tensors, the last k dims of x; plain ones together."""
     if torch.is_grad_enabled() or not foreach.are_plain(tensors):
@@ -358,7 +364,7 @@ def _on_sub_tensors_(
             act_(x, ndim=sub_ndim(x.ndim, param_ndim))
     else:
         shape_of = partial(batch_shape, param_ndim=param_ndim)
-        in_groups(tensors, lambda batch: act_(batch, ndim=batch.ndim - 1), shape_of)
+        in_groups(tensors, lambda batch: act_(batch, ndim=batch.ndim - 1), shape_of, act_each_)
 
 
 def _on_rows_(

@@ -16,6 +16,9 @@ BLOCK = 2**16
 MANY = 2**19
 """Elements per piece of rows where many passes over it have many small operators between them."""
 
+GROUP = 2**20
+"""Elements of large batches that share small operators; they stay in the last cache."""
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -91,20 +94,29 @@ def in_groups(
     tensors: list[Tensor],
     act_: Callable[[Tensor], object],
     shape_of: Callable[[torch.Size], tuple[int, ...]] = tuple,
+    act_each_: Callable[[list[Tensor]], object] | None = None,
 ) -> None:
     """Let `act_` change the rows of each tensor in place, seen as a batch of shape ``shape_of``.
 
     Small tensors of one shape and dtype are stacked up to `BLOCK` elements: one call then costs
-    what it would for one of them. Large ones go by pieces. Both stay in cache.
+    what it would for one of them. Large ones go by pieces, and to `act_each_` several at a time,
+    of one dtype and length of rows. All stay in cache.
     """
-    joins = len(tensors) > 1 and in_blocks(tensors[0]) and not torch.is_grad_enabled()
+    plain = in_blocks(tensors[0]) and not torch.is_grad_enabled()
+    joins = plain and len(tensors) > 1
     alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+    large = []
     for x in tensors:
         size = x.numel()
         if joins and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
             alike.setdefault((x.shape, x.dtype), []).append(x)
+        elif act_each_ is not None and plain and size > BLOCK // 2 and x.is_contiguous():
+            large.append(view_or_copy(x, shape_of(x.shape))[0])
         else:
             _in_parts(x, act_, shape_of(x.shape))
+    if act_each_ is not None:
+        for piece in joined(large, GROUP):
+            act_each_(piece)
     for (shape, _), some in alike.items():
         number, batch_shape = BLOCK // shape.numel(), shape_of(shape)
         for start in range(0, len(some), number):
@@ -121,10 +133,10 @@ def _in_parts(x: Tensor, act_: Callable[[Tensor], object], shape: tuple[int, ...
     batch, copied = view_or_copy(x, shape)
     if x.numel() == 0:
         return
-    if x.numel() <= MANY or not in_blocks(x) or needs_grad(x):
+    if x.numel() <= GROUP or not in_blocks(x) or needs_grad(x):
         act_(batch)
     else:
-        for rows in row_blocks(batch, MANY // 2):
+        for rows in row_blocks(batch, MANY):
             act_(batch[rows])
     if copied:
         x.copy_(batch.view(x.shape))

@@ -6,22 +6,22 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
 from rai_toolbox import foreach
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, in_groups, needs_grad
+from rai_toolbox.constraints.kernels.blocks import in_blocks, in_groups, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
-    fast_norm,
+    fast_norms,
+    for_each,
     least_and_most,
     norm,
     scale_dtype,
     sums_fast,
+    wide_norms,
 )
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
 
@@ -42,22 +42,13 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    elif len(tensors) == 1 and tensors[0].numel() <= BLOCK and in_blocks(tensors[0]):
-        _sign_known_(tensors[0])  # as below, in fewer calls
     elif in_blocks(tensors[0]):
-        in_groups(tensors, _sign_known_)
+        in_groups(tensors, lambda x: _sign_real_([x]))
     else:
-        _sign_any_(tensors)
+        _sign_real_(tensors)
 
 
-def _sign_known_(x: Tensor) -> None:
-    if isfinite(x.sum().item()):  # else there may be a NaN, which `torch.sign` would hide
-        x.sign_()
-    else:
-        _sign_any_([x])
-
-
-def _sign_any_(tensors: list[Tensor]) -> None:
+def _sign_real_(tensors: list[Tensor]) -> None:
     # two factors lift even the smallest subnormal number of any dtype beyond 1
     largest = torch.finfo(tensors[0].dtype).max
     foreach.mul_(tensors, largest)
@@ -78,7 +69,8 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
         normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
         return x
     if ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
-        return _normalize_batch_(x, p, div_by_zero_eps)
+        normalize_each_([x], p, div_by_zero_eps)
+        return x
     length = norm(readable(x), p, ndim)
     if is_sharded(x) and not torch.is_grad_enabled():
         _divide_(local_of(x), local_part(length, x), div_by_zero_eps)
@@ -86,21 +78,29 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
     return _divide_(x, length, div_by_zero_eps)
 
 
-def _normalize_batch_(x: Tensor, p: float, div_by_zero_eps: float) -> Tensor:
-    """A large batch by norms in the dtype of factors, but for rows whose norms that cannot hold."""
-    dtype, is_large = scale_dtype(x), x.numel() > BLOCK and p in (1, 2)
-    fast = is_large and sums_fast(x, _CHUNK)
-    length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)
+def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> None:
+    """`normalize_` for the rows of plain batches on the CPU, of one length and dtype.
+
+    Large ones by norms in the dtype of factors, but for rows whose norms that cannot hold.
+    """
+    dtype = scale_dtype(batches[0])
+    fast = p in (1, 2) and all(sums_fast(x, _CHUNK) for x in batches)
+    length = fast_norms(batches, p, _CHUNK) if fast else wide_norms(batches, p)
     least, most = max(div_by_zero_eps, LEAST[dtype]), torch.finfo(dtype).max
     shortest, longest = least_and_most(length)
-    if shortest > least and longest <= most:
-        return x.div_(length.to(dtype))
-    others = ~((length > least) & (length <= most))
-    at = others.view(-1).nonzero().view(-1)
-    some = x[at]
-    _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps)
-    x.div_(length.masked_fill_(others, 1.0).to(dtype))
-    return x.index_copy_(0, at, some)
+    others = None
+    if not (shortest > least and longest <= most):
+        others = ~((length > least) & (length <= most))
+        length = length.masked_fill(others, 1.0)
+    divisors = for_each(length.to(dtype), batches)
+    for i, (x, divisor) in enumerate(zip(batches, divisors, strict=True)):
+        if others is None:
+            x.div_(divisor)
+            continue
+        at = for_each(others, batches)[i].view(-1).nonzero().view(-1)
+        some = x[at]
+        _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps)
+        x.div_(divisor).index_copy_(0, at, some)
 
 
 def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:

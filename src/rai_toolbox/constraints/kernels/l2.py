@@ -10,25 +10,25 @@ from torch import Tensor
 
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.kernels.blocks import (
-    BLOCK,
     can_judge,
     in_blocks,
     needs_grad,
     widened,
 )
 from rai_toolbox.constraints.kernels.norms import (
+    EXACT_CHUNK,
     LEAST,
-    fast_norm,
+    fast_norms,
+    for_each,
     least_and_most,
     norm,
     scale_dtype,
     sum_error,
     sums_fast,
+    wide_norms,
 )
 from rai_toolbox.constraints.kernels.rounding import noise, spacing
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
-
-_CHUNK = 256  # entries whose squares are summed in float32
 
 
 def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
@@ -44,41 +44,60 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
     if ndim == x.ndim - 1 and can_judge(x, epsilon):
-        factor = l2_ball_factor(x, epsilon)
-        return x if factor is None else scale_(x, factor)
+        project_l2_each_([x], epsilon)
+        return x
     length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
     radius = _inner_radius(epsilon, x, size, noise(size))
     return scale_(x, _factor(length, epsilon, radius))
 
 
-def l2_ball_factor(x: Tensor, epsilon: Any) -> Tensor | None:
-    """What the projection multiplies each sub-tensor of a batch by; None if all are inside.
+def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
+    """`project_l2_ball_` for the rows of plain batches on the CPU, of one length and dtype."""
+    factor = _ball_factor(batches, epsilon)
+    if factor is not None:
+        scale_each_(batches, factor)
 
-    Norms of a large batch are in float32, and in float64 where these leave it in doubt.
+
+def _ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
+    """What the projection multiplies each row by, shape (N,); None if all are inside.
+
+    Norms of large batches are in float32, and in float64 where these leave it in doubt.
     """
-    ndim, size, error = x.ndim - 1, x.shape[1:].numel(), 0.0
-    is_large = x.numel() > BLOCK and x.dtype != torch.float64
-    if is_large and epsilon > 2 * LEAST[torch.float32] and sums_fast(x, _CHUNK):
-        length, error = fast_norm(x, 2, _CHUNK), sum_error(min(size, _CHUNK))
-    else:
-        length = norm(x, 2, ndim)
-    shortest, longest = least_and_most(length)
-    if longest <= epsilon * (1 - error):
+    x, size = batches[0], batches[0].shape[1:].numel()
+    is_narrow = x.dtype != torch.float64 and epsilon > 2 * LEAST[torch.float32]
+    if is_narrow and all(sums_fast(batch, EXACT_CHUNK) for batch in batches):
+        length, error = fast_norms(batches, 2, EXACT_CHUNK), sum_error(min(size, EXACT_CHUNK))
+        shortest, longest = least_and_most(length)
+        if longest <= epsilon * (1 - error):
+            return None
+        # (the error is allowed for twice, so that the next time the result is surely inside)
+        radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
+        if longest * torch.finfo(torch.float32).smallest_normal < radius:  # all are finite
+            doubt = 1.1 * error * epsilon
+            if shortest <= epsilon + doubt and (gap := (length - epsilon).abs_()).amin() <= doubt:
+                doubtful = gap <= doubt
+                length = length.double().masked_scatter_(doubtful, _some_norms(batches, doubtful))
+            factor = radius / length
+            return factor if shortest > epsilon else factor.masked_fill_(length <= epsilon, 1.0)
+    length = wide_norms(batches, 2)
+    longest = length.amax().item()
+    if longest <= epsilon:
         return None
-    # (the error is allowed for twice, so that the next time the result is surely inside)
-    radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
-    if epsilon * (1 + error) < shortest and longest < math.inf:
-        return radius / length
-    gap = (length - epsilon).abs_()
-    if error and not (longest < math.inf and gap.amin().item() > 2 * error * epsilon):
-        doubtful = (gap <= 2 * error * epsilon) | ~(length < math.inf)
-        at = doubtful.view(-1).nonzero().view(-1)
-        length = length.double().index_copy_(0, at, norm(x[at], 2, ndim))
-        longest = length.amax().item()
-    if longest < math.inf:
-        return (radius / length).masked_fill_(length <= epsilon, 1.0)
-    return _factor(length, epsilon, radius)
+    return _factor(length, epsilon, _inner_radius(epsilon, x, size, noise(size)))
+
+
+def shrinking(length: Tensor, epsilon: Any) -> Tensor | None:
+    """Factors for the L2 ball of rows of some norms; None if all are 1."""
+    if length.amax().item() <= epsilon:
+        return None
+    return torch.where(length > epsilon, epsilon / length, 1.0)
+
+
+def _some_norms(batches: list[Tensor], chosen: Tensor) -> Tensor:
+    """Norms in float64 of the chosen ones of all rows."""
+    masks = for_each(chosen, batches)
+    return wide_norms([x[mask.view(-1)] for x, mask in zip(batches, masks, strict=True)], 2)
 
 
 def _factor(length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> Tensor:
@@ -86,6 +105,17 @@ def _factor(length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> 
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = (radius / outer).masked_fill(length.isinf(), torch.nan)  # of unknown direction
     return factor.masked_fill(inside, 1.0)
+
+
+def scale_each_(batches: list[Tensor], factor: Tensor) -> None:
+    """Multiply all rows of plain batches on the CPU, in place; factors in float32 are normal."""
+    dtype = scale_dtype(batches[0])
+    if factor.dtype == torch.float32 or _are_normal(factor, dtype):
+        for x, some in zip(batches, for_each(factor.to(dtype), batches), strict=True):
+            x.mul_(some)
+    else:
+        for x, some in zip(batches, for_each(factor, batches), strict=True):
+            scale_(x, some)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
@@ -97,18 +127,26 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         part.mul_(factor)  # in wide arithmetic, in one pass
         return x
     dtype = scale_dtype(x)  # a wide factor would take a wide copy of x
+    if (
+        factor.numel() > 0
+        and in_blocks(x)
+        and not needs_grad(factor)
+        and _are_normal(factor, dtype)
+    ):
+        part.mul_(factor.to(dtype))
+        return x
     info = torch.finfo(dtype)
-    if factor.numel() > 0 and in_blocks(x) and not needs_grad(factor):
-        least, most = least_and_most(factor)
-        if info.smallest_normal <= least and most <= info.max:
-            part.mul_(factor.to(dtype))
-            return x
     # A factor below the normal numbers has few digits, so that the rest is rounded again, and down.
     first = factor.clamp(info.smallest_normal, info.max)
     below = (factor - spacing(factor.dtype)).clamp(min=0)
     rest = below / first * (1 - 2 * torch.finfo(x.dtype).eps)
     part.mul_(first.to(dtype)).mul_(torch.where(first == factor, 1.0, rest).to(dtype))
     return x
+
+
+def _are_normal(factor: Tensor, dtype: torch.dtype) -> bool:
+    least, most = least_and_most(factor)
+    return torch.finfo(dtype).smallest_normal <= least and most <= torch.finfo(dtype).max
 
 
 def _inner_radius(epsilon: float | Tensor, x: Tensor, size: int, error: float) -> float | Tensor:

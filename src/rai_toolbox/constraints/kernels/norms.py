@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, row_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, wide_dtype
 
 _SCALES = {
     torch.float16: torch.float32,
@@ -19,6 +19,12 @@ _SCALES = {
     torch.complex64: torch.float32,
     torch.complex128: torch.float64,
 }
+
+LANES = {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 4)
+"""How many sums in float32 torch adds up side by side, or fewer."""
+
+EXACT_CHUNK = (80 - 2 * LANES) * LANES
+"""Entries whose squares are summed in float32 with an error of 80 roundings: 2.4e-6."""
 
 LEAST = {dtype: torch.finfo(dtype).tiny ** 0.25 for dtype in (torch.float32, torch.float64)}
 """Norms from which on squares that the dtype does not hold have no share in them."""
@@ -52,7 +58,7 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
 
 
 def sums_fast(x: Tensor, chunk: int) -> bool:
-    """Whether `fast_norm` takes a batch (N, ...): a plain one of real numbers, on the CPU.
+    """Whether `fast_norms` takes a batch (N, ...): a large one of real numbers, on the CPU.
 
     Its rows must be dense: torch sums other ones term by term, without lanes (see `sum_error`).
     """
@@ -60,32 +66,78 @@ def sums_fast(x: Tensor, chunk: int) -> bool:
     dense = x.is_contiguous() or (
         size <= chunk and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
-    return 0 < size <= BLOCK and len(x) > 0 and dense and not x.is_complex() and in_blocks(x)
+    return (
+        size <= BLOCK and x.numel() > BLOCK // 2 and dense and not x.is_complex() and in_blocks(x)
+    )
 
 
-def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
-    """p-norms, p = 1 or 2, of a batch (N, ...), shape (N, 1, ...), without wide sums of entries.
+def fast_norms(batches: list[Tensor], p: float, chunk: int) -> Tensor:
+    """p-norms, p = 1 or 2, of all rows of some batches, shape (N,), without wide sums of entries.
 
-    Sums of up to `chunk` entries have the dtype of factors. Norms are right, to within `sum_error`,
-    from `LEAST` on and where they are finite.
+    The rows have one length and dtype. Sums of up to `chunk` entries have the dtype of factors.
+    Norms are right, to within `sum_error`, from `LEAST` on and where they are finite.
     """
-    dims, size = tuple(range(1, x.ndim)), x.shape[1:].numel()
+    return _joined([_fast_norm(x, p, chunk) for x in batches])
+
+
+def wide_norms(batches: list[Tensor], p: float) -> Tensor:
+    """p-norms of all rows of some batches (N, ...) in float64, shape (N,).
+
+    The rows have one length and dtype.
+    """
+    x, size = batches[0], batches[0].shape[1:].numel()
+    is_large = max(x.numel() for x in batches) > BLOCK >= size > 0
+    if p != 2 or x.dtype != torch.float32 or not is_large:
+        return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
+    height = BLOCK // size
+    memory = x.new_empty(height, size, dtype=torch.float64)  # one, because it is slow to touch
+    parts = (part for x in batches for part in x.reshape(-1, size).split(height))
+    return torch.cat([vector_norm(memory[: len(part)].copy_(part), 2, 1) for part in parts])
+
+
+def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
+    size = batches[0].shape[1:].numel()
+    height = 2 * BLOCK // size
+    memory = batches[0].new_empty(height, size)
+    parts = (
+        torch.mul(x, y, out=memory[: len(x)]).sum(1)
+        for pair in zip(batches, others, strict=True)
+        for x, y in zip(*(each.view(-1, size).split(height) for each in pair), strict=True)
+    )
+    return torch.cat(list(parts))
+
+
+def for_each(of_rows: Tensor, batches: list[Tensor]) -> list[Tensor]:
+    """What `of_rows`, shape (N,), has for the rows of each batch, to broadcast against it."""
+    column = of_rows.view(-1, 1)
+    parts = column.split([len(x) for x in batches]) if len(batches) > 1 else [column]
+    return [
+        part if x.ndim == 2 else part.view(-1, *(1,) * (x.ndim - 1))
+        for part, x in zip(parts, batches, strict=True)
+    ]
+
+
+def _joined(lengths: list[Tensor]) -> Tensor:
+    return lengths[0] if len(lengths) == 1 else torch.cat(lengths)
+
+
+def _fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
+    dtype, dims, size = scale_dtype(x), tuple(range(1, x.ndim)), x.shape[1:].numel()
     if p == 1:  # (torch sums pairwise; its 1-norm takes six times as long)
-        blocks = [x[rows] for rows in row_blocks(x, BLOCK)] if x.numel() > 2 * BLOCK else [x]
-        sums = [some.abs().sum(dims, keepdim=True, dtype=scale_dtype(x)) for some in blocks]
-        return sums[0] if len(sums) == 1 else torch.cat(sums)
+        height = math.ceil(len(x) / math.ceil(x.numel() / (2 * BLOCK)))
+        return _joined([some.abs().sum(dims, dtype=dtype) for some in x.split(height)])
     if size <= chunk or x.dtype == torch.float64:
-        length: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=scale_dtype(x))
+        length: Tensor = vector_norm(x, 2, dims, dtype=dtype)
         return length
-    count = math.ceil(size / chunk)
-    width = math.ceil(size / count)
+    width = math.ceil(size / math.ceil(size / chunk))
     whole, rows = size // width * width, x.view(-1, size)
-    parts = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=scale_dtype(x))
+    parts = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
     if whole < size:
-        rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=scale_dtype(x))
+        rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
         parts = torch.cat([parts, rest], 1)
     length = vector_norm(parts, 2, 1, dtype=torch.float64)
-    return length.view(-1, *(1,) * (x.ndim - 1))
+    return length
 
 
 def least_and_most(lengths: Tensor) -> tuple[float, float]:
@@ -100,9 +152,10 @@ def least_and_most(lengths: Tensor) -> tuple[float, float]:
 def sum_error(size: int) -> float:
     """Relative error of the root of a sum of `size` squares in float32.
 
-    A sum of k terms in 4 lanes or more is off by k / 4 + 8 roundings; its root by half of that.
+    Each lane is off by a rounding per term, the sum of lanes and of what is left over by two per
+    lane, and the root by half of that.
     """
-    return (size / 4 + 8) * torch.finfo(torch.float32).eps / 4
+    return (size / LANES + 2 * LANES) * torch.finfo(torch.float32).eps / 4
 
 
 def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
