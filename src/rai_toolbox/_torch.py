@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -39,33 +39,16 @@ NORMALIZATIONS: tuple[type[nn.Module], ...] = (
 )
 
 
+_GLOBAL_STEP_HOOKS: list[Mapping[int, Any]] = [
+    getattr(torch_optimizer, name, {})
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+]
+
+
 def has_step_hooks(optimizer: Optimizer) -> bool:
     """Whether hooks run at its steps: its own, or those of all optimizers."""
-    of_all = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own) or any(getattr(torch_optimizer, name, None) for name in of_all)
-
-
-profiler_enabled: Callable[[], bool] = getattr(
-    torch._C._autograd, "_profiler_enabled", lambda: True
-)
-"""Whether what runs is being profiled, by whichever of torch's profilers."""
-
-
-def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
-    """What torch makes of a class's `step`, left out where it has nothing to do.
-
-    It runs hooks and shows the step in profiles, which takes as long as three small operators.
-    """
-    hooked = Optimizer.profile_hook_step(func)
-
-    @wraps(func)
-    def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        profiled = not torch.compiler.is_compiling() and profiler_enabled()
-        shown = profiled or has_step_hooks(cast(Optimizer, args[0]))
-        return hooked(*args, **kwargs) if shown else func(*args, **kwargs)
-
-    return step
+    return bool(own) or any(_GLOBAL_STEP_HOOKS)
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,6 +70,40 @@ def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _DECORATED = getattr(use_grad_for_differentiable(lambda: None), "__code__", "no function")
+
+
+profiler_enabled: Callable[[], bool] = getattr(
+    torch._C._autograd, "_profiler_enabled", lambda: True
+)
+"""Whether what runs is being profiled, by whichever of torch's profilers."""
+
+_set_grad_enabled: Callable[[bool], object] = torch._C._set_grad_enabled
+
+
+def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What torch makes of a class's `step`, without what has nothing to do.
+
+    Torch runs hooks, shows the step in profiles and switches grad mode in a way that compilers
+    understand. Together this takes as long as five operators on a small tensor.
+    """
+    hooked, plain = Optimizer.profile_hook_step(func), plain_step(func)
+
+    @wraps(func)
+    def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        optimizer: Any = args[0]
+        compiling = torch.compiler.is_compiling()
+        if has_step_hooks(optimizer) or (not compiling and profiler_enabled()):
+            return hooked(*args, **kwargs)
+        if compiling or plain is func:  # (a subclass's own step may have another grad mode)
+            return func(*args, **kwargs)
+        before = torch.is_grad_enabled()
+        _set_grad_enabled(optimizer.defaults["differentiable"])
+        try:
+            return cast(_R, plain(*args, **kwargs))
+        finally:
+            _set_grad_enabled(before)
+
+    return step
 
 
 def is_wrapped_by_scheduler(step: Callable[..., Any]) -> bool:

@@ -97,6 +97,9 @@ def in_groups(
     Small tensors of one shape and dtype are stacked up to `BLOCK` elements: one call then costs
     what it would for one of them. Large ones go by pieces. Both stay in cache.
     """
+    if len(tensors) == 1:
+        _in_parts(tensors[0], act_, shape_of(tensors[0].shape))
+        return
     joins = len(tensors) > 1 and in_blocks(tensors[0]) and not torch.is_grad_enabled()
     alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
     for x in tensors:
