@@ -21,6 +21,7 @@ from rai_toolbox.constraints.kernels.norms import (
     fast_norm,
     least_and_most,
     norm,
+    row_norm,
     scale_dtype,
     sum_error,
     sums_fast,
@@ -44,12 +45,27 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
     if ndim == x.ndim - 1 and can_judge(x, epsilon):
+        is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
+        if is_row and _project_row_(x, epsilon):
+            return x
         factor = l2_ball_factor(x, epsilon)
         return x if factor is None else scale_(x, factor)
     length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
     radius = _inner_radius(epsilon, x, size, noise(size))
     return scale_(x, _factor(length, epsilon, radius))
+
+
+def _project_row_(x: Tensor, epsilon: Any) -> bool:
+    """Project a batch of one short row in few calls, if its dtype holds the factor."""
+    length = row_norm(x, 2)
+    if length <= epsilon:
+        return True
+    factor = _inner_radius(epsilon, x, x.numel(), noise(x.numel())) / length
+    is_held = length < math.inf and factor >= torch.finfo(scale_dtype(x)).smallest_normal
+    if is_held:
+        x.mul_(factor)
+    return bool(is_held)
 
 
 def l2_ball_factor(x: Tensor, epsilon: Any) -> Tensor | None:
