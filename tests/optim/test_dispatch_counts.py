@@ -89,6 +89,23 @@ def test_elementwise_transforms_of_many_tensors_add_few_operators(make, inner):
     assert added(640) - added(128) <= 512 / 8  # one for each tensor would be 512
 
 
+READ = "_local_scalar_dense"
+OF_ONE_ROW = {
+    "Param": [],
+    "ClampedParameter": ["clamp_"],
+    "Signed": ["sum", READ, "sign_"],
+    "L1Normed": ["abs", "sum", READ, "div_"],
+    "L2Normed": ["linalg_vector_norm", READ, "div_"],
+    "L2Projected": ["linalg_vector_norm", READ, "div_", "linalg_vector_norm", READ, "mul_"],
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_ROW)
+def test_one_small_row_takes_few_operators(name):
+    opt = WRAPPERS[name](tensors((1, 84)), lr=50.0)
+    assert [each for each in operators(opt) if each != "add_"] == OF_ONE_ROW[name]
+
+
 def test_projecting_many_tensors_adds_few_calls():
     def added(n):
         shapes = [(3, 2)] * n

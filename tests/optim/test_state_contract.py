@@ -9,9 +9,11 @@ from functools import partial
 
 import pytest
 import torch
+from bitwise import same_bits
 from engine_cases import FRANK_WOLFE, WITH_INNER, WRAPPERS, new_gradients, tensors
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
+from rai_toolbox.constraints import L2Ball
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedGradientOptimizer,
@@ -740,3 +742,35 @@ def test_the_state_holds_no_keys_but_parameters(make):
     opt = make(tensors(*SHAPES))
     run(opt, 0, 2)
     assert {id(p) for p in opt.state} <= {id(p) for p in parameters(opt)}
+
+
+# --- nothing that a step depends on is kept from the step before ---------------------------------
+
+EDITS = {
+    "ClampedParameter": {"clamp_min": -0.1, "clamp_max": 0.2},
+    "ClampedGradient": {"clamp_min": None, "clamp_max": -0.2},
+    "L1Normed": {"param_ndim": None, "div_by_zero_eps": 5.0},
+    "L2Projected": {"param_ndim": 0, "epsilon": 0.3, "div_by_zero_eps": 3.0},
+    "LinfProjected": {"epsilon": 0.1},
+    "TopQ": {"param_ndim": None, "q": 0.2},
+    "L1qNormed": {"param_ndim": 1, "q": 0.8, "grad_scale": 2.0, "grad_bias": 0.1},
+    "Projected": {"param_ndim": None, "constraint": L2Ball(0.2)},
+    "L2FrankWolfe": {"epsilon": 0.4, "param_ndim": None, "use_default_lr_schedule": False},
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 6), (5, 2)], ids=str)
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_settings_and_tensors_count_from_the_next_step_on(name, shape):
+    ours, fresh = (WRAPPERS[name](tensors((2, 3)), lr=0.5) for _ in range(2))
+    ours.step()
+    for opt in (ours, fresh):
+        (group,) = opt.param_groups
+        for param, new in zip(group["params"], tensors(shape, seed=1), strict=True):
+            param.grad, param.data = None, new.detach()
+            param.grad = new.grad
+            opt.state.pop(param, None)
+        group.update(EDITS[name])
+        opt.step()
+    assert same(ours, fresh)
+    assert same_bits([p.grad for p in parameters(ours)], [p.grad for p in parameters(fresh)])

@@ -166,6 +166,19 @@ def test_the_profiler_shows_one_step_by_the_name_of_the_wrapper(make):
     assert ranges == [f"Optimizer.step#{type(opt).__name__}.step"]
 
 
+@pytest.mark.parametrize("make", [WRAPPERS["Signed"], optim.FrankWolfe], ids=["wrapper", "own"])
+def test_a_step_without_hooks_takes_no_time_for_a_profile_that_nobody_makes(make, monkeypatch):
+    opt = make(tensors((3, 2)))
+    entered, record = [], torch.autograd.profiler.record_function
+    recording = lambda name: entered.append(name) or record(name)  # noqa: E731
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", recording)
+    opt.step()
+    assert entered == []
+    opt.register_step_pre_hook(lambda *_: None)
+    opt.step()
+    assert entered == [f"Optimizer.step#{type(opt).__name__}.step"]
+
+
 # --- a step of its own on an instance of the inner optimizer -----------------------------------
 
 

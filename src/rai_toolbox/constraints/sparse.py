@@ -83,11 +83,9 @@ def keep_largest_(rows: Tensor, k: int) -> Tensor:
 
 def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Integers in the order of magnitudes, with NaN on top; the `k`-th largest of each row."""
-    if rows.is_complex():
-        rows = rows.abs()
-    # The bits of a number without its sign, read as an integer, have the order of magnitudes.
-    integers = _INTEGERS[rows.element_size()]
-    order = rows.view(integers) & torch.iinfo(integers).max
+    # The bits of a magnitude, read as an integer, have the order of magnitudes.
+    sizes = rows.abs()
+    order = sizes.view(_INTEGERS[sizes.element_size()])
     return order, order.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 

@@ -113,7 +113,7 @@ class _CompiledStep:
         self._may_compile = False
         self._backend = _torch.lookup_backend(backend)
         # Hooks run outside the graph: what they do is not compiled in, and not done twice.
-        self._hooked_step = Optimizer.profile_hook_step(self._step)
+        self._hooked_step = _torch.profile_hook_step(self._step)
         self._eager_step = _torch.unhooked(type(optimizer).step)
         traced_step = _torch.plain_step(type(optimizer).step)
         self._graph_step = _torch.compile_apart(

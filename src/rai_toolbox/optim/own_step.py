@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import not_compiled, use_grad_for_differentiable
+from rai_toolbox._torch import not_compiled, profile_hook_step, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
 from rai_toolbox.checks import as_plain, check_finite
 from rai_toolbox.constraints.base import Constraint
@@ -25,6 +25,8 @@ class OwnStepOptimizer(Optimizer):
 
     _checks: ClassVar[Mapping[str, Callable[[str, Any], object]]] = {}
     """For each setting, a function of its name and value that raises if the value is wrong."""
+
+    profile_hook_step = staticmethod(profile_hook_step)
 
     def __init__(self, params: Params, arguments: Mapping[str, Any]) -> None:
         """`arguments` may be the `locals()` of a subclass's constructor."""

@@ -176,6 +176,10 @@ class Scale(_Elementwise):
 
     setting: Key
 
+    def is_active(self, group: Group) -> bool:
+        factor = group[self.setting]
+        return isinstance(factor, Tensor) or bool(factor != 1.0)
+
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         foreach.mul_(tensors, group[self.setting])
 

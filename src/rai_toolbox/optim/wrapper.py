@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox._torch import not_compiled
+from rai_toolbox._torch import not_compiled, profile_hook_step
 from rai_toolbox.checks import as_plain, wrong
 from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
 from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
@@ -39,6 +39,8 @@ class OptimizerWrapper(Optimizer):
 
     _prefix: str = ""
     """Goes before the names of state: the number of a chain's member, while its hook runs."""
+
+    profile_hook_step = staticmethod(profile_hook_step)
 
     def __init__(
         self,

@@ -103,6 +103,9 @@ def in_groups(
     of one dtype and length of rows. All stay in cache.
     """
     plain = in_blocks(tensors[0]) and not torch.is_grad_enabled()
+    if len(tensors) == 1 and not (plain and act_each_ and tensors[0].numel() > BLOCK // 2):
+        _in_parts(tensors[0], act_, shape_of(tensors[0].shape))
+        return
     joins = plain and len(tensors) > 1
     alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
     large = []
@@ -110,7 +113,7 @@ def in_groups(
         size = x.numel()
         if joins and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
             alike.setdefault((x.shape, x.dtype), []).append(x)
-        elif act_each_ is not None and plain and size > BLOCK // 2 and x.is_contiguous():
+        elif act_each_ and plain and size > BLOCK // 2 and x.is_contiguous() and in_blocks(x):
             large.append(view_or_copy(x, shape_of(x.shape))[0])
         else:
             _in_parts(x, act_, shape_of(x.shape))

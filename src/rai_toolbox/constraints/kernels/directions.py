@@ -12,13 +12,14 @@ from torch import Tensor
 from rai_toolbox import foreach
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import in_blocks, in_groups, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, in_groups, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norms,
     for_each,
     least_and_most,
     norm,
+    row_norm,
     scale_dtype,
     sums_fast,
     wide_norms,
@@ -69,13 +70,24 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
         normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
         return x
     if ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
-        normalize_each_([x], p, div_by_zero_eps)
+        is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
+        if not (is_row and _normalize_row_(x, p, div_by_zero_eps)):
+            normalize_each_([x], p, div_by_zero_eps)
         return x
     length = norm(readable(x), p, ndim)
     if is_sharded(x) and not torch.is_grad_enabled():
         _divide_(local_of(x), local_part(length, x), div_by_zero_eps)
         return x
     return _divide_(x, length, div_by_zero_eps)
+
+
+def _normalize_row_(x: Tensor, p: float, div_by_zero_eps: float) -> bool:
+    """Normalize a batch of one short row in few calls, if its dtype holds the norm."""
+    length, dtype = row_norm(x, p), scale_dtype(x)
+    is_held = max(div_by_zero_eps, LEAST[dtype]) < length <= torch.finfo(dtype).max
+    if is_held:
+        x.div_(length)
+    return bool(is_held)
 
 
 def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> None:

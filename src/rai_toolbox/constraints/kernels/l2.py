@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
     can_judge,
     in_blocks,
     needs_grad,
@@ -22,6 +23,7 @@ from rai_toolbox.constraints.kernels.norms import (
     for_each,
     least_and_most,
     norm,
+    row_norm,
     scale_dtype,
     sum_error,
     sums_fast,
@@ -44,12 +46,26 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
     if ndim == x.ndim - 1 and can_judge(x, epsilon):
-        project_l2_each_([x], epsilon)
+        is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
+        if not (is_row and _project_row_(x, epsilon)):
+            project_l2_each_([x], epsilon)
         return x
     length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
     radius = _inner_radius(epsilon, x, size, noise(size))
     return scale_(x, _factor(length, epsilon, radius))
+
+
+def _project_row_(x: Tensor, epsilon: Any) -> bool:
+    """Project a batch of one short row in few calls, if its dtype holds the factor."""
+    length = row_norm(x, 2)
+    if length <= epsilon:
+        return True
+    factor = _inner_radius(epsilon, x, x.numel(), noise(x.numel())) / length
+    is_held = length < math.inf and factor >= torch.finfo(scale_dtype(x)).smallest_normal
+    if is_held:
+        x.mul_(factor)
+    return bool(is_held)
 
 
 def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:

@@ -57,6 +57,14 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     return lengths if dim < split else _wide_norm(lengths, p, dims)
 
 
+def row_norm(x: Tensor, p: float) -> float:
+    """The p-norm of a plain batch of one short row; in two calls, mostly."""
+    if x.dtype == torch.float32 and p in (1, 2):
+        total = vector_norm(x, dtype=torch.float64) if p == 2 else x.abs().sum(dtype=torch.float64)
+        return total.item()
+    return norm(x, p, x.ndim - 1).item()
+
+
 def sums_fast(x: Tensor, chunk: int) -> bool:
     """Whether `fast_norms` takes a batch (N, ...): a large one of real numbers, on the CPU.
 
