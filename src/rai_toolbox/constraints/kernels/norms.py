@@ -98,9 +98,10 @@ def wide_norms(batches: list[Tensor], p: float) -> Tensor:
     if p != 2 or x.dtype != torch.float32 or not is_large:
         return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
     height = BLOCK // size
-    memory = x.new_empty(height, size, dtype=torch.float64)  # one, because it is slow to touch
-    parts = (part for x in batches for part in x.reshape(-1, size).split(height))
-    return torch.cat([vector_norm(memory[: len(part)].copy_(part), 2, 1) for part in parts])
+    memory = x.new_empty(height * size, dtype=torch.float64)  # one, because it is slow to touch
+    parts = (part for x in batches for part in x.split(height))
+    wide = (memory[: part.numel()].view(part.shape).copy_(part) for part in parts)
+    return torch.cat([vector_norm(part, 2, tuple(range(1, part.ndim))) for part in wide])
 
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
