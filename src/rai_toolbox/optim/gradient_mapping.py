@@ -32,6 +32,7 @@ from rai_toolbox.constraints.kernels.norms import (
     for_each,
     least_and_most,
     scale_dtype,
+    sum_error,
     sums_fast,
     wide_norms,
 )
@@ -146,8 +147,11 @@ class GradientMapping(OfSet):
             return True
         if factor is NotImplemented:
             return False
-        pulls = for_each(((1 - factor) / (sign * e)).float(), xs)
-        shares = for_each((factor if ms is None else factor - 1).float(), xs)
+        # (norms of x and m are off by `sum_error`, that of y, which is the shorter one, by more)
+        size = xs[0].shape[1:].numel()
+        beyond = _beyond(factor, 4 * sum_error(min(size, EXACT_CHUNK)) / (1 - reach) ** 2)
+        pulls = for_each((beyond / (sign * e)).float(), xs)
+        shares = for_each((1 - beyond if ms is None else -beyond).float(), xs)
         for grad, x, m, pull, share in zip(grads, xs, ms or grads, pulls, shares, strict=True):
             _ = grad.mul_(share) if ms is None else grad.addcmul_(m, share)
             grad.addcmul_(x, pull)
@@ -188,12 +192,13 @@ class GradientMapping(OfSet):
         if constraint._dims is None and can_judge(y):
             fast = sums_fast(y, EXACT_CHUNK)
             length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], 2)
+            error = sum_error(EXACT_CHUNK) if fast else 0.0
             factor = constraint._scaling(length, y)
         if factor is NotImplemented:
             pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
             return grad.add_(pushed_back, alpha=alpha)
         if factor is not None:  # else all of y is in the set
-            grad.addcmul_(y, for_each(1 - factor, [y])[0].to(dtype) / e, value=alpha)
+            grad.addcmul_(y, for_each(_beyond(factor, error), [y])[0].to(dtype) / e, value=alpha)
         return grad
 
     def init_state(self, group: Group, optimizer: OptimizerWrapper) -> None:  # noqa: D102
@@ -321,6 +326,12 @@ def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float)
     averages = None if m is None or m is gradient else [m.contiguous()]
     found = _row_steps([x], [gradient], averages, reach)
     return None if found is None else for_each(found[0].to(x.dtype), [x])[0]
+
+
+def _beyond(factor: Tensor, error: float) -> Tensor:
+    """``1 - factor``; 0 for rows that are outside by less than an error, as they may be inside."""
+    beyond = 1 - factor
+    return beyond.masked_fill_(beyond.abs() <= error, 0.0)
 
 
 def _row_steps(

@@ -6,6 +6,8 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -43,13 +45,22 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
+    elif len(tensors) == 1 and tensors[0].numel() <= BLOCK and in_blocks(tensors[0]):
+        _sign_known_(tensors[0])  # as below, in fewer calls
     elif in_blocks(tensors[0]):
-        in_groups(tensors, lambda x: _sign_real_([x]))
+        in_groups(tensors, _sign_known_)
     else:
-        _sign_real_(tensors)
+        _sign_any_(tensors)
 
 
-def _sign_real_(tensors: list[Tensor]) -> None:
+def _sign_known_(x: Tensor) -> None:
+    if isfinite(x.sum().item()):  # else there may be a NaN, which `torch.sign` would hide
+        x.sign_()
+    else:
+        _sign_any_([x])
+
+
+def _sign_any_(tensors: list[Tensor]) -> None:
     # two factors lift even the smallest subnormal number of any dtype beyond 1
     largest = torch.finfo(tensors[0].dtype).max
     foreach.mul_(tensors, largest)
