@@ -277,7 +277,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     @property
     def eval(self) -> Callable[[], None]:
-        """The method of a schedule-free `inner_opt` that starts evaluation, inside the sets, too."""
+        """The method of a schedule-free `inner_opt` that starts evaluation, also in the sets."""
         return partial(self._switch, self.inner_opt.eval)  # type: ignore[attr-defined]
 
     @torch.no_grad()
