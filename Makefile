@@ -48,11 +48,11 @@ clean:  ## remove all that was made, but for the environment (.venv)
 	rm -rf out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment is renewed whenever what it is made of changes.
+# The environment is renewed whenever what it is made of changes. (pip < 25.1 has no --group.)
 .venv/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(PIP) "pip>=25.1"  # older ones have no --group
+	$(PIP) "pip>=25.1"
 	$(PIP) -e ".[demo]" --group dev
 	@touch $@
 

@@ -6,9 +6,12 @@ The examples are run as doctests.
 import inspect
 import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+SOURCES = (Path(__file__).parents[1] / "docs" / "api" / "sources.md").read_text(encoding="utf-8")
+LISTED = re.findall(r"^- ([^,(]+?)(?:,[^(]*)? \((\d{4})\)", SOURCES, re.M)  # first author, year
 MODULES = ["rai_toolbox.constraints", "rai_toolbox.optim", "rai_toolbox.perturbations"]
 OBJECTS = {
     name: getattr(import_module(m), name) for m in MODULES for name in import_module(m).__all__
@@ -30,8 +33,17 @@ NO_ERRORS = {
 NO_SOURCE = {
     *RESULTS,
     *WARNINGS,
-    # the closed forms of their projections follow from the definitions
-    *("Box", "NonNegative", "LinfBall", "L2Ball", "MaxNorm", "MinMaxNorm", "UnitNorm"),
+    # their projections follow from the definitions
+    *(
+        "Box",
+        "BoundedBall",
+        "NonNegative",
+        "LinfBall",
+        "L2Ball",
+        "MaxNorm",
+        "MinMaxNorm",
+        "UnitNorm",
+    ),
     *("Constraint", "Masked", "Projected", "PerturbationModel"),  # act by other sets and models
     *("ParamTransformingOptimizer", "ChainedParamTransformingOptimizer"),  # likewise
     "Transport",  # refers to Birkhoff
@@ -53,6 +65,11 @@ SECTION = re.compile(r"^(\w[\w ]+)\n-{3,}$", re.M)
 def sections(name: str) -> dict[str, str]:
     parts = SECTION.split(inspect.getdoc(OBJECTS[name]) or "")
     return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def prose(name: str) -> str:
+    """All but the examples, on one line."""
+    return " ".join(" ".join(v for k, v in sections(name).items() if k != "Examples").split())
 
 
 def tensors(text: str) -> list[str]:
@@ -80,7 +97,7 @@ def test_errors(name):
 def test_nothing_else_is_exempt():
     assert (NO_EXAMPLE | NO_ERRORS | NO_SOURCE) <= set(OBJECTS)
     assert not any("Raises" in sections(name) for name in NO_ERRORS)
-    assert not any(YEAR.search(inspect.getdoc(OBJECTS[name])) for name in NO_SOURCE)
+    assert not any(YEAR.search(prose(name)) for name in NO_SOURCE)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTS))
@@ -100,4 +117,12 @@ def test_optimizers_say_which_shapes_they_see(name):
 
 @pytest.mark.parametrize("name", sorted(set(OBJECTS) - NO_SOURCE))
 def test_source(name):
-    assert YEAR.search(inspect.getdoc(OBJECTS[name]))
+    assert YEAR.search(prose(name))
+
+
+@pytest.mark.parametrize("name", sorted(set(OBJECTS) - NO_SOURCE))
+def test_sources_are_listed_with_their_titles(name):
+    text = prose(name)
+    for found in YEAR.finditer(text):
+        before = text[max(0, found.start() - 100) : found.start()]
+        assert any(author in before for author, year in LISTED if year == found[0]), before

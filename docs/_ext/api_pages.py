@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from set_pictures import PICTURES, draw
+from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 MODULES = (
@@ -19,6 +20,14 @@ MODULES = (
 NAMES = {name: f"{module}.{name}" for module in MODULES for name in import_module(module).__all__}
 COMMANDS = ("demo", "evaluate")
 GENERATED = "api/generated"
+DEFAULTS = {
+    "=REQUIRED": "",
+    "=TINY": "=1.18e-38",
+    "=MUON": "=Scion.MUON",
+    "=default_generator": "=torch.default_generator",
+    "=<factory>": "={}",
+}
+LOG = logging.getLogger(__name__)
 
 
 def write_pictures_and_help(app):
@@ -35,8 +44,12 @@ def write_pictures_and_help(app):
 
 
 def clean_signature(app, what, name, obj, options, signature, returned):
-    """Show settings that must be given as arguments without a default."""
-    return signature and signature.replace("=REQUIRED", "").replace("=TINY", "=1.18e-38"), None
+    """Show defaults as a caller writes them, and none for settings that must be given."""
+    for default, shown in DEFAULTS.items():
+        signature = signature and signature.replace(default, shown)
+    if signature and re.search("<|REQUIRED", signature):
+        LOG.warning("the signature of %s has a default that is no code: %s", name, signature)
+    return signature, None
 
 
 def public_bases(app, name, obj, options, bases):

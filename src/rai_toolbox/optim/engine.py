@@ -277,7 +277,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     @property
     def eval(self) -> Callable[[], None]:
-        """The same for evaluation. The parameters are then in their sets, too."""
+        """The method of a schedule-free `inner_opt` that starts evaluation, also in the sets."""
         return partial(self._switch, self.inner_opt.eval)  # type: ignore[attr-defined]
 
     @torch.no_grad()
