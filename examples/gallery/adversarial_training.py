@@ -3,8 +3,9 @@ Adversarial training
 ====================
 
 A net becomes robust by training on the data that it classifies worst:
-:py:func:`~rai_toolbox.perturbations.attack` in the training loop. The attack leaves no trace in
-the net, neither gradients nor another mode, so the loop is any loop with one more line.
+:py:func:`~rai_toolbox.perturbations.attack` in the training loop. The attack
+leaves no trace in the net, neither gradients nor another mode, so the loop is
+any loop with one more line.
 """
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,9 @@ def train(robust, epochs=15):
 test = [(images[1500:], labels[1500:])]
 balls = [LinfBall(r) for r in (0.025, 0.05, 0.1, 0.15)]
 reports = {
-    name: evaluate_robustness(train(robust), test, balls=balls, steps=30, progress=False)
+    name: evaluate_robustness(
+        train(robust), test, balls=balls, steps=30, progress=False
+    )
     for name, robust in [("plain", False), ("robust", True)]
 }
 for name, report in reports.items():
@@ -57,7 +60,12 @@ for name, report in reports.items():
 plt.figure(figsize=(6, 3.5), layout="constrained")
 for name, report in reports.items():
     accuracies = [report.clean_accuracy, *map(report.robust_accuracy, balls)]
-    plt.plot([0, *(b.epsilon for b in balls)], accuracies, ".-", label=f"{name} training")
+    plt.plot(
+        [0, *(b.epsilon for b in balls)],
+        accuracies,
+        ".-",
+        label=f"{name} training",
+    )
 plt.xlabel("radius of the Linf ball")
 plt.ylabel("accuracy")
 plt.ylim(0, 1)

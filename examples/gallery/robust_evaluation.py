@@ -2,11 +2,12 @@
 Robust accuracy of a Hugging Face style model
 =============================================
 
-Models of Transformers return an object with ``logits``, take normalized images, and come with
-loaders whose batches are dicts. :py:func:`~rai_toolbox.perturbations.evaluate_robustness` accepts
-all of that: :py:func:`~rai_toolbox.perturbations.classifier` moves the normalization into the
-model, so that balls and the range are those of images in [0, 1], and ``keys`` names the entries of
-a batch.
+Models of Transformers return an object with ``logits``, take normalized images,
+and come with loaders whose batches are dicts.
+:py:func:`~rai_toolbox.perturbations.evaluate_robustness` accepts all of that:
+:py:func:`~rai_toolbox.perturbations.classifier` moves the normalization into
+the model, so that balls and the range are those of images in [0, 1], and
+``keys`` names the entries of a batch.
 """
 
 from dataclasses import dataclass
@@ -54,11 +55,14 @@ for _ in range(10):
         adam.step()
 
 # %%
-# The model is still in training mode, with dropout; the evaluation puts it in eval mode and back.
+# The model is still in training mode, with dropout; the evaluation puts it in
+# eval mode and back.
 
 batches = [
     {"pixel_values": x, "labels": y}
-    for x, y in zip(pixels[1500:].split(100), labels[1500:].split(100), strict=True)
+    for x, y in zip(
+        pixels[1500:].split(100), labels[1500:].split(100), strict=True
+    )
 ]
 report = evaluate_robustness(
     classifier(model, mean=mean, std=std),
@@ -72,14 +76,17 @@ print(report)
 print("in training mode again:", model.training)
 
 # %%
-# The bands are intervals of 95 %. ``report.plot()`` makes a figure for a report, which shows the
-# perturbed images, too. Robust accuracy is an upper bound: a stronger attack can only lower it.
+# The bands are intervals of 95 %. ``report.plot()`` makes a figure for a
+# report, which shows the perturbed images, too. Robust accuracy is an upper
+# bound: a stronger attack can only lower it.
 
 plt.figure(figsize=(6, 3.5), layout="constrained")
 for norm in ("Linf", "L2"):
     rows = [row for row in report.rows() if row.norm == norm]
     radii = [row.epsilon for row in rows]
-    plt.fill_between(radii, [row.low for row in rows], [row.high for row in rows], alpha=0.2)
+    plt.fill_between(
+        radii, [row.low for row in rows], [row.high for row in rows], alpha=0.2
+    )
     plt.plot(radii, [row.robust_accuracy for row in rows], ".-", label=norm)
 plt.axhline(report.clean_accuracy, color="gray", linestyle="--", label="clean")
 plt.xlabel("radius")
