@@ -2,10 +2,10 @@
 A physical fit inside bounds
 ============================
 
-Fit a damped oscillation whose decay is not negative and whose frequency is in a
-known range. The parameters have different units;
-:py:class:`~rai_toolbox.optim.ProjectedLBFGS` needs a few dozen evaluations, and
-finds the solution of scipy's method for least squares in bounds.
+Fit a damped oscillation whose decay is not negative and whose frequency is in a known
+range. The parameters have different units;
+:py:class:`~rai_toolbox.optim.ProjectedLBFGS` needs a few dozen evaluations, and finds
+the solution of scipy's method for least squares in bounds.
 """
 
 import matplotlib.pyplot as plt

@@ -2,10 +2,10 @@
 A monotone calibration curve
 ============================
 
-From a score to a probability that never decreases: one height for each score,
-with the heights in the set :py:class:`~rai_toolbox.constraints.Monotone`. With
-a squared loss this is isotonic regression, for which scikit-learn has a special
-algorithm. Here the loss could be any other.
+From a score to a probability that never decreases: one height for each score, with the
+heights in the set :py:class:`~rai_toolbox.constraints.Monotone`. With a squared loss
+this is isotonic regression, for which scikit-learn has a special algorithm. Here the
+loss could be any other.
 """
 
 import matplotlib.pyplot as plt
@@ -22,9 +22,7 @@ scores, place = torch.tensor(-features[:, 1]).unique(
 )  # minus the texture
 target = torch.tensor(healthy).double()
 
-heights = torch.full(
-    (len(scores),), 0.5, dtype=torch.float64, requires_grad=True
-)
+heights = torch.full((len(scores),), 0.5, dtype=torch.float64, requires_grad=True)
 optim = ProjectedOptimizer(
     [heights], torch.optim.Adam, lr=0.1, constraint=Monotone(), param_ndim=None
 )
@@ -35,9 +33,7 @@ for _ in range(400):
     optim.step()
     schedule.step()
 
-isotonic = torch.tensor(
-    IsotonicRegression().fit_transform(scores[place], target)
-)
+isotonic = torch.tensor(IsotonicRegression().fit_transform(scores[place], target))
 difference = (heights[place] - isotonic).abs().max().item()
 print(f"largest difference from scikit-learn: {difference:.1e}")
 print("violation:", optim.violation()[0].item())
@@ -52,9 +48,7 @@ plt.plot(
     alpha=0.3,
     label="data",
 )
-plt.step(
-    scores, heights.detach(), where="mid", color="black", label="P(healthy)"
-)
+plt.step(scores, heights.detach(), where="mid", color="black", label="P(healthy)")
 plt.xlabel("minus the texture")
 plt.legend()
 plt.show()

@@ -2,10 +2,10 @@
 Why Adam needs the gradient mapping
 ===================================
 
-Minimize a quadratic over an L1 ball in two dimensions. "Take a step of Adam,
-then project" stops at a wrong point: Adam scales the gradient elementwise, and
-the ball couples the elements. :py:class:`~rai_toolbox.optim.ProjectedOptimizer`
-gives Adam the gradient mapping instead, and ends at the solution.
+Minimize a quadratic over an L1 ball in two dimensions. "Take a step of Adam, then
+project" stops at a wrong point: Adam scales the gradient elementwise, and the ball
+couples the elements. :py:class:`~rai_toolbox.optim.ProjectedOptimizer` gives Adam the
+gradient mapping instead, and ends at the solution.
 """
 
 import matplotlib.pyplot as plt
@@ -27,12 +27,7 @@ def path(**settings):
     """All points of 300 steps of Adam, and the residual at the last one."""
     x = torch.tensor([-0.5, -0.1], requires_grad=True)
     optim = ProjectedOptimizer(
-        [x],
-        torch.optim.Adam,
-        lr=0.05,
-        constraint=ball,
-        param_ndim=None,
-        **settings,
+        [x], torch.optim.Adam, lr=0.05, constraint=ball, param_ndim=None, **settings
     )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.99)
     points = [x.detach().clone()]
@@ -47,16 +42,13 @@ def path(**settings):
 
 
 # %%
-# :py:meth:`~rai_toolbox.optim.ProjectedOptimizer.kkt_residual` is 0 exactly at
-# the stationary points, so it tells the two runs apart without knowing the
-# solution.
+# :py:meth:`~rai_toolbox.optim.ProjectedOptimizer.kkt_residual` is 0 exactly at the
+# stationary points, so it tells the two runs apart without knowing the solution.
 
 mapped, residual = path()
 plain, plain_residual = path(gradient_mapping=False)
 print(f"gradient mapping: loss {loss(mapped[-1]):.4f}, residual {residual:.1e}")
-print(
-    f"step and project: loss {loss(plain[-1]):.4f}, residual {plain_residual:.1e}"
-)
+print(f"step and project: loss {loss(plain[-1]):.4f}, residual {plain_residual:.1e}")
 
 # %%
 

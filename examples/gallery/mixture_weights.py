@@ -2,11 +2,11 @@
 Weights of a mixture
 ====================
 
-How frequent is each digit in new data, if the frequencies differ from those of
-the training data? With the likelihood ``p(x | k)`` of an image given digit k,
-the shares w maximize ``sum_i log(sum_k w_k p(x_i | k))`` over the
-:py:class:`~rai_toolbox.constraints.Simplex`. Only four of the digits occur in
-the new data here.
+How frequent is each digit in new data, if the frequencies differ from those of the
+training data? With the likelihood ``p(x | k)`` of an image given digit k, the shares w
+maximize ``sum_i log(sum_k w_k p(x_i | k))`` over the
+:py:class:`~rai_toolbox.constraints.Simplex`. Only four of the digits occur in the new
+data here.
 """
 
 import matplotlib.pyplot as plt
@@ -19,12 +19,8 @@ from rai_toolbox.optim import ProjectedOptimizer
 
 images, digits = (torch.tensor(array) for array in load_digits(return_X_y=True))
 new = 900 + torch.isin(digits[900:], torch.tensor([0, 1, 3, 8])).nonzero()[:, 0]
-classifier = LogisticRegression().fit(
-    images[:900].numpy() / 16, digits[:900].numpy()
-)
-posterior = torch.tensor(
-    classifier.predict_proba(images[new].numpy() / 16)
-).double()
+classifier = LogisticRegression().fit(images[:900].numpy() / 16, digits[:900].numpy())
+posterior = torch.tensor(classifier.predict_proba(images[new].numpy() / 16)).double()
 likelihood = posterior / (
     digits[:900].bincount() / 900
 )  # up to a factor for each image
@@ -42,9 +38,9 @@ for _ in range(400):
     schedule.step()
 
 # %%
-# The result agrees with that of the EM algorithm (Saerens, Latinne and
-# Decaestecker, 2002), and is exactly 0 for the digits that do not occur.
-# Counting the predictions of the classifier is farther from the truth.
+# The result agrees with that of the EM algorithm (Saerens, Latinne and Decaestecker,
+# 2002), and is exactly 0 for the digits that do not occur. Counting the predictions of
+# the classifier is farther from the truth.
 
 em = torch.full((10,), 0.1, dtype=torch.float64)
 for _ in range(5000):
@@ -53,9 +49,7 @@ for _ in range(5000):
 truth = digits[new].bincount(minlength=10) / len(new)
 counted = posterior.argmax(1).bincount(minlength=10) / len(new)
 shares = shares.detach()
-print(
-    f"residual {residual:.1e}, difference from EM {(shares - em).abs().max():.1e}"
-)
+print(f"residual {residual:.1e}, difference from EM {(shares - em).abs().max():.1e}")
 print("digits with a share above 0:", shares.nonzero().flatten().tolist())
 print(f"distance from the truth: {(shares - truth).abs().sum():.3f}")
 print(f"of counted predictions:  {(counted - truth).abs().sum():.3f}")

@@ -2,9 +2,9 @@
 Non-negative matrix factorization
 =================================
 
-Parts that compose all digits: non-negative W and H of rank 4 that minimize ``|X
-- W H|^2 / 2``. The problem is not convex, so five starting points are solved as
-one batch, and scikit-learn starts from the same ones.
+Parts that compose all digits: non-negative W and H of rank 4 that minimize ``|X - W
+H|^2 / 2``. The problem is not convex, so five starting points are solved as one batch,
+and scikit-learn starts from the same ones.
 """
 
 import matplotlib.pyplot as plt
@@ -26,11 +26,7 @@ starts = [
 ]
 
 optim = ProjectedOptimizer(
-    [W, H],
-    torch.optim.Adam,
-    lr=0.1,
-    betas=(0.9, 0.99),
-    constraint=NonNegative(),
+    [W, H], torch.optim.Adam, lr=0.1, betas=(0.9, 0.99), constraint=NonNegative()
 )
 schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.03 ** (1 / 500))
 for _ in range(500):
@@ -41,8 +37,8 @@ for _ in range(500):
     schedule.step()
 
 # %%
-# Each start converges to one of two local minima, in both packages, though not
-# always to the same one. The best of five agree.
+# Each start converges to one of two local minima, in both packages, though not always
+# to the same one. The best of five agree.
 
 theirs = []
 for w, h in starts:

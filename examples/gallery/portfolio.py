@@ -2,11 +2,10 @@
 A portfolio with a budget
 =========================
 
-Minimize the variance of a portfolio minus its expected return, with weights
-that sum to 1 and at most 20 % in each asset: a
-:py:class:`~rai_toolbox.constraints.BoxSection`.
-:py:class:`~rai_toolbox.optim.ProjectedLBFGS` solves it to many digits; SLSQP of
-scipy finds the same portfolios.
+Minimize the variance of a portfolio minus its expected return, with weights that sum to
+1 and at most 20 % in each asset: a :py:class:`~rai_toolbox.constraints.BoxSection`.
+:py:class:`~rai_toolbox.optim.ProjectedLBFGS` solves it to many digits; SLSQP of scipy
+finds the same portfolios.
 """
 
 import matplotlib.pyplot as plt
@@ -18,12 +17,8 @@ from rai_toolbox.optim import ProjectedLBFGS
 
 torch.manual_seed(0)
 factors = torch.randn(20, 4, dtype=torch.float64) * 0.1
-covariance = factors @ factors.T + torch.diag(
-    torch.linspace(0.01, 0.06, 20).double()
-)
-returns = (
-    torch.linspace(0.02, 0.12, 20).double() + 0.02 * torch.randn(20).double()
-)
+covariance = factors @ factors.T + torch.diag(torch.linspace(0.01, 0.06, 20).double())
+returns = torch.linspace(0.02, 0.12, 20).double() + 0.02 * torch.randn(20).double()
 budget = BoxSection(weight=1.0, total=1.0, lower=0.0, upper=0.2)
 
 
@@ -33,9 +28,7 @@ def objective(w, appetite):
 
 def solve(appetite):
     w = torch.full((20,), 1 / 20, dtype=torch.float64, requires_grad=True)
-    optim = ProjectedLBFGS(
-        [w], constraint=budget, param_ndim=None, max_iter=200
-    )
+    optim = ProjectedLBFGS([w], constraint=budget, param_ndim=None, max_iter=200)
 
     def closure():
         optim.zero_grad()
@@ -48,8 +41,7 @@ def solve(appetite):
 
 
 # %%
-# One portfolio for each appetite for return. scipy's solution is not lower than
-# ours.
+# One portfolio for each appetite for return. scipy's solution is not lower than ours.
 
 appetites = torch.linspace(0, 0.5, 9).tolist()
 weights = torch.stack([solve(appetite) for appetite in appetites])
@@ -68,9 +60,7 @@ for w, appetite in zip(weights, appetites, strict=True):
     )
     differences.append(objective(w, appetite).item() - theirs.fun)
 violations = budget.violation(weights)
-print(
-    f"objective minus scipy's: {min(differences):.1e} to {max(differences):.1e}"
-)
+print(f"objective minus scipy's: {min(differences):.1e} to {max(differences):.1e}")
 print(f"sums: {weights.sum(1).min():.12f} to {weights.sum(1).max():.12f}")
 print("assets at 0 %:", (weights == 0).sum(1).tolist())
 print("assets at 20 %:", (weights == 0.2).sum(1).tolist())

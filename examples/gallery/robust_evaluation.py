@@ -2,12 +2,12 @@
 Robust accuracy of a Hugging Face style model
 =============================================
 
-Models of Transformers return an object with ``logits``, take normalized images,
-and come with loaders whose batches are dicts.
+Models of Transformers return an object with ``logits``, take normalized images, and
+come with loaders whose batches are dicts.
 :py:func:`~rai_toolbox.perturbations.evaluate_robustness` accepts all of that:
-:py:func:`~rai_toolbox.perturbations.classifier` moves the normalization into
-the model, so that balls and the range are those of images in [0, 1], and
-``keys`` names the entries of a batch.
+:py:func:`~rai_toolbox.perturbations.classifier` moves the normalization into the model,
+so that balls and the range are those of images in [0, 1], and ``keys`` names the
+entries of a batch.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,14 @@ class DigitsForImageClassification(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(256, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 3),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(256, 10),
+        )
 
     def forward(self, pixel_values):
         return ImageClassifierOutput(logits=self.net(pixel_values))
@@ -55,14 +60,12 @@ for _ in range(10):
         adam.step()
 
 # %%
-# The model is still in training mode, with dropout; the evaluation puts it in
-# eval mode and back.
+# The model is still in training mode, with dropout; the evaluation puts it in eval mode
+# and back.
 
 batches = [
     {"pixel_values": x, "labels": y}
-    for x, y in zip(
-        pixels[1500:].split(100), labels[1500:].split(100), strict=True
-    )
+    for x, y in zip(pixels[1500:].split(100), labels[1500:].split(100), strict=True)
 ]
 report = evaluate_robustness(
     classifier(model, mean=mean, std=std),
@@ -76,9 +79,9 @@ print(report)
 print("in training mode again:", model.training)
 
 # %%
-# The bands are intervals of 95 %. ``report.plot()`` makes a figure for a
-# report, which shows the perturbed images, too. Robust accuracy is an upper
-# bound: a stronger attack can only lower it.
+# The bands are intervals of 95 %. ``report.plot()`` makes a figure for a report, which
+# shows the perturbed images, too. Robust accuracy is an upper bound: a stronger attack
+# can only lower it.
 
 plt.figure(figsize=(6, 3.5), layout="constrained")
 for norm in ("Linf", "L2"):

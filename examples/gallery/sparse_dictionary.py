@@ -2,9 +2,9 @@
 A sparse autoencoder with a dictionary of unit vectors
 ======================================================
 
-A sparse autoencoder could decrease its codes, and the penalty on them, by
-increasing the weights of the decoder. So each column of the decoder, one atom
-of the dictionary, has norm 1: :py:class:`~rai_toolbox.constraints.UnitNorm`.
+A sparse autoencoder could decrease its codes, and the penalty on them, by increasing
+the weights of the decoder. So each column of the decoder, one atom of the dictionary,
+has norm 1: :py:class:`~rai_toolbox.constraints.UnitNorm`.
 """
 
 import matplotlib.pyplot as plt
@@ -19,13 +19,11 @@ torch.manual_seed(0)
 images = (
     torch.tensor(load_digits().data).float() / 16
 )  # 1797 images of 8 x 8 pixels in [0, 1]
-model = nn.ModuleDict(
-    {"encoder": nn.Linear(64, 128), "decoder": nn.Linear(128, 64)}
-)
+model = nn.ModuleDict({"encoder": nn.Linear(64, 128), "decoder": nn.Linear(128, 64)})
 
 # %%
-# :py:func:`~rai_toolbox.optim.constrain` finds the parameter by its name and
-# leaves the others unconstrained. ``dim=0`` selects columns.
+# :py:func:`~rai_toolbox.optim.constrain` finds the parameter by its name and leaves the
+# others unconstrained. ``dim=0`` selects columns.
 
 groups = constrain(model, {"decoder.weight": UnitNorm(dim=0)})
 optim = ProjectedOptimizer(groups, torch.optim.Adam, lr=0.01)
@@ -42,9 +40,7 @@ for _ in range(20):
         violations.append(optim.violation()[0].item())
 
 norms = model["decoder"].weight.detach().norm(dim=0)
-print(
-    f"squared error per image: {errors[0]:.2f} -> {sum(errors[-15:]) / 15:.2f}"
-)
+print(f"squared error per image: {errors[0]:.2f} -> {sum(errors[-15:]) / 15:.2f}")
 print(f"norms of the atoms: {norms.min():.6f} to {norms.max():.6f}")
 print(f"largest violation in {len(violations)} steps: {max(violations)}")
 

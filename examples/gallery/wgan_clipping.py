@@ -2,10 +2,10 @@
 Clipping the critic of a Wasserstein GAN
 ========================================
 
-Clipping its weights makes the critic of a Wasserstein GAN (Arjovsky, Chintala
-and Bottou, 2017) Lipschitz. Clipping the scale of a normalization layer to the
-same bounds would nearly disable the layer: ``skip_bias_and_norm=True`` leaves
-normalization layers and biases unconstrained.
+Clipping its weights makes the critic of a Wasserstein GAN (Arjovsky, Chintala and
+Bottou, 2017) Lipschitz. Clipping the scale of a normalization layer to the same bounds
+would nearly disable the layer: ``skip_bias_and_norm=True`` leaves normalization layers
+and biases unconstrained.
 """
 
 import matplotlib.pyplot as plt
@@ -22,11 +22,7 @@ critic = nn.Sequential(
     nn.Linear(64, 128), nn.LayerNorm(128), nn.LeakyReLU(0.2), nn.Linear(128, 1)
 )
 generator = nn.Sequential(
-    nn.Linear(16, 128),
-    nn.BatchNorm1d(128),
-    nn.ReLU(),
-    nn.Linear(128, 64),
-    nn.Sigmoid(),
+    nn.Linear(16, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64), nn.Sigmoid()
 )
 groups = constrain(critic, {"*": Box(-0.05, 0.05)}, skip_bias_and_norm=True)
 for group in groups:
@@ -51,15 +47,13 @@ for step in range(2000):
         (-critic(fake).mean()).backward()
         of_generator.step()
 
-largest = {
-    name: p.detach().abs().max().item() for name, p in critic.named_parameters()
-}
+largest = {name: p.detach().abs().max().item() for name, p in critic.named_parameters()}
 for name, value in largest.items():
     print(f"{name}: largest magnitude {value:.4f}")
 
 # %%
-# The estimate of the Wasserstein distance over the steps of the critic, and
-# generated digits:
+# The estimate of the Wasserstein distance over the steps of the critic, and generated
+# digits:
 
 figure = plt.figure(figsize=(8, 3), layout="constrained")
 left, right = figure.subfigures(1, 2)
