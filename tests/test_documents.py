@@ -172,7 +172,9 @@ def test_every_prose_page_links_to_the_api(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
     api_links = pytest.importorskip("api_links")
     for path in (ROOT / "docs").glob("*.md"):
-        text = "".join(re.split(r"(?ms)^```.*?^```", path.read_text(encoding="utf-8")))
+        text = "".join(
+            re.split(r"(?ms)^```(?:py|console).*?^```", path.read_text(encoding="utf-8"))
+        )
         found = [code for code in re.findall(r"`([^`\n]+)`", text) if api_links.target(code)]
         assert found or path.name in NO_PROSE, f"{path.name} names no public object in its prose"
 
