@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NO_PROSE = {"changelog.md", "api.md"}  # what others say, and what links lead to
+NO_PROSE = {"changelog.md", "api.md", "support.md"}  # lists, and what links lead to
 TAUGHT_BY_EXAMPLE = ["README.md", "CONTRIBUTING.md"]
 DOCUMENTS = TAUGHT_BY_EXAMPLE + sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")
