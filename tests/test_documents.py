@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NO_PROSE = {"changelog.md", "api.md", "support.md"}  # lists, and what links lead to
 TAUGHT_BY_EXAMPLE = ["README.md", "CONTRIBUTING.md"]
 DOCUMENTS = TAUGHT_BY_EXAMPLE + sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")
@@ -165,3 +166,20 @@ def test_all_examples_are_found_and_share_names():
 def test_a_wrong_example_fails(bad, error):
     with pytest.raises(error):
         run(list(examples(bad)), "bad")
+
+
+def test_every_prose_page_links_to_the_api(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
+    api_links = pytest.importorskip("api_links")
+    for path in (ROOT / "docs").glob("*.md"):
+        text = "".join(
+            re.split(r"(?ms)^```(?:py|console).*?^```", path.read_text(encoding="utf-8"))
+        )
+        found = [code for code in re.findall(r"`([^`\n]+)`", text) if api_links.target(code)]
+        assert found or path.name in NO_PROSE, f"{path.name} names no public object in its prose"
+
+
+@pytest.mark.parametrize("name", [*TAUGHT_BY_EXAMPLE, "CHANGELOG.md"])
+def test_links_to_files_of_the_repository_lead_somewhere(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", (ROOT / name).read_text("utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []

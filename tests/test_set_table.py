@@ -133,3 +133,8 @@ def test_lmo_and_samples_are_for_bounded_sets(name):
     for constraint in FEWEST_AND_MOST[name]:
         assert has_method(constraint, "sample_") == constraint.bounded
         assert constraint.bounded or not has_method(constraint, "lmo")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/migration.md"])
+def test_the_number_of_sets_is_as_told(page):
+    assert f"{len(SETS)} sets" in (ROOT / page).read_text(encoding="utf-8")

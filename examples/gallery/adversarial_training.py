@@ -3,8 +3,9 @@ Adversarial training
 ====================
 
 A net becomes robust by training on the data that it classifies worst:
-:py:func:`~rai_toolbox.perturbations.attack` in the training loop. The attack leaves no trace in
-the net, neither gradients nor another mode, so the loop is any loop with one more line.
+:py:func:`~rai_toolbox.perturbations.attack` in the training loop. The attack leaves no
+trace in the net, neither gradients nor another mode, so the loop is any loop with one
+more line.
 """
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,13 @@ from rai_toolbox.perturbations import attack, cross_entropy, evaluate_robustness
 images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
 images = images.float() / 16
 ball = LinfBall(0.1)
+PGD_5 = {
+    "ball": ball,
+    "optimizer": PGD,
+    "steps": 5,
+    "criterion": cross_entropy,
+    "random_start": True,
+}
 
 
 def train(robust, epochs=15):
@@ -29,10 +37,7 @@ def train(robust, epochs=15):
         for rows in torch.randperm(1500).split(100):
             x, y = images[rows], labels[rows]
             if robust:  # PGD from a random start (Madry et al., 2018)
-                x = attack(
-                    net, x, y, ball=ball, optimizer=PGD, steps=5, criterion=cross_entropy,
-                    random_start=True,
-                ).data  # fmt: skip
+                x = attack(net, x, y, **PGD_5).data
             adam.zero_grad()
             nn.functional.cross_entropy(net(x), y).backward()
             adam.step()
@@ -45,7 +50,9 @@ def train(robust, epochs=15):
 test = [(images[1500:], labels[1500:])]
 balls = [LinfBall(r) for r in (0.025, 0.05, 0.1, 0.15)]
 reports = {
-    name: evaluate_robustness(train(robust), test, balls=balls, steps=30, progress=False)
+    name: evaluate_robustness(
+        train(robust), test, balls=balls, steps=30, progress=False
+    )
     for name, robust in [("plain", False), ("robust", True)]
 }
 for name, report in reports.items():
@@ -57,7 +64,9 @@ for name, report in reports.items():
 plt.figure(figsize=(6, 3.5), layout="constrained")
 for name, report in reports.items():
     accuracies = [report.clean_accuracy, *map(report.robust_accuracy, balls)]
-    plt.plot([0, *(b.epsilon for b in balls)], accuracies, ".-", label=f"{name} training")
+    plt.plot(
+        [0, *(b.epsilon for b in balls)], accuracies, ".-", label=f"{name} training"
+    )
 plt.xlabel("radius of the Linf ball")
 plt.ylabel("accuracy")
 plt.ylim(0, 1)

@@ -2,9 +2,10 @@
 A physical fit inside bounds
 ============================
 
-Fit a damped oscillation whose decay is not negative and whose frequency is in a known range. The
-parameters have different units; :py:class:`~rai_toolbox.optim.ProjectedLBFGS` needs a few dozen
-evaluations, and finds the solution of scipy's method for least squares in bounds.
+Fit a damped oscillation whose decay is not negative and whose frequency is in a known
+range. The parameters have different units;
+:py:class:`~rai_toolbox.optim.ProjectedLBFGS` needs a few dozen evaluations, and finds
+the solution of scipy's method for least squares in bounds.
 """
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,11 @@ seconds = torch.linspace(0, 4, 200, dtype=torch.float64)
 
 def model(p):
     amplitude, decay, hertz, phase = p
-    return amplitude * (-decay * seconds).exp() * (2 * torch.pi * hertz * seconds + phase).cos()
+    return (
+        amplitude
+        * (-decay * seconds).exp()
+        * (2 * torch.pi * hertz * seconds + phase).cos()
+    )
 
 
 truth = torch.tensor([250.0, 0.4, 1.5, 0.3], dtype=torch.float64)
@@ -35,7 +40,9 @@ start = torch.tensor([100.0, 1.0, 1.4, 0.0], dtype=torch.float64)
 # One step with a closure is a whole minimization.
 
 p = start.clone().requires_grad_()
-optim = ProjectedLBFGS([p], constraint=Box(lower, upper), param_ndim=None, max_iter=1000)
+optim = ProjectedLBFGS(
+    [p], constraint=Box(lower, upper), param_ndim=None, max_iter=1000
+)
 
 
 def closure():
@@ -55,7 +62,9 @@ theirs = least_squares(
     xtol=1e-12,
 )
 print(f"status {optim.status!r} after {optim.evaluations} evaluations")
-for name, ours, scipys in zip(["amplitude", "decay", "hertz", "phase"], p, theirs.x, strict=True):
+for name, ours, scipys in zip(
+    ["amplitude", "decay", "hertz", "phase"], p, theirs.x, strict=True
+):
     print(f"{name:9} {ours:10.5f}   scipy {scipys:10.5f}")
 
 # %%

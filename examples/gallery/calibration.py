@@ -2,9 +2,10 @@
 A monotone calibration curve
 ============================
 
-From a score to a probability that never decreases: one height for each score, with the heights in
-the set :py:class:`~rai_toolbox.constraints.Monotone`. With a squared loss this is isotonic
-regression, for which scikit-learn has a special algorithm. Here the loss could be any other.
+From a score to a probability that never decreases: one height for each score, with the
+heights in the set :py:class:`~rai_toolbox.constraints.Monotone`. With a squared loss
+this is isotonic regression, for which scikit-learn has a special algorithm. Here the
+loss could be any other.
 """
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,9 @@ from rai_toolbox.constraints import Monotone
 from rai_toolbox.optim import ProjectedOptimizer
 
 features, healthy = load_breast_cancer(return_X_y=True)
-scores, place = torch.tensor(-features[:, 1]).unique(return_inverse=True)  # minus the texture
+scores, place = torch.tensor(-features[:, 1]).unique(
+    return_inverse=True
+)  # minus the texture
 target = torch.tensor(healthy).double()
 
 heights = torch.full((len(scores),), 0.5, dtype=torch.float64, requires_grad=True)
@@ -38,7 +41,13 @@ print("violation:", optim.violation()[0].item())
 # %%
 
 plt.figure(figsize=(6, 3.5), layout="constrained")
-plt.plot(-features[:, 1], target + 0.04 * torch.randn(len(target)), ".", alpha=0.3, label="data")
+plt.plot(
+    -features[:, 1],
+    target + 0.04 * torch.randn(len(target)),
+    ".",
+    alpha=0.3,
+    label="data",
+)
 plt.step(scores, heights.detach(), where="mid", color="black", label="P(healthy)")
 plt.xlabel("minus the texture")
 plt.legend()

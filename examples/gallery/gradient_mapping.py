@@ -2,10 +2,10 @@
 Why Adam needs the gradient mapping
 ===================================
 
-Minimize a quadratic over an L1 ball in two dimensions. "Take a step of Adam, then project" stops
-at a wrong point: Adam scales the gradient elementwise, and the ball couples the elements.
-:py:class:`~rai_toolbox.optim.ProjectedOptimizer` gives Adam the gradient mapping instead, and ends
-at the solution.
+Minimize a quadratic over an L1 ball in two dimensions. "Take a step of Adam, then
+project" stops at a wrong point: Adam scales the gradient elementwise, and the ball
+couples the elements. :py:class:`~rai_toolbox.optim.ProjectedOptimizer` gives Adam the
+gradient mapping instead, and ends at the solution.
 """
 
 import matplotlib.pyplot as plt
@@ -42,8 +42,8 @@ def path(**settings):
 
 
 # %%
-# :py:meth:`~rai_toolbox.optim.ProjectedOptimizer.kkt_residual` is 0 exactly at the stationary
-# points, so it tells the two runs apart without knowing the solution.
+# :py:meth:`~rai_toolbox.optim.ProjectedOptimizer.kkt_residual` is 0 exactly at the
+# stationary points, so it tells the two runs apart without knowing the solution.
 
 mapped, residual = path()
 plain, plain_residual = path(gradient_mapping=False)

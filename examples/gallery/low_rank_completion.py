@@ -2,10 +2,10 @@
 Completing a low-rank matrix
 ============================
 
-Recover a matrix of rank 3 from a third of its entries: minimize the squared error on them over a
-:py:class:`~rai_toolbox.constraints.NuclearBall`. :py:class:`~rai_toolbox.optim.FrankWolfe` needs
-no projection, only one leading pair of singular vectors per step, and reports how far it can be
-from the minimum.
+Recover a matrix of rank 3 from a third of its entries: minimize the squared error on
+them over a :py:class:`~rai_toolbox.constraints.NuclearBall`.
+:py:class:`~rai_toolbox.optim.FrankWolfe` needs no projection, only one leading pair of
+singular vectors per step, and reports how far it can be from the minimum.
 """
 
 import matplotlib.pyplot as plt
@@ -31,8 +31,8 @@ for _ in range(400):
     optim.step()
 
 # %%
-# The gap is an upper bound of ``loss - minimum`` for a convex loss: a reason to stop that needs no
-# reference.
+# The gap is an upper bound of ``loss - minimum`` for a convex loss: a reason to stop
+# that needs no reference.
 
 x = x.detach()
 error = ((x - truth)[~known].norm() / truth[~known].norm()).item()

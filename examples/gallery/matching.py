@@ -2,11 +2,12 @@
 Matching two shapes by a doubly stochastic matrix
 =================================================
 
-Which points of two copies of a shape correspond, if one copy is rotated, reflected, noisy and in
-another order? The distances between points do not change much, so match those: minimize the
-mismatch of the distance matrices over the :py:class:`~rai_toolbox.constraints.Birkhoff` polytope,
-whose corners are the permutations. The oracle of :py:class:`~rai_toolbox.optim.FrankWolfe` is an
-assignment problem.
+Which points of two copies of a shape correspond, if one copy is rotated, reflected,
+noisy and in another order? The distances between points do not change much, so match
+those: minimize the mismatch of the distance matrices over the
+:py:class:`~rai_toolbox.constraints.Birkhoff` polytope, whose corners are the
+permutations. The oracle of :py:class:`~rai_toolbox.optim.FrankWolfe` is an assignment
+problem.
 """
 
 import matplotlib.pyplot as plt
@@ -17,16 +18,20 @@ from rai_toolbox.optim import FrankWolfe
 
 torch.manual_seed(0)
 turn = torch.linspace(0, 1, 41)[:-1].double() * 2 * torch.pi
-size = 1 + 0.3 * torch.cos(2 * turn) + 0.25 * torch.sin(3 * turn) + 0.2 * torch.cos(turn)
+size = (
+    1 + 0.3 * torch.cos(2 * turn) + 0.25 * torch.sin(3 * turn) + 0.2 * torch.cos(turn)
+)
 shape = torch.stack([size * turn.cos(), size * turn.sin()], dim=1)
 order = torch.randperm(len(shape))
-flip = torch.tensor([[0.6, 0.8], [0.8, -0.6]], dtype=torch.float64)  # rotates and reflects
+flip = torch.tensor(
+    [[0.6, 0.8], [0.8, -0.6]], dtype=torch.float64
+)  # rotates and reflects
 other = (shape @ flip)[order] + 0.01 * torch.randn(len(shape), 2).double()
 ours, theirs = torch.cdist(shape, shape), torch.cdist(other, other)
 
 
 def mismatch(p):
-    """``|ours P - P theirs|^2 / 2``: convex in P, and 0 for the right permutation without noise."""
+    """``|ours P - P theirs|^2 / 2``: convex in P, near 0 for the right permutation."""
     return (ours @ p - p @ theirs).square().sum() / 2
 
 

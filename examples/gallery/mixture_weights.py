@@ -2,10 +2,11 @@
 Weights of a mixture
 ====================
 
-How frequent is each digit in new data, if the frequencies differ from those of the training data?
-With the likelihood ``p(x | k)`` of an image given digit k, the shares w maximize ``sum_i log(sum_k
-w_k p(x_i | k))`` over the :py:class:`~rai_toolbox.constraints.Simplex`. Only four of the digits
-occur in the new data here.
+How frequent is each digit in new data, if the frequencies differ from those of the
+training data? With the likelihood ``p(x | k)`` of an image given digit k, the shares w
+maximize ``sum_i log(sum_k w_k p(x_i | k))`` over the
+:py:class:`~rai_toolbox.constraints.Simplex`. Only four of the digits occur in the new
+data here.
 """
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,9 @@ images, digits = (torch.tensor(array) for array in load_digits(return_X_y=True))
 new = 900 + torch.isin(digits[900:], torch.tensor([0, 1, 3, 8])).nonzero()[:, 0]
 classifier = LogisticRegression().fit(images[:900].numpy() / 16, digits[:900].numpy())
 posterior = torch.tensor(classifier.predict_proba(images[new].numpy() / 16)).double()
-likelihood = posterior / (digits[:900].bincount() / 900)  # up to a factor for each image
+likelihood = posterior / (
+    digits[:900].bincount() / 900
+)  # up to a factor for each image
 
 shares = torch.full((10,), 0.1, dtype=torch.float64, requires_grad=True)
 optim = ProjectedOptimizer(
@@ -35,9 +38,9 @@ for _ in range(400):
     schedule.step()
 
 # %%
-# The result agrees with that of the EM algorithm (Saerens, Latinne and Decaestecker, 2002), and is
-# exactly 0 for the digits that do not occur. Counting the predictions of the classifier is farther
-# from the truth.
+# The result agrees with that of the EM algorithm (Saerens, Latinne and Decaestecker,
+# 2002), and is exactly 0 for the digits that do not occur. Counting the predictions of
+# the classifier is farther from the truth.
 
 em = torch.full((10,), 0.1, dtype=torch.float64)
 for _ in range(5000):
@@ -55,7 +58,9 @@ print(f"of counted predictions:  {(counted - truth).abs().sum():.3f}")
 
 x = torch.arange(10)
 plt.figure(figsize=(7, 3), layout="constrained")
-for i, (label, values) in enumerate({"truth": truth, "shares": shares, "counted": counted}.items()):
+for i, (label, values) in enumerate(
+    {"truth": truth, "shares": shares, "counted": counted}.items()
+):
     plt.bar(x + 0.25 * (i - 1), values, width=0.25, label=label)
 plt.xticks(x)
 plt.xlabel("digit")

@@ -2,9 +2,9 @@
 Non-negative matrix factorization
 =================================
 
-Parts that compose all digits: non-negative W and H of rank 4 that minimize ``|X - W H|^2 / 2``.
-The problem is not convex, so five starting points are solved as one batch, and scikit-learn starts
-from the same ones.
+Parts that compose all digits: non-negative W and H of rank 4 that minimize ``|X - W
+H|^2 / 2``. The problem is not convex, so five starting points are solved as one batch,
+and scikit-learn starts from the same ones.
 """
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,8 @@ size = (images.mean() / 4).sqrt()
 W = (size * torch.randn(5, 1797, 4, generator=random).abs()).requires_grad_()
 H = (size * torch.randn(5, 4, 64, generator=random).abs()).requires_grad_()
 starts = [
-    (w.double().numpy(), h.double().numpy()) for w, h in zip(W.detach(), H.detach(), strict=True)
+    (w.double().numpy(), h.double().numpy())
+    for w, h in zip(W.detach(), H.detach(), strict=True)
 ]
 
 optim = ProjectedOptimizer(
@@ -36,8 +37,8 @@ for _ in range(500):
     schedule.step()
 
 # %%
-# Each start converges to one of two local minima, in both packages, though not always to the same
-# one. The best of five agree.
+# Each start converges to one of two local minima, in both packages, though not always
+# to the same one. The best of five agree.
 
 theirs = []
 for w, h in starts:

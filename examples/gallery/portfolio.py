@@ -2,10 +2,10 @@
 A portfolio with a budget
 =========================
 
-Minimize the variance of a portfolio minus its expected return, with weights that sum to 1 and at
-most 20 % in each asset: a :py:class:`~rai_toolbox.constraints.BoxSection`.
-:py:class:`~rai_toolbox.optim.ProjectedLBFGS` solves it to many digits; SLSQP of scipy finds the
-same portfolios.
+Minimize the variance of a portfolio minus its expected return, with weights that sum to
+1 and at most 20 % in each asset: a :py:class:`~rai_toolbox.constraints.BoxSection`.
+:py:class:`~rai_toolbox.optim.ProjectedLBFGS` solves it to many digits; SLSQP of scipy
+finds the same portfolios.
 """
 
 import matplotlib.pyplot as plt
@@ -50,7 +50,9 @@ for w, appetite in zip(weights, appetites, strict=True):
     theirs = minimize(
         lambda v, a=appetite: objective(torch.from_numpy(v), a).item(),
         [1 / 20] * 20,
-        jac=lambda v, a=appetite: (covariance @ torch.from_numpy(v) - a * returns).numpy(),
+        jac=lambda v, a=appetite: (
+            covariance @ torch.from_numpy(v) - a * returns
+        ).numpy(),
         method="SLSQP",
         bounds=[(0, 0.2)] * 20,
         constraints={"type": "eq", "fun": lambda v: v.sum() - 1},

@@ -2,11 +2,12 @@
 Robust accuracy of a Hugging Face style model
 =============================================
 
-Models of Transformers return an object with ``logits``, take normalized images, and come with
-loaders whose batches are dicts. :py:func:`~rai_toolbox.perturbations.evaluate_robustness` accepts
-all of that: :py:func:`~rai_toolbox.perturbations.classifier` moves the normalization into the
-model, so that balls and the range are those of images in [0, 1], and ``keys`` names the entries of
-a batch.
+Models of Transformers return an object with ``logits``, take normalized images, and
+come with loaders whose batches are dicts.
+:py:func:`~rai_toolbox.perturbations.evaluate_robustness` accepts all of that:
+:py:func:`~rai_toolbox.perturbations.classifier` moves the normalization into the model,
+so that balls and the range are those of images in [0, 1], and ``keys`` names the
+entries of a batch.
 """
 
 from dataclasses import dataclass
@@ -29,9 +30,14 @@ class DigitsForImageClassification(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(256, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 3),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(256, 10),
+        )
 
     def forward(self, pixel_values):
         return ImageClassifierOutput(logits=self.net(pixel_values))
@@ -54,7 +60,8 @@ for _ in range(10):
         adam.step()
 
 # %%
-# The model is still in training mode, with dropout; the evaluation puts it in eval mode and back.
+# The model is still in training mode, with dropout; the evaluation puts it in eval mode
+# and back.
 
 batches = [
     {"pixel_values": x, "labels": y}
@@ -72,14 +79,17 @@ print(report)
 print("in training mode again:", model.training)
 
 # %%
-# The bands are intervals of 95 %. ``report.plot()`` makes a figure for a report, which shows the
-# perturbed images, too. Robust accuracy is an upper bound: a stronger attack can only lower it.
+# The bands are intervals of 95 %. ``report.plot()`` makes a figure for a report, which
+# shows the perturbed images, too. Robust accuracy is an upper bound: a stronger attack
+# can only lower it.
 
 plt.figure(figsize=(6, 3.5), layout="constrained")
 for norm in ("Linf", "L2"):
     rows = [row for row in report.rows() if row.norm == norm]
     radii = [row.epsilon for row in rows]
-    plt.fill_between(radii, [row.low for row in rows], [row.high for row in rows], alpha=0.2)
+    plt.fill_between(
+        radii, [row.low for row in rows], [row.high for row in rows], alpha=0.2
+    )
     plt.plot(radii, [row.robust_accuracy for row in rows], ".-", label=norm)
 plt.axhline(report.clean_accuracy, color="gray", linestyle="--", label="clean")
 plt.xlabel("radius")

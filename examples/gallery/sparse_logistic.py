@@ -2,10 +2,10 @@
 Sparse logistic regression
 ==========================
 
-The lasso in its original form (Tibshirani, 1996): minimize the loss over the weights in an
-:py:class:`~rai_toolbox.constraints.L1Ball`. scikit-learn solves the penalized form. If the radius
-is the L1 norm of its solution, both problems have the same solution. The intercept is
-unconstrained.
+The lasso in its original form (Tibshirani, 1996): minimize the loss over the weights in
+an :py:class:`~rai_toolbox.constraints.L1Ball`. scikit-learn solves the penalized form.
+If the radius is the L1 norm of its solution, both problems have the same solution. The
+intercept is unconstrained.
 """
 
 import matplotlib.pyplot as plt
@@ -52,7 +52,7 @@ for _ in range(1500):
     value.backward()
     optim.step()
     losses.append(value.item())
-print(f"loss {loss(weight, bias):.6f}, of scikit-learn's solution {loss(expected, offset):.6f}")
+print(f"loss {loss(weight, bias):.6f}, scikit-learn {loss(expected, offset):.6f}")
 print("nonzero:                ", weight.nonzero().flatten().tolist())
 print("nonzero in scikit-learn:", expected.nonzero().flatten().tolist())
 

@@ -2,9 +2,10 @@
 Clipping the critic of a Wasserstein GAN
 ========================================
 
-Clipping its weights makes the critic of a Wasserstein GAN (Arjovsky, Chintala and Bottou, 2017)
-Lipschitz. Clipping the scale of a normalization layer to the same bounds would nearly disable the
-layer: ``skip_bias_and_norm=True`` leaves normalization layers and biases unconstrained.
+Clipping its weights makes the critic of a Wasserstein GAN (Arjovsky, Chintala and
+Bottou, 2017) Lipschitz. Clipping the scale of a normalization layer to the same bounds
+would nearly disable the layer: ``skip_bias_and_norm=True`` leaves normalization layers
+and biases unconstrained.
 """
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,9 @@ from rai_toolbox.optim import ProjectedOptimizer, constrain
 
 torch.manual_seed(0)
 images = torch.tensor(load_digits().data).float() / 16
-critic = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
+critic = nn.Sequential(
+    nn.Linear(64, 128), nn.LayerNorm(128), nn.LeakyReLU(0.2), nn.Linear(128, 1)
+)
 generator = nn.Sequential(
     nn.Linear(16, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64), nn.Sigmoid()
 )
@@ -49,12 +52,15 @@ for name, value in largest.items():
     print(f"{name}: largest magnitude {value:.4f}")
 
 # %%
-# The estimate of the Wasserstein distance over the steps of the critic, and generated digits:
+# The estimate of the Wasserstein distance over the steps of the critic, and generated
+# digits:
 
 figure = plt.figure(figsize=(8, 3), layout="constrained")
 left, right = figure.subfigures(1, 2)
 left.subplots().plot(distances, linewidth=0.8)
-for ax, image in zip(right.subplots(3, 6).flat, generator(torch.randn(64, 16)), strict=False):
+for ax, image in zip(
+    right.subplots(3, 6).flat, generator(torch.randn(64, 16)), strict=False
+):
     ax.imshow(image.detach().view(8, 8), cmap="gray_r")
     ax.axis("off")
 plt.show()
