@@ -275,7 +275,7 @@ def test_an_linf_step_within_bounds_is_a_few_passes():
     opt.step()  # which intersects the ball and the bounds, once
     with Passes(x.numel()) as mode:
         opt.step()
-    assert mode.names == ["mul_", "mul_", "clamp_", "add_", "clamp_"]  # (the first are the sign)
+    assert mode.names == ["sign_", "add_", "clamp_"]  # (sums look for NaN)
     assert sum("_record_function" not in name for name in mode.all) <= 8
 
 
