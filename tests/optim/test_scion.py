@@ -317,6 +317,28 @@ def test_a_state_dict_is_plain_data(tmp_path):
     assert optim.param_groups[0]["constraint"] == SpectralBall(torch.ones(1, 1, 1))
 
 
+@pytest.mark.parametrize("unconstrained", [False, True])
+def test_a_step_that_a_scaler_skips_changes_nothing(unconstrained):
+    def run(skipped):
+        weight = torch.nn.Parameter(normal(3, 2))
+        optim = Scion([weight], constraint=SpectralBall(1.0), lr=0.1, unconstrained=unconstrained)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for bad in [True] * skipped + [False, *[True] * skipped, False]:
+            optim.zero_grad()
+            loss = (weight.square() * (torch.inf if bad else 1.0)).sum()
+            before = weight.detach().clone(), copy.deepcopy(optim.state_dict()["state"])
+            scaler.scale(loss).backward()
+            scaler.step(optim)
+            scaler.update()
+            if bad:
+                torch.testing.assert_close(
+                    (weight.detach(), optim.state_dict()["state"]), before, rtol=0, atol=0
+                )
+        return weight, optim.state[weight]
+
+    torch.testing.assert_close(run(2), run(0), rtol=0, atol=0)
+
+
 def test_a_scheduler_and_a_scaler_take_it():
     weight = torch.nn.Parameter(normal(3, 2))
     optim = Scion([weight], constraint=SpectralBall(1.0), lr=0.5)
