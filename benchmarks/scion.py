@@ -1,7 +1,7 @@
 """The cost of a step of `Scion` beside that of `torch.optim.Muon`, on square matrices.
 
 `python benchmarks/scion.py` takes about a minute; the two optimizers take turns, and the
-fastest step of each counts. The ratio of the unconstrained step is to be at most 1.1.
+fastest step of each counts. The ratios are to be at most 1.1.
 """
 
 from __future__ import annotations

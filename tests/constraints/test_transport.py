@@ -102,6 +102,19 @@ def test_the_projection_is_the_nearest_plan_however_far(constraint):
     assert (gap / scales.flatten() <= 1e-9 + 1e-14 * scales.flatten()).all()
 
 
+@pytest.mark.parametrize("scale", [1e17, 1e22, 1e36])
+def test_the_projection_is_the_cheapest_plan_where_plans_are_smaller_than_rounding(scale):
+    for dtype in (torch.float32, torch.float64):
+        x = (scale * normal(3, 4, 4)).to(dtype)
+        for constraint in (Birkhoff(), plans(4, 4)):
+            y = constraint.project(x)
+            torch.testing.assert_close(y, constraint.lmo(-x), rtol=0, atol=1e-4)
+            assert (constraint.violation(y) == 0).all()
+    blocks = torch.eye(2).repeat_interleave(2, 0).repeat_interleave(2, 1)[None]
+    torch.testing.assert_close(Birkhoff().project(scale * blocks), blocks / 2)  # not a vertex
+    assert Birkhoff().project(torch.full((1, 2, 2), torch.nan)).isnan().all()
+
+
 def test_reference_values():
     x = torch.tensor([[[0.9, 0.3], [0.2, 0.4]]])
     torch.testing.assert_close(Birkhoff().project(x), torch.tensor([[[0.7, 0.3], [0.3, 0.7]]]))

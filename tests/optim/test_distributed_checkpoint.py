@@ -20,11 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
+from rai_toolbox.constraints import L2Ball, SpectralBall
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedParameterOptimizer,
     FrankWolfe,
     L1FrankWolfe,
+    Scion,
     SignedGradientOptim,
     TopQGradientOptimizer,
 )
@@ -47,6 +49,21 @@ MAKERS = FRANK_WOLFE | {
         ("Adam", Adam, {}),
     ]
 }
+
+
+def scion(params, **kwargs):
+    """Scion with a set for matrices, and one for biases."""
+    params = list(params)
+    groups = [
+        {"params": [p for p in params if p.ndim == 2], "constraint": SpectralBall(0.9)},
+        {"params": [p for p in params if p.ndim < 2], "constraint": L2Ball(0.9)},
+    ]
+    return Scion(groups, **kwargs)
+
+
+MAKERS["Scion"] = partial(scion, nesterov=True)
+MAKERS["Scion-unconstrained"] = partial(scion, unconstrained=True, weight_decay=0.1)
+
 by_name = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
 
@@ -190,7 +207,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, options):
     again.load_state_dict(module.state_dict())
     set_optimizer_state_dict(again, resumed, saved, options=options)
     assert resumed.param_groups[0]["lr"] == 0.3
-    assert resumed.state is resumed.inner_opt.state
+    assert resumed.state is getattr(resumed, "inner_opt", resumed).state
     run(module, opt, 2, 4)
     run(again, resumed, 2, 4)
     assert all(map(torch.equal, values(module), values(again)))

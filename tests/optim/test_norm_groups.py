@@ -77,6 +77,20 @@ def test_the_head_may_share_the_weight_of_an_embedding():
     }
 
 
+def test_layers_without_inputs_or_outputs_have_sets_too():
+    with pytest.warns(UserWarning, match="zero-element"):
+        net = nn.Sequential(nn.Linear(2, 0), nn.Linear(0, 3), nn.Linear(3, 2), nn.Linear(0, 2))
+    groups = norm_groups(net, verbose=False)
+    optim = Scion(groups, lr=0.5)
+    for param in net.parameters():
+        param.grad = torch.ones_like(param)
+    optim.step()
+    assert sum(optim.violation()) == 0
+    found = {name: group["constraint"] for group in groups for name, _ in group["params"]}
+    assert found["1.weight"] == found["3.weight"] == L2Ball(0.0)
+    assert found["2.weight"] == SpectralBall(sqrt(2 / 3))
+
+
 def test_scion_trains_in_these_sets():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))

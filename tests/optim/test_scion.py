@@ -8,6 +8,7 @@ import torch
 
 from rai_toolbox._torch import Muon
 from rai_toolbox.constraints import Box, L1Ball, L2Ball, NuclearBall, Simplex, SpectralBall
+from rai_toolbox.constraints.kernels import polar
 from rai_toolbox.optim import FrankWolfe, Scion
 
 
@@ -26,7 +27,7 @@ def feed(params, seed):
         param.grad = normal(*param.shape, seed=100 * seed + i, dtype=param.dtype)
 
 
-def polar(x):
+def polar_factor(x):
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     return u @ vh
 
@@ -50,7 +51,7 @@ def test_is_the_published_rule(unconstrained, nesterov):
         average = beta * average + (1 - beta) * weight.grad
         seen = beta * average + (1 - beta) * weight.grad if nesterov else average
         shrink = 1 - lr * decay if unconstrained else 1 - lr
-        x = shrink * x - lr * radius * polar(seen)
+        x = shrink * x - lr * radius * polar_factor(seen)
         optim.step()
         torch.testing.assert_close(weight.detach(), x, rtol=1e-6, atol=1e-6)
 
@@ -87,13 +88,14 @@ HARD = {
 }
 
 
+@pytest.mark.parametrize("polar", ["newton_schulz", "newton_schulz_float32"])
 @pytest.mark.parametrize("coefficients", [Scion.MUON, Scion.POLAR_EXPRESS], ids=["muon", "pe"])
 @pytest.mark.parametrize("lr", [1e-3, 0.3, 1.0, torch.tensor(0.1)])
 @pytest.mark.parametrize("name", HARD)
-def test_stays_in_the_ball_in_exact_arithmetic(name, lr, coefficients):
+def test_stays_in_the_ball_in_exact_arithmetic(name, lr, coefficients, polar):
     ball = SpectralBall(1.3)
     weights = [torch.nn.Parameter(5 * normal(*shape)) for shape in [(24, 16), (16, 24), (1, 1)]]
-    optim = Scion(weights, constraint=ball, lr=lr, coefficients=coefficients)
+    optim = Scion(weights, constraint=ball, lr=lr, coefficients=coefficients, polar=polar)
     for _ in range(60):  # in one direction, the boundary is where it ends
         for weight in weights:
             weight.grad = HARD[name](*weight.shape)
@@ -113,14 +115,17 @@ def test_rounding_does_not_add_up_to_a_violation(constraint):
         assert optim.violation() == [0]
 
 
-def test_converging_coefficients_reach_the_exact_answer():
+@pytest.mark.parametrize(
+    ("polar", "error"), [("newton_schulz_float32", 1e-4), ("newton_schulz", 0.03)]
+)
+def test_converging_coefficients_reach_the_exact_answer(polar, error):
     ends = []
-    for settings in ({"coefficients": Scion.POLAR_EXPRESS}, {"polar": "svd"}):
+    for settings in ({"coefficients": Scion.POLAR_EXPRESS, "polar": polar}, {"polar": "svd"}):
         weight = torch.nn.Parameter(torch.zeros(12, 20))
         weight.grad = normal(12, 20)
         Scion([weight], constraint=SpectralBall(2.0), lr=1.0, **settings).step()
         ends.append(weight.detach())
-    torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*ends, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("unconstrained", [False, True])
@@ -193,46 +198,72 @@ def test_matrices_of_one_shape_are_computed_as_one_by_one():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_large_matrices_go_alone(monkeypatch):
-    from rai_toolbox.constraints.kernels import polar
+@pytest.mark.parametrize("shape", [(2, 5, 3), (1, 3, 5), (1, 1, 4), (3, 8, 8)])
+def test_large_matrices_go_alone(monkeypatch, shape):
+    def factors():
+        found = polar.polar_factors([normal(*shape)], Scion.POLAR_EXPRESS, torch.float32)
+        return found[0][0]
 
-    x = [normal(2, 5, 3), normal(1, 3, 5)]
-    together = polar.polar_factors(x, Scion.POLAR_EXPRESS, torch.float32)
+    together = factors()
     monkeypatch.setattr(polar, "_LARGE", 1)
-    for found, a in zip(polar.polar_factors(x, Scion.POLAR_EXPRESS, torch.float32), x, strict=True):
-        assert found.shape == a.shape
-        torch.testing.assert_close(
-            found @ found.mT if len(a) == 1 else found.mT @ found,
-            torch.eye(3).expand(len(a), 3, 3),
-            rtol=0,
-            atol=1e-4,
-        )
-    for a, b in zip(
-        together, polar.polar_factors(x, Scion.POLAR_EXPRESS, torch.float32), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    alone = factors()
+    assert alone.shape == shape
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
+    wide = alone.mT if shape[-2] > shape[-1] else alone
+    eye = torch.eye(wide.shape[-2]).expand(shape[0], -1, -1)
+    torch.testing.assert_close(wide @ wide.mT, eye, rtol=0, atol=1e-4)
 
 
 def test_the_bound_of_singular_values_holds():
-    from rai_toolbox.constraints.kernels.polar import largest_singular_value, polar_factors
-
     values = torch.linspace(0, 1, 2001, dtype=torch.float64)
     for coefficients in (Scion.MUON, Scion.POLAR_EXPRESS, ((1.5, -0.5, 0.0),), ((2.0, 0.0, 0.0),)):
         s = values
         for a, b, c in coefficients:
             s = a * s + b * s**3 + c * s**5
-        bound = largest_singular_value(coefficients, 2.0**-53)
+        bound = polar.largest_singular_value(coefficients, 2.0**-53)
         assert s.abs().max() <= bound
         assert s.abs().max() >= 0.999 * bound
-    assert largest_singular_value(((9.0, 9.0, 9.0),) * 9, 0.0) == torch.inf
-    factor = polar_factors([normal(3, 30, 20)], Scion.MUON, torch.float32)[0]
+    assert polar.largest_singular_value(((9.0, 9.0, 9.0),) * 9, 0.0) == torch.inf
+    factor, _ = polar.polar_factors([normal(3, 30, 20)], Scion.MUON, torch.float32)[0]
     largest = torch.linalg.matrix_norm(factor, 2)
-    assert (largest <= largest_singular_value(Scion.MUON, 2.0**-24)).all()
+    assert (largest <= polar.largest_singular_value(Scion.MUON, 2.0**-24)).all()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("coefficients", [Scion.MUON, Scion.POLAR_EXPRESS], ids=["muon", "pe"])
+def test_norms_after_bfloat16_products_are_bounded(coefficients, alone, monkeypatch):
+    if alone:
+        monkeypatch.setattr(polar, "_LARGE", 1)
+    limit = polar.largest_singular_value(coefficients, 0.0) * 1.01
+    for name, made in HARD.items():
+        found = polar.polar_factors([made(65, 130)[None]], coefficients, torch.bfloat16, limit)
+        (factor, bound), largest = found[0], torch.linalg.matrix_norm(found[0][0].double(), 2)
+        assert largest <= bound, name
+        assert bound <= 1.03 * limit, name
+    for scale in (1.05, 1.5, 30.0, torch.inf):  # what no polynomial explains
+        spoiled = scale * factor + 0.5 * normal(1, 65, 130).bfloat16()
+        largest = torch.linalg.matrix_norm(spoiled.double(), 2) if scale < 100 else 0.0
+        bound = polar.bounds_of_norms(spoiled, limit)
+        assert bound.isnan() or largest <= bound <= 65**0.5 * largest * 1.01
+        assert bool(bound.isfinite()) == (scale < 100)
+    nearly = torch.eye(65)[None].bfloat16() * limit  # at the limit up to rounding
+    assert polar.bounds_of_norms(nearly, limit) >= nearly.amax().double()
+
+
+def test_a_step_that_ends_outside_the_limit_stays_in_the_ball(monkeypatch):
+    iterated = polar._iterated
+    monkeypatch.setattr(polar, "_iterated", lambda x, coefficients: 3 * iterated(x, coefficients))
+    weights = [torch.nn.Parameter(normal(*shape)) for shape in [(24, 16), (16, 24), (1, 1)]]
+    optim = Scion(weights, constraint=SpectralBall(1.3), lr=1.0)
+    feed(weights, 1)
+    optim.step()
+    assert optim.violation() == [0]
+    assert all(weight.norm() > 0.3 for weight in weights)
 
 
 def test_products_of_few_bits_are_refused_if_they_prove_nothing():
     weight = torch.nn.Parameter(normal(3, 2))
-    optim = Scion([weight], constraint=SpectralBall(1.0), lr=0.1)
+    optim = Scion([weight], constraint=SpectralBall(1.0), lr=0.1, polar="newton_schulz_float32")
     feed([weight], 0)
     before = torch.get_float32_matmul_precision()
     try:
@@ -243,6 +274,9 @@ def test_products_of_few_bits_are_refused_if_they_prove_nothing():
         with pytest.raises(ValueError, match="`coefficients` must keep singular values bounded"):
             optim.step()
         assert optim.state[weight]["step"] == 1  # nothing has changed
+        optim.param_groups[0]["polar"] = "newton_schulz"  # proves its bound in any precision
+        optim.step()
+        assert optim.violation() == [0]
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -281,6 +315,28 @@ def test_a_state_dict_is_plain_data(tmp_path):
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     optim.load_state_dict(loaded)
     assert optim.param_groups[0]["constraint"] == SpectralBall(torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize("unconstrained", [False, True])
+def test_a_step_that_a_scaler_skips_changes_nothing(unconstrained):
+    def run(skipped):
+        weight = torch.nn.Parameter(normal(3, 2))
+        optim = Scion([weight], constraint=SpectralBall(1.0), lr=0.1, unconstrained=unconstrained)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for bad in [True] * skipped + [False, *[True] * skipped, False]:
+            optim.zero_grad()
+            loss = (weight.square() * (torch.inf if bad else 1.0)).sum()
+            before = weight.detach().clone(), copy.deepcopy(optim.state_dict()["state"])
+            scaler.scale(loss).backward()
+            scaler.step(optim)
+            scaler.update()
+            if bad:
+                torch.testing.assert_close(
+                    (weight.detach(), optim.state_dict()["state"]), before, rtol=0, atol=0
+                )
+        return weight, optim.state[weight]
+
+    torch.testing.assert_close(run(2), run(0), rtol=0, atol=0)
 
 
 def test_a_scheduler_and_a_scaler_take_it():

@@ -40,7 +40,7 @@ def norm_groups(
     - that of a convolution: the same with ``flatten=1``, where k counts the entries of a kernel;
     - that of the head: ``LinfBall(head_radius / k)``;
     - an embedding: ``L2Ball(radius * sqrt(k))`` for each row;
-    - a bias, and all else of less than 2 dims: ``L2Ball(radius * sqrt(size))``.
+    - a bias, and all else of less than 2 dims or without elements: ``L2Ball(radius * sqrt(size))``.
 
     Parameters whose sets are equal are in one group. The radii bound the Lipschitz constant of the
     module: choose them so that the start is not far outside.
@@ -100,7 +100,7 @@ def norm_groups(
         raise ValueError(f"`module` must have parameters, got {module!r}")
     groups: dict[Any, Group] = {}
     for name, param in named.items():
-        if name == head:
+        if name == head and param.numel() > 0:
             ball: Constraint = LinfBall(head_radius / prod(param.shape[1:]))
             settings: dict[str, Any] = {"constraint": ball, "param_ndim": None}
         else:
@@ -125,7 +125,7 @@ def _settings(
     param: Tensor, owner: nn.Module, radius: float, scale: Callable[[int, int], float]
 ) -> dict[str, Any]:
     """The set of a parameter that is not the head's weight, and its sub-tensors."""
-    if param.ndim < 2:
+    if param.ndim < 2 or param.numel() == 0:
         return {"constraint": L2Ball(radius * sqrt(param.numel())), "param_ndim": None}
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return {"constraint": L2Ball(radius * sqrt(param.shape[1])), "param_ndim": 1}

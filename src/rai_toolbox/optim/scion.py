@@ -16,6 +16,7 @@ from rai_toolbox.constraints.kernels.polar import (
     MUON,
     POLAR_EXPRESS,
     Coefficients,
+    fills_cache,
     largest_singular_value,
     polar_factors,
 )
@@ -30,7 +31,7 @@ from rai_toolbox.optim.frank_wolfe import (
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
 from rai_toolbox.optim.wrapper import Group, Params
 
-_POLAR = ("newton_schulz", "svd")
+_POLAR = ("newton_schulz", "newton_schulz_float32", "svd")
 
 
 class Scion(FrankWolfe):
@@ -48,10 +49,13 @@ class Scion(FrankWolfe):
 
     The oracle of a `SpectralBall` needs the polar factor of m, ``U V^T`` for ``m = U diag(s) V^T``:
 
-    - ``polar="newton_schulz"`` iterates ``X <- a X + (b X X^T + c (X X^T)^2) X``: in bfloat16 if
-      unconstrained, as Muon does, and in float32 if constrained. The constrained step divides by a
-      bound of its largest singular value, 1.2 with Muon's coefficients, 1 with those of Polar
-      Express, so that s is in the ball whatever the error;
+    - ``polar="newton_schulz"`` iterates ``X <- a X + (b X X^T + c (X X^T)^2) X`` in bfloat16, as
+      Muon does. The constrained step divides the result by a bound of its largest singular value,
+      so that s is in the ball whatever the error. The bound is proved afterwards, by a Cholesky
+      factor. It is about the largest value of the last polynomial, 1.2 with Muon's coefficients
+      and 1 with those of Polar Express, and rounding errors loosen it, by 4 % for 512 rows;
+    - ``polar="newton_schulz_float32"`` iterates in float32: more accurate with Polar Express, and
+      faster on CPUs without instructions for bfloat16. The bound follows from the coefficients;
     - ``polar="svd"`` is exact, and computed in float64 as by `SpectralBall.lmo`.
 
     A start outside C is projected first. In float32 and float64, parameters stay in a
@@ -76,7 +80,7 @@ class Scion(FrankWolfe):
         Whether to add ``a s`` rather than to move toward s.
     weight_decay : float
         Decoupled, >= 0; only if unconstrained.
-    polar : {"newton_schulz", "svd"}
+    polar : {"newton_schulz", "newton_schulz_float32", "svd"}
         How the oracle of a `SpectralBall` is computed; no effect for other sets.
     coefficients : sequence of tuple
         ``(a, b, c)`` of each Newton-Schulz iteration: `Scion.MUON`, five times the same, or
@@ -89,9 +93,9 @@ class Scion(FrankWolfe):
     ------
     TypeError, ValueError
         If a setting breaks its rule, the constraint does not fit a parameter, or settings
-        contradict each other. At each step, if `lr` is out of its range, and if constrained, if the
-        precision of float32 products (`torch.set_float32_matmul_precision`) is too low for the
-        coefficients: "medium", and with Polar Express "high".
+        contradict each other. At each step, if `lr` is out of its range, and if constrained in
+        float32, if the precision of float32 products (`torch.set_float32_matmul_precision`) is too
+        low for the coefficients: "medium", and with Polar Express "high".
 
     Notes
     -----
@@ -164,21 +168,35 @@ class Scion(FrankWolfe):
         if lr is not None and lr > 1 and not group["unconstrained"]:
             raise ValueError(f"`lr` must be in [0, 1] if constrained, got {group['lr']!r}")
         if _iterates(group) and not group["unconstrained"]:
-            _bound(group)
+            _limit(group)
 
     def _starts_inside(self, group: Group) -> bool:
         return not group["unconstrained"]
 
     def _step_group_(self, group: Group) -> None:
-        moving = self._moving(group)
-        directed = [self._directed(param, group) for param, _ in moving]
-        answers = _answers([direction for _, direction in directed], group)
-        for (param, step), (x, _), end in zip(moving, directed, answers, strict=True):
-            if group["unconstrained"]:
-                _add_(param, end, group)
-            else:
-                interpolate_(param, x, _inward(end.to(x.dtype), group), group["lr"])
-            step += 1
+        for portion in _portions(self._moving(group), group):
+            directed = [self._directed(param, group) for param, _ in portion]
+            answers = _answers([direction for _, direction in directed], group)
+            for (param, step), (x, _), end in zip(portion, directed, answers, strict=True):
+                if group["unconstrained"]:
+                    _add_(param, end, group)
+                else:
+                    interpolate_(param, x, _inward(end.to(x.dtype), group), group["lr"])
+                step += 1
+
+
+def _portions(
+    moving: list[tuple[Tensor, Tensor]], group: Group
+) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """What is moved together: matrices that fill no cache; all others one by one."""
+    small = []
+    for each in moving:
+        if _iterates(group) and not is_sharded(each[0]) and not fills_cache(each[0]):
+            small.append(each)
+        else:
+            yield [each]
+    if small:
+        yield small
 
 
 def _add_(param: Tensor, end: Tensor, group: Group) -> None:
@@ -198,7 +216,7 @@ def _add_(param: Tensor, end: Tensor, group: Group) -> None:
 
 def _iterates(group: Group) -> bool:
     """Whether the oracle of a group is the Newton-Schulz iteration."""
-    return isinstance(group["constraint"], SpectralBall) and group["polar"] == "newton_schulz"
+    return isinstance(group["constraint"], SpectralBall) and group["polar"] != "svd"
 
 
 def _answers(directions: list[Tensor], group: Group) -> Iterable[Tensor]:
@@ -219,31 +237,34 @@ def _answers(directions: list[Tensor], group: Group) -> Iterable[Tensor]:
 def _by_iteration(ball: SpectralBall, directions: list[Tensor], group: Group) -> list[Tensor]:
     """``-radius U V^T``, or less if constrained, as far as the iteration finds ``U V^T``."""
     points = [ball._points(direction) for direction in directions]
-    dtype = torch.bfloat16 if group["unconstrained"] else torch.float32
-    factors = polar_factors(points, group["coefficients"], dtype)
-    share = 1.0 if group["unconstrained"] else 1 / _bound(group)
+    dtype = torch.float32 if group["polar"] == "newton_schulz_float32" else torch.bfloat16
+    limit = None if group["unconstrained"] else _limit(group)
+    factors = polar_factors(points, group["coefficients"], dtype, limit)
     answers = []
-    for direction, factor in zip(directions, factors, strict=True):
+    for direction, (factor, divisor) in zip(directions, factors, strict=True):
         radius = ball.epsilon
         if isinstance(radius, Tensor):
             aligned = radius.reshape((1,) * (direction.ndim - radius.ndim) + radius.shape)
             radius = ball._points(aligned)
-        answers.append((factor.to(direction.dtype) * (-share * radius)).reshape(direction.shape))
+        answers.append(factor.to(direction.dtype).mul_(-radius / divisor).reshape(direction.shape))
     return answers
 
 
-def _bound(group: Group) -> float:
-    """What a constrained step divides by: a bound of singular values in float32."""
-    # Float32 products have fewer bits if the user allows it, such as those of TF32.
-    bits = {"highest": 24, "high": 11}.get(torch.get_float32_matmul_precision(), 8)
-    bound = largest_singular_value(group["coefficients"], 2.0**-bits)
-    if isinf(bound):
+def _limit(group: Group) -> float:
+    """What the singular values of a constrained step's iteration should stay below."""
+    # Bfloat16 products are checked afterwards, with some room for their rounding errors. Those of
+    # float32 have fewer bits if the user allows it, such as those of TF32.
+    in_bfloat16 = group["polar"] == "newton_schulz"
+    precision = "highest" if in_bfloat16 else torch.get_float32_matmul_precision()
+    bits = {"highest": 24, "high": 11}.get(precision, 8)
+    limit = largest_singular_value(group["coefficients"], 2.0**-bits)
+    if isinf(limit):
         raise ValueError(
             "`coefficients` must keep singular values bounded if constrained, got "
             f"{group['coefficients']!r} with products of {bits} bits, see "
             "torch.set_float32_matmul_precision"
         )
-    return bound
+    return limit * (1 + torch.finfo(torch.bfloat16).eps) if in_bfloat16 else limit
 
 
 def _inward(end: Tensor, group: Group) -> Tensor:
@@ -262,7 +283,7 @@ def _inward(end: Tensor, group: Group) -> Tensor:
     lost = unit * sqrt(rank) * (1 / group["lr"] + 4)
     share = 1 - lost
     inward = share.clamp(min=0.0).to(end) if isinstance(share, Tensor) else max(0.0, share)
-    return end * inward
+    return end.mul_(inward)
 
 
 # Checks

@@ -11,6 +11,7 @@ from rai_toolbox.constraints.kernels.blocks import needs_grad
 _MOST_STEPS = 100
 _FAR = 1e3  # times the mean sum: Newton's method takes many steps from there
 _ALTERNATIONS = 3
+_AS_FAR = 1e12  # times the total: farther away, plans are lost in the rounding of y
 _LEAST_RIDGE = 1e-11  # equations of sums depend on each other
 _FARTHEST = 1e12  # entries much smaller than rounding
 _MOST_HALVINGS = 30
@@ -25,6 +26,7 @@ def nearest_plan(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     ``|max(y - a - b^T, 0)|^2 / 2 + rows.a + columns.b``, which has a derivative: by a semismooth
     Newton method with line search (Li, Sun & Toh, 2020). Autograd can differentiate it.
     """
+    y = y / _excess_distance(y.detach(), rows.detach())
     x, a, b = _solved(y.detach(), rows.detach(), columns.detach())
     with torch.no_grad():
         plan = repaired(x, rows, columns)
@@ -36,6 +38,16 @@ def nearest_plan(y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     tiny = torch.full_like(rows[:, :1], _LEAST_RIDGE)
     da, db = _newton(support, rest.sum(-1) - rows, rest.sum(-2) - columns, tiny)
     return with_value(plan, rest - support * (da.unsqueeze(-1) + db.unsqueeze(-2)))
+
+
+def _excess_distance(y: Tensor, rows: Tensor) -> Tensor:
+    """What to divide y by: from so far away, the nearest plan is that of a smaller multiple.
+
+    Only plans whose costs differ by less than 1e-12 of the entries are then averaged.
+    """
+    half = y.amax((-2, -1), keepdim=True) / 2 - y.amin((-2, -1), keepdim=True) / 2
+    total = rows.sum(-1, keepdim=True).unsqueeze(-1)
+    return (half / total / (_AS_FAR / 2)).nan_to_num(1.0, 1.0).clamp(min=1.0)
 
 
 def repaired(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
