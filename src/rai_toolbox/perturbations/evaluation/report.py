@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.perturbations.ensemble import BLACK_BOX
 from rai_toolbox.perturbations.evaluation.plot import draw_report
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 from rai_toolbox.perturbations.inputs import check_ball, wrong
@@ -26,9 +27,6 @@ FORMAT = "rai_toolbox robustness 1"
 class RobustnessWarning(UserWarning):
     """A reason to doubt a robust accuracy."""
 
-
-BLACK_BOX = "Square"
-"""The attack of ensembles that needs no gradients: where it finds more, these mislead."""
 
 _FEW = 0.002  # of all data may be fooled by the black box alone (Croce & Hein, 2020)
 
@@ -64,9 +62,10 @@ class AttackTable(list[AttackRow]):
     """The rows of all attacks; as text, a table."""
 
     def __str__(self) -> str:
-        lines = ["norm  epsilon  attack    fooled     calls"]
+        wide = max((len(row.attack) for row in self), default=8)
+        lines = [f"norm  epsilon  {'attack':<{wide}}  fooled     calls"]
         for norm, epsilon, attack, fooled, calls in self:
-            lines.append(f"{norm:<5} {epsilon:>7g}  {attack:<8} {fooled:>7} {calls:>9}")
+            lines.append(f"{norm:<5} {epsilon:>7g}  {attack:<{wide}} {fooled:>7} {calls:>9}")
         return "\n".join(lines)
 
 
@@ -225,7 +224,7 @@ class RobustnessReport:
         checks, reasons = self.checks[norm][:radii], []
         if any(check.zero_gradient for check in checks):
             reasons.append("gradients are 0")
-        blind = sum(self._fooled_by(norm, BLACK_BOX)[:radii])
+        blind = sum(sum(self._fooled_by(norm, name)[:radii]) for name in BLACK_BOX)
         if blind > _FEW * len(self):
             reasons.append("the black box finds more than gradients")
         return ", ".join(reasons)
