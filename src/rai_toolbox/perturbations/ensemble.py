@@ -19,6 +19,7 @@ from rai_toolbox.perturbations.differences import difference_attack
 from rai_toolbox.perturbations.fab import fab_attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.journal import Journal
 from rai_toolbox.perturbations.losses import (
     Criterion,
     Rule,
@@ -81,6 +82,7 @@ def ensemble(
     mask: Tensor | None = None,
     generator: Generator | None = None,
     levels: int | None = None,
+    journal: Journal | None = None,
 ) -> Ensembled:
     """Run several attacks in turn, each on the examples that withstood those before.
 
@@ -103,6 +105,8 @@ def ensemble(
         If given, passed to the attacks; steps only to those that take it.
     generator : torch.Generator, optional
         For all random numbers.
+    journal : Journal, optional
+        Is told of each attack, and may resume a run that was stopped between two of them.
 
     Returns
     -------
@@ -163,7 +167,16 @@ def ensemble(
         if if_masked is not None and has_gradient:
             masked = _without_gradient(objective, allowed, target, generator)
             model_calls += 2
+        journal, done = journal or Journal(), list[str]()
+        earlier = journal.earlier()
+        if earlier:
+            best = BestOf(earlier["cost"], earlier["success"], [earlier["data"]])
+            zero_gradient, masked = earlier["zero_gradient"], earlier["masked"]
+            fooled_by, calls, done = earlier["fooled_by"], earlier["calls"], earlier["done"]
+            model_calls = earlier["model_calls"]
         for name, run in every.items():
+            if name in done:
+                continue
             uses_gradient = getattr(run, "func", run) not in WITHOUT_GRADIENTS
             left = ~best.success
             if if_masked is None:
@@ -175,6 +188,7 @@ def ensemble(
             rows = left.nonzero().squeeze(1)
             if not len(rows):
                 continue
+            journal.begin(name, len(rows))
             part, counted = allowed.rows(rows), _Counted(model)
             settings: dict[str, Any] = {"ball": part.ball, "data_range": part.data_range}
             if part.mask is not None:
@@ -196,6 +210,12 @@ def ensemble(
                 zero_gradient[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
             calls[name] = counted.examples
             model_calls += counted.calls + 1
+            done.append(name)
+            journal.keep(
+                {"cost": best.cost, "success": best.success, "data": best.tensors[0]}
+                | {"zero_gradient": zero_gradient, "masked": masked, "model_calls": model_calls}
+                | {"fooled_by": fooled_by, "calls": calls, "done": done}
+            )
         # Each example's best was found in another batch, on which a model may depend.
         perturbed = best.tensors[0]
         _, cost, success = objective.evaluate(lambda x: x, perturbed, target)
@@ -280,6 +300,7 @@ def short_ensemble(
     mask: Tensor | None = None,
     generator: Generator | None = None,
     levels: int | None = None,
+    journal: Journal | None = None,
 ) -> Ensembled:
     """Run the few attacks that `evaluate_robustness` runs by default: quicker than `standard`.
 
@@ -296,6 +317,8 @@ def short_ensemble(
     ----------
     model, data, target, ball, data_range, criterion, fooled, mask, generator, levels
         As in `attack`.
+    journal : Journal, optional
+        As in `ensemble`.
     steps : int
         Number of steps of the first attack, >= 0, by which those of the others are set.
 
@@ -339,6 +362,7 @@ def short_ensemble(
         mask=mask,
         generator=generator,
         levels=levels,
+        journal=journal,
     )
 
 

@@ -26,6 +26,7 @@ from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.ensemble import short_ensemble
 from rai_toolbox.perturbations.evaluation.batch import Batch
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.evaluation.part_file import PartFile
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
@@ -96,9 +97,10 @@ def evaluate_robustness(
         The device to which data are moved. By default that of the model's parameters.
     state_file : path, optional
         A JSON file that is replaced after each batch. If it exists, the run resumes from it: a run
-        that was killed loses at most one batch per rank.
+        that was killed loses one batch of each rank at most. The first rank loses only one attack:
+        beside the file it keeps another one, with the ending ".part", of the batch at work.
     progress : bool
-        Whether to show a progress bar.
+        Whether to show a progress bar, with the ball, the attack and the number that withstood.
     examples : int
         Number of examples of the first batch to keep for `RobustnessReport.plot`, attacked again in
         the largest ball of each norm.
@@ -166,6 +168,8 @@ def evaluate_robustness(
     ranks = Ranks(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
     device = inputs.device_of(model) if device is None else torch.device(device)
+    path = state.path and state.path.with_name(state.path.name + ".part")
+    part_file = PartFile(path, fingerprint(state.model, settings, by_norm))
     shown: list[Any] = []
     per_batch = sum(map(len, by_norm.values()))
 
@@ -176,7 +180,9 @@ def evaluate_robustness(
         for number, (data, target) in enumerate(found, start=1):
             inputs.bounds_of(data, data_range)  # which checks the data
             name = fingerprint(data, target)
-            batch = Batch(model, by_norm, data_range, solver, judge, seed, data, target, name)
+            batch = Batch(
+                model, by_norm, data_range, solver, judge, seed, data, target, name, number
+            )
             if number == 1 and examples:
                 shown.extend(batch.examples(examples))
             if state.holds(number - 1, batch.name):
@@ -193,11 +199,12 @@ def evaluate_robustness(
             """The names of the next batches, one per rank, and the report of this rank's."""
             if ranks.rank == 0:
                 state.save()  # inside the round, so that a failure raises on all ranks
+                part_file.remove()
             names, part = list[str](), start
             for rank, batch in enumerate(islice(remaining, ranks.size)):
                 names.append(batch.name)
                 if rank == ranks.rank:
-                    part = batch.report(start, bar)
+                    part = batch.report(start, bar, part_file)
                 else:
                     bar.update(per_batch)
             return names, part
