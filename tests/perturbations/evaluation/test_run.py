@@ -284,15 +284,21 @@ def test_batches_may_be_dicts_and_outputs_hold_logits():
     assert evaluated(tuples, keys=(1, 2), solver=attack, steps=3) == expected
 
 
-def test_examples_are_data_that_were_read_right():
-    report = evaluated(examples=3, balls=[LinfBall(0.05), LinfBall(0.1)])
+@pytest.mark.parametrize("number", [3, 15, 99])
+def test_examples_are_the_first_that_are_fooled_then_robust_ones(number, tmp_path):
+    balls = {"balls": [LinfBall(0.05), LinfBall(0.2)]}
+    report = evaluated(examples=number, state_file=tmp_path / "state.json", **balls)
     (shown,) = report.examples
-    rows = (worst_margins(0) < 0).nonzero().squeeze(1)[:3]
+    right, fooled = worst_margins(0)[:20] < 0, worst_margins(0.2)[:20] > 0
+    both = [(right & fooled).nonzero().squeeze(1), (right & ~fooled).nonzero().squeeze(1)]
+    assert 3 < len(both[0]) < 15
+    rows = torch.cat(both)[:number].sort().values
     assert torch.equal(shown.data, DATA[rows]) and torch.equal(shown.target, TARGET[rows])
-    misread = shown.reading != shown.target
-    assert torch.equal(misread, worst_margins(0.1)[rows] > 0)
-    assert (shown.epsilon, shown.norm) == (0.1, "Linf")
-    assert 0.09 < (shown.perturbed - shown.data).abs().max() <= 0.1
+    assert torch.equal(shown.reading != shown.target, fooled[rows])
+    assert (shown.epsilon, shown.norm) == (0.2, "Linf")
+    assert 0.19 < (shown.perturbed - shown.data).abs().max() <= 0.2
+    again = evaluated(examples=number, state_file=tmp_path / "state.json", **balls)
+    assert torch.equal(again.examples[0].perturbed, shown.perturbed)
 
 
 # Interruptions

@@ -76,14 +76,22 @@ class Batch:
                 fooled_by[norm], calls[norm] = tuple(names), tuple(of_attacks)
         return replace(start, withstood=withstood, checks=checks, fooled_by=fooled_by, calls=calls)
 
-    def examples(self, number: int) -> list[Examples]:
-        """The first data that are predicted right, perturbed in the largest ball of each norm."""
+    def examples(self, number: int, report: RobustnessReport) -> list[Examples]:
+        """Some data, perturbed again in the largest ball of each norm: the first that are fooled.
+
+        In the report this batch is the first one. If too few are fooled, robust ones follow.
+        """
         found = []
         with _seeded(self.data.device, self.seed, self.name):
-            right = ~self.predict(self.model, self.data, self.target, gradient=False).misclassified
-            rows = right.nonzero().squeeze(1)[:number]
-            data, target = self.data[rows], self.target[rows]
-            for norm, (*_, ball) in self.balls.items() if len(rows) else ():
+            for norm, (*_, ball) in self.balls.items():
+                withstood = report.withstood[norm][: len(self.data)]
+                robust = len(report.epsilons[norm])
+                right = [row for row, radii in enumerate(withstood) if radii >= 0]
+                chosen = sorted(right, key=lambda row: withstood[row] == robust)[:number]
+                if not chosen:
+                    continue
+                rows = torch.tensor(sorted(chosen), device=self.data.device)
+                data, target = self.data[rows], self.target[rows]
                 perturbed, *_ = self._perturb(data, target, ball, Bar(), PartFile(None, ""))
                 after = self.predict(self.model, perturbed, target, gradient=False)
                 kept = (data, perturbed, target, after.reading, after.misclassified)
@@ -106,7 +114,7 @@ class Batch:
             before = journal.finished()
             if before is not None:
                 return before["data"].to(data.device), before["by"], before["calls"]
-            settings = {"ball": ball, "data_range": self.data_range}
+            settings: dict[str, Any] = {"ball": ball, "data_range": self.data_range}
             settings["generator"] = journal.generator
             if "journal" in signature(self.solver).parameters:
                 settings["journal"] = journal

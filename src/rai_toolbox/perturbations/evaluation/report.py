@@ -344,13 +344,15 @@ class RobustnessReport:
         table.writerows(lines)
         return text.getvalue()
 
-    def plot(self) -> Figure:
+    def plot(self, title: str = "") -> Figure:
         """Accuracy against epsilon, a panel per norm, and the examples below.
+
+        The title is to name model and data; the attacks are named below it.
 
         Requires matplotlib: ``pip install "rai-toolbox[plots]"``. The figure opens no window; write
         it with its method ``savefig``.
         """
-        figure: Figure = draw_report(self)
+        figure: Figure = draw_report(self, title)
         return figure
 
 

@@ -103,7 +103,7 @@ def evaluate_robustness(
         Whether to show a progress bar, with the ball, the attack and the number that withstood.
     examples : int
         Number of examples of the first batch to keep for `RobustnessReport.plot`, attacked again in
-        the largest ball of each norm.
+        the largest ball of each norm: the first that are fooled there.
     group : ProcessGroup, optional
         Ranks that share the work, such as ``torch.distributed.group.WORLD``. Each one calls this
         with the same arguments (except `device`), reads all batches, attacks every k-th one, and
@@ -170,7 +170,7 @@ def evaluate_robustness(
     device = inputs.device_of(model) if device is None else torch.device(device)
     path = state.path and state.path.with_name(state.path.name + ".part")
     part_file = PartFile(path, fingerprint(state.model, settings, by_norm))
-    shown: list[Any] = []
+    first: list[Batch] = []
     per_batch = sum(map(len, by_norm.values()))
 
     def unknown_batches(bar: extras.Bar) -> Iterator[Batch]:
@@ -183,8 +183,8 @@ def evaluate_robustness(
             batch = Batch(
                 model, by_norm, data_range, solver, judge, seed, data, target, name, number
             )
-            if number == 1 and examples:
-                shown.extend(batch.examples(examples))
+            if number == 1:
+                first.append(batch)
             if state.holds(number - 1, batch.name):
                 bar.update(per_batch)
             else:
@@ -216,6 +216,7 @@ def evaluate_robustness(
             if any(others != names for others, _ in found):
                 raise wrong("loader", "give the same batches on each rank, in one order", "others")
             state.add(names, [part for _, part in found[: len(names)]])
+        shown = first[0].examples(examples, state.report) if examples else []
     report = replace(state.report, examples=tuple(shown))
     if ranks.rank == 0:
         for line in report.warnings():
