@@ -12,8 +12,14 @@ from test_square import BALLS, N, a_problem, seeded
 from torch import nn
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.perturbations import verify
+from rai_toolbox.perturbations import (
+    evaluate_robustness,
+    fab_attack,
+    minimum_norm_attack,
+    verify,
+)
 from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.differences import difference_attack
 from rai_toolbox.perturbations.ensemble import BLACK_BOX, ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.losses import margin_loss
@@ -269,6 +275,28 @@ def test_bad_input(name):
         ensemble(**{**settings, **change})
     with pytest.raises(ValueError, match='`version` must be "standard" or "rand", got \'plus\''):
         standard("plus")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [attack, square_attack, fab_attack, difference_attack, short_ensemble, standard()],
+    ids=["attack", "Square", "FAB", "differences", "short", "standard"],
+)
+def test_what_is_no_generator_is_refused(run):
+    with pytest.raises(TypeError, match=r"`generator` must be a torch\.Generator, .* got 3"):
+        run(*a_problem(), ball=LinfBall(0.1), generator=3)
+
+
+@pytest.mark.parametrize("solver", [standard, torch.nn.Linear, "standard", 3])
+def test_what_is_no_solver_is_refused(solver):
+    net, x, y = a_problem()
+    said = "`solver` must " + ("take `ball`" if callable(solver) else "be callable")
+    with pytest.raises(TypeError, match=said):
+        evaluate_robustness(net, [(x, y)], balls=LinfBall(0.1), solver=solver, progress=False)
+    with pytest.raises(TypeError, match=said):
+        minimum_norm_attack(net, x, y, ball=LinfBall, solver=solver)
+    with pytest.raises(TypeError, match=r"got standard \(are parentheses missing\?\)"):
+        evaluate_robustness(net, [(x, y)], balls=LinfBall(0.1), solver=standard, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ def difference_attack(
     Attacked
     """
     check_count("directions", directions, 1)
+    inputs.check_generator(generator)
     must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
     criterion = losses.criterion_of(criterion, margin_loss, targeted=False)
     rule = losses.fooled_rule(fooled, required=False)

@@ -142,6 +142,7 @@ def ensemble(
     twice = sorted(set(attacks) & set(if_masked or {}))
     if twice:
         raise wrong("if_masked", "have other names than `attacks`", repr(twice[0]))
+    inputs.check_generator(generator)
     every = {**attacks, **(if_masked or {})}
     given = {"criterion": criterion, "fooled": fooled, "levels": levels, "generator": generator}
     options = {name: option for name, option in given.items() if option is not None}

@@ -109,6 +109,7 @@ def square_attack(
     """
     check_count("queries", queries, 0)
     check_count("samples", samples, 1)
+    inputs.check_generator(generator)
     must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
     criterion = losses.criterion_of(criterion, margin_loss, targeted)
     success_of = losses.fooled_rule(fooled, targeted, required=False)

@@ -148,6 +148,7 @@ def evaluate_robustness(
     by_norm = _by_norm(balls)
     check_count("examples", examples, 0)
     check_count("seed", seed, 0)
+    inputs.check_solver(solver)
     if steps is not None:
         solver = partial(solver, steps=steps)
     if criterion is not None:
