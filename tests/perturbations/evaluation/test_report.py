@@ -11,7 +11,7 @@ from tiers import slow_but
 
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations import Examples, RobustnessReport
-from rai_toolbox.perturbations.evaluation.report import wilson_interval
+from rai_toolbox.perturbations.evaluation.rows import wilson_interval
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 
 CHECK = VerificationReport
