@@ -25,10 +25,13 @@ def require(module: str, extra: str) -> Any:
 
 
 class Bar:
-    """A progress bar; this one shows nothing. The bars of tqdm have the same method."""
+    """A progress bar; this one shows nothing. The bars of tqdm have the same methods."""
 
     def update(self, n: float = 1) -> object:
         """Count `n` more units as done."""
+
+    def set_postfix_str(self, s: str, refresh: bool = True) -> object:
+        """Show a text behind the bar, at once or with the next update."""
 
 
 @contextmanager

@@ -12,9 +12,15 @@ from test_square import BALLS, N, a_problem, seeded
 from torch import nn
 
 from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall
-from rai_toolbox.perturbations import verify
+from rai_toolbox.perturbations import (
+    evaluate_robustness,
+    fab_attack,
+    minimum_norm_attack,
+    verify,
+)
 from rai_toolbox.perturbations.attack import attack
-from rai_toolbox.perturbations.ensemble import ensemble, short_ensemble, standard
+from rai_toolbox.perturbations.differences import difference_attack
+from rai_toolbox.perturbations.ensemble import BLACK_BOX, ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
 from rai_toolbox.perturbations.losses import margin_loss
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
@@ -120,12 +126,15 @@ def test_radii_of_each_example_masks_and_grids_reach_all_attacks(brief):
 
 def test_where_gradients_are_0_or_none_the_black_box_is_left():
     net, x, y = a_problem()
+    blind = {"ball": LinfBall(0.05), "generator": seeded()}
     with pytest.warns(ZeroGradientWarning):
-        found = short_ensemble(
-            in_numpy(net), x, y, ball=LinfBall(0.05), steps=60, generator=seeded()
-        )
-    assert set(found.fooled_by) == {"Square", None}
-    assert found.zero_gradient.all() and found.calls["APGD"] == 0 < found.calls["Square"]
+        found = short_ensemble(in_numpy(net), x, y, steps=60, **blind)
+    assert found.fooled.any() and set(found.fooled_by) <= {None, *BLACK_BOX}
+    assert found.zero_gradient.all() and found.calls["APGD"] == 0 < found.calls["Diff"]
+    with pytest.warns(ZeroGradientWarning):
+        alone = {"APGD": attack, "Square": partial(square_attack, queries=60)}
+        found = ensemble(in_numpy(net), x, y, attacks=alone, **blind)
+    assert set(found.fooled_by) == {"Square", None} and found.calls["APGD"] == 0
 
     def flat(x):
         return net((8 * x).round() / 8)
@@ -133,6 +142,54 @@ def test_where_gradients_are_0_or_none_the_black_box_is_left():
     with pytest.warns(ZeroGradientWarning):
         found = short_ensemble(flat, x, flat(x).argmax(1), ball=LinfBall(1e-6), steps=4)
     assert found.zero_gradient.all()
+
+
+def test_examples_without_gradients_get_other_attacks():
+    net, x, y = a_problem()
+
+    def half(x):  # of the examples has gradients
+        return torch.where(x[:, :1] < x0, net((8 * x).round() / 8), net(x))
+
+    x0 = x[:, 0].median()
+    x[:, 0] = torch.where(x[:, 0] < x0, 0.0, 1.0)
+    with pytest.warns(ZeroGradientWarning):
+        found = short_ensemble(half, x, half(x).argmax(1), ball=L2Ball(0.4), generator=seeded())
+    for number, name in enumerate(found.fooled_by):
+        assert name is None or (x[number, 0] == 0) == (name in ("Diff", "Diff-sign", "Search"))
+    assert found.fooled[x[:, 0] == 0].any() and found.fooled[x[:, 0] == 1].any()
+
+
+def test_where_the_black_box_finds_more_all_survivors_are_attacked_again():
+    seen = []
+
+    def nothing(model, data, target, start=None, **settings):
+        seen.append((len(data), start))
+        return SimpleNamespace(data=data)
+
+    def square(model, data, target, **settings):
+        moved = data.clone()
+        moved[:2, 0] = 1.0  # which is class 1
+        return SimpleNamespace(data=moved)
+
+    def evaluated(**attacks):
+        seen.clear()
+        x = torch.zeros(N, 1)
+        more = {"again": nothing}
+        given = {"attacks": {"APGD": nothing, **attacks}, "if_masked": more, "ball": LinfBall(1.0)}
+        model = torch.nn.Linear(1, 2)
+        with torch.no_grad():
+            (
+                model.weight.copy_(torch.tensor([[0.0], [1.0]])),
+                model.bias.copy_(torch.tensor([0.5, 0])),
+            )
+        return ensemble(model, x, torch.zeros(N).long(), **given)
+
+    assert "again" not in evaluated().calls and seen == [(N, None)]
+    assert evaluated(Square=square).calls["again"] == 0
+    (first, none), (last, start) = seen
+    assert (first, none, last, start.shape) == (N, None, N - 2, (N - 2, 1))
+    with pytest.raises(ValueError, match="`if_masked` must have other names than `attacks`"):
+        evaluated(again=nothing)
 
 
 def test_two_classes_and_rules():
@@ -220,6 +277,28 @@ def test_bad_input(name):
         standard("plus")
 
 
+@pytest.mark.parametrize(
+    "run",
+    [attack, square_attack, fab_attack, difference_attack, short_ensemble, standard()],
+    ids=["attack", "Square", "FAB", "differences", "short", "standard"],
+)
+def test_what_is_no_generator_is_refused(run):
+    with pytest.raises(TypeError, match=r"`generator` must be a torch\.Generator, .* got 3"):
+        run(*a_problem(), ball=LinfBall(0.1), generator=3)
+
+
+@pytest.mark.parametrize("solver", [standard, torch.nn.Linear, "standard", 3])
+def test_what_is_no_solver_is_refused(solver):
+    net, x, y = a_problem()
+    said = "`solver` must " + ("take `ball`" if callable(solver) else "be callable")
+    with pytest.raises(TypeError, match=said):
+        evaluate_robustness(net, [(x, y)], balls=LinfBall(0.1), solver=solver, progress=False)
+    with pytest.raises(TypeError, match=said):
+        minimum_norm_attack(net, x, y, ball=LinfBall, solver=solver)
+    with pytest.raises(TypeError, match=r"got standard \(are parentheses missing\?\)"):
+        evaluate_robustness(net, [(x, y)], balls=LinfBall(0.1), solver=standard, progress=False)
+
+
 @pytest.fixture(scope="module")
 def digits():
     pixels, classes = load_digits(return_X_y=True)
@@ -252,3 +331,22 @@ def test_the_short_one_is_about_as_strong_as_the_standard(digits, ball):
             for run in (short_ensemble, standard())
         )
         assert short >= long - 1 and 0 < long < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ball", [None, LinfBall(0.1), L2Ball(0.7)], ids=["plain", "Linf", "L2"])
+def test_masked_models_are_not_overrated_by_the_short_one(digits, ball):
+    x, y = digits
+    net = trained(x[100:], y[100:], ball)
+    x, y = x[:100], y[:100]
+    rounded = {"rounded": lambda x: net((8 * x).round() / 8)}
+    saturated = {"saturated": lambda x: (200 * net(x)).softmax(1)}
+    # (On rounded inputs in L2 and L1 balls it is up to 6 points above.)
+    for models, around in ((rounded | saturated, LinfBall(0.1)), (saturated, L2Ball(0.5))):
+        for model in models.values():
+            with pytest.warns(ZeroGradientWarning):
+                short, long = (
+                    run(model, x, y, ball=around, generator=seeded()).fooled.sum()
+                    for run in (short_ensemble, standard())
+                )
+            assert short >= long - 1

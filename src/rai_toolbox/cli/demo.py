@@ -122,7 +122,8 @@ def _demo(arguments: Namespace) -> int:
 
     draw(out / "demo.png", report, robustness, runs)
     draw_sparse(out / "sparse.png", report["sparse"], fits)
-    robustness["bounded"].plot().savefig(out / "robustness.png")
+    title = f"net with weights in [-{BOUND:g}, {BOUND:g}], {len(attacked.labels)} test digits"
+    robustness["bounded"].plot(title).savefig(out / "robustness.png")
     ends["drawing"] = perf_counter()
     report["seconds"] = {end: to - since for (_, since), (end, to) in pairwise(ends.items())}
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -107,7 +107,8 @@ def _evaluate(arguments: Namespace, balls: list[Ball], group: dist.ProcessGroup 
         for line in report.warnings():
             print(f"warning: {line}", file=sys.stderr)
         try:
-            report.plot().savefig(files[2])
+            title = f"model {arguments.model}, data {arguments.data}"
+            report.plot(title).savefig(files[2])
         except MissingExtra as missing:
             print(f"warning: there is no {files.pop()}: {missing}", file=sys.stderr)
         print("", *files, sep="\n")

@@ -17,6 +17,7 @@ from rai_toolbox.perturbations.init import (
     uniform_like_l2_n_ball_,
     uniform_like_linf_n_ball_,
 )
+from rai_toolbox.perturbations.journal import Journal
 from rai_toolbox.perturbations.losses import (
     cross_entropy,
     dlr_loss,
@@ -47,6 +48,7 @@ __all__ = [
     "ColorShift",
     "Ensembled",
     "Examples",
+    "Journal",
     "MaskedPerturbation",
     "MinimumNorm",
     "PerturbationModel",

@@ -145,6 +145,7 @@ def attack(
     check_count("steps", steps, 0)
     check_count("restarts", restarts, 1)
     check_count("samples", samples, 1)
+    inputs.check_generator(generator)
     must_be_classes = criterion is None or rivals is not None
     criterion = losses.criterion_of(criterion, partial(margin_loss, smooth=True), targeted)
     make_optimizer = _optimizer_maker(optimizer or APGD, steps, ball)

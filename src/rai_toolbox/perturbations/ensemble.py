@@ -15,14 +15,17 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.best_of import BestOf
+from rai_toolbox.perturbations.differences import difference_attack
 from rai_toolbox.perturbations.fab import fab_attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.journal import Journal
 from rai_toolbox.perturbations.losses import (
     Criterion,
     Rule,
     cross_entropy,
     dlr_loss,
+    gradient_of,
     margin_loss,
     most_likely_rivals,
 )
@@ -32,6 +35,10 @@ from rai_toolbox.perturbations.solvers import ZeroGradientWarning, warn_of_zero_
 from rai_toolbox.perturbations.square import square_attack
 
 Attacks = Mapping[str, Callable[..., Any]]
+
+WITHOUT_GRADIENTS = (square_attack, difference_attack)
+BLACK_BOX = ("Square", "Diff", "Diff-sign", "Search")
+"""Attacks of ensembles that need no gradients: where they find more, these mislead."""
 
 _STEPS, _TARGETS, _QUERIES, _SAMPLES = 100, 9, 5000, 20  # of the published standard
 
@@ -47,7 +54,8 @@ class Ensembled(NamedTuple):
     fooled_by : list of str or None
         The attack that fooled each example; None where none did, or the example is fooled as it is.
     calls : dict
-        For each attack, the number of examples that the model was called with.
+        For each attack, the number of examples that the model was called with; for those against
+        masked gradients, if they ran.
     """
 
     data: Tensor
@@ -65,6 +73,7 @@ def ensemble(
     target: Tensor,
     *,
     attacks: Attacks,
+    if_masked: Attacks | None = None,
     ball: Ball,
     data_range: Range = (0.0, 1.0),
     steps: int | None = None,
@@ -73,6 +82,7 @@ def ensemble(
     mask: Tensor | None = None,
     generator: Generator | None = None,
     levels: int | None = None,
+    journal: Journal | None = None,
 ) -> Ensembled:
     """Run several attacks in turn, each on the examples that withstood those before.
 
@@ -87,10 +97,16 @@ def ensemble(
         functions with these arguments, whose result has an attribute `data`, which is projected
         onto ball and range, and does not count where it is NaN. If one named "Square"
         finds more than those before, a `RobustnessReport` calls its figure unreliable.
+    if_masked : mapping, optional
+        Attacks for masked gradients. They run instead of `attacks` on examples whose gradients are
+        0 at the data and at a random point of the set; and after them on all that withstood, if
+        "Square" found more than the others. One that takes `start` gets the best points so far.
     steps, criterion, fooled : optional
         If given, passed to the attacks; steps only to those that take it.
     generator : torch.Generator, optional
         For all random numbers.
+    journal : Journal, optional
+        Is told of each attack, and may resume a run that was stopped between two of them.
 
     Returns
     -------
@@ -123,9 +139,14 @@ def ensemble(
         raise wrong("attacks", "be a dict of names and attacks", repr(attacks), TypeError)
     if not attacks:
         raise wrong("attacks", "be one at least", "none")
+    twice = sorted(set(attacks) & set(if_masked or {}))
+    if twice:
+        raise wrong("if_masked", "have other names than `attacks`", repr(twice[0]))
+    inputs.check_generator(generator)
+    every = {**attacks, **(if_masked or {})}
     given = {"criterion": criterion, "fooled": fooled, "levels": levels, "generator": generator}
     options = {name: option for name, option in given.items() if option is not None}
-    for name, run in attacks.items():
+    for name, run in every.items():
         missing = [option for option in options if not inputs.takes(run, option)[0]]
         if missing:
             raise wrong("attacks", f"take `{missing[0]}` where it is given", repr(name), TypeError)
@@ -143,17 +164,40 @@ def ensemble(
         zero_gradient, has_gradient = ~success, losses.has_gradient(model, data)
         fooled_by: list[str | None] = [None] * len(data)
         calls, model_calls = dict.fromkeys(attacks, 0), 3  # at the start, and one at the end
-        for name, run in attacks.items():
-            uses_gradient = getattr(run, "func", run) is not square_attack
-            rows = best.rows_without_success()
-            if not len(rows) or (uses_gradient and not has_gradient):
+        masked = torch.full_like(success, not has_gradient)
+        if if_masked is not None and has_gradient:
+            masked = _without_gradient(objective, allowed, target, generator)
+            model_calls += 2
+        journal, done = journal or Journal(), list[str]()
+        earlier = journal.earlier()
+        if earlier:
+            best = BestOf(earlier["cost"], earlier["success"], [earlier["data"]])
+            zero_gradient, masked = earlier["zero_gradient"], earlier["masked"]
+            fooled_by, calls, done = earlier["fooled_by"], earlier["calls"], earlier["done"]
+            model_calls = earlier["model_calls"]
+        for name, run in every.items():
+            if name in done:
                 continue
+            uses_gradient = getattr(run, "func", run) not in WITHOUT_GRADIENTS
+            left = ~best.success
+            if if_masked is None:
+                left &= ~masked | (not uses_gradient)
+            elif name in attacks:
+                left &= ~masked
+            elif "Square" not in fooled_by:
+                left &= masked
+            rows = left.nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            journal.begin(name, len(rows))
             part, counted = allowed.rows(rows), _Counted(model)
             settings: dict[str, Any] = {"ball": part.ball, "data_range": part.data_range}
             if part.mask is not None:
                 settings["mask"] = part.mask
             if steps is not None and inputs.takes(run, "steps")[0]:
                 settings["steps"] = steps
+            if name not in attacks and inputs.takes(run, "start")[0]:
+                settings["start"] = best.tensors[0][rows]
             with warnings.catch_warnings(), torch.enable_grad():
                 warnings.simplefilter("ignore", ZeroGradientWarning)  # there is one at the end
                 # (copies, as an attack may work in place)
@@ -167,6 +211,12 @@ def ensemble(
                 zero_gradient[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
             calls[name] = counted.examples
             model_calls += counted.calls + 1
+            done.append(name)
+            journal.keep(
+                {"cost": best.cost, "success": best.success, "data": best.tensors[0]}
+                | {"zero_gradient": zero_gradient, "masked": masked, "model_calls": model_calls}
+                | {"fooled_by": fooled_by, "calls": calls, "done": done}
+            )
         # Each example's best was found in another batch, on which a model may depend.
         perturbed = best.tensors[0]
         _, cost, success = objective.evaluate(lambda x: x, perturbed, target)
@@ -251,17 +301,25 @@ def short_ensemble(
     mask: Tensor | None = None,
     generator: Generator | None = None,
     levels: int | None = None,
+    journal: Journal | None = None,
 ) -> Ensembled:
     """Run the few attacks that `evaluate_robustness` runs by default: quicker than `standard`.
 
     APGD on the smooth margin; with a third of the steps on the cross entropy, from a random start;
-    with a fifth each toward the three classes that are nearest by linearization; and Square with as
-    many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
+    with a fifth each toward the three classes that are nearest by linearization; and Square with
+    half as many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
+
+    Examples whose gradients are 0 are attacked along estimates of them instead, which are made of
+    differences between the outputs at 64 pairs of points ("Diff", for as many steps as there are
+    25s in `steps`; "Diff-sign" along their signs), and then by Square from the best point
+    ("Search"). So are all that withstood, where Square finds more than the gradients.
 
     Parameters
     ----------
     model, data, target, ball, data_range, criterion, fooled, mask, generator, levels
         As in `attack`.
+    journal : Journal, optional
+        As in `ensemble`.
     steps : int
         Number of steps of the first attack, >= 0, by which those of the others are set.
 
@@ -292,11 +350,17 @@ def short_ensemble(
         attacks["APGD-CE"] = partial(apgd_ce, steps=-(-steps // 3))
         apgd_t = partial(apgd, rivals=partial(nearest_rivals, number=3))
         attacks["APGD-T"] = partial(apgd_t, steps=-(-steps // 5))
+    rounds = -(-steps // 25)
     return ensemble(
         model,
         data,
         target,
-        attacks=attacks | {"Square": partial(square_attack, queries=steps)},
+        attacks=attacks | {"Square": partial(square_attack, queries=-(-steps // 2))},
+        if_masked={
+            "Diff": partial(difference_attack, steps=rounds, width=3.0),
+            "Diff-sign": partial(difference_attack, steps=rounds, width=1.5, signs=True),
+            "Search": partial(square_attack, queries=steps),
+        },
         ball=ball,
         data_range=data_range,
         criterion=criterion,
@@ -304,7 +368,22 @@ def short_ensemble(
         mask=mask,
         generator=generator,
         levels=levels,
+        journal=journal,
     )
+
+
+def _without_gradient(
+    objective: Objective, allowed: FeasibleSet, target: Tensor, generator: Generator | None
+) -> Tensor:
+    """Whether the gradient of the loss is 0 at the data and at a random point, shape (N,)."""
+    change = allowed.of_perturbations().sample_(torch.zeros_like(allowed.data), generator)
+    zero = torch.ones(allowed.data.shape[:1], dtype=torch.bool, device=allowed.data.device)
+    for points in (allowed.data, allowed.feasible(allowed.data + change)):
+        with torch.enable_grad():
+            x = points.detach().clone().requires_grad_()
+            gradient = gradient_of(objective.criterion(objective.model(x.clone()), target), x)
+        zero &= (gradient == 0).flatten(1).all(1)
+    return zero
 
 
 def likeliest_rivals(model: Model, around: FeasibleSet, target: Tensor, *, number: int) -> Tensor:

@@ -124,6 +124,7 @@ def fab_attack(
     """
     check_count("steps", steps, 1)
     check_count("restarts", restarts, 1)
+    inputs.check_generator(generator)
     if targeted and rivals is not None:
         raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
     with solving(model) as model, torch.no_grad():

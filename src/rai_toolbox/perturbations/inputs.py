@@ -225,6 +225,24 @@ def check_lr(optimizer: object) -> None:
         raise wrong("optimizer", rule, f"{made.__name__} without it", TypeError)
 
 
+def check_generator(generator: object) -> None:
+    """Raise unless this is a generator of random numbers, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        rule = "be a torch.Generator, such as `torch.Generator().manual_seed(0)`"
+        raise wrong("generator", rule, repr(generator), TypeError)
+
+
+def check_solver(solver: Any) -> None:
+    """Raise unless this can be called as `attack` is."""
+    if not callable(solver):
+        raise wrong("solver", "be callable, as `attack` is", repr(solver), TypeError)
+    missing = [name for name in ("ball", "data_range") if not takes(solver, name)[0]]
+    if missing:
+        rule = f"take `{missing[0]}`, as `attack` and `standard()` do"
+        name = getattr(solver, "__name__", repr(solver))
+        raise wrong("solver", rule, f"{name} (are parentheses missing?)", TypeError)
+
+
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """Whether a callable takes an argument of this name, and whether it requires it."""
     parameters = _PARAMETERS.get(call)

@@ -159,6 +159,8 @@ def minimum_norm_attack(
     if not 0 < check_number("tolerance", tolerance) < 1:
         raise wrong("tolerance", "be > 0 and < 1", tolerance)
     check_number("largest", 0 if largest is None else largest, 0)
+    if solver is not None:
+        inputs.check_solver(solver)
     solver = solver or (_TOWARD_NEAREST if criterion is None and not targeted else attack)
     options: dict[str, Any] = {"criterion": criterion, "fooled": fooled, "levels": levels}
     options = {name: option for name, option in options.items() if option is not None}

@@ -10,7 +10,7 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.kernels.rounding import as_wide
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range
+from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
 from rai_toolbox.perturbations.solve import Attacked, Objective, solving
 from rai_toolbox.perturbations.windows import Windows, window_share
@@ -24,6 +24,7 @@ def square_attack(
     ball: Ball,
     data_range: Range = (0.0, 1.0),
     queries: int = 5000,
+    start: Tensor | None = None,
     criterion: Criterion | None = None,
     fooled: Rule | None = None,
     targeted: bool = False,
@@ -64,7 +65,10 @@ def square_attack(
         Lower and upper bound of all data, in their unit; a tensor broadcasts against the data. None
         for no bounds.
     queries : int
-        Number of queries for each example, >= 0, besides one of the data and one of the result.
+        Number of queries for each example, >= 0, besides one of the start and one of the result.
+    start : Tensor, optional
+        Where to start, such as what another attack has found, with windows of 5 %. By default at
+        the data.
     criterion, fooled : callable, optional
         As in `attack`. By default `margin_loss` and `is_fooled`.
     targeted : bool
@@ -106,6 +110,7 @@ def square_attack(
     """
     check_count("queries", queries, 0)
     check_count("samples", samples, 1)
+    inputs.check_generator(generator)
     must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
     criterion = losses.criterion_of(criterion, margin_loss, targeted)
     success_of = losses.fooled_rule(fooled, targeted, required=False)
@@ -121,11 +126,13 @@ def square_attack(
             return objective.evaluate(lambda x: x, points, goal)[1:]
 
         windows = Windows(data.shape[1:], ball.p, generator)
-        found, (cost, success) = data.clone(), evaluated(data, target)
+        skipped = 0 if start is None else max(queries // 9, 1)  # the queries with large windows
+        found = data.clone() if start is None else _placed(start, allowed)
+        cost, success = evaluated(found, target)
         inputs.check_per_example("criterion", cost, data)
         # The examples that are not fooled: their numbers, sets, best points, costs and targets.
         rows = torch.arange(len(data), device=data.device)
-        part, points, goal, calls = allowed, data, target, 1
+        part, points, goal, calls = allowed, found.clone(), target, 1
         for query in range(queries):
             if bool(success.any()):
                 found[rows] = points
@@ -136,10 +143,11 @@ def square_attack(
                 break
             radius = as_wide(part.ball.epsilon, points).reshape(-1, 1, 1)
             change = (points.double() - part.data.double()).to(radius.dtype)
-            if query == 0:
+            if start is None and query == 0:
                 change = windows.first(change, radius)
             else:
-                change = windows.next(change, radius, window_share(query, queries))
+                share = window_share(query + skipped, queries + skipped)
+                change = windows.next(change, radius, share)
             others = part.nearest(change)
             other_cost, success = evaluated(others, goal)
             # Equal ones are taken, too: where the output is constant, the search wanders.
@@ -155,3 +163,11 @@ def square_attack(
         cost, success = evaluated(found, target)
     none = torch.zeros_like(success)
     return Attacked(found, sign * cost, success, none, calls + samples)
+
+
+def _placed(start: Tensor, allowed: FeasibleSet) -> Tensor:
+    """The points to start at, projected."""
+    if start.shape != allowed.data.shape:
+        rule = f"have the shape of the data, {tuple(allowed.data.shape)}"
+        raise wrong("start", rule, tuple(start.shape))
+    return allowed.feasible(start.detach().to(allowed.data))

@@ -11,7 +11,7 @@ from tiers import slow_but
 
 from rai_toolbox.constraints import L2Ball, LinfBall
 from rai_toolbox.perturbations import Examples, RobustnessReport
-from rai_toolbox.perturbations.evaluation.report import wilson_interval
+from rai_toolbox.perturbations.evaluation.rows import wilson_interval
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 
 CHECK = VerificationReport
@@ -147,7 +147,11 @@ def drawn():
 def test_the_picture_has_panels_and_examples_of_any_shape(drawn, shape, tmp_path):
     figure = drawn(*shape)
     panels, grid = figure.subfigs[0].axes, figure.subfigs[1].subfigs[0].axes
-    assert len(panels) == 2 and len(grid) == 3 * 3
+    assert len(panels) == 2 and len(grid) == 3 * 3 + (shape in [(1, 6, 5), (6, 5)])
+    assert grid[3].get_ylabel() == "change" + ", ±0.5" * (len(grid) == 9)
+    if len(grid) > 9:
+        ticks = [tick.get_text() for tick in grid[9].get_yticklabels()]
+        assert ticks == ["-0.5", "0", "0.5"]
     figure.savefig(tmp_path / "report.png", dpi=40)
     assert (tmp_path / "report.png").stat().st_size > 5000
 
@@ -166,11 +170,11 @@ def test_curves_are_named(drawn):
 
 def test_examples_show_what_was_changed_and_misread(drawn):
     grid = drawn(2, 2).subfigs[1].subfigs[0].axes
-    original, change, result = (axes.images[0].get_array() for axes in grid[::3])
+    original, change, result = (axes.images[0].get_array() for axes in grid[:9:3])
     assert (result - original - change).max() == pytest.approx(0, abs=1e-6)
     assert [axes.get_title() for axes in grid[:3]] == ["0", "1", "2"]
-    assert [axes.get_xlabel() for axes in grid[6:]] == ["0", "2", "2"]
-    assert len({axes.spines["left"].get_edgecolor() for axes in grid[6:]}) == 2
+    assert [axes.get_xlabel() for axes in grid[6:9]] == ["0", "2", "2"]
+    assert len({axes.spines["left"].get_edgecolor() for axes in grid[6:9]}) == 2
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,9 @@ SOLVERS = {
 def test_the_picture_names_the_attacks(name):
     figure = report(settings={"solver": SOLVERS[name]}).plot()
     assert figure.subfigs[0].get_suptitle() == f"attacked by {name}"
+    figure = report(settings={"solver": SOLVERS[name]}).plot("my net, my data")
+    assert figure.subfigs[0].get_suptitle() == f"my net, my data\nattacked by {name}"
+    assert report().plot("my net, my data").subfigs[0].get_suptitle() == "my net, my data"
 
 
 def test_without_examples_there_are_only_panels():

@@ -20,8 +20,8 @@ PANEL, CELL = 4.2, 1.0  # inches
 # `Any` stands for the classes of matplotlib, and of the report, whose file imports this one.
 
 
-def draw_report(report: Any) -> Any:
-    """A panel of accuracy per norm, and the examples below."""
+def draw_report(report: Any, title: str = "") -> Any:
+    """A panel of accuracy per norm, and the examples below; what was attacked, and by what."""
     figures = require("matplotlib.figure", extra="plots")
     norms, examples = list(report.epsilons), report.examples
     columns = max((len(shown.data) for shown in examples), default=0)
@@ -30,9 +30,11 @@ def draw_report(report: Any) -> Any:
     size = width * len(norms), sum(heights)
     figure = figures.Figure(figsize=size, dpi=120, layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    lines = [title] if title else []
     if "solver" in report.settings:
-        attacks = _attacks_of(report.settings["solver"])
-        parts[0].suptitle(f"attacked by {attacks}", x=0.01, ha="left", fontsize=10)
+        lines.append(f"attacked by {_attacks_of(report.settings['solver'])}")
+    if lines:
+        parts[0].suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
     for axes, norm in zip(parts[0].subplots(1, len(norms), squeeze=False)[0], norms, strict=True):
         draw_accuracy(axes, {"robust accuracy": report}, norm)
     if examples:
@@ -88,14 +90,18 @@ def _draw_examples(figure: Any, shown: Any) -> None:
     limits = float(both[0]), float(both[1])  # the same for originals and results
     rows = [
         ("original", shown.data, limits, "gray"),
-        (f"change, ±{largest:.2g}", change, (-largest, largest), "RdBu_r"),
+        ("change", change, (-largest, largest), "RdBu_r"),
         ("result", shown.perturbed, limits, "gray"),
     ]
     for line, (name, data, limits, colors) in zip(grid, rows, strict=True):
         for axes, example in zip(line, data, strict=True):
-            _show(axes, example.detach().float().cpu(), limits, colors)
+            image = _show(axes, example.detach().float().cpu(), limits, colors)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
+        if name == "change" and image is not None:
+            figure.colorbar(image, ax=list(line), ticks=[-largest, 0, largest], format="%.2g")
+        elif name == "change":  # curves, bars, or colors, in which no change is grey
+            line[0].set_ylabel(f"change, ±{largest:.2g}")
     misread = shown.reading != shown.target if shown.misread is None else shown.misread
     texts = map(_texts, (shown.target, shown.reading))
     examples = zip(grid[0], grid[2], *texts, misread.tolist(), strict=True)
@@ -114,14 +120,17 @@ def _texts(values: Tensor) -> list[str]:
     return [" ".join(map(texts.format, row)) for row in rows.tolist()]
 
 
-def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) -> None:
-    """One example: as an image if it has the shape of one, few features as bars, else a curve."""
+def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) -> Any:
+    """One example: as an image if it has the shape of one, few features as bars, else a curve.
+
+    Gives an image whose colors stand for numbers.
+    """
     low, high = limits
     if example.ndim == 3 and example.shape[0] == 1:
         example = example[0]
     if example.ndim == 2:
-        axes.imshow(example.tolist(), cmap=colors, vmin=low, vmax=high)
-    elif example.ndim == 3 and example.shape[0] == 3:
+        return axes.imshow(example.tolist(), cmap=colors, vmin=low, vmax=high)
+    if example.ndim == 3 and example.shape[0] == 3:
         scaled = (example - low) / max(high - low, 1e-30)  # no change is mid-grey
         axes.imshow(scaled.clamp(0, 1).permute(1, 2, 0).tolist())
     else:
@@ -131,3 +140,4 @@ def _show(axes: Any, example: Tensor, limits: tuple[float, float], colors: str) 
         else:
             axes.plot(values, color=COLORS[0], linewidth=0.8)
         axes.set_ylim(low, high if high > low else low + 1)
+    return None

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.perturbations.ensemble import BLACK_BOX
 from rai_toolbox.perturbations.evaluation.plot import draw_report
+from rai_toolbox.perturbations.evaluation.rows import (
+    AttackRow,
+    AttackTable,
+    Row,
+    flat,
+    wilson_interval,
+)
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
 from rai_toolbox.perturbations.inputs import check_ball, wrong
 
@@ -27,47 +35,7 @@ class RobustnessWarning(UserWarning):
     """A reason to doubt a robust accuracy."""
 
 
-BLACK_BOX = "Square"
-"""The attack of ensembles that needs no gradients: where it finds more, these mislead."""
-
 _FEW = 0.002  # of all data may be fooled by the black box alone (Croce & Hein, 2020)
-
-
-class Row(NamedTuple):
-    """Accuracies at one epsilon, with the 95 % interval of the robust one, and the checks.
-
-    `unreliable` is why the robust accuracy is not to be trusted; empty if there is no reason known.
-    """
-
-    norm: str
-    epsilon: float
-    data: int
-    clean_accuracy: float
-    robust_accuracy: float
-    low: float
-    high: float
-    checks: VerificationReport
-    unreliable: str = ""
-
-
-class AttackRow(NamedTuple):
-    """What one attack of an ensemble did at one epsilon: examples fooled, and examples called."""
-
-    norm: str
-    epsilon: float
-    attack: str
-    fooled: int
-    calls: int
-
-
-class AttackTable(list[AttackRow]):
-    """The rows of all attacks; as text, a table."""
-
-    def __str__(self) -> str:
-        lines = ["norm  epsilon  attack    fooled     calls"]
-        for norm, epsilon, attack, fooled, calls in self:
-            lines.append(f"{norm:<5} {epsilon:>7g}  {attack:<8} {fooled:>7} {calls:>9}")
-        return "\n".join(lines)
 
 
 class Examples(NamedTuple):
@@ -225,7 +193,7 @@ class RobustnessReport:
         checks, reasons = self.checks[norm][:radii], []
         if any(check.zero_gradient for check in checks):
             reasons.append("gradients are 0")
-        blind = sum(self._fooled_by(norm, BLACK_BOX)[:radii])
+        blind = sum(sum(self._fooled_by(norm, name)[:radii]) for name in BLACK_BOX)
         if blind > _FEW * len(self):
             reasons.append("the black box finds more than gradients")
         return ", ".join(reasons)
@@ -319,7 +287,7 @@ class RobustnessReport:
     def to_json(self) -> str:
         """The report as JSON, which also has the tables: `from_json` ignores them."""
         table = [
-            {name: None if value != value else value for name, value in _flat(row).items()}
+            {name: None if value != value else value for name, value in flat(row).items()}
             for row in self.rows()
         ]
         tables = {"table": table, "attacks": [row._asdict() for row in self.by_attack()]}
@@ -338,20 +306,22 @@ class RobustnessReport:
 
     def to_csv(self) -> str:
         """The table as comma-separated values, with the checks of each row."""
-        lines = [_flat(row) for row in self.rows()]
+        lines = [flat(row) for row in self.rows()]
         text = io.StringIO()
         table = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(lines)
         return text.getvalue()
 
-    def plot(self) -> Figure:
+    def plot(self, title: str = "") -> Figure:
         """Accuracy against epsilon, a panel per norm, and the examples below.
+
+        The title is to name model and data; the attacks are named below it.
 
         Requires matplotlib: ``pip install "rai-constrained[plots]"``. The figure opens no window;
         write it with its method ``savefig``.
         """
-        figure: Figure = draw_report(self)
+        figure: Figure = draw_report(self, title)
         return figure
 
 
@@ -369,21 +339,3 @@ def _merged_attacks(parts: Sequence[RobustnessReport]) -> dict[str, Any]:
                     sums[radius][attack] = sums[radius].get(attack, 0) + number
         fooled_by[norm], calls[norm] = tuple(names), tuple(sums)
     return {"fooled_by": fooled_by, "calls": calls}
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """A row with its checks, as columns of one table."""
-    plain = row._asdict()
-    checks: dict[str, Any] = plain.pop("checks").to_plain()
-    return plain | {"attacked": checks.pop("data")} | checks
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95 % confidence interval of the fraction ``count / total`` (Wilson, 1927)."""
-    if total == 0:
-        return 0.0, 1.0
-    z, share = 1.959963984540054, count / total
-    center = share + z**2 / (2 * total)
-    half = z * (share * (1 - share) / total + (z / (2 * total)) ** 2) ** 0.5
-    low, high = ((center + side * half) / (1 + z**2 / total) for side in (-1, 1))
-    return (0.0 if count == 0 else low), (1.0 if count == total else high)

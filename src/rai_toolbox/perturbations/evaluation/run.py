@@ -26,6 +26,7 @@ from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.ensemble import short_ensemble
 from rai_toolbox.perturbations.evaluation.batch import Batch
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.evaluation.part_file import PartFile
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
@@ -97,12 +98,13 @@ def evaluate_robustness(
         The device to which data are moved. By default that of the model's parameters.
     state_file : path, optional
         A JSON file that is replaced after each batch. If it exists, the run resumes from it: a run
-        that was killed loses at most one batch per rank.
+        that was killed loses one batch of each rank at most. The first rank loses only one attack:
+        beside the file it keeps another one, with the ending ".part", of the batch at work.
     progress : bool
-        Whether to show a progress bar.
+        Whether to show a progress bar, with the ball, the attack and the number that withstood.
     examples : int
         Number of examples of the first batch to keep for `RobustnessReport.plot`, attacked again in
-        the largest ball of each norm.
+        the largest ball of each norm: the first that are fooled there.
     group : ProcessGroup, optional
         Ranks that share the work, such as ``torch.distributed.group.WORLD``. Each one calls this
         with the same arguments (except `device`), reads all batches, attacks every k-th one, and
@@ -147,6 +149,7 @@ def evaluate_robustness(
     by_norm = _by_norm(balls)
     check_count("examples", examples, 0)
     check_count("seed", seed, 0)
+    inputs.check_solver(solver)
     if steps is not None:
         solver = partial(solver, steps=steps)
     if criterion is not None:
@@ -167,7 +170,9 @@ def evaluate_robustness(
     ranks = Ranks(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
     device = inputs.device_of(model) if device is None else torch.device(device)
-    shown: list[Any] = []
+    path = state.path and state.path.with_name(state.path.name + ".part")
+    part_file = PartFile(path, fingerprint(state.model, settings, by_norm))
+    first: list[Batch] = []
     per_batch = sum(map(len, by_norm.values()))
 
     def unknown_batches(bar: extras.Bar) -> Iterator[Batch]:
@@ -177,9 +182,11 @@ def evaluate_robustness(
         for number, (data, target) in enumerate(found, start=1):
             inputs.bounds_of(data, data_range)  # which checks the data
             name = fingerprint(data, target)
-            batch = Batch(model, by_norm, data_range, solver, judge, seed, data, target, name)
-            if number == 1 and examples:
-                shown.extend(batch.examples(examples))
+            batch = Batch(
+                model, by_norm, data_range, solver, judge, seed, data, target, name, number
+            )
+            if number == 1:
+                first.append(batch)
             if state.holds(number - 1, batch.name):
                 bar.update(per_batch)
             else:
@@ -194,11 +201,12 @@ def evaluate_robustness(
             """The names of the next batches, one per rank, and the report of this rank's."""
             if ranks.rank == 0:
                 state.save()  # inside the round, so that a failure raises on all ranks
+                part_file.remove()
             names, part = list[str](), start
             for rank, batch in enumerate(islice(remaining, ranks.size)):
                 names.append(batch.name)
                 if rank == ranks.rank:
-                    part = batch.report(start, bar)
+                    part = batch.report(start, bar, part_file)
                 else:
                     bar.update(per_batch)
             return names, part
@@ -210,6 +218,7 @@ def evaluate_robustness(
             if any(others != names for others, _ in found):
                 raise wrong("loader", "give the same batches on each rank, in one order", "others")
             state.add(names, [part for _, part in found[: len(names)]])
+        shown = first[0].examples(examples, state.report) if examples else []
     report = replace(state.report, examples=tuple(shown))
     if ranks.rank == 0:
         for line in report.warnings():

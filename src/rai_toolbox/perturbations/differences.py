@@ -1,0 +1,155 @@
+"""An attack along gradients that are estimated from differences, for models that mask theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+
+import torch
+from torch import Generator, Tensor
+
+from rai_toolbox.checks import check_count
+from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.sampling import uniform
+from rai_toolbox.perturbations import inputs, losses
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.feasible_set import FeasibleSet
+from rai_toolbox.perturbations.inputs import Model, Range
+from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
+from rai_toolbox.perturbations.solve import Attacked, solving
+
+
+def difference_attack(
+    model: Model,
+    data: Tensor,
+    target: Tensor,
+    *,
+    ball: Ball,
+    data_range: Range = (0.0, 1.0),
+    steps: int = 3,
+    width: float = 1.0,
+    directions: int = 64,
+    signs: bool = False,
+    criterion: Criterion | None = None,
+    fooled: Rule | None = None,
+    mask: Tensor | None = None,
+    generator: Generator | None = None,
+    levels: int | None = None,
+) -> Attacked:
+    r"""Run `attack` with gradients that are estimated without autograd.
+
+    .. math::
+        g = \sum_i \frac{L(x' + h u_i) - L(x' - h u_i)}{2} \, u_i
+
+    The directions are rows of a Hadamard matrix with random signs, which are orthogonal: as many as
+    there are features give the whole gradient of a linear model. Each step takes other ones.
+
+    Parameters
+    ----------
+    model, data, target, ball, data_range, steps, criterion, fooled, mask, generator, levels
+        As in `attack`; the criterion is `margin_loss` by default.
+    width : float
+        Of h: in units of the radius in an Linf ball; in L2 and L1 balls of the radius over the root
+        of the number of features.
+    directions : int
+        Number of directions per step, >= 1; each one takes two calls of the model.
+    signs : bool
+        Whether to take the signs of what is estimated.
+
+    Returns
+    -------
+    Attacked
+    """
+    check_count("directions", directions, 1)
+    inputs.check_generator(generator)
+    must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
+    criterion = losses.criterion_of(criterion, margin_loss, targeted=False)
+    rule = losses.fooled_rule(fooled, required=False)
+    with solving(model) as model:
+        data = inputs.as_data(data)
+        target = inputs.as_target(target, data, must_be_classes)
+        around = FeasibleSet.around(data, ball, data_range, mask, levels)
+        model = inputs.checked(model, target, must_be_classes or may_be_classes)
+        orthogonal = _Directions(around, width, directions, generator)
+        twice = torch.cat([target, target])
+        calls = 0
+
+        def with_gradient(points: Tensor, goal: Tensor) -> Tensor:
+            """The loss, whose gradient is the estimate."""
+            nonlocal calls
+            x, calls = points.detach(), calls + 1
+            with torch.no_grad():
+                loss = criterion(model(x.clone()), goal)
+            if not points.requires_grad:
+                return loss
+            estimate = torch.zeros_like(x)
+            for direction in orthogonal.next():
+                # (Without a graph twice the data take less memory than the data with one.)
+                both = torch.cat([within(x + direction), within(x - direction)])
+                with torch.no_grad():
+                    up, down = criterion(model(both), twice).chunk(2)
+                estimate += (up - down).view(-1, *(1,) * (x.ndim - 1)) * direction
+                calls += 1
+            estimate = estimate.sign() if signs else estimate
+            return loss + ((points - x) * estimate).flatten(1).sum(1)
+
+        def within(points: Tensor) -> Tensor:
+            return points if around.bounds is None else points.clamp(*around.bounds)
+
+        def success(points: Tensor, goal: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            assert rule is not None
+            return rule(model(points.detach()), goal)
+
+        found = attack(
+            lambda x: x,
+            data,
+            target,
+            criterion=with_gradient,
+            fooled=success if rule is not None else _never,
+            ball=ball,
+            data_range=data_range,
+            steps=steps,
+            mask=mask,
+            levels=levels,
+        )
+    return found._replace(model_calls=calls, zero_gradient=torch.zeros_like(found.fooled))
+
+
+def _never(points: Tensor, target: Tensor) -> Tensor:
+    return torch.zeros_like(target, dtype=torch.bool)
+
+
+class _Directions:
+    """Orthogonal directions for each example; those of the next steps are others."""
+
+    def __init__(
+        self, around: FeasibleSet, width: float, number: int, generator: Generator | None
+    ) -> None:
+        data = around.data
+        features = data[0].numel() if len(data) else 1
+        epsilon = torch.as_tensor(around.ball.epsilon, dtype=data.dtype, device=data.device)
+        size = 1.0 if around.ball.p == inf else features**-0.5
+        size = width * size * epsilon * (1.0 if around.mask is None else around.mask)
+        self.scaled = torch.where(uniform(data, generator) < 0.5, -size, size).to(data.dtype)
+        self.columns = torch.arange(features, device=data.device)
+        order = 1 << max(features - 1, 1).bit_length()  # of the matrix: a power of two
+        self.shifts = [shift for shift in (32, 16, 8, 4, 2, 1) if order >> shift]
+        self.number = min(number, order)
+        self.rows = uniform(torch.empty(order), generator).argsort().tolist()
+
+    def next(self) -> Iterator[Tensor]:
+        """The directions of one step, each of the shape of the data."""
+        now, rest = self.rows[: self.number], self.rows[self.number :]
+        self.rows = rest + now
+        for row in now:
+            signs = 1 - 2 * _parity(self.columns & row, self.shifts)
+            yield self.scaled * signs.view(self.scaled.shape[1:])
+
+
+def _parity(numbers: Tensor, shifts: list[int]) -> Tensor:
+    """Whether the number of ones among the bits is odd: the signs of a Hadamard matrix."""
+    for shift in shifts:
+        numbers = numbers ^ (numbers >> shift)
+    return numbers & 1
