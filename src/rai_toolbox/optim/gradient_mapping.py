@@ -123,7 +123,7 @@ class GradientMapping(OfSet):
             and self.set_of(group)._dims is None
             and issubclass(self.inner, ELEMENTWISE)
             and {batch.dtype for batch in batches} == {torch.float32}
-            and all(sums_fast(batch, EXACT_CHUNK) for batch in batches)
+            and sums_fast(batches, EXACT_CHUNK)
             and not needs_grad(*batches)
         )
 
@@ -190,7 +190,7 @@ class GradientMapping(OfSet):
         y = torch.addcmul(x, e, followed[-1], value=-1)
         factor = NotImplemented
         if constraint._dims is None and can_judge(y):
-            fast = sums_fast(y, EXACT_CHUNK)
+            fast = sums_fast([y], EXACT_CHUNK)
             length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], 2)
             error = sum_error(EXACT_CHUNK) if fast else 0.0
             factor = constraint._scaling(length, y)
@@ -320,7 +320,7 @@ def step_size(
 
 def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float) -> Tensor | None:
     """`step_size` by norms in float32, right to about 1e-6; None if these do not hold all of it."""
-    fast = sums_fast(x, EXACT_CHUNK) and sums_fast(gradient, EXACT_CHUNK)
+    fast = sums_fast([x, gradient], EXACT_CHUNK)
     if not fast or needs_grad(x, gradient):
         return None
     averages = None if m is None or m is gradient else [m.contiguous()]

@@ -34,14 +34,18 @@ def widened(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x)).contiguous()
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether it is a tensor on the CPU, of no subclass."""
+    return type(x) in _PLAIN and x.is_cpu
+
+
 def in_blocks(x: Tensor) -> bool:
     """Whether to go by pieces and to read values: a plain CPU tensor, in eager mode.
 
     A compiler fuses.
     """
     return (
-        type(x) in _PLAIN
-        and x.is_cpu
+        is_plain(x)
         and not torch.compiler.is_compiling()
         and not function_transforms_active()
         and forward_ad_level() < 0
@@ -111,9 +115,9 @@ def in_groups(
     large = []
     for x in tensors:
         size = x.numel()
-        if joins and 0 < size <= BLOCK // 2 and type(x) in _PLAIN and x.is_cpu:
+        if joins and 0 < size <= BLOCK // 2 and is_plain(x):
             alike.setdefault((x.shape, x.dtype), []).append(x)
-        elif act_each_ and plain and size > BLOCK // 2 and x.is_contiguous() and in_blocks(x):
+        elif act_each_ and plain and size > BLOCK // 2 and x.is_contiguous() and is_plain(x):
             large.append(view_or_copy(x, shape_of(x.shape))[0])
         else:
             _in_parts(x, act_, shape_of(x.shape))

@@ -14,20 +14,19 @@ from torch import Tensor
 from rai_toolbox import foreach
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, in_groups, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, in_blocks, in_groups, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
-    fast_norms,
-    for_each,
+    fast_norm,
     least_and_most,
     norm,
     row_norm,
     scale_dtype,
     sums_fast,
-    wide_norms,
 )
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
 
+_SMALL = 2**12  # elements up to which signs are faster in a stack
 _CHUNK = 2**12  # entries whose squares are summed in float32: right to about 1e-6
 
 
@@ -48,7 +47,14 @@ def sign_(tensors: list[Tensor]) -> None:
     elif len(tensors) == 1 and tensors[0].numel() <= BLOCK and in_blocks(tensors[0]):
         _sign_known_(tensors[0])  # as below, in fewer calls
     elif in_blocks(tensors[0]):
-        in_groups(tensors, _sign_known_)
+        others = []
+        for tensor in tensors:
+            if _SMALL < tensor.numel() <= GROUP:
+                _sign_known_(tensor)
+            else:
+                others.append(tensor)
+        if others:
+            in_groups(others, _sign_known_)
     else:
         _sign_any_(tensors)
 
@@ -104,29 +110,28 @@ def _normalize_row_(x: Tensor, p: float, div_by_zero_eps: float) -> bool:
 def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> None:
     """`normalize_` for the rows of plain batches on the CPU, of one length and dtype.
 
-    Large ones by norms in the dtype of factors, but for rows whose norms that cannot hold.
+    Each is divided while it is in cache, by norms in the dtype of factors where it is large. Rows
+    whose norms that does not hold are divided by the nearest number, and once more.
     """
     dtype = scale_dtype(batches[0])
-    fast = p in (1, 2) and all(sums_fast(x, _CHUNK) for x in batches)
-    length = fast_norms(batches, p, _CHUNK) if fast else wide_norms(batches, p)
-    least, most = max(div_by_zero_eps, LEAST[dtype]), torch.finfo(dtype).max
-    shortest, longest = least_and_most(length)
-    others = None
-    if not (shortest > least and longest <= most):
-        others = ~((length > least) & (length <= most))
-        length = length.masked_fill(others, 1.0)
-    divisors = for_each(length.to(dtype), batches)
-    for i, (x, divisor) in enumerate(zip(batches, divisors, strict=True)):
-        if others is None:
-            x.div_(divisor)
-            continue
-        at = for_each(others, batches)[i].view(-1).nonzero().view(-1)
-        some = x[at]
-        _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps)
-        x.div_(divisor).index_copy_(0, at, some)
+    least, most = LEAST[dtype], torch.finfo(dtype).max
+    fast = p in (1, 2) and sums_fast(batches, _CHUNK)
+    lengths = []
+    for x in batches:
+        length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)
+        x.div_(length.clamp(max(div_by_zero_eps, least), most).to(dtype))
+        lengths.append(length)
+    shortest, longest = least_and_most(torch.cat(lengths) if len(lengths) > 1 else lengths[0])
+    if longest <= most and (shortest > least or div_by_zero_eps >= least):
+        return
+    for x, length in zip(batches, lengths, strict=True):
+        at = (~((length > least) & (length <= most))).view(-1).nonzero().view(-1)
+        some, divisor = x[at], length[at].clamp(max(div_by_zero_eps, least), most)
+        _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps / divisor)
+        x.index_copy_(0, at, some)
 
 
-def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:
+def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float | Tensor) -> Tensor:
     info = torch.finfo(scale_dtype(x))
     length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))

@@ -82,7 +82,7 @@ def _ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
     """
     x, size = batches[0], batches[0].shape[1:].numel()
     is_narrow = x.dtype != torch.float64 and epsilon > 2 * LEAST[torch.float32]
-    if is_narrow and all(sums_fast(batch, EXACT_CHUNK) for batch in batches):
+    if is_narrow and sums_fast(batches, EXACT_CHUNK):
         length, error = fast_norms(batches, 2, EXACT_CHUNK), sum_error(min(size, EXACT_CHUNK))
         shortest, longest = least_and_most(length)
         if longest <= epsilon * (1 - error):

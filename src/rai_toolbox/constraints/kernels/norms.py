@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain, wide_dtype
 
 _SCALES = {
     torch.float16: torch.float32,
@@ -65,17 +66,25 @@ def row_norm(x: Tensor, p: float) -> float:
     return norm(x, p, x.ndim - 1).item()
 
 
-def sums_fast(x: Tensor, chunk: int) -> bool:
-    """Whether `fast_norms` takes a batch (N, ...): a large one of real numbers, on the CPU.
+def sums_fast(batches: Sequence[Tensor], chunk: int) -> bool:
+    """Whether `fast_norms` takes batches (N, ...): large ones of real numbers, on the CPU.
 
-    Its rows must be dense: torch sums other ones term by term, without lanes (see `sum_error`).
+    Their rows have one length, and must be dense: torch sums other ones term by term, without
+    lanes (see `sum_error`).
     """
-    size = x.shape[1:].numel()
-    dense = x.is_contiguous() or (
-        size <= chunk and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    )
-    return (
-        size <= BLOCK and x.numel() > BLOCK // 2 and dense and not x.is_complex() and in_blocks(x)
+    size = batches[0].shape[1:].numel()
+    if size > BLOCK or batches[0].is_complex() or not in_blocks(batches[0]):
+        return False
+    return all(is_plain(x) and _is_large_and_dense(x, chunk) for x in batches)
+
+
+def _is_large_and_dense(x: Tensor, chunk: int) -> bool:
+    if x.numel() <= BLOCK // 2:
+        return False
+    return x.is_contiguous() or (
+        x.shape[1:].numel() <= chunk
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -85,7 +94,27 @@ def fast_norms(batches: list[Tensor], p: float, chunk: int) -> Tensor:
     The rows have one length and dtype. Sums of up to `chunk` entries have the dtype of factors.
     Norms are right, to within `sum_error`, from `LEAST` on and where they are finite.
     """
-    return _joined([_fast_norm(x, p, chunk) for x in batches])
+    return _joined([fast_norm(x, p, chunk).view(-1) for x in batches])
+
+
+def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
+    """`fast_norms` of one batch, shape (N, 1, ...)."""
+    dtype, dims, size = scale_dtype(x), tuple(range(1, x.ndim)), x.shape[1:].numel()
+    if p == 1:  # (torch sums pairwise; its 1-norm takes six times as long)
+        height = math.ceil(len(x) / math.ceil(x.numel() / (2 * BLOCK)))
+        parts = [part.abs().sum(dims, keepdim=True, dtype=dtype) for part in x.split(height)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if size <= chunk or x.dtype == torch.float64:
+        length: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
+        return length
+    width = math.ceil(size / math.ceil(size / chunk))
+    whole, rows = size // width * width, x.view(-1, size)
+    roots = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
+    if whole < size:
+        rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
+        roots = torch.cat([roots, rest], 1)
+    length = vector_norm(roots, 2, 1, dtype=torch.float64)
+    return length.view(-1, *(1,) * (x.ndim - 1))
 
 
 def wide_norms(batches: list[Tensor], p: float) -> Tensor:
@@ -129,24 +158,6 @@ def for_each(of_rows: Tensor, batches: list[Tensor]) -> list[Tensor]:
 
 def _joined(lengths: list[Tensor]) -> Tensor:
     return lengths[0] if len(lengths) == 1 else torch.cat(lengths)
-
-
-def _fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
-    dtype, dims, size = scale_dtype(x), tuple(range(1, x.ndim)), x.shape[1:].numel()
-    if p == 1:  # (torch sums pairwise; its 1-norm takes six times as long)
-        height = math.ceil(len(x) / math.ceil(x.numel() / (2 * BLOCK)))
-        return _joined([some.abs().sum(dims, dtype=dtype) for some in x.split(height)])
-    if size <= chunk or x.dtype == torch.float64:
-        length: Tensor = vector_norm(x, 2, dims, dtype=dtype)
-        return length
-    width = math.ceil(size / math.ceil(size / chunk))
-    whole, rows = size // width * width, x.view(-1, size)
-    parts = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
-    if whole < size:
-        rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
-        parts = torch.cat([parts, rest], 1)
-    length = vector_norm(parts, 2, 1, dtype=torch.float64)
-    return length
 
 
 def least_and_most(lengths: Tensor) -> tuple[float, float]:
