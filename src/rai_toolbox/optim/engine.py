@@ -252,7 +252,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if active:
                 todo.append((active, *self._gradients(group, active, seen), group))
         for active, params, grads, group in todo:  # all gradients have been checked
-            by_parts = len(active) > 1 and all(each.by_parts(group) for each in active)
+            several = len(active) > 1 and len(params) > 1
+            by_parts = several and all(each.by_parts(group) for each in active)
             for part in cache_sized(grads) if by_parts else [slice(None)]:
                 for transform in active if params else ():
                     transform.apply_(grads[part], params[part], group, self)
@@ -261,7 +262,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if self._new_state:
             self._add_new_state()
         transforms = self._transforms(PARAMETER_HOOK)
-        for group in self.inner_opt.param_groups:
+        for group in self.inner_opt.param_groups if transforms else ():
             tensors, owners = with_iterates(self.inner_opt, group)
             for transform in transforms:
                 if is_step:
