@@ -72,10 +72,18 @@ def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
 _DECORATED = getattr(use_grad_for_differentiable(lambda: None), "__code__", "no function")
 
 
-profiler_enabled: Callable[[], bool] = getattr(
+_profiles_thread: Callable[[], bool] = getattr(
     torch._C._autograd, "_profiler_enabled", lambda: True
 )
-"""Whether what runs is being profiled, by whichever of torch's profilers."""
+
+
+def profiler_enabled() -> bool:
+    """Whether torch profiles this thread, or all threads.
+
+    Nothing tells of observers of execution traces, or of daemons, without a profiler.
+    """
+    return _profiles_thread() or getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
+
 
 _set_grad_enabled: Callable[[bool], object] = torch._C._set_grad_enabled
 

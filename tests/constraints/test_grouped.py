@@ -25,7 +25,8 @@ def batches(dtype, scale):
 def test_grouped_is_one_by_one(make, dtype, epsilon, scale):
     constraint = make(epsilon * scale)
     together, alone = batches(dtype, scale), batches(dtype, scale)
-    constraint.project_each_(together)
+    with torch.no_grad():  # as in a step; else they are not joined
+        constraint.project_each_(together)
     for x in alone:
         constraint.project_(x)
     for ours, theirs in zip(together, alone, strict=True):
@@ -45,7 +46,8 @@ def test_joined_rows_of_l1_balls_are_those_of_one_by_one(dtype, epsilon):
         some.insert(3, large.to(dtype).clone())
         some.append(some[3].clone())
     constraint = L1Ball(epsilon)
-    constraint.project_each_(together)
+    with torch.no_grad():  # as in a step; else they are not joined
+        constraint.project_each_(together)
     for ours, theirs in zip(together, alone, strict=True):
         rows = torch.cat([constraint.project(row) for row in theirs.split(1)] or [theirs])
         rounding = 8 * torch.finfo(dtype).eps
@@ -91,3 +93,13 @@ def test_a_batch_that_does_not_fit_is_refused_before_any_is_changed():
     with pytest.raises(TypeError, match="real floating-point"):
         L2Ball(1.0).project_each_([x, torch.ones(2, 30, dtype=torch.int64)])
     assert torch.equal(x, torch.ones(2, 30))
+
+
+@pytest.mark.parametrize("height", [20, 400])
+@pytest.mark.parametrize("constraint", [UnitNorm(), L2Ball(1.0)], ids=repr)
+def test_tensors_that_share_memory_are_projected_one_after_the_other(constraint, height):
+    whole = 3 * torch.randn(height, 300, generator=torch.Generator().manual_seed(0))
+    expected = constraint.project(whole)
+    with torch.no_grad():
+        constraint.project_each_([whole, whole[:], whole[height // 2 :]])
+    torch.testing.assert_close(whole, expected)

@@ -55,14 +55,15 @@ def test_signs_of_any_list(dtype):
 
 
 @pytest.mark.parametrize("stored", ["by row", "by column"])
-def test_small_squares_that_a_sum_in_float32_loses(stored):
-    """Without lanes their sum is off by more than is allowed for."""
-    x = torch.full((300, 256), 0.999 * 2**-12.5)
-    x[:, 0] = 1.0
+@pytest.mark.parametrize(("size", "lanes"), [(256, 1), (576, 8), (768, 8), (1024, 16)])
+def test_small_squares_that_a_sum_in_float32_loses(stored, size, lanes):
+    """Their sum is off by more than is allowed for, if there are fewer lanes than supposed."""
+    x = torch.full((300, size), 0.999 * 2**-12)
+    x[:, :lanes] = 1.0
     if stored == "by column":
         x = x.t().contiguous().t()
-    longest = x.double().norm(dim=1).max().item()
-    for epsilon in torch.linspace(1.0, longest - 1e-8, 30, dtype=torch.float64).tolist():
+    longest, least = x.double().norm(dim=1).max().item(), lanes**0.5
+    for epsilon in torch.linspace(least, longest - 1e-8, 30, dtype=torch.float64).tolist():
         for constraint in (L2Ball(epsilon), MaxNorm(epsilon)):
             found = constraint.project(x)
             assert found.double().norm(dim=1).max() <= epsilon
@@ -147,7 +148,8 @@ def close_to(radius, dtype):
 def test_large_batches_together_with_rows_close_to_the_radius(kind, dtype):
     constraint = kind(3.0)
     start, together = close_to(3.0, dtype), close_to(3.0, dtype)
-    constraint.project_each_(together)
+    with torch.no_grad():  # as in a step; else they are not joined
+        constraint.project_each_(together)
     for x, y in zip(start, together, strict=True):
         rounding = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(y, constraint.project(x), rtol=rounding, atol=0, equal_nan=True)
@@ -159,10 +161,24 @@ def test_large_batches_together_with_rows_close_to_the_radius(kind, dtype):
         assert y[~finite].isnan().all()
 
 
+@pytest.mark.parametrize("kind", [L2Ball, MaxNorm])
+@pytest.mark.parametrize("others", [5.0, 0.2, torch.nan])
+def test_rows_close_to_the_radius_do_not_depend_on_other_rows(kind, others):
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    epsilon = x[0].double().norm().item() * (1 + 1e-9)
+    for near, inside in ((1 - 2e-7, True), (1.0, True), (1 + 2e-7, False), (1 + 1e-5, False)):
+        rows = x[:1] * near
+        alone = kind(epsilon).project(rows.expand(SHAPE))[0]
+        found = kind(epsilon).project(torch.cat([rows, x[1:] * others]))[0]
+        torch.testing.assert_close(found, alone, rtol=3e-7, atol=0)
+        assert torch.equal(found, rows[0]) == (rows.double().norm().item() <= epsilon) == inside
+
+
 @in_each_dtype
 def test_large_batches_together_on_spheres(dtype):
     together = close_to(1.0, dtype)
-    UnitNorm().project_each_(together)
+    with torch.no_grad():
+        UnitNorm().project_each_(together)
     for x, y in zip(close_to(1.0, dtype), together, strict=True):
         assert (UnitNorm().violation(y).nan_to_num(0.0) == 0).all()
         assert torch.equal(UnitNorm().project(y).nan_to_num(), y.nan_to_num())

@@ -4,6 +4,7 @@ import copy
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from threading import Thread
 from types import MethodType
 
 import pytest
@@ -164,6 +165,22 @@ def test_the_profiler_shows_one_step_by_the_name_of_the_wrapper(make):
         opt.step()
     ranges = [e.name for e in profile.function_events if e.name.startswith("Optimizer.step")]
     assert ranges == [f"Optimizer.step#{type(opt).__name__}.step"]
+
+
+@pytest.mark.parametrize("make", [WRAPPERS["Signed"], optim.FrankWolfe], ids=["wrapper", "own"])
+def test_a_profile_of_all_threads_shows_steps_in_each(make):
+    opt = make(tensors((3, 2)))
+    try:
+        config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    except TypeError:
+        pytest.skip("this torch profiles one thread")
+    with torch.profiler.profile(experimental_config=config) as profile:
+        opt.step()
+        thread = Thread(target=opt.step)
+        thread.start()
+        thread.join()
+    names = [event.name for event in profile.events()]
+    assert names.count(f"Optimizer.step#{type(opt).__name__}.step") == 2
 
 
 @pytest.mark.parametrize("make", [WRAPPERS["Signed"], optim.FrankWolfe], ids=["wrapper", "own"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,8 +123,9 @@ def in_groups(
         else:
             _in_parts(x, act_, shape_of(x.shape))
     if act_each_ is not None:
-        for piece in joined(large, GROUP):
-            act_each_(piece)
+        for some in [large] if _are_apart(large) else [[x] for x in large]:
+            for piece in joined(some, GROUP):
+                act_each_(piece)
     for (shape, _), some in alike.items():
         number, batch_shape = BLOCK // shape.numel(), shape_of(shape)
         for start in range(0, len(some), number):
@@ -134,6 +136,12 @@ def in_groups(
                 rows = torch.stack(chunk).contiguous()  # (it keeps channels last)
                 act_(rows.view(-1, *batch_shape[1:]))
                 foreach_copy_(chunk, rows.unbind())
+
+
+def _are_apart(tensors: list[Tensor]) -> bool:
+    """Whether no two contiguous tensors share memory: of these, one must see the other's change."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
+    return all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 def _in_parts(x: Tensor, act_: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
