@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from rai_toolbox.constraints import Constraint
@@ -235,6 +236,36 @@ def test_settings_per_sub_tensor(ball):
         return
     with pytest.raises(ValueError, match="`epsilon` must have one value per sub-tensor"):
         each.project(x)
+
+
+@torch.no_grad()
+@with_each_ball
+def test_a_radius_that_is_trained_is_read_each_time(ball):
+    epsilon = torch.nn.Parameter(torch.ones(()))
+    c, x = BoundedBall(ball(epsilon), -0.8, 0.8), torch.full((2, 4), 3.0)
+    c.project(x)
+    epsilon.mul_(0.5)
+    assert (BoundedBall(ball(0.5), -0.8, 0.8).violation(c.project(x)) == 0).all()
+
+
+@with_each_ball
+def test_what_is_kept_of_one_device_does_not_serve_another(ball):
+    c, x = BoundedBall(ball(torch.full((2, 1), 0.5)), -torch.ones(4), 1.0), torch.ones(2, 4)
+    y = c.project(x)
+    elsewhere = c.to("meta")
+    with pytest.raises(ValueError, match="must be on the device of the batch"):
+        elsewhere.project(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        BoundedBall(ball(0.5), -1.0, 1.0).project(fake.from_tensor(x))
+        c.project(fake.from_tensor(x))
+    assert torch.equal(c.project(x), y)
+
+
+@with_each_ball
+def test_settings_are_prepared_once_on_each_kind_of_device(ball):
+    c, x = BoundedBall(ball(0.5), -torch.ones(4), 1.0), torch.ones(2, 4)
+    for eager in (True, False):  # on a CPU, and where reading values would synchronize
+        assert c._settings_in(x, eager) is c._settings_in(x, eager)
 
 
 @with_each_ball

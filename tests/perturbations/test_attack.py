@@ -1,5 +1,6 @@
 """The short form: what it returns is in ball and box and the best, and what it costs."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -548,6 +549,48 @@ def test_a_model_that_depends_on_chance(problem):
     assert found.model_calls == 4 * 7
     check_inside(found.data, x, L2Ball, 0.4)
     assert margin_loss(net(found.data), y).mean() > margin_loss(net(x), y).mean() + 0.2
+
+
+def test_a_rule_is_asked_right_after_the_model(problem):
+    net, x, y = problem
+    seen, asked = [], []
+
+    def model(x):
+        seen.append(x.detach().clone())
+        return net(x)
+
+    def fooled(output, target):  # one that looks at more than it is given, and keeps a state
+        asked.append(len(seen))
+        assert torch.equal(net(seen[-1]), output)
+        return output.argmax(1) != target
+
+    attack(model, x, y, ball=L2Ball(0.4), fooled=fooled, steps=5)
+    assert asked == [1, 2, 3, 4, 5, 6, 7]
+
+
+@dataclass
+class Maker:
+    """A callable without a hash."""
+
+    lr: float
+
+    def __call__(self, params, constraint):
+        return PGD(params, constraint=constraint, lr=self.lr)
+
+
+class Slotted:
+    """A callable that no weak reference can be made to."""
+
+    __slots__ = ()
+    __call__ = Maker(0.1).__call__
+
+
+@pytest.mark.parametrize("optimizer", [Maker(0.1), Slotted()], ids=["no hash", "no reference"])
+def test_what_makes_the_optimizer_may_be_any_callable(problem, optimizer):
+    net, x, y = problem
+    found = attack(net, x, y, ball=L2Ball(0.4), optimizer=optimizer, steps=5)
+    same = attack(net, x, y, ball=L2Ball(0.4), optimizer=partial(PGD, lr=0.1), steps=5)
+    assert torch.equal(found.data, same.data)
 
 
 # --- bad input ----------------------------------------------------------------------------------

@@ -107,6 +107,20 @@ def test_gradients_are_not_needed_and_those_of_0_do_not_matter():
     assert torch.equal(predict(found.data).argmax(1) != y, found.fooled)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_losses_may_be_whole_numbers(dtype):
+    net, x, y = a_problem()
+
+    def criterion(output, target):
+        return (output.argmax(1) != target).to(dtype)
+
+    search = partial(square_attack, net, x, y, ball=L2Ball(0.4), queries=9)
+    found = search(criterion=criterion, generator=seeded())
+    same = search(criterion=lambda *args: criterion(*args).float(), generator=seeded())
+    assert torch.equal(found.data, same.data)
+    assert torch.equal(found.losses, same.losses)
+
+
 def test_it_wanders_where_the_output_is_constant():
     net, x, y = a_problem()
 

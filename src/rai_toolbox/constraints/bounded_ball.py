@@ -34,6 +34,7 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
     rounded_bounds,
 )
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
+from rai_toolbox.constraints.sharding import PLAIN
 
 # By the order of the norm.
 _PROJECTIONS: dict[float, Any] = {inf: nearest_in_linf, 2: nearest_in_l2, 1: nearest_in_l1}
@@ -92,9 +93,9 @@ class BoundedBall(Constraint):
     @staticmethod
     def around_0(ball: Any, lower: Tensor, upper: Tensor) -> BoundedBall:
         """The set of a ball around 0 and bounds that hold 0, whose values are not read."""
-        made = {"ball": ball, "lower": lower, "upper": upper, "_met": set()}
         names = ("ball", "lower", "upper") if ball._tensors else ("lower", "upper")
-        return _AROUND_0._replaced({**made, "_tensors": names})
+        made = {"ball": ball, "lower": lower, "upper": upper, "_tensors": names}
+        return _AROUND_0._replaced(made)
 
     def _check_settings(self) -> None:
         check_ball("ball", self.ball)
@@ -141,12 +142,13 @@ class BoundedBall(Constraint):
         if batch not in self.__dict__["_met"]:
             self._check_batch(x)
             self.__dict__["_met"].add(batch)
-        eager = in_blocks(x)
+        eager, settings = in_blocks(x), (self.ball.epsilon, self.lower, self.upper)
         if (  # only the general projection, in float64, will do
             x.dtype not in (torch.float32, torch.float64)
             or self.ball.center is not None
             or self.__dict__["_apart"]
-            or needs_grad(x, self.ball.epsilon, self.lower, self.upper)
+            or needs_grad(x)
+            or any(getattr(setting, "requires_grad", False) for setting in settings)
             or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
             or x.numel() == 0
             or x.device.type == "mps"
@@ -169,7 +171,8 @@ class BoundedBall(Constraint):
         The bounds of a Linf ball are within it.
         """
         kind = (x.dtype, x.device)
-        known = self.__dict__["_known"] if eager else {}
+        lasts = type(x) in PLAIN and not torch.compiler.is_compiling()
+        known = self.__dict__["_known"] if lasts else {}
         if kind not in known:
             lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
             if self.ball.p == inf:
@@ -181,7 +184,7 @@ class BoundedBall(Constraint):
         return known[kind]  # type: ignore[no-any-return]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
-        return super()._replaced({"_known": {}, **settings})
+        return super()._replaced({"_known": {}, "_met": set(), **settings})
 
     def _project_around_0_(self, x: Tensor, eager: bool) -> Tensor:
         lower, upper, epsilon, fits = self._settings_in(x, eager)

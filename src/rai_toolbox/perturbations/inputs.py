@@ -245,10 +245,11 @@ def check_solver(solver: Any) -> None:
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """Whether a callable takes an argument of this name, and whether it requires it."""
-    parameters = _PARAMETERS.get(call)
+    lasting = isinstance(call, (type, FunctionType))  # others may have no hash
+    parameters = _PARAMETERS.get(call) if lasting else None
     if parameters is None:
         parameters = inspect.signature(call).parameters
-        if isinstance(call, (type, FunctionType)):
+        if lasting:
             _PARAMETERS[call] = parameters
     if name in parameters:
         return True, parameters[name].default is inspect.Parameter.empty

@@ -315,13 +315,13 @@ def _is_fooled_class(
     return torch.zeros(target.shape[:1], dtype=torch.bool, device=target.device)
 
 
-def successes(rule: Rule, outputs: list[Any], target: Tensor) -> list[Tensor]:
-    """What a rule says of some outputs: `is_fooled` by one call."""
+def rule_of_stack(rule: Rule | None, output: Any, target: Tensor) -> Rule | None:
+    """A rule for several outputs, stacked, if it is `is_fooled` of logits, which has no state."""
     own, settings = getattr(rule, "func", rule), getattr(rule, "keywords", {})
     is_known = own is is_fooled or own is _is_fooled_class
-    if is_known and are_classes(target) and are_logits(outputs[0], len(target)):
-        return list(is_fooled(torch.stack(outputs), target, settings.get("targeted", False)))
-    return [rule(output, target) for output in outputs]
+    if is_known and are_classes(target) and are_logits(output, len(target)):
+        return partial(is_fooled, targeted=settings.get("targeted", False))
+    return None
 
 
 def gradient_of(loss: Tensor, data: Tensor) -> Tensor:

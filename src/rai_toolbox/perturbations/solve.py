@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import has_step_hooks, plain_step
+from rai_toolbox._torch import has_step_hooks, plain_step, unhooked
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes, wrong
-from rai_toolbox.perturbations.losses import Criterion, Rule, successes
+from rai_toolbox.perturbations.losses import Criterion, Rule, rule_of_stack
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel
 
@@ -71,8 +71,6 @@ class Objective:
     reduction_fn: Callable[[Tensor], Tensor] = torch.sum
     samples: int = 1
     success: Rule | None = None
-    _scales: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """What losses are multiplied by, as tensors of their kind."""
 
     def evaluate(
         self,
@@ -91,7 +89,7 @@ class Objective:
         with torch.no_grad():
             args = (perturbation, data, target, rows, params, reused)
             perturbed, cost, output = self._evaluate(*args)
-            return perturbed.detach(), cost, self.successes([cost], [output], target)[0]
+            return perturbed.detach(), cost, self.success_of(cost, output, target)
 
     def _evaluate(
         self,
@@ -102,7 +100,7 @@ class Objective:
         params: list[Tensor] | None,
         reused: bool,
     ) -> tuple[Tensor, Tensor, Any]:
-        """`evaluate` that leaves success to `successes`, and gives the output that it needs.
+        """`evaluate` that leaves success to `success_of`, and gives the output that it needs.
 
         To be called under `no_grad`. Data and output may be those that autograd has seen.
         """
@@ -116,6 +114,8 @@ class Objective:
                 loss = self.criterion(output, target)
                 if params is not None:
                     self._differentiate(loss, params)
+            if self.samples > 1:  # frees the graph before the next one is made
+                loss, output = loss.detach(), _detached(output)
             losses.append(loss)
             outputs.append(output)
         if self.samples > 1:
@@ -123,15 +123,13 @@ class Objective:
             output = None if self.success is None else _mean(outputs)
         else:
             loss, output = losses[0], outputs[0]
-        cost = loss.neg() if self.sign == -1.0 else loss * self.sign
-        return perturbed, cost, output
+        return perturbed, loss * self.sign, output
 
-    def successes(self, costs: list[Tensor], outputs: list[Any], target: Tensor) -> list[Tensor]:
-        """Which examples have succeeded, in each of some trials."""
+    def success_of(self, cost: Tensor, output: Any, target: Tensor) -> Tensor:
+        """Which examples have succeeded."""
         if self.success is None:
-            return [torch.zeros_like(cost, dtype=torch.bool) for cost in costs]
-        outputs = [each.detach() if isinstance(each, Tensor) else each for each in outputs]
-        return successes(self.success, outputs, target)
+            return torch.zeros_like(cost, dtype=torch.bool)
+        return self.success(_detached(output), target)
 
     def _differentiate(self, loss: Tensor, params: list[Tensor]) -> None:
         if self.reduction_fn is not torch.sum:  # else differentiate without the sum
@@ -141,12 +139,13 @@ class Objective:
         if not loss.requires_grad:
             got = "a loss that does not depend on the perturbation (is something detached?)"
             raise wrong("model` and `criterion", "be differentiable", got)
-        kind = (loss.shape, loss.dtype, loss.device)
-        if kind not in self._scales:
-            self._scales[kind] = torch.full_like(
-                loss, self.sign / self.samples, requires_grad=False
-            )
-        torch.autograd.backward(loss, self._scales[kind], inputs=params)
+        # (made each time: the gradient may be a view of it, and an optimizer may change that)
+        scale = torch.full_like(loss, self.sign / self.samples, requires_grad=False)
+        torch.autograd.backward(loss, scale, inputs=params)
+
+
+def _detached(output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) else output
 
 
 def _mean(outputs: list[Any]) -> Tensor:
@@ -176,12 +175,14 @@ def solve(
     take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
     rows, target_of_rows, reused = None, target, True
-    waiting: list[tuple[Tensor, Any, list[Tensor]]] = []
+    waiting: list[tuple[Tensor, Tensor, list[Tensor]]] = []
 
     def choose_among_waiting() -> None:
         if waiting:
-            costs, outputs, trials = map(list, zip(*waiting, strict=True))
-            best.choose_(costs, objective.successes(costs, outputs, target), trials)
+            costs, judged, trials = map(list, zip(*waiting, strict=True))
+            if judge_stack:
+                judged = list(judge_stack(torch.stack(judged), target))
+            best.choose_(costs, judged, trials)
             waiting.clear()
 
     with torch.no_grad():
@@ -202,17 +203,20 @@ def solve(
                 separate = own_rows(perturbation, params, perturbed)
                 reused = not (separate and isinstance(perturbation, InitializedModel))
                 zero_gradient = _zero_gradient(grads, perturbed, bool(separate))
-                room = _room(output, separate or [perturbed])
+                judge_stack = rule_of_stack(objective.success, output, target)
+                room = _room([*(separate or [perturbed]), *([output] if judge_stack else [])])
             tensors = separate or [perturbed]
             if step == 0 or not (use_best or stop):
-                (success,) = objective.successes([cost], [output], target)
+                success = objective.success_of(cost, output, target)
                 best = BestOf(cost, success, tensors, use_best, stop)
-            elif rows is None and room > 1:
-                waiting.append((cost, output.clone(), list(map(torch.clone, tensors))))
+            elif not stop and room > 1:
+                waits = judge_stack is not None  # (a rule of the user's has to see each at once)
+                judged = output.clone() if waits else objective.success_of(cost, output, target)
+                waiting.append((cost, judged, list(map(torch.clone, tensors))))
                 if len(waiting) == room:
                     choose_among_waiting()
             else:
-                (success,) = objective.successes([cost], [output], target_of_rows)
+                success = objective.success_of(cost, output, target_of_rows)
                 best.update_(cost, success, tensors, rows)
             if step == 0 and (use_best or stop or observe is not None):
                 check_per_example("criterion", cost, perturbed)
@@ -220,13 +224,13 @@ def solve(
             if last:
                 break
             if stop and (step + 1 in _FIRST_CHECKS or (step + 1) % _CHECK_EVERY == 0):
-                choose_among_waiting()
                 rows = best.rows_without_success()
                 if len(rows) == 0:
                     break
                 target_of_rows = target if target.ndim == 0 else target[rows]
             if observe is not None:
                 observe(cost if rows is None else best.last_cost)
+            del perturbed, output, tensors  # and with them the graph
             take_step()
         choose_among_waiting()
     warn_of_not_finite(not_finite)
@@ -263,14 +267,12 @@ def own_rows(model: PerturbationModel, params: list[Tensor], data: Tensor) -> li
     return params if separate and fits else []
 
 
-def _room(output: Any, tensors: list[Tensor]) -> int:
+def _room(tensors: list[Tensor]) -> int:
     """How many trials wait to be judged together, which takes a third of the time if each is small.
 
     (Operators are slow where others have run between two calls of the same one.)
     """
-    if not isinstance(output, Tensor):
-        return 0
-    return BLOCK // max(1, sum(tensor.numel() for tensor in (output, *tensors)))
+    return BLOCK // max(1, sum(tensor.numel() for tensor in tensors))
 
 
 def _zero_gradient(grads: list[Tensor], data: Tensor, separate: bool) -> Tensor:
@@ -296,8 +298,11 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
         rule = "step by gradients alone, without a `closure`"
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
     plain = isinstance(optimizer, Optimizer) and "step" not in vars(optimizer)
-    if plain and not has_step_hooks(optimizer) and not optimizer.defaults.get("differentiable"):
-        return partial(plain_step(type(optimizer).step), optimizer)
+    if plain and not has_step_hooks(optimizer):
+        behind_hooks, bare = unhooked(type(optimizer).step), plain_step(type(optimizer).step)
+        if bare is not behind_hooks and not optimizer.defaults.get("differentiable"):
+            return partial(bare, optimizer)
+        step = partial(behind_hooks, optimizer)
     return torch.enable_grad()(step)
 
 
