@@ -225,7 +225,7 @@ def ensemble(
 
 
 def standard(version: str = "standard") -> Callable[..., Ensembled]:
-    """The ensemble by which robust accuracies are published (AutoAttack), as a solver.
+    """The standard ensemble for published robust accuracies (AutoAttack), as a solver.
 
     APGD on the cross entropy; APGD on the DLR loss toward each of the nine most likely classes;
     FAB toward each of these; Square. Each one runs on the examples that withstood those before, for
