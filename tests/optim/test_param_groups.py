@@ -286,6 +286,11 @@ def test_a_pattern_that_matches_nothing_lists_what_there_is():
     )
 
 
+def test_the_name_of_a_module_suggests_its_parameters():
+    with pytest.raises(ValueError, match=r"'c.bias' \(did you mean 'a\.\*'\?\)$"):
+        constrain(tied(), {"a": UNIT})
+
+
 def test_a_long_list_is_cut():
     module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
     with pytest.raises(ValueError, match="'9.bias', and 80 more$"):

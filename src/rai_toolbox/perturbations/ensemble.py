@@ -106,7 +106,7 @@ def ensemble(
     generator : torch.Generator, optional
         For all random numbers.
     journal : Journal, optional
-        Is told of each attack, and may resume a run that was stopped between two of them.
+        Called for each attack; can resume a run that was interrupted between two attacks.
 
     Returns
     -------
