@@ -25,6 +25,7 @@ NO_EXAMPLE = RESULTS | WARNINGS | {"Constraint"}  # which is abstract
 NO_ERRORS = {
     *RESULTS,
     *WARNINGS,
+    "Journal",  # does nothing, nor do its methods
     *("Constraint", "PerturbationModel"),  # abstract: their methods say what they raise
     "VerificationReport",  # counts, which are not checked
     *("cross_entropy", "margin_loss", "rival_margin", "is_fooled"),  # what torch raises
@@ -57,6 +58,7 @@ NO_SOURCE = {
     *("constrain", "compiled", "SettingScheduler", "LinearSetting"),  # of this library
     *("evaluate_robustness", "verify", "RobustnessReport", "VerificationReport"),
     *("ensemble", "short_ensemble", "random_restart", "nearest_rivals", "most_likely_rivals"),
+    "Journal",
 }
 YEAR = re.compile(r"\b(?:19|20)\d\d\b")
 SECTION = re.compile(r"^(\w[\w ]+)\n-{3,}$", re.M)

@@ -804,7 +804,8 @@ def test_checkpoints_are_plain_data_whatever_type_a_number_had(cls, name):
         ),
         (
             lambda x: ClampedParameterOptimizer(Adam([x]), clamp_max=1.0),
-            "`params` must be an iterable (an optimizer is given as InnerOpt=), got Adam",
+            "`params` must be an iterable, as `model.parameters()` (an optimizer is given as "
+            "InnerOpt=), got Adam",
         ),
         (
             lambda x: LinearSetting(

@@ -170,7 +170,7 @@ def test_a_pattern_may_match_several_names_of_one():
 
 
 def test_two_patterns_by_two_names_of_one_are_refused():
-    message = r"two claims of 'a.weight' = 'b.weight' \(by 'a.\*' and 'b.\*'\)$"
+    message = r"several for 'a.weight' = 'b.weight' \(by 'a.\*' and 'b.\*'\)$"
     with pytest.raises(ValueError, match=message):
         constrain(tied(), {"a.*": UNIT, "b.*": UNIT})
 
@@ -256,7 +256,7 @@ def test_norms_that_do_not_know_their_size_yet_are_left_out():
 
 def test_what_is_left_out_is_not_claimed_twice():
     constraints = {"*.weight": UNIT, nn.LayerNorm: POSITIVE, "head.bias": POSITIVE}
-    with pytest.raises(ValueError, match="two claims of 'middle.norm.weight'"):
+    with pytest.raises(ValueError, match="several for 'middle.norm.weight'"):
         constrain(model(), constraints)
     module = named(a=nn.Linear(2, 2), b=nn.Linear(2, 2))
     groups = constrain(module, {"a.*": UNIT, "b.weight": POSITIVE}, skip_bias_and_norm=True)
@@ -286,6 +286,11 @@ def test_a_pattern_that_matches_nothing_lists_what_there_is():
     )
 
 
+def test_the_name_of_a_module_suggests_its_parameters():
+    with pytest.raises(ValueError, match=r"'c.bias' \(did you mean 'a\.\*'\?\)$"):
+        constrain(tied(), {"a": UNIT})
+
+
 def test_a_long_list_is_cut():
     module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
     with pytest.raises(ValueError, match="'9.bias', and 80 more$"):
@@ -298,7 +303,7 @@ def test_a_long_list_is_cut():
 
 def test_all_patterns_that_claim_one_parameter_are_told():
     message = (
-        r"two claims of 'head.weight' \(by 'head.\*' and Linear and '\*.weight'\), "
+        r"several for 'head.weight' \(by 'head.\*' and Linear and '\*.weight'\), "
         r"'head.bias' \(by 'head.\*' and Linear\)$"
     )
     module = named(head=nn.Linear(1, 1), other=nn.Conv1d(1, 1, 1))

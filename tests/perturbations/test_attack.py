@@ -633,6 +633,11 @@ BAD = {
         r"shape \(24,\), got shape \(24, 4\)",
     ),
     "target short": ({"target": lambda y: y[:3]}, ValueError, r"shape \(24,\), got shape \(3,\)"),
+    "target of one example": (
+        {"target": lambda y: 3},
+        ValueError,
+        r"shape \(24,\), got shape \(\) \(one example alone: `data\[None\]`, ",
+    ),
     "target float": (
         {"target": lambda y: y.float()},
         TypeError,

@@ -41,10 +41,10 @@ def _of_any_batch(method: _Method) -> _Method:
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """A set that each sub-tensor of a batch has to be in: an immutable value.
+    """A set of allowed values for each sub-tensor of a batch; instances are immutable.
 
     The batch `x` has the shape `(N, ...)`: N sub-tensors, each of which is in the set or not.
-    `rai_toolbox.to_batch` shows any tensor as a batch. A setting is a number, or a tensor that
+    `rai_toolbox.to_batch` views any tensor as a batch. A setting is a number, or a tensor that
     broadcasts against `(N, ...)`; a setting of the sub-tensor as a whole, such as a radius, then
     has the shape `(N, 1, ...)`. Tensor settings are kept, not copied: do not write to them.
 
@@ -56,11 +56,12 @@ class Constraint:
     Nothing non-finite is hidden. In an elementwise set a NaN stays NaN, and an infinity is a very
     large number; in any other set a NaN or an infinity makes its whole sub-tensor NaN.
 
-    A field `dim`, an int or a tuple of them, makes it a set of what lies along these dims of the
-    batch, such as 0 for the columns of a matrix; by default all dims but the first.
+    A field `dim`, an int or a tuple of ints, selects the dims of the batch along which a sub-tensor
+    lies, such as 0 for the columns of a matrix; by default all dims but the first.
 
-    A set of your own is a frozen dataclass with `_excess` and `_nearest`, both of which get
-    float64; `rai_toolbox.testing.check_constraint` checks it.
+    A set of your own is a frozen dataclass with the methods `_excess`, the distance of each
+    sub-tensor from the set, and `_nearest`, the nearest point; both get float64.
+    `rai_toolbox.testing.check_constraint` checks it.
     """
 
     convex: ClassVar[bool] = True
@@ -431,13 +432,13 @@ class Constraint:
             hint = "=2 for a matrix" if self._of_matrices else "=None for a tensor as a whole"
             raise ValueError(
                 f"{name} takes a batch of shape {shape}, got {tuple(x.shape)}; "
-                f"rai_toolbox.to_batch makes one (as optimizers do), with param_ndim{hint}"
+                f"pass param_ndim{hint} to the optimizer, or to rai_toolbox.to_batch"
             )
         if x.ndim > 3 and rows is None:
             raise ValueError(
                 f"{name} takes sub-tensors of 2 dims, got a batch of shape {tuple(x.shape)}; "
                 "flatten=1 makes one matrix of a sub-tensor, its first dim by all others (for a "
-                "convolution: with param_ndim=None), param_ndim=2 one of each last two dims"
+                "convolution, with param_ndim=None); param_ndim=2 makes the last two dims a matrix"
             )
         if self._tensors:
             self._check_tensors(x)

@@ -34,25 +34,27 @@ _DENSITY, _SPARSER = 0.2, 0.95
 
 
 class APGD(Constrained, OwnStepOptimizer):
-    r"""Steepest steps in a norm ball, of a size that each sub-tensor finds for itself (Auto-PGD).
+    r"""Steepest steps in a norm ball, with a step size per sub-tensor that adapts (Auto-PGD).
 
     .. math::
         z = P(p - \eta d), \quad
         p \leftarrow P(p + \alpha (z - p) + (1 - \alpha) (p - p_\text{before}))
 
     with the steepest direction d in the norm of the ball, and the exact projection P onto ball and
-    bounds together. The step size begins with the diameter of the ball. At checkpoints, which come
-    ever closer as the `steps` run out, it is halved where fewer than a share `rho` of the steps
-    since the last one have lowered the loss, or neither the best loss nor the step size has changed
-    since; such a sub-tensor goes on from its best point (Croce & Hein, 2020).
+    bounds together. The first step size is the diameter of the ball. It is tested at checkpoints,
+    whose distances decrease toward the end of the `steps`. It is halved if fewer than the fraction
+    `rho` of the steps since the last checkpoint have lowered the loss, or if neither the best loss
+    nor the step size has changed since; the sub-tensor then continues from its best point (Croce &
+    Hein, 2020).
 
     In an L1 ball d has the signs of the largest entries of the gradient, as many as two thirds of
-    those by which the best point differs from the center. At each checkpoint the step size, first
-    the radius, falls by a factor of 1.5, to a tenth at least; where the best point has become
-    sparser by 5 %, it begins anew, from there (Croce & Hein, 2021). There is no inertia.
+    those by which the best point differs from the center. The first step size is the radius. At
+    each checkpoint it is divided by 1.5, down to a tenth of the radius; where the best point has
+    become sparser by 5 %, it is reset, and the search continues from that point (Croce & Hein,
+    2021). There is no momentum.
 
-    The last of the `steps` goes to the minimizer of the linearized loss over the set, by the
-    gradient at the best point: for a linear loss this is the exact minimum, in every norm.
+    The last step goes to the minimizer over the set of the loss linearized at the best point: for a
+    linear loss this is the exact minimum, in every norm.
 
     The optimizer has to know the loss of each sub-tensor: call `observe_` before each step, or in
     the closure that `step` is given.
@@ -64,12 +66,12 @@ class APGD(Constrained, OwnStepOptimizer):
     constraint : LinfBall, L2Ball, L1Ball, or BoundedBall of one
         The ball that each sub-tensor is kept in, alone or within bounds.
     steps : int
-        The number of steps that there will be, >= 1, by which the checkpoints are set.
+        The planned number of steps, >= 1, which determines the checkpoints.
     param_ndim : int or None
         Number of trailing dims that make a sub-tensor, see `rai_toolbox.to_batch`.
     momentum : float
-        The share alpha of the new step in a move, in [0, 1]; the rest is that of the last move, so
-        that 1 means no inertia. Not for L1.
+        The weight alpha of the new step, in [0, 1]; the last move has the weight 1 - alpha, so that
+        1 means no momentum. Not for L1.
     rho : float
         The share of steps that must lower the loss, in [0, 1]. Not for L1.
 
@@ -82,9 +84,9 @@ class APGD(Constrained, OwnStepOptimizer):
 
     Notes
     -----
-    Start inside. A start that is not in the set is moved there by the first step, and is no point
-    to go back to. A sub-tensor whose gradient is 0 moves by inertia only; one whose loss is NaN or
-    infinite has no best point there.
+    Start inside the set. A start outside is projected by the first step, and never counts as the
+    best point. A sub-tensor whose gradient is 0 moves by momentum only. A point whose loss is NaN
+    or infinite never counts as the best one.
 
     Examples
     --------

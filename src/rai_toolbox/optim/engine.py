@@ -324,8 +324,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if grad.layout is not torch.sparse_coo or not keep_zero:
             label = labels(group)[next(i for i, p in enumerate(group["params"]) if p is param)]
             raise ValueError(
-                f"{type(self).__name__} needs dense gradients (only elementwise transforms "
-                f"that map 0 to 0 take sparse COO ones), got {grad.layout} for {label}"
+                f"{type(self).__name__} needs dense gradients (embeddings: `sparse=False`; only "
+                f"elementwise transforms that map 0 to 0 support sparse COO), got {grad.layout} "
+                f"for {label}"
             )
         param.grad = grad.coalesce()
         return param.grad._values()

@@ -59,9 +59,9 @@ class ExponentiatedGradient(Constrained, OwnStepOptimizer):
 
     Notes
     -----
-    Start with entries >= 0 of a positive sum, such as equal ones; the first step makes the sum
-    `total`. An entry that is 0, or becomes 0 by underflow (in float16 below 6e-8), stays 0
-    whatever its gradient is; in a `constraint`, as far as its sums allow.
+    Start with non-negative entries that are not all 0, such as equal ones; the first step makes
+    their sum `total`. An entry that is 0, or becomes 0 by underflow (in float16 below 6e-8), stays
+    0 whatever its gradient is; in a `constraint`, as far as its sums allow.
     A sub-tensor with a negative or infinite entry, without a positive entry, or with a gradient
     that is not finite, becomes NaN; nothing else does, however large ``lr * g`` is. Parameters
     without a gradient do not change.

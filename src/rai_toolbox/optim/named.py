@@ -60,7 +60,7 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
     clamp_min, clamp_max : float or Tensor or None
         The bounds, in the unit of the parameter; a tensor broadcasts against each parameter of its
         group, of any shape. At least one of them must be given, to the optimizer or to each group.
-        A group that gives None for both is left free.
+        A group that gives None for both is unconstrained.
     params, InnerOpt, grad_scale, grad_bias, defaults, param_ndim, **inner_opt_kwargs
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
 

@@ -26,13 +26,13 @@ def constrain(
     *,
     skip_bias_and_norm: bool = False,
 ) -> list[Group]:
-    """Return parameter groups of a module that say which parameters are constrained to which set.
+    """Make parameter groups of a module, each with a set, from patterns of parameter names.
 
     Each pattern makes one group, in the order of the mapping; parameters that no pattern matches
     are in a last group, whose constraint is None. A parameter that several modules share has
     several names, any of which may match, and is in one group. Frozen parameters are in their
-    groups, too, but no step changes them. A parametrized tensor is no parameter: name what it is
-    made from, ``"...parametrizations.weight.*"``.
+    groups, too, but no step changes them. A parametrized tensor is not a parameter: name those that
+    it is computed from, ``"...parametrizations.weight.*"``.
 
     Parameters
     ----------
@@ -90,6 +90,8 @@ def constrain(
         if not kept:
             alike = [key for param in keys for key in keys[param] if _alike(key, pattern)]
             found = f"none of {_listed(map(_name, alike))}"
+            if any(isinstance(key, str) and key.startswith(f"{pattern}.") for key in alike):
+                found += f" (did you mean '{pattern}.*'?)"
             if matches:
                 names = _listed(_name(keys[param][0]) for param in matches)
                 found = f"only what `skip_bias_and_norm` leaves out: {names}"
@@ -105,8 +107,8 @@ def constrain(
         if len(patterns) > 1
     ]
     if claimed_twice:
-        found = f"two claims of {_listed(claimed_twice)}"
-        raise wrong("constraints", "claim no parameter twice", found)
+        found = f"several for {_listed(claimed_twice)}"
+        raise wrong("constraints", "match each parameter by one pattern at most", found)
     for owner in filter(parametrize.is_parametrized, module.modules()):
         if any(_matches(type(owner), pattern) for pattern in constraints):
             parts = owner.get_submodule("parametrizations").parameters()

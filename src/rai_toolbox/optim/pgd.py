@@ -80,12 +80,12 @@ class PGD(Constrained, ParamTransformingOptimizer):
         The ball that each sub-tensor is kept in, alone or within bounds. To be given here or in
         every parameter group.
     lr : float or Tensor
-        How far a step goes, in the norm of the ball and the unit of the parameter; a tensor has the
-        shape (). To be given here, in every parameter group, or by `InnerOpt`, whose own default
-        knows no radius.
+        The length of a step, in the norm of the ball and the unit of the parameter; a tensor has
+        the shape (). Required, here, in every parameter group, or in a partial as `InnerOpt`: the
+        default of an inner optimizer does not fit the radius.
     q : float
-        The share of the gradient's entries that a step in an L1 ball leaves alone, in [0, 1]; of
-        other balls it says nothing.
+        The fraction of the entries that a step in an L1 ball does not change, in [0, 1]. It has no
+        effect in other balls.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 

@@ -51,7 +51,7 @@ class PeriodicProjection(Projection):
 
 
 class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
-    r"""Keep each parameter in a set: step, and go to the nearest point of the set.
+    r"""Keep each parameter in a set: take a step, then project onto the set.
 
     .. math::
         g \leftarrow g + (y - P(y)) / e, \; y = p - e m, \quad
@@ -82,8 +82,9 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
         The share of the past in m, ``m <- averaging * m + (1 - averaging) * g``: a larger one is
         less sensitive to noise, and a smaller one quicker where there is none. With 0, m is g, and
         no m is kept in `state`. By default 0.9; 0 with LBFGS, which needs differences of exact
-        gradients, in affine subspaces, where the projection is linear and noise averages out, and
-        on sets that are not convex, with whose turns an average does not keep up.
+        gradients; in affine subspaces, where the projection is linear and noise averages out; and
+        on sets that are not convex, where the direction that the set removes changes faster than
+        an average of gradients.
     every : int
         Project in each `every`-th step only.
     warmup : int
@@ -103,8 +104,8 @@ class ProjectedOptimizer(diagnosis.Constrained, ParamTransformingOptimizer):
     -----
     Parameters are not changed before the first step; see `make_feasible_`. Weight decay that the
     inner optimizer adds to the gradient (SGD, Adam, ...) is a part of what is minimized over the
-    set. Decoupled weight decay (AdamW) is not: it shrinks a parameter on its own, so that its
-    fixed points are no stationary points of the loss, with or without constraints.
+    set. Decoupled weight decay (AdamW) is not: it shrinks parameters separately, so that they do
+    not converge to stationary points of the loss, with or without constraints.
 
     Examples
     --------

@@ -36,8 +36,8 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
     2009; Birgin, Martinez & Raydan, 2000), which projects up to 20 times per iteration.
 
     Use it as torch's LBFGS: `step` needs a closure, which it calls many times. All points at which
-    the closure is evaluated are in the set, also after rounding; a start outside is projected. The
-    loss never rises, but for rounding.
+    the closure is evaluated are in the set, also after rounding; a start outside is projected.
+    Apart from rounding, the loss never increases.
 
     Parameters
     ----------
@@ -56,8 +56,8 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
         The most iterations, and evaluations of the closure, per step. By default `max_eval` is
         ``1.25 * max_iter``.
     history_size : int
-        How many pairs of steps and changes of the gradient make B. They take
-        ``2 * history_size`` times the memory of the parameters.
+        B is computed from this number of past steps and the changes of the gradient in them. They
+        take ``2 * history_size`` times the memory of the parameters.
     tolerance_grad : float
         A step ends where no entry of ``p - P(p - g)`` exceeds it.
     tolerance_change : float
@@ -76,14 +76,14 @@ class ProjectedLBFGS(Constrained, OwnStepOptimizer):
 
     - ``"gradient"``, ``"change"``: a tolerance holds;
     - ``"max_iter"``, ``"max_eval"``: the next step goes on from there;
-    - ``"no decrease"``: no point in a direction that should lead downhill is lower. That is the
-      best that rounding or noise in the loss allow, or the gradients are wrong;
-    - ``"not finite"``: the loss or the gradient at the start has a NaN or an infinity. Where only
-      trials have, shorter steps are tried;
-    - ``"closure raised"``: the error went on to the caller.
+    - ``"no decrease"``: no lower point was found along a descent direction. Rounding or noise in
+      the loss allow no better point, or the gradients are wrong;
+    - ``"not finite"``: the loss or the gradient at the start contains a NaN or an infinity. If only
+      a trial point has one, shorter steps are tried;
+    - ``"closure raised"``: the error was passed on to the caller.
 
-    Whatever it was, the parameters are then at the lowest point found, and their gradients are
-    those of that point. Losses that differ by less than their rounding are compared by gradients.
+    In every case the parameters are then at the lowest point found, and their gradients are those
+    of that point. Losses that differ by less than their rounding are compared by gradients.
     `step` returns the loss at its start, as torch's LBFGS does.
 
     Where the loss changes from one step to the next, as with mini-batches, the pairs are still

@@ -151,9 +151,9 @@ def check_fits(
         couples = not constraint.elementwise and group[param_ndim] == -1
         if couples and param.ndim == 1 < param.numel():
             raise ValueError(
-                "`param_ndim` must be None or 1 for a vector, whose elements would each be a "
-                f"sub-tensor, got -1 for {label} of shape {tuple(param.shape)} (it is a bias? "
-                "see `constrain`)"
+                "`param_ndim` must be None or 1 for a vector, because -1 makes each element a "
+                f"sub-tensor, got -1 for {label} of shape {tuple(param.shape)} (for biases see "
+                "`skip_bias_and_norm` of `constrain`)"
             )
         try:
             shape = batch_shape_in(param, group, param_ndim)

@@ -140,8 +140,8 @@ class Clamp(_Elementwise):
         no_default = defaults[lower] is None and defaults[upper] is None
         if no_default and not {lower, upper} & given.keys():
             raise ValueError(
-                f"`{lower}` or `{upper}` must be given (None for both, in a group, leaves it "
-                f"free), got {lower}=None and {upper}=None"
+                f"`{lower}` or `{upper}` must be given (None for both, in a group, makes it "
+                f"unconstrained), got {lower}=None and {upper}=None"
             )
 
     def check(self, group: Group) -> None:

@@ -329,7 +329,7 @@ def _in_order(params: Any) -> list[Any]:
     if isinstance(params, (set, frozenset)):
         raise TypeError("`params` must have an order that is the same in every run, got a set")
     if not isinstance(params, Iterable):
-        rule = "be an iterable (an optimizer is given as InnerOpt=)"
+        rule = "be an iterable, as `model.parameters()` (an optimizer is given as InnerOpt=)"
         raise wrong("params", rule, repr(params), TypeError)
     return list(params)
 

@@ -47,7 +47,7 @@ def attack(
     generator: Generator | None = None,
     levels: int | None = None,
 ) -> Attacked:
-    r"""Find the perturbed data, in a ball around each example, that a classifier predicts worst.
+    r"""Find adversarial examples: perturbed data, in a ball around each example, of a large loss.
 
     .. math::
         \max_{x'} \; L(f(x'), y) \quad \text{subject to} \quad \|x' - x\| \leq \epsilon, \;
@@ -81,8 +81,9 @@ def attack(
         The loss of each example, such as `cross_entropy` or `dlr_loss`. By default `margin_loss`
         with its smooth gradient, which does not saturate, and on most models finds more.
     fooled : callable, optional
-        From the model's output and the target to a bool for each example: where the attack has
-        succeeded. By default `is_fooled` for classes; for other targets no example counts.
+        Called with the model's output and the target, returns a bool for each example: whether the
+        attack has succeeded. By default `is_fooled` for classes; for other targets no example
+        counts as fooled.
     targeted : bool
         Minimize the loss for `target` instead.
     restarts : int
@@ -99,15 +100,15 @@ def attack(
     mask : Tensor of bool, optional
         True where data may change; broadcasts against the data.
     stop_once_fooled : bool
-        Whether an example that is fooled gets no further steps and runs.
+        Whether to stop the steps and runs of an example as soon as it is fooled.
     samples : int
         Number of evaluations per gradient, for random models.
     generator : torch.Generator, optional
         For the random starts.
     levels : int, optional
-        Search on a grid only, such as that of 8-bit images with 256: of this number of values in
-        `data_range`, evenly spaced, its ends included. The data must be on it. The values count as
-        they are rounded: 8/255 holds only some of the changes by 8 levels, 8.5/255 holds all.
+        Restrict the search to a grid of this number of evenly spaced values in `data_range`, ends
+        included: 256 for 8-bit images. The data must be on the grid. Its values count as rounded to
+        the dtype: a radius of 8/255 contains only some changes by 8 levels, 8.5/255 contains all.
 
     Returns
     -------

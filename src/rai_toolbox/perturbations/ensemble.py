@@ -106,7 +106,7 @@ def ensemble(
     generator : torch.Generator, optional
         For all random numbers.
     journal : Journal, optional
-        Is told of each attack, and may resume a run that was stopped between two of them.
+        Called for each attack; can resume a run that was interrupted between two attacks.
 
     Returns
     -------
@@ -225,7 +225,7 @@ def ensemble(
 
 
 def standard(version: str = "standard") -> Callable[..., Ensembled]:
-    """The ensemble by which robust accuracies are published (AutoAttack), as a solver.
+    """The standard ensemble for published robust accuracies (AutoAttack), as a solver.
 
     APGD on the cross entropy; APGD on the DLR loss toward each of the nine most likely classes;
     FAB toward each of these; Square. Each one runs on the examples that withstood those before, for

@@ -85,6 +85,8 @@ def check_per_example(name: str, value: Tensor, data: Tensor) -> None:
         got = f"shape {tuple(value.shape)}"
         if name == "criterion":
             rule += ', as with `reduction="none"`' + " and `.flatten(1).mean(1)`" * (value.ndim > 1)
+        elif name == "target" and value.ndim == 0:
+            got += " (one example alone: `data[None]`, `torch.tensor([label])`)"
         elif name == "target" and value.ndim > 1:
             got += _OTHERS
         raise wrong(name, rule, got)

@@ -6,7 +6,9 @@ from typing import Any
 
 
 class Journal:
-    """Shows and keeps nothing. Pass a subclass to `ensemble` to follow a run, or to resume it.
+    """Called by `ensemble` at the start and at the end of each attack, to show or resume a run.
+
+    This base class does nothing: override its methods in a subclass.
 
     Examples
     --------
@@ -24,11 +26,11 @@ class Journal:
     """
 
     def earlier(self) -> dict[str, Any]:
-        """What was given to `keep` last, in a run that was stopped; empty if there was none."""
+        """The last state given to `keep` in an interrupted run; empty if there was none."""
         return {}
 
     def begin(self, attack: str, left: int) -> None:
         """An attack begins on a number of examples."""
 
     def keep(self, state: dict[str, Any]) -> None:
-        """An attack is finished: tensors, numbers and texts, from which the run can resume."""
+        """An attack is finished: `state`, of tensors, numbers and strings, can resume the run."""

@@ -72,10 +72,11 @@ def minimum_norm_attack(
         \min_\delta \|\delta\| \quad \text{s.t. the model is fooled by } x + \delta, \;
         \text{lower} \leq x + \delta \leq \text{upper}
 
-    Bisection over the radius of each example, at each of which `solver` is called. The first radius
-    is the one that fools the linearized model. What is found is moved toward its example, on a
-    straight line, as far as it still fools. A radius at which the solver fails counts as one at
-    which nothing fools, so the result is as good as the solver. With an exact solver and enough
+    The radius of each example is found by bisection, with one call of `solver` per radius. The
+    search starts at the radius that fools the linearized model. Each perturbed example found is
+    then moved toward the original, on a straight line, as far as it still fools the model. If the
+    solver finds nothing at a radius, that radius counts as safe: the result is only as good as the
+    solver. With an exact solver and enough
     search steps, it exceeds the smallest radius by at most the fraction `tolerance`; the default
     solver is exact on a linear model. On other models ``partial(attack, rivals=9)``, a run toward
     each of nine classes, may find less, at about three times the cost.

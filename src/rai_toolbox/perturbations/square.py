@@ -47,8 +47,8 @@ def square_attack(
     the window takes over the norm of another one, in the form of two hills of opposite signs; in L1
     the exact projection then leaves few entries. It starts with a mosaic of such patterns.
 
-    As it reads nothing but the model's output, it attacks models without gradients, or with
-    misleading ones; and it is a check of `attack`: where this finds more, gradients are masked.
+    Only the model's output is used, so models without gradients, or with misleading ones, can be
+    attacked. It is also a check of `attack`: if this finds more, the gradients are misleading.
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ def square_attack(
     queries : int
         Number of queries for each example, >= 0, besides one of the start and one of the result.
     start : Tensor, optional
-        Where to start, such as what another attack has found, with windows of 5 %. By default at
-        the data.
+        Where to start, in the shape of the data, such as the result of another attack; the windows
+        then begin with 5 %. By default the search starts at the data.
     criterion, fooled : callable, optional
         As in `attack`. By default `margin_loss` and `is_fooled`.
     targeted : bool

@@ -186,5 +186,6 @@ def _check_derivative(trial: Trial, x: Tensor, salt: int) -> Tensor:
     smooth = trial.length(after - before) <= 1e-4 * length  # no kink nearby
     error = (product - ((after + before) / 2 * v).sum(1)).abs()
     allowed = 1e-4 * length * trial.length(v)
-    trial.require(~smooth | (error <= allowed), error, "must be the derivative", x)
+    rule = "must be the derivative of `project` (is the set an equation? see `_is_equation`)"
+    trial.require(~smooth | (error <= allowed), error, rule, x)
     return smooth

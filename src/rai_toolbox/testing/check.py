@@ -48,7 +48,7 @@ def check_constraint(
     tolerance: float = 0.0,
     reach: float = 10.0,
 ) -> None:
-    """Check that a set keeps the laws, on random and on awkward points.
+    """Check that a set satisfies the laws (`LAWS`), on random points and on special cases.
 
     Parameters
     ----------
@@ -62,14 +62,14 @@ def check_constraint(
         Magnitudes of the entries of points of the set. Tolerances are relative to them.
     laws : iterable of str, optional
         Names of `LAWS`. By default all but ``"compiled"``, which takes a second per dtype, and
-        which a set that reads values on the host cannot keep.
+        which fails for a set that reads values on the host.
     seed : int
         Of the random points.
     tolerance : float
         The relative accuracy of a set that iterates; 0 for rounding errors only.
     reach : float
-        How many times as large, and as small, as the set's own are the points that are tried. By
-        default what users meet; 1e20 asks for all that the sets of this library hold.
+        Points are tried with magnitudes from `1 / reach` to `reach` times those of the set. The
+        default covers common data; the sets of this library satisfy the laws with 1e20, too.
 
     Raises
     ------

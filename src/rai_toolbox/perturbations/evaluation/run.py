@@ -75,8 +75,9 @@ def evaluate_robustness(
     Parameters
     ----------
     model : Callable
-        From data to logits, shape (N, K), or to an object or dict with `logits`. With `correct` to
-        anything. A module is in eval mode with frozen weights meanwhile.
+        From data to logits, shape (N, K), or to an object or dict with `logits`. With
+        `correct`, any output. During the evaluation a module is in eval mode and its weights are
+        frozen.
     loader : Iterable
         Batches of data, shape (N, ...), and classes, shape (N,), such as a DataLoader; see `keys`.
         With `correct`, targets may have any dtype and the shape (N, ...).
@@ -88,18 +89,19 @@ def evaluate_robustness(
     solver : Callable
         Called as ``solver(model, data, target, ball=..., data_range=..., generator=...)``; returns
         an object whose ``data`` are the perturbed data. By default a few attacks, `short_ensemble`.
-        Publish what `standard` finds: ``solver=standard()``. For one attack pass `attack` or a
-        partial of it.
+        For figures to publish pass ``standard()``; for a single attack, `attack` or a partial of
+        it.
     steps : int, optional
         If given, passed to `solver`.
     seed : int
-        Of all random numbers. torch's own generators are restored afterwards.
+        Seed of all random numbers. The state of torch's generators is restored afterwards.
     device : torch.device or str, optional
         The device to which data are moved. By default that of the model's parameters.
     state_file : path, optional
-        A JSON file that is replaced after each batch. If it exists, the run resumes from it: a run
-        that was killed loses one batch of each rank at most. The first rank loses only one attack:
-        beside the file it keeps another one, with the ending ".part", of the batch at work.
+        A JSON file for an interrupted run to resume from, by the same call; its folder must exist.
+        It is replaced after each batch. The first rank also writes a file with the ending ".part"
+        after each attack on the current batch. So at most one attack on one batch is lost, and one
+        batch on each other rank. The file stays after the run: to start again, delete it.
     progress : bool
         Whether to show a progress bar, with the ball, the attack and the number that withstood.
     examples : int
@@ -116,10 +118,10 @@ def evaluate_robustness(
     criterion : Callable, optional
         The loss of each example, which `solver` is also called with.
     correct : Callable, optional
-        From the model's output and the target to a bool for each example: whether the prediction is
-        right. By default that of the class. A solver that takes `fooled` gets its negation. The
-        report's settings name it. In a state file a function is known by its name, a lambda by its
-        code, a `functools.partial` by its arguments, too.
+        Called with the model's output and the target, returns a bool for each example: whether the
+        prediction is right. By default it compares classes. A solver that takes `fooled` gets its
+        negation. The report's settings name it. A state file identifies a function by its name, a
+        lambda by its code, and a `functools.partial` also by its arguments.
 
     Returns
     -------
