@@ -90,12 +90,13 @@ def _ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
         # (the error is allowed for twice, so that the next time the result is surely inside)
         radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
         doubt = 1.1 * error * epsilon
-        if not (shortest > epsilon + doubt and longest < math.inf):  # (with NaN, too)
+        far = shortest > epsilon + doubt or (length - epsilon).abs_().amin() > doubt
+        if not (far and longest < math.inf):  # (with NaN, too)
             doubtful = ~((length - epsilon).abs_() > doubt) | length.isinf()
-            if doubtful.any():
-                length = length.double().masked_scatter_(doubtful, _some_norms(batches, doubtful))
+            length = length.double().masked_scatter_(doubtful, _some_norms(batches, doubtful))
             return _factor(length, epsilon, radius)
-        return radius / length  # (which is normal, for finite sums of squares)
+        factor = radius / length  # (which is normal, for finite sums of squares)
+        return factor if shortest > epsilon else factor.masked_fill_(length <= epsilon, 1.0)
     length = wide_norms(batches, 2)
     longest = length.amax().item()
     if longest <= epsilon:
