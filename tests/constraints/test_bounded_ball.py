@@ -238,6 +238,12 @@ def test_settings_per_sub_tensor(ball):
         each.project(x)
 
 
+@with_each_ball
+def test_a_radius_of_0_leaves_one_point(ball):
+    c = BoundedBall(ball(0.0), torch.tensor([[0.0, -0.001]]).double(), 1.0)
+    assert (c.project(torch.tensor([[-2e-4, 6e-5]]).double()) == 0).all()
+
+
 @torch.no_grad()
 @with_each_ball
 def test_a_radius_that_is_trained_is_read_each_time(ball):

@@ -64,7 +64,8 @@ def along(
 
     last = (farthest / unit).square().clamp(max=_FAR)
     square = root(f, torch.zeros_like(last), last, last)
-    t = torch.where(square > 0, square.where(square > 0, 1.0).sqrt(), 0.0)  # for its derivative
+    some = (square > 0) & (goal > 0)  # (at radius 0, where squares underflow there is a root, too)
+    t = torch.where(some, square.where(some, 1.0).sqrt(), 0.0)  # for its derivative
     return (t * direction).clamp(lower, upper) * unit
 
 
