@@ -28,12 +28,12 @@ class Intersection(Constraint):
     """Every sub-tensor in all of several convex sets.
 
     ``{x : x in C_1, ..., x in C_k}``, by Dykstra's algorithm (Boyle and Dykstra, 1986): it
-    projects onto the sets in turn, each time first taking back what the last projection onto that
-    set has changed. It is done when the moves that are left are small (those of all corrections,
-    as of Birgin and Raydan, 2005), which takes tens of cycles, as jumps of the corrections
-    (Anderson, 1965) replace most of them; hundreds or more where many sets meet at small angles, or
-    a sub-tensor is far away, beyond 1e3 times the size of the sets. One that is in all sets costs
-    one `violation` of each of them.
+    projects onto the sets in turn, and before each projection undoes the change of the previous
+    one onto the same set. It stops when the changes of all these corrections are small (Birgin and
+    Raydan, 2005). That takes tens of cycles, because extrapolations of the corrections (Anderson,
+    1965) replace most of them; hundreds or more where many sets meet at small angles, or a
+    sub-tensor is farther away than 1e3 times the size of the sets. A sub-tensor that is in all sets
+    costs one `violation` of each of them.
 
     A result is the nearest point to within about `tolerance`, relative to the largest magnitude
     of the sub-tensor and of the result: for a sub-tensor that is very far away it is a point of
@@ -42,12 +42,12 @@ class Intersection(Constraint):
     rounding of its entries counts as inside, and has the derivative 1, also where an equation has
     no interior; elsewhere autograd goes through all cycles, and keeps them.
 
-    This is the only set that synchronizes with its device: it reads two bits every four cycles.
+    It synchronizes with the host: it reads two bits every four cycles.
 
     Parameters
     ----------
     *sets : Constraint
-        Convex sets. Put the one that has to hold most strictly last.
+        Convex sets. Put the one that must hold most exactly last.
     tolerance : float
         The relative accuracy.
     max_iterations : int

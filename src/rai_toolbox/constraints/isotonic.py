@@ -14,7 +14,7 @@ from rai_toolbox.constraints.base import Constraint
 
 @dataclass(frozen=True, eq=False)
 class Monotone(Constraint):
-    """Entries of each sub-tensor, in the order of their indices, that never fall, or never rise.
+    """Entries of each sub-tensor never decrease, or never increase, in the order of their indices.
 
     ``{x : x_1 <= x_2 <= ... <= x_n}``, or with ``>=``. The projection is isotonic regression: it
     averages blocks of neighbors. It merges the solutions of halves, from pairs up, with prefix
@@ -25,7 +25,7 @@ class Monotone(Constraint):
     Parameters
     ----------
     increasing : bool
-        Whether the entries may only rise, or else only fall.
+        True if the entries must not decrease, False if they must not increase.
     dim : int or tuple of int, optional
         Along which dims of the batch a sequence lies; by default all but the first.
 

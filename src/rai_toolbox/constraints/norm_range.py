@@ -40,10 +40,10 @@ from rai_toolbox.constraints.sampling import uniform
 class MinMaxNorm(Constraint):
     """Sub-tensors whose norm is between two values; not convex unless `min_norm` is 0.
 
-    ``{x : min_norm <= |x|_p <= max_norm}``. P scales x for p = 2; it lets the magnitudes sink, or
-    rise, by a common threshold for p = 1; for p = inf it clamps, or lifts one largest magnitude.
-    Where x = 0 must move, it moves as if all its elements were equal and positive.
-    `sample_` has directions uniform in the norm's ball, and radii as they are in it.
+    ``{x : min_norm <= |x|_p <= max_norm}``. For p = 2, P scales x; for p = 1, it decreases
+    or increases all magnitudes by a common amount; for p = inf, it clamps, or increases one largest
+    magnitude. If x = 0 must move, it moves as if all its elements were equal and positive.
+    `sample_` draws directions and radii as those of uniform points of the norm's ball.
 
     Parameters
     ----------

@@ -65,8 +65,8 @@ def margin_loss(
 
     The best other class at the data is often not the one that an attack reaches first. With
     `smooth` the value is the same, but the gradient that of ``sum_{j != y} w_j z_j - z_y`` with the
-    constant weights ``w = softmax(z / |margin|)``: all classes count that are about as near as the
-    best one, ever fewer as the margin approaches 0.
+    constant weights ``w = softmax(z / |margin|)``: it includes all classes about as near as the
+    best one, and fewer of them as the margin approaches 0.
 
     Parameters
     ----------

@@ -56,13 +56,13 @@ def gradient_ascent(
     and keeps the parameters in their set. Gradients are computed for these parameters only. Works
     inside `no_grad`, `inference_mode` and `autocast`; no step synchronizes with the host.
 
-    A model that is a module is in eval mode with frozen weights meanwhile. Modules that it holds in
-    a list or dict, and those to which another callable refers, in a closure, as a global, as an
-    attribute or in a partial, are in eval mode. Where the callable calls another one in training
-    mode, that is put in eval mode with a warning; what only the `forward` of a module knows, such
-    as a global, stays as it is. All is restored, also after an error. DistributedDataParallel calls
-    its module directly, as ranks may need different numbers of calls. The model may change its
-    input in place.
+    During the search a model that is a module is in eval mode, and its weights are frozen. Modules
+    in its lists or dicts are in eval mode, too, and so are those that a callable refers to in its
+    closure, globals, attributes or partial. Any other module in training mode that the callable
+    calls is put in eval mode with a warning; one that only the `forward` of a module refers to,
+    such as a global, stays as it is. Everything is restored, also after an error.
+    DistributedDataParallel calls its module directly, as ranks may need different numbers of calls.
+    The model may change its input in place.
 
     Parameters
     ----------

@@ -67,8 +67,8 @@ def universal_perturbation(
     Parameters
     ----------
     model : callable
-        From data to logits, shape (N, K), or to an object or dict with `logits`. A module is in
-        eval mode with frozen weights meanwhile. With a `criterion` to anything.
+        From data to logits, shape (N, K), or to an object or dict with `logits`. During the
+        search a module is in eval mode and its weights are frozen. With a `criterion`, any output.
     loader : iterable of (data, target)
         Batches, such as a DataLoader, which is iterated at most ``epochs + 2`` times. They are
         moved to the device of the model.
