@@ -101,7 +101,6 @@ def test_around_a_schedule_free_optimizer(name):
     torch.testing.assert_close(x.detach(), Simplex().project(target), rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_around_muon():
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:

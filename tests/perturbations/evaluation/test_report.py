@@ -134,6 +134,7 @@ def test_parts_that_do_not_fit_are_refused(changed, said):
 def drawn():
     def draw(*shape):
         data = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+        data.view(-1)[0] = 1.0  # so that the largest change is 0.5
         target = torch.tensor([0, 1, 2])
         shown = Examples("L2", 1.0, data, data / 2, target, torch.tensor([0, 2, 2]))
         return report(examples=(shown,)).plot()

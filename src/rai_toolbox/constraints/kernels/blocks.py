@@ -107,6 +107,8 @@ def in_groups(
     what it would for one of them. Large ones go by pieces, and to `act_each_` several at a time,
     of one dtype and length of rows. All stay in cache.
     """
+    if not tensors:  # (all may be sharded)
+        return
     plain = in_blocks(tensors[0]) and not torch.is_grad_enabled()
     if len(tensors) == 1 and not (plain and act_each_ and tensors[0].numel() > BLOCK // 2):
         _in_parts(tensors[0], act_, shape_of(tensors[0].shape))

@@ -172,7 +172,9 @@ def evaluate_robustness(
     ranks = Ranks(group)
     state = _shared_state(ranks, model, None if state_file is None else Path(state_file), start)
     device = inputs.device_of(model) if device is None else torch.device(device)
-    path = state.path and state.path.with_name(state.path.name + ".part")
+    path = None
+    if state.path is not None and ranks.rank == 0:  # (others would write the same file)
+        path = state.path.with_name(state.path.name + ".part")
     part_file = PartFile(path, fingerprint(state.model, settings, by_norm))
     first: list[Batch] = []
     per_batch = sum(map(len, by_norm.values()))
