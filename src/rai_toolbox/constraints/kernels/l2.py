@@ -61,8 +61,9 @@ def _project_row_(x: Tensor, epsilon: Any) -> bool:
     length = row_norm(x, 2)
     if length <= epsilon:
         return True
-    factor = _inner_radius(epsilon, x, x.numel(), noise(x.numel())) / length
-    is_held = length < math.inf and factor >= torch.finfo(scale_dtype(x)).smallest_normal
+    # (a number divided by a tensor is multiplied by the reciprocal: rows in a stack get these bits)
+    factor = 1 / length * _inner_radius(epsilon, x, x.numel(), noise(x.numel()))
+    is_held = length < math.inf and torch.finfo(scale_dtype(x)).smallest_normal <= factor <= 1
     if is_held:
         x.mul_(factor)
     return bool(is_held)
