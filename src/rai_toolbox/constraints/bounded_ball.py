@@ -142,13 +142,15 @@ class BoundedBall(Constraint):
         if batch not in self.__dict__["_met"]:
             self._check_batch(x)
             self.__dict__["_met"].add(batch)
-        eager, settings = in_blocks(x), (self.ball.epsilon, self.lower, self.upper)
+        eager = in_blocks(x)
         if (  # only the general projection, in float64, will do
             x.dtype not in (torch.float32, torch.float64)
             or self.ball.center is not None
             or self.__dict__["_apart"]
             or needs_grad(x)
-            or any(getattr(setting, "requires_grad", False) for setting in settings)
+            or getattr(self.lower, "requires_grad", False)
+            or getattr(self.upper, "requires_grad", False)
+            or getattr(self.ball.epsilon, "requires_grad", False)
             or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
             or x.numel() == 0
             or x.device.type == "mps"

@@ -102,7 +102,7 @@ class GradientMapping(OfSet):
             x, _ = batch_in(param, group, self.param_ndim)
             view, copied = batch_in(grad, group, self.param_ndim)
             batches = (view, x) if average is None else (view, x, average.reshape(x.shape))
-            if not copied and self._judges_rows(batches, group):
+            if view.numel() > BLOCK // 2 and not copied and self._judges_rows(batches, group):
                 large.append(batches)
                 continue
             self.map_(view, x, average, group)
@@ -189,7 +189,8 @@ class GradientMapping(OfSet):
         alpha = (-1 if group.get("maximize") else 1) / (scale or 1.0)
         y = torch.addcmul(x, e, followed[-1], value=-1)
         factor = NotImplemented
-        if constraint._dims is None and can_judge(y):
+        scales = type(constraint)._scaling is not Constraint._scaling
+        if scales and constraint._dims is None and can_judge(y):
             fast = sums_fast([y], EXACT_CHUNK)
             length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], 2)
             error = sum_error(EXACT_CHUNK) if fast else 0.0

@@ -46,7 +46,8 @@ def in_blocks(x: Tensor) -> bool:
     A compiler fuses.
     """
     return (
-        is_plain(x)
+        type(x) in _PLAIN
+        and x.is_cpu
         and not torch.compiler.is_compiling()
         and not function_transforms_active()
         and forward_ad_level() < 0

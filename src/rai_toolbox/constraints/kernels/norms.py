@@ -75,10 +75,10 @@ def sums_fast(batches: Sequence[Tensor], chunk: int) -> bool:
     Their rows have one length, and must be dense: torch sums other ones term by term, without
     lanes (see `sum_error`).
     """
-    size = batches[0].shape[1:].numel()
-    if size > BLOCK or batches[0].is_complex() or not in_blocks(batches[0]):
+    x = batches[0]
+    if x.numel() <= BLOCK // 2 or x.shape[1:].numel() > BLOCK or x.is_complex():
         return False
-    return all(is_plain(x) and _is_large_and_dense(x, chunk) for x in batches)
+    return in_blocks(x) and all(is_plain(x) and _is_large_and_dense(x, chunk) for x in batches)
 
 
 def _is_large_and_dense(x: Tensor, chunk: int) -> bool:
