@@ -5,7 +5,7 @@ import pytest
 import torch
 from killing import die, killed_in
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny import by_hand, is_feasible, loader, net, optimizer, same
+from tiny import by_hand, is_feasible, loader, net, optimizer, same, worst
 from torch import nn
 
 # What Lightning 2.6 says of its own code and settings; none of it is about optimizers.
@@ -29,6 +29,12 @@ class Automatic(lightning.LightningModule):
         opt = optimizer(self)
         schedule = torch.optim.lr_scheduler.StepLR(opt, 3, 0.5)
         return [opt], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Adversarial(Automatic):
+    def training_step(self, batch, i):
+        x, y = batch
+        return super().training_step((worst(self.net, x, y), y), i)
 
 
 class Manual(Automatic):
@@ -64,6 +70,13 @@ def test_it_trains_as_a_loop_by_hand_does(kind, tmp_path):
     module = kind()
     fitted(module, tmp_path)
     assert same(module.net, by_hand())
+    assert is_feasible(module.net)
+
+
+def test_adversarial_training_is_that_of_a_loop_by_hand(tmp_path):
+    module = Adversarial()
+    fitted(module, tmp_path)
+    assert same(module.net, by_hand(adversarial=True)) and not same(module.net, by_hand())
     assert is_feasible(module.net)
 
 

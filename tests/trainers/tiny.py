@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rai_toolbox.constraints import MaxNorm, NonNegative
+from rai_toolbox.constraints import L2Ball, MaxNorm, NonNegative
 from rai_toolbox.optim import ProjectedOptimizer, constrain
+from rai_toolbox.perturbations import attack
 
 BOUND = 0.5
 
@@ -36,13 +37,19 @@ def is_feasible(model):
     return bool((first.double().norm(dim=1) <= BOUND).all() and (last >= 0).all())
 
 
-def by_hand(accumulate=1, clip=None, epochs=1):
+def worst(model, x, y):
+    """The data as a classifier likes them least, within a ball."""
+    return attack(model, x, y, ball=L2Ball(0.3), data_range=None, steps=3).data
+
+
+def by_hand(accumulate=1, clip=None, epochs=1, adversarial=False):
     """The same training as a plain loop."""
     model = net()
     opt = optimizer(model)
     schedule = torch.optim.lr_scheduler.StepLR(opt, 3, 0.5)
     for _ in range(epochs):
         for i, (x, y) in enumerate(loader(), 1):
+            x = worst(model, x, y) if adversarial else x
             (nn.functional.cross_entropy(model(x), y) / accumulate).backward()
             if i % accumulate == 0:
                 if clip is not None:
