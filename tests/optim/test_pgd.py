@@ -313,3 +313,11 @@ def test_inner_optimizers_of_another_kind():
         x.grad = torch.ones(2, 3)
         opt.step()
     torch.testing.assert_close(x.detach(), torch.full((2, 3), -0.1))
+
+
+def test_a_group_that_is_given_another_set_is_refused():
+    (x,) = tensors((3, 2))
+    opt = PGD([x], constraint=L2Ball(1.0), lr=0.1)
+    opt.param_groups[0]["constraint"] = Simplex()
+    with pytest.raises(TypeError, match="`constraint` must be a LinfBall"):
+        opt.step()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import check_fraction
+from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
 from rai_toolbox.optim.diagnosis import Constrained
@@ -40,7 +41,8 @@ class SteepestStep(OfSet):
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
         constraint: Any = group[self.constraint]
-        p, k = getattr(constraint, "ball", constraint).p, group[self.param_ndim]
+        ball = getattr(constraint, "ball", constraint)
+        p, k = (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p, group[self.param_ndim]
         if p == 1:
             for param, grad in zip(params, tensors, strict=True):
                 self._sparsify_(param, grad, group)
