@@ -4,6 +4,8 @@ Imports inside functions and under `if TYPE_CHECKING` count for the first two.
 """
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,3 +196,14 @@ def test_a_bad_import_is_found(module, source):
 def test_a_good_import_passes(module, source):
     module = f"{PACKAGE}.{module}"
     assert faults(source, module, module.rpartition(".")[0]) == []
+
+
+def test_loading_it_loads_nothing_more_of_torch_that_is_slow():
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import rai_toolbox.optim, rai_toolbox.perturbations\n"
+        "print(*{'sympy', 'torch._dynamo', 'torch._inductor'} & (set(sys.modules) - before))"
+    )
+    path = {**os.environ, "PYTHONPATH": str(SRC)}
+    found = subprocess.run([sys.executable, "-c", code], env=path, check=True, capture_output=True)
+    assert found.stdout.split() == []

@@ -130,7 +130,7 @@ class BoundedBall(Constraint):
         ]
         try:
             gap = torch.maximum(lower - center, center - upper).clamp(min=0)
-            torch.broadcast_shapes(epsilon.shape, gap.shape)
+            torch.broadcast_tensors(epsilon, gap)  # (`broadcast_shapes` imports sympy)
         except RuntimeError:
             shapes = ", ".join(str(tuple(setting.shape)) for setting in settings)
             names = "epsilon`, `center`, `lower` and `upper"
