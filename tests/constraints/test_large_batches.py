@@ -218,3 +218,18 @@ def test_gradient_mapping_by_an_average(constraint, maximize):
     )
     assert mapping._map_rows_([grad], [x], [average], group=group)
     torch.testing.assert_close(grad, wide.float(), rtol=1e-4, atol=2e-5)
+
+
+def test_a_mapping_leaves_gradients_alone_where_it_stays_just_inside():
+    """The norm of y, by products in float32, is off by more than what these rows are inside by."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(512, 256, generator=generator).double() for _ in range(2))
+    x, down = (each / each.norm(dim=1, keepdim=True) for each in (x, -grad))
+    y = x + 0.1 * down  # with the reach of 0.1; it grows as x does
+    x = (x / y.norm(dim=1, keepdim=True) * (1 - 3e-8)).float().requires_grad_()
+    y = x.detach().double() + 0.1 * x.detach().double().norm(dim=1, keepdim=True) * down
+    assert 1 - 1e-7 < y.norm(dim=1).min() and y.norm(dim=1).max() <= 1
+    x.grad = grad.float()
+    ball = L2Ball(1.0)
+    ProjectedOptimizer([x], torch.optim.Adam, constraint=ball, lr=1e-3, averaging=0.0).step()
+    assert torch.equal(x.grad, grad.float())
