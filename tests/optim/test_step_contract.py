@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 from torch_versions import TORCH, differentiates_lr
 
 from rai_toolbox import optim
+from rai_toolbox._torch import plain_step
 from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedGradientOptimizer,
@@ -866,16 +867,17 @@ def test_more_arguments_go_to_the_inner_step(closure):
         ClampedParameterOptimizer([x], SGD, lr=0.1, clamp_max=0.5).step(bs=7)
 
 
-def test_an_interrupted_step_leaves_the_groups_as_they_were():
-    class Interrupting(dict):
-        def __setitem__(self, name, value):
-            super().__setitem__(name, value)
-            if value is True:
-                raise KeyboardInterrupt
+def test_an_interrupted_step_leaves_the_groups_as_they_were(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
 
-    params = tensors((2, 3), (2, 3))
-    opt = ClampedParameterOptimizer(params, lr=0.1, clamp_max=0.5)
-    opt.inner_opt.param_groups[0] = Interrupting(opt.param_groups[0])
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    opt = ClampedParameterOptimizer(tensors((2, 3), (2, 8)), clamp_max=0.5, **settings)
+    opt.step()
+    groups, before = opt.param_groups, [dict(group) for group in opt.param_groups]
+    monkeypatch.setitem(plain_step(SGD.step).__globals__, "sgd", interrupt)
     with pytest.raises(KeyboardInterrupt):
         opt.step()
-    assert opt.param_groups[0]["foreach"] is None
+    assert opt.param_groups is groups and len(groups) == 1
+    assert groups[0].keys() == before[0].keys()
+    assert all(groups[0][name] is before[0][name] for name in before[0])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox import foreach
 from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
 from rai_toolbox.checks import wrong
 from rai_toolbox.optim.settings import trained
+from rai_toolbox.optim.sgd import step_sgd
 
-_SMALL = 2**15  # elements of a tensor up to which a call costs more than its arithmetic
+_SGD_STEP = plain_step(SGD.step)
 
 _SLOW = {"slow_buffer", "slow_param", "slow_params"}
 """Names of the slow weights in the state of Lookahead, in its implementations."""
@@ -69,16 +69,13 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
-    # (a closure would see the changed groups, and a compiler fuses on its own)
-    watched = torch.compiler.is_compiling() or closure is not None
-    together = _fast_groups(inner) if type(inner) is SGD and not watched else []
-    try:
-        for group in together:
-            group["foreach"] = True
+    # (a closure would see what `step_sgd` changes in passing, and a compiler fuses on its own)
+    is_watched = torch.compiler.is_compiling() or closure is not None or kwargs
+    if type(inner) is SGD and step is _SGD_STEP and not is_watched:
+        step_sgd(inner, step)
+        result = None
+    else:
         result = step(*args, **kwargs)
-    finally:
-        for group in together:
-            group["foreach"] = None
     for post_hook in getattr(inner, "_optimizer_step_post_hooks", {}).values():
         post_hook(inner, args, kwargs)
     return result
@@ -97,32 +94,6 @@ def with_iterates(inner: Optimizer, group: Mapping[str, Any]) -> tuple[list[Tens
         return params, params
     more = [(state[p][name], p) for p in params for name in names if name in state.get(p, ())]
     return [*params, *(iterate for iterate, _ in more)], [*params, *(param for _, param in more)]
-
-
-def _fast_groups(inner: SGD) -> list[dict[str, Any]]:
-    """Groups in which SGD is faster with `foreach=True`, and has the same bits and no temporaries.
-
-    Torch's own choice on CPU is a loop in Python. With other settings, and in other optimizers,
-    it would take a copy of all gradients.
-    """
-    more = ("weight_decay", "maximize", "nesterov", "differentiable", "fused")
-    found = []
-    for group in inner.param_groups:
-        params = group["params"]
-        if len(params) < 2 or group["foreach"] is not None or any(map(group.get, more)):
-            continue
-        grads = [param.grad for param in params if param.grad is not None]
-        dtypes = {each.dtype for each in (*params, *grads)}
-        if not foreach.are_plain([*params, *grads]) or torch.float16 in dtypes:  # torch refuses it
-            continue
-        # Momentum makes it three operators: each tensor is to be in cache for the next one. And it
-        # rounds otherwise in half precision.
-        if not group["momentum"] or (
-            dtypes <= {torch.float32, torch.float64}
-            and sum(param.numel() for param in params) <= _SMALL * len(params)
-        ):
-            found.append(group)
-    return found
 
 
 def picklable_state(optimizer: Optimizer) -> dict[str, Any]:
