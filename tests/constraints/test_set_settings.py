@@ -187,9 +187,11 @@ def test_sets_differ_by_kind_and_settings():
 def test_immutable():
     for case in FIRST:
         c = case.constraint()
-        for field in dataclasses.fields(c):
+        for name in (*(field.name for field in dataclasses.fields(c)), "misspelt"):
             with pytest.raises(dataclasses.FrozenInstanceError):
-                setattr(c, field.name, 1.0)
+                setattr(c, name, 1.0)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                delattr(c, name)
 
 
 def test_numbers_of_other_libraries_become_plain():
