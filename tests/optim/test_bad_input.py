@@ -495,6 +495,16 @@ def test_inner_keywords_are_known(cls, inner):
     assert_refused(make, TypeError, words, params)
 
 
+def test_a_misspelt_keyword_is_named_before_what_is_then_missing():
+    make = partial(ProjectedOptimizer, tensors("w", (2, 3)), set=MaxNorm(1.0), lr=0.1)
+    words = (
+        "`set` must be an argument of ProjectedOptimizer (constraint, param_ndim,",
+        "or of SGD (params, lr, momentum,",
+        "got set=MaxNorm(",
+    )
+    assert_refused(make, TypeError, words)
+
+
 @with_inner
 def test_inner_opt_refuses_its_own_bad_values(cls):
     groups = [{"params": tensors("w", (2, 3))}]
