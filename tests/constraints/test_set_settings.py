@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import math
 import pickle
 import re
@@ -11,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from constraints.cases import CASES, N, sets
+from files import through_a_file
 
 from rai_toolbox.constraints import Constraint
 
@@ -133,13 +133,6 @@ def test_only_real_floating_point(dtype):
         message = f"{case.kind} takes real floating-point tensors, got {dtype}"
         with pytest.raises(TypeError, match=message):
             case.constraint().project_(x)
-
-
-def through_a_file(plain):
-    file = io.BytesIO()
-    torch.save(plain, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 COPIES = {

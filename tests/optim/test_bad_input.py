@@ -1,7 +1,6 @@
 """Bad input is refused, by name, rule and value, wherever it enters, before anything is changed."""
 
 import copy
-import io
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitwise import copied, same_bits
+from files import through_a_file
 from torch.optim import SGD, Adam
 
 from rai_toolbox.constraints import Box, MaxNorm
@@ -790,10 +790,7 @@ def test_a_number_of_any_type_is_refused_or_counts_as_its_float(cls, name, which
 def test_checkpoints_are_plain_data_whatever_type_a_number_had(cls, name):
     for number in NUMBERS.values():
         opt = in_use(cls, **{**GOOD[cls], name: number})
-        file = io.BytesIO()
-        torch.save(opt.state_dict(), file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
+        loaded = through_a_file(opt.state_dict())
         assert loaded["param_groups"][0][name] == number
 
 
