@@ -90,23 +90,14 @@ def literature(most: int = 3000) -> str:
 OTHERS = ("Simplex", "L1Ball", "L2Ball", "BoundedBall", "BoxSection", "SpectralBall", "Monotone")
 
 
-def over_set(problem: quadratics.Problem, constraint: Constraint, **settings: Any) -> Run:
+def over_set(problem: quadratics.Problem, constraint: Constraint) -> Run:
     """A quadratic over a set, from the origin."""
-    x = torch.zeros((1, *problem.shape), dtype=torch.float64, requires_grad=True)
-    options = {"max_iter": 400, "max_eval": 400, "tolerance_change": 1e-15, **settings}
-    optim = ProjectedLBFGS([x], constraint=constraint, **options)
-    losses = []
+    start = torch.zeros((1, *problem.shape), dtype=torch.float64)
 
-    def closure() -> Tensor:
-        optim.zero_grad()
-        loss = problem.objective(x).sum()
-        loss.backward()
-        losses.append(loss.item())
-        return loss
+    def loss(x: Tensor) -> Tensor:
+        return problem.objective(x).sum()
 
-    optim.step(closure)
-    assert optim.violation()[0] == 0
-    return Run(losses, str(optim.status))
+    return bounds.in_set(loss, start, constraint, max_iter=400, max_eval=400)
 
 
 def other_sets(seeds: int = 3) -> str:

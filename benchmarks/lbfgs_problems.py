@@ -15,7 +15,7 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from rai_toolbox.constraints import Box
+from rai_toolbox.constraints import Box, Constraint
 from rai_toolbox.optim import ProjectedLBFGS
 
 Loss = Callable[[Tensor], Tensor]
@@ -39,23 +39,28 @@ class Run(NamedTuple):
         return next((i + 1 for i, loss in enumerate(self.losses) if loss <= level), None)
 
 
-def by_ours(problem: Problem, most: int, **settings: Any) -> Run:
-    x = problem.start.clone().requires_grad_()
-    constraint = Box(problem.lower, problem.upper)
-    options = {"tolerance_grad": 0.0, "tolerance_change": 1e-15, "max_iter": most} | settings
-    optim = ProjectedLBFGS([x], constraint=constraint, param_ndim=None, max_eval=most, **options)
+def in_set(loss: Loss, start: Tensor, constraint: Constraint, **settings: Any) -> Run:
+    """A step of `ProjectedLBFGS`, as long as `settings` allow."""
+    x = start.clone().requires_grad_()
+    optim = ProjectedLBFGS([x], constraint=constraint, tolerance_change=1e-15, **settings)
     losses = []
 
     def closure() -> Tensor:
         optim.zero_grad()
-        loss = problem.loss(x)
-        loss.backward()
-        losses.append(loss.item())
-        return loss
+        value = loss(x)
+        value.backward()
+        losses.append(value.item())
+        return value
 
     optim.step(closure)
     assert optim.violation()[0] == 0
     return Run(losses, str(optim.status))
+
+
+def by_ours(problem: Problem, most: int) -> Run:
+    constraint = Box(problem.lower, problem.upper)
+    ends = {"tolerance_grad": 0.0, "max_iter": most, "max_eval": most}
+    return in_set(problem.loss, problem.start, constraint, param_ndim=None, **ends)
 
 
 def by_scipy(problem: Problem, most: int, method: str = "L-BFGS-B") -> Run:

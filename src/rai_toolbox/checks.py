@@ -112,6 +112,8 @@ def check_order(lower_name: str, lower: Any, upper_name: str, upper: Any) -> Non
     """Raise unless lower <= upper, elementwise; each a number, a tensor, or None for no bound."""
     if lower is None or upper is None:
         return
+    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor) and lower <= upper:
+        return
     try:
         valid = torch.as_tensor(lower <= upper)
     except RuntimeError:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import math
 import pickle
 import re
@@ -11,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from constraints.cases import CASES, N, sets
+from files import through_a_file
 
 from rai_toolbox.constraints import Constraint
 
@@ -135,13 +135,6 @@ def test_only_real_floating_point(dtype):
             case.constraint().project_(x)
 
 
-def through_a_file(plain):
-    file = io.BytesIO()
-    torch.save(plain, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 COPIES = {
     "plain": lambda c: Constraint.from_plain(through_a_file(c.to_plain())),
     "copy": copy.copy,
@@ -187,9 +180,11 @@ def test_sets_differ_by_kind_and_settings():
 def test_immutable():
     for case in FIRST:
         c = case.constraint()
-        for field in dataclasses.fields(c):
+        for name in (*(field.name for field in dataclasses.fields(c)), "misspelt"):
             with pytest.raises(dataclasses.FrozenInstanceError):
-                setattr(c, field.name, 1.0)
+                setattr(c, name, 1.0)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                delattr(c, name)
 
 
 def test_numbers_of_other_libraries_become_plain():

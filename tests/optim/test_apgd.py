@@ -1,7 +1,6 @@
 """Auto-PGD: where it gets to, when it halves its steps, and what is kept of it."""
 
 import copy
-import io
 import math
 import pickle
 from functools import partial
@@ -9,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from bitwise import same_bits, snapshot
+from files import through_a_file
 from test_pgd import BALLS, Passes, bounds, each_ball, linear_cases
 from tiers import slow_but
 
@@ -294,11 +294,8 @@ def copies(opt, x):
         other.load_state_dict(state_dict)
         return other, y
 
-    buffer = io.BytesIO()
-    torch.save(opt.state_dict(), buffer)
-    buffer.seek(0)
     yield "state_dict", *loaded(copy.deepcopy(opt.state_dict()))
-    yield "weights_only", *loaded(torch.load(buffer, weights_only=True))
+    yield "weights_only", *loaded(through_a_file(opt.state_dict()))
     yield "deepcopy", *copy.deepcopy((opt, x))
     yield "pickle", *pickle.loads(pickle.dumps((opt, x)))
 

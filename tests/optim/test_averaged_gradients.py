@@ -2,10 +2,10 @@
 
 from copy import deepcopy
 from functools import partial
-from io import BytesIO
 
 import pytest
 import torch
+from files import through_a_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -156,12 +156,8 @@ def test_resumed_is_uninterrupted(make, dtype):
     x, y = (normal(3, 4, dtype=dtype).requires_grad_() for _ in range(2))
     opt = make([x])
     feed(opt, x, range(3))
-    file = BytesIO()
-    torch.save([opt.state_dict(), x.detach()], file)
+    state, saved = through_a_file([opt.state_dict(), x.detach()])
     feed(opt, x, range(3, 6))
-
-    file.seek(0)
-    state, saved = torch.load(file, weights_only=True)
     y.detach().copy_(saved)
     other = make([y])
     other.load_state_dict(state)

@@ -1,7 +1,6 @@
 """Bad input is refused, by name, rule and value, wherever it enters, before anything is changed."""
 
 import copy
-import io
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitwise import copied, same_bits
+from files import through_a_file
 from torch.optim import SGD, Adam
 
 from rai_toolbox.constraints import Box, MaxNorm
@@ -495,6 +495,16 @@ def test_inner_keywords_are_known(cls, inner):
     assert_refused(make, TypeError, words, params)
 
 
+def test_a_misspelt_keyword_is_named_before_what_is_then_missing():
+    make = partial(ProjectedOptimizer, tensors("w", (2, 3)), set=MaxNorm(1.0), lr=0.1)
+    words = (
+        "`set` must be an argument of ProjectedOptimizer (constraint, param_ndim,",
+        "or of SGD (params, lr, momentum,",
+        "got set=MaxNorm(",
+    )
+    assert_refused(make, TypeError, words)
+
+
 @with_inner
 def test_inner_opt_refuses_its_own_bad_values(cls):
     groups = [{"params": tensors("w", (2, 3))}]
@@ -780,10 +790,7 @@ def test_a_number_of_any_type_is_refused_or_counts_as_its_float(cls, name, which
 def test_checkpoints_are_plain_data_whatever_type_a_number_had(cls, name):
     for number in NUMBERS.values():
         opt = in_use(cls, **{**GOOD[cls], name: number})
-        file = io.BytesIO()
-        torch.save(opt.state_dict(), file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
+        loaded = through_a_file(opt.state_dict())
         assert loaded["param_groups"][0][name] == number
 
 

@@ -1,7 +1,6 @@
 """Chains: what their members do one after the other, with settings that do not get mixed up."""
 
 import copy
-import io
 import itertools
 import pickle
 from functools import partial
@@ -10,6 +9,7 @@ import pytest
 import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
+from files import through_a_file
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from rai_toolbox.optim import (
@@ -483,12 +483,9 @@ def _random_chain(params, InnerOpt=SGD, seed=5, **kwargs):
 
 
 def _saved_and_loaded(opt):
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
     params = [p.detach().clone().requires_grad_() for p in opt.param_groups[0]["params"]]
     other = _random_chain(params, Adam, seed=77, lr=0.5, param_ndim=None)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(through_a_file(opt.state_dict()))
     return other
 
 

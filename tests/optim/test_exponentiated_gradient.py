@@ -1,7 +1,6 @@
 """Exponentiated gradient: its formula, where it gets to, and the ends of the range."""
 
 import copy
-import io
 import math
 import pickle
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
+from files import through_a_file
 from scipy.optimize import minimize
 from tiers import slow_but
 from torch.optim import lr_scheduler
@@ -309,12 +309,9 @@ def test_resumed_is_uninterrupted():
     for step in range(3):
         new_gradients([x], step)
         opt.step()
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
     y = x.detach().clone().requires_grad_()
     fresh = ExponentiatedGradient([("x", y)], lr=9.0)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(through_a_file(opt.state_dict()))
     everyone = [(opt, x), (fresh, y), copy.deepcopy((opt, x)), pickle.loads(pickle.dumps((opt, x)))]
     for optimizer, param in everyone:
         assert optimizer.param_groups[0]["params"][0] is param

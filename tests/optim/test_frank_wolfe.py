@@ -1,7 +1,6 @@
 """Frank-Wolfe: its schedule, its oracles, and where it gets to."""
 
 import copy
-import io
 import math
 from functools import partial
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
+from files import through_a_file
 from torch.optim import lr_scheduler
 
 from rai_toolbox.optim import (
@@ -197,12 +197,9 @@ def test_resumed_is_uninterrupted():
         for step in range(3):
             new_gradients(params, step)
             opt.step()
-        file = io.BytesIO()
-        torch.save(opt.state_dict(), file)
-        file.seek(0)
         theirs = [p.detach().clone().requires_grad_() for p in params]
         fresh = make(theirs, lr=9.0)
-        fresh.load_state_dict(torch.load(file, weights_only=True))
+        fresh.load_state_dict(through_a_file(opt.state_dict()))
         again = copy.deepcopy(opt)
         for step in range(3, 6):
             for some in (params, theirs, again.param_groups[0]["params"]):

@@ -1,7 +1,6 @@
 """Frank-Wolfe on any set with an oracle: where it gets to, by each of its steps."""
 
 import copy
-import io
 import math
 import pickle
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
+from files import through_a_file
 from tiers import slow_but
 from torch_versions import takes_grad_dtype
 
@@ -556,13 +556,6 @@ def test_nothing_waits_for_a_device(rule):
 # --- state ----------------------------------------------------------------------------------------
 
 
-def saved_and_loaded(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @each_rule
 @each_set
 def test_resumed_is_uninterrupted(name, rule):
@@ -574,7 +567,7 @@ def test_resumed_is_uninterrupted(name, rule):
         opt.step(problem.closure(x))
     y = problem.parameter(x.detach())
     fresh = FrankWolfe([y])
-    fresh.load_state_dict(saved_and_loaded(opt.state_dict()))
+    fresh.load_state_dict(through_a_file(opt.state_dict()))
     assert fresh.param_groups[0]["constraint"] == problem.constraint
     (again, third), (pickled, fourth) = (
         copy.deepcopy((opt, x)),

@@ -1,11 +1,11 @@
 """State of a user's transforms: where hooks find it, and what is saved and loaded."""
 
 import copy
-import io
 
 import pytest
 import torch
 from engine_cases import new_gradients, tensors
+from files import through_a_file
 from torch.optim import SGD, Adam
 
 from rai_toolbox.constraints import L2Ball
@@ -75,12 +75,9 @@ def test_it_is_saved_and_loaded(inner, kwargs, chained):
     straight, stopped = make(tensors(*SHAPES)), make(tensors(*SHAPES))
     run(straight, 0, 5)
     run(stopped, 0, 2)
-    file = io.BytesIO()
-    torch.save(stopped.state_dict(), file)
-    file.seek(0)
     params = [p.detach().clone().requires_grad_() for p in stopped.param_groups[0]["params"]]
     resumed = make(params)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.load_state_dict(through_a_file(stopped.state_dict()))
     copied = copy.deepcopy(stopped)
     for opt in (resumed, copied):
         run(opt, 2, 5)

@@ -1,13 +1,13 @@
 """Any set around any inner optimizer: feasible, by the right point, and told by its own numbers."""
 
 import copy
-import io
 from functools import partial
 
 import pytest
 import torch
 from bitwise import same_bits
 from constraints.cases import CASES, trials
+from files import through_a_file
 from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -285,13 +285,6 @@ def test_a_chain_transforms_then_maps_and_projects_in_order():
 # --- state ----------------------------------------------------------------------------------------
 
 
-def saved(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @each_inner
 @pytest.mark.parametrize(
     "constraint",
@@ -307,7 +300,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(inner, constraint):
     run(optimizer, 4)
     again = first.detach().clone().requires_grad_()
     resumed = ProjectedOptimizer([again], inner, constraint=None)
-    resumed.load_state_dict(saved(optimizer.state_dict()))
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     assert resumed.param_groups[0]["constraint"] == constraint
     run(resumed, 5, start=4)
     assert same_bits(again.detach(), whole.detach())

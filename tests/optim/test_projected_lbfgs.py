@@ -1,7 +1,6 @@
 """ProjectedLBFGS: its model, where it gets to, how it ends, and what it keeps."""
 
 import copy
-import io
 import math
 import pickle
 from functools import partial
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitwise import same_bits
+from files import through_a_file
 from scipy import optimize
 from tiers import slow_but
 
@@ -813,10 +813,7 @@ def test_many_short_steps_are_one_long(constraint, dtype):
 
 
 def saved_and_loaded(optim, x):
-    file = io.BytesIO()
-    torch.save({"x": x.detach(), "optim": optim.state_dict()}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
+    loaded = through_a_file({"x": x.detach(), "optim": optim.state_dict()})
     y = loaded["x"].clone().requires_grad_()
     other = ProjectedLBFGS([y], constraint=NonNegative(), param_ndim=None)
     other.load_state_dict(loaded["optim"])

@@ -1,7 +1,6 @@
 """Schedules of any setting: where values land, what is refused, and how they are resumed."""
 
 import copy
-import io
 import math
 import pickle
 from functools import partial
@@ -11,6 +10,7 @@ import pytest
 import torch
 from bitwise import same_bits, snapshot
 from engine_cases import new_gradients, tensors
+from files import through_a_file
 from torch.optim import SGD, Adam, lr_scheduler
 
 from rai_toolbox.constraints import (
@@ -551,13 +551,6 @@ def run(params, opt, schedulers, first, last):
             scheduler.step()
 
 
-def saved_and_loaded(thing):
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("first", ["optimizer", "schedulers"])
 @pytest.mark.parametrize("kind", ["constraint", "setting"])
 def test_training_goes_on_as_if_it_had_not_stopped(kind, first):
@@ -566,8 +559,8 @@ def test_training_goes_on_as_if_it_had_not_stopped(kind, first):
 
     half, half_opt, half_schedulers = training(kind)
     run(half, half_opt, half_schedulers, 0, 3)
-    of_opt = saved_and_loaded(half_opt.state_dict())
-    of_schedulers = saved_and_loaded([s.state_dict() for s in half_schedulers])
+    of_opt = through_a_file(half_opt.state_dict())
+    of_schedulers = through_a_file([s.state_dict() for s in half_schedulers])
 
     again, opt_again = optimizer_of(kind)
     with torch.no_grad():
@@ -594,7 +587,7 @@ def test_values_are_in_the_checkpoint_of_the_optimizer():
     groups = opt.state_dict()["param_groups"]
     assert [group["constraint"]["epsilon"] for group in groups] == [0.75, 0.5]
     other = training("constraint")[1]
-    other.load_state_dict(saved_and_loaded(opt.state_dict()))
+    other.load_state_dict(through_a_file(opt.state_dict()))
     assert [group["constraint"] for group in other.param_groups] == [L2Ball(0.75), L2Ball(0.5)]
 
 
@@ -614,7 +607,7 @@ def test_callable_objects_are_saved_and_functions_are_not():
     opt = L2ProjectedOptim([{"params": tensors((2,))} for _ in range(4)], epsilon=4.0)
     others = Decay(0.25).__call__, math.exp
     scheduler = SettingScheduler(opt, "epsilon", [Decay(0.5), falling, *others])
-    state = saved_and_loaded(scheduler.state_dict())
+    state = through_a_file(scheduler.state_dict())
     assert state["values"] == [{"rate": 0.5}, None, None, None]
     new = SettingScheduler(opt, "epsilon", [Decay(0.125), lambda step: 3.0, *others])
     kept = copy.deepcopy(state)
@@ -630,7 +623,7 @@ def test_the_state_of_a_linear_one_is_its_line():
     scheduler = LinearSetting(opt, "epsilon", 4.0, 8.0, 4)
     scheduler.step()
     other = LinearSetting(opt, "epsilon", 0.0, 1.0, 2)
-    other.load_state_dict(saved_and_loaded(scheduler.state_dict()))
+    other.load_state_dict(through_a_file(scheduler.state_dict()))
     other.step()
     assert other.get_last_value() == [6.0]
 

@@ -1,13 +1,13 @@
 """Inner optimizers with a second iterate: slow weights of Lookahead, and schedule-free ones."""
 
 import copy
-import io
 import pickle
 import warnings
 from collections import defaultdict
 
 import pytest
 import torch
+from files import through_a_file
 from tiers import slow_but
 from torch.optim import SGD, Adam, Optimizer
 
@@ -195,10 +195,7 @@ def test_a_checkpoint_with_the_groups_in_that_of_another_optimizer():
     x = start()
     opt = make(x)
     run(opt, x, 4)
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = through_a_file(opt.state_dict())
     y = x.detach().clone().requires_grad_()
     other = ProjectedOptimizer(InnerOpt=Lookahead(Adam([y], lr=0.5)), constraint=None)
     other.load_state_dict(saved)

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 from functools import partial
@@ -11,6 +10,7 @@ import pytest
 import torch
 from bitwise import same_bits
 from engine_cases import FRANK_WOLFE, WITH_INNER, WRAPPERS, new_gradients, tensors
+from files import through_a_file
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from rai_toolbox.constraints import L2Ball
@@ -41,13 +41,6 @@ STATEFUL = FRANK_WOLFE | {
 stateful = pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL.keys())
 
 SHAPES = (3, 2), (2, 2)
-
-
-def torch_saved(thing, **kwargs):
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, **kwargs)
 
 
 def parameters(opt):
@@ -86,7 +79,7 @@ COPIES = {
     "copy": copy.copy,
     "pickle": lambda opt: pickle.loads(pickle.dumps(opt)),
     "pickle, protocol 2": lambda opt: pickle.loads(pickle.dumps(opt, protocol=2)),
-    "torch.save": partial(torch_saved, weights_only=False),
+    "torch.save": partial(through_a_file, weights_only=False),
     "deepcopy of a pickle": lambda opt: copy.deepcopy(pickle.loads(pickle.dumps(opt))),
 }
 copies = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
@@ -120,7 +113,7 @@ def test_a_copy_is_one_with_its_inner_and_goes_on_alike(make, copied):
 def test_a_resumed_run_is_the_uninterrupted_one(make, weights_only):
     opt = make(tensors(*SHAPES), lr=0.3)
     run(opt, 0, 2)
-    saved = torch_saved(
+    saved = through_a_file(
         {"params": [p.detach() for p in parameters(opt)], "opt": opt.state_dict()},
         weights_only=weights_only,
     )
@@ -420,7 +413,7 @@ def test_a_copy_of_torchs_own_generator_is_that_generator(make, copied):
 
 
 @by_random
-@pytest.mark.parametrize("saved_by", [copy.deepcopy, partial(torch_saved, weights_only=True)])
+@pytest.mark.parametrize("saved_by", [copy.deepcopy, through_a_file])
 def test_random_draws_go_on_where_they_were_saved(make, saved_by):
     opt = make(tensors(20), generator=seeded(1), lr=0.3)
     run(opt, 0, 2)

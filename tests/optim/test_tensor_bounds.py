@@ -1,12 +1,12 @@
 """Bounds that are tensors, and groups that are left free, in the optimizers that clamp."""
 
 import copy
-import io
 import pickle
 from functools import partial
 
 import pytest
 import torch
+from files import through_a_file
 from tiers import slow_but
 from torch.optim import LBFGS, SGD, Adam
 from torch_versions import compiles
@@ -239,10 +239,8 @@ def test_they_survive_copies(copied):
     else:
         y = x.detach().clone().requires_grad_()
         other = ClampedParameterOptimizer([y], Adam, clamp_min=-9.0, lr=0.1)
-        buffer = io.BytesIO()
-        torch.save((optim if copied == "checkpoint" else optim.inner_opt).state_dict(), buffer)
-        buffer.seek(0)
-        other.load_state_dict(torch.load(buffer, weights_only=True))
+        saved = (optim if copied == "checkpoint" else optim.inner_opt).state_dict()
+        other.load_state_dict(through_a_file(saved))
     (y,) = other.param_groups[0]["params"]
     assert y is not x
     y.grad = x.grad.clone()

@@ -130,7 +130,6 @@ class LinfBall(_Ball):
         return torch.where(x == nearest, 0.0, (x - nearest).abs()).amax(-1)
 
 
-@dataclass(frozen=True, eq=False)
 class L2Ball(_Ball):
     """Sub-tensors within a Euclidean distance of the center.
 
@@ -190,7 +189,6 @@ class L2Ball(_Ball):
         return self._placed(offset * torch.where(inside, 1.0, shrunk), dtype)
 
 
-@dataclass(frozen=True, eq=False)
 class L1Ball(_Ball):
     """Sub-tensors within a distance of the center, in the sum of magnitudes.
 

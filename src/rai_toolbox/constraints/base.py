@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields
 from functools import partial, wraps
-from math import prod
+from math import isfinite, prod
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -39,8 +39,18 @@ def _of_any_batch(method: _Method) -> _Method:
     return cast(_Method, of_any)
 
 
+class _Immutable:
+    """What a frozen dataclass leaves to its base: to refuse attributes that are not its fields."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+
 @dataclass(frozen=True, eq=False)
-class Constraint:
+class Constraint(_Immutable):
     """A set of allowed values for each sub-tensor of a batch; instances are immutable.
 
     The batch `x` has the shape `(N, ...)`: N sub-tensors, each of which is in the set or not.
@@ -475,7 +485,7 @@ class Constraint:
 def are_finite(*settings: float | Tensor | None) -> bool:
     """Whether settings are finite everywhere; None, an open side, is not."""
     return all(
-        s is not None and bool(torch.as_tensor(s, dtype=torch.float64).isfinite().all())
+        bool(s.isfinite().all()) if isinstance(s, Tensor) else s is not None and isfinite(s)
         for s in settings
     )
 

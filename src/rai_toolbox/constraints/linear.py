@@ -63,7 +63,6 @@ class _Linear(Constraint):
         return x
 
 
-@dataclass(frozen=True, eq=False)
 class Hyperplane(_Linear):
     """Every sub-tensor on a hyperplane: one linear equation.
 
@@ -97,7 +96,6 @@ class Hyperplane(_Linear):
     _is_equation: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, eq=False)
 class HalfSpace(_Linear):
     """Every sub-tensor on one side of a hyperplane: one linear inequality.
 

@@ -26,7 +26,6 @@ _LARGE = 1e150
 """Sums of squares of numbers up to this stay finite in float64."""
 
 
-@dataclass(frozen=True, eq=False)
 class PSD(Constraint):
     """Symmetric matrices without negative eigenvalues.
 

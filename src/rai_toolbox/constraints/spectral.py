@@ -102,7 +102,6 @@ class _SingularValueBall(Constraint):
         return size
 
 
-@dataclass(frozen=True, eq=False)
 class SpectralBall(_SingularValueBall):
     """Matrices whose largest singular value is at most `epsilon`.
 
@@ -143,7 +142,6 @@ class SpectralBall(_SingularValueBall):
         return torch.ones_like(values)
 
 
-@dataclass(frozen=True, eq=False)
 class NuclearBall(_SingularValueBall):
     """Matrices whose singular values sum up to at most `epsilon`.
 

@@ -20,7 +20,6 @@ from rai_toolbox.constraints.sampling import exponential
 _SINKHORN_STEPS = 30  # for a sample, of which no distribution is promised
 
 
-@dataclass(frozen=True, eq=False)
 class _Plans(Constraint):
     """Matrices >= 0 whose sums are what `sums` says."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,11 +53,9 @@ _REACH, _AVERAGING = 0.1, 0.9
 _STATE = "gradient_average"
 
 
-@dataclass(frozen=True)
 class GradientMapping(OfSet):
     """The gradient mapping by an average of gradients, kept in the state of a parameter."""
 
-    inner: type[Optimizer]
     gradient_mapping: Key = "gradient_mapping"
     reach: Key = "reach"
     averaging: Key = "averaging"
@@ -66,6 +63,9 @@ class GradientMapping(OfSet):
     steps_taken: Key = "steps_taken"
     grad_scale: Key = "grad_scale"
     grad_bias: Key = "grad_bias"
+
+    def __init__(self, inner: type[Optimizer]) -> None:
+        self.inner = inner
 
     def check(self, group: Group) -> None:  # noqa: D102
         wanted, reach, averaging = self.gradient_mapping, self.reach, self.averaging
@@ -246,7 +246,6 @@ class GradientMapping(OfSet):
         return 0.0 if exact else _AVERAGING
 
 
-@dataclass(frozen=True)
 class ClampMapping(GradientMapping):
     """The gradient mapping in the box of two bounds, without averages: it keeps no state."""
 

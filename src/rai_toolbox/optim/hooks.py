@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,30 +19,30 @@ NEUTRAL = {"grad_scale": 1.0, "grad_bias": 0.0}
 """What scales and shifts nothing, as a chain's member without such settings."""
 
 
-@dataclass(frozen=True)
 class Hook(Transform):
     """A user's override of a documented hook, which gets a view of each tensor."""
 
-    owner: Any
-    """The optimizer that has it: the one that steps, or a chain's member."""
-
-    hook: str
-    replaced: tuple[Transform, ...]
-    """The transforms of its class, whose settings, state and counts stay."""
-
-    names: Mapping[str, str]
-    """Under which names the group holds the settings of the owner."""
+    def __init__(
+        self,
+        owner: Any,
+        hook: str,
+        replaced: tuple[Transform, ...],
+        names: Mapping[str, str],
+    ) -> None:
+        self.owner = owner  # the optimizer that has it: the one that steps, or a chain's member
+        self.hook = hook
+        self.replaced = replaced  # of its class, whose settings, state and counts stay
+        self.names = names  # under which the group holds the settings of the owner
 
     def renamed(self, names: Mapping[str, str], prefix: str) -> Hook:  # noqa: D102
-        return replace(
-            super().renamed(names, prefix),
-            replaced=tuple(each.renamed(names, prefix) for each in self.replaced),
-            names={
-                own: names.get(key, key)
-                for own, key in self.names.items()
-                if own not in NEUTRAL or key in names
-            },
-        )
+        member = super().renamed(names, prefix)
+        member.replaced = tuple(each.renamed(names, prefix) for each in self.replaced)
+        member.names = {
+            own: names.get(key, key)
+            for own, key in self.names.items()
+            if own not in NEUTRAL or key in names
+        }
+        return member
 
     def check(self, group: Group) -> None:  # noqa: D102
         for transform in without_hooks(self.replaced):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any
@@ -24,7 +23,6 @@ from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 _SIGN = Sign()
 
 
-@dataclass(frozen=True)
 class SteepestStep(OfSet):
     """The steepest direction in the norm of the ball; a sparse one in an L1 ball."""
 

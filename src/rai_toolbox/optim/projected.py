@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,6 @@ from rai_toolbox.optim.transforms import Key, Projection
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 
-@dataclass(frozen=True)
 class PeriodicProjection(Projection):
     """The projection in each `every`-th step after `warmup` steps."""
 

@@ -8,8 +8,9 @@ infinity turns its whole sub-tensor to NaN.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from copy import copy
 from functools import partial
+from inspect import get_annotations
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -40,25 +41,30 @@ Key = str
 _Self = TypeVar("_Self", bound="Transform")
 
 
-@dataclass(frozen=True)
 class Transform:
     """What an optimizer does to the gradients, or to the parameters, of each group.
 
-    Fields of type `Key` name the settings that it reads; a chain renames them.
+    A value: nothing writes to it. Its attributes of type `Key` name the settings that it reads; a
+    chain renames them.
     """
 
     divides_by_norms: ClassVar[bool] = False
     """Whether it divides by norms of rows, which see `_must_break_graph`."""
 
-    param_ndim: Key = field(default="param_ndim", kw_only=True)
-    prefix: str = field(default="", kw_only=True)
+    param_ndim: Key = "param_ndim"
+    prefix: str = ""
     """Goes before the names of its state: the number of a chain's member."""
 
     def renamed(self: _Self, names: Mapping[str, str], prefix: str) -> _Self:
         """The same transform as a member of a chain, where settings have other names."""
-        keys = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Key"}
-        new_keys = {field: names.get(key, key) for field, key in keys.items()}
-        return replace(self, prefix=prefix + self.prefix, **new_keys)
+        member = copy(self)
+        member.prefix = prefix + self.prefix
+        for kind in type(self).__mro__:
+            for attribute, of_type in get_annotations(kind).items():
+                if of_type == "Key":
+                    key = getattr(self, attribute)
+                    setattr(member, attribute, names.get(key, key))
+        return member
 
     def check_given(self, given: Group, defaults: Group) -> None:
         """Raise if a new group lacks what neither it nor the defaults have."""
@@ -102,7 +108,6 @@ class Transform:
 # Elementwise
 
 
-@dataclass(frozen=True)
 class _Elementwise(Transform):
     """Elementwise, with 0 -> 0 unless a subclass says otherwise."""
 
@@ -113,7 +118,6 @@ class _Elementwise(Transform):
         return True
 
 
-@dataclass(frozen=True)
 class Sign(_Elementwise):
     """``g / |g|``, with 0 -> 0."""
 
@@ -128,7 +132,6 @@ class Sign(_Elementwise):
             directions.sign_(some)
 
 
-@dataclass(frozen=True)
 class Clamp(_Elementwise):
     """``min(max(x, clamp_min), clamp_max)``; nothing where both are None."""
 
@@ -170,11 +173,17 @@ class Clamp(_Elementwise):
             clamp_(tensors, group[self.clamp_min], group[self.clamp_max])
 
 
-@dataclass(frozen=True)
-class Scale(_Elementwise):
-    """``setting * g``."""
+class _OfSetting(_Elementwise):
+    """Elementwise, by the value of one setting."""
 
     setting: Key
+
+    def __init__(self, setting: Key) -> None:
+        self.setting = setting
+
+
+class Scale(_OfSetting):
+    """``setting * g``."""
 
     def is_active(self, group: Group) -> bool:
         factor = group[self.setting]
@@ -184,11 +193,8 @@ class Scale(_Elementwise):
         foreach.mul_(tensors, group[self.setting])
 
 
-@dataclass(frozen=True)
-class Shift(_Elementwise):
+class Shift(_OfSetting):
     """``g + setting``."""
-
-    setting: Key
 
     def keeps_zero(self, group: Group) -> bool:
         return bool(group[self.setting] == 0.0)
@@ -197,7 +203,6 @@ class Shift(_Elementwise):
         foreach.add_(tensors, group[self.setting])
 
 
-@dataclass(frozen=True)
 class LinfProjection(_Elementwise):
     """``min(max(p, -epsilon), epsilon)``."""
 
@@ -214,7 +219,6 @@ class LinfProjection(_Elementwise):
 # Of sub-tensors
 
 
-@dataclass(frozen=True)
 class L2Projection(Transform):
     """``p * min(1, epsilon / |p|_2)``."""
 
@@ -232,11 +236,10 @@ class L2Projection(Transform):
         _on_sub_tensors_(tensors, group[self.param_ndim], project_, each_)
 
 
-@dataclass(frozen=True)
 class OfSet(Transform):
     """What depends on a set of `rai_toolbox.constraints`; None is no set."""
 
-    constraint: Key = field(default="constraint", kw_only=True)
+    constraint: Key = "constraint"
 
     def set_of(self, group: Group) -> Any:
         """The set of a group."""
@@ -247,7 +250,6 @@ class OfSet(Transform):
         return bool(getattr(self.set_of(group), "elementwise", True))
 
 
-@dataclass(frozen=True)
 class Projection(OfSet):
     """The Euclidean projection onto the set."""
 
@@ -267,14 +269,15 @@ class Projection(OfSet):
                 x.copy_(view.view(x.shape))
 
 
-@dataclass(frozen=True)
 class Normalize(Transform):
     """``g / max(|g|_p, div_by_zero_eps)``."""
 
     divides_by_norms = True
 
-    p: float
     div_by_zero_eps: Key = "div_by_zero_eps"
+
+    def __init__(self, p: float) -> None:
+        self.p = p
 
     def check(self, group: Group) -> None:
         check_non_negative(self.div_by_zero_eps, group[self.div_by_zero_eps])
@@ -283,14 +286,15 @@ class Normalize(Transform):
         normalize_(tensors, self.p, group[self.param_ndim], group[self.div_by_zero_eps])
 
 
-@dataclass(frozen=True)
 class TopQ(Transform):
     """Keep the largest magnitudes."""
 
     q: Key = "q"
     dq: Key = "dq"
-    generator: Generator | None = None
-    """Where `q` is drawn from; None is torch's own, which a copy of a transform must not copy."""
+
+    def __init__(self, generator: Generator | None = None) -> None:
+        # (where `q` is drawn from; None is torch's own, which a copy must not copy)
+        self.generator = generator
 
     def check(self, group: Group) -> None:
         check_fraction(self.q, group[self.q])
@@ -312,7 +316,6 @@ class TopQ(Transform):
             top_q_(grad, low + (high - low) * draw, group[self.param_ndim])
 
 
-@dataclass(frozen=True)
 class LargestSign(Transform):
     """Keep the sign of one largest magnitude: minus the linear oracle of the unit L1 ball.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled, profile_hook_step
 from rai_toolbox.checks import as_plain, wrong
-from rai_toolbox.optim.inner import make_inner, optimizer_class, own_state, picklable_state
+from rai_toolbox.optim.inner import optimizer_class, own_state, picklable_state
 from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
 Params = Iterable[Any] | None
@@ -86,14 +87,30 @@ class OptimizerWrapper(Optimizer):
             self.inner_opt = InnerOpt
             self.param_groups = InnerOpt.param_groups  # (completed)
         else:
+            self._check_keywords(inner_opt_kwargs, optimizer_class(InnerOpt))
             groups = [self._completed(group) for group in as_groups(params)]
-            self.inner_opt = make_inner(InnerOpt, groups, inner_opt_kwargs)
+            self.inner_opt = InnerOpt(groups, **inner_opt_kwargs)
             for group in self.inner_opt.param_groups:  # which have settings of the inner by now
                 self._check_group(group)
         given_settings = {name: v for name, v in self._settings.items() if v is not REQUIRED}
         self.inner_opt.defaults.update(given_settings)
         # Not Optimizer.__init__: that would give this object groups and a state of its own.
         Optimizer.__setstate__(self, {})
+
+    def _check_keywords(self, given: Mapping[str, Any], inner: type[Optimizer]) -> None:
+        """Raise if neither this class nor the inner optimizer's has an argument of some name."""
+        of_inner = inspect.signature(inner).parameters
+        if given.keys() <= of_inner.keys() or any(
+            p.kind is p.VAR_KEYWORD for p in of_inner.values()
+        ):
+            return
+        name = next(name for name in given if name not in of_inner)
+        own = inspect.signature(type(self)).parameters.values()
+        raise TypeError(
+            f"`{name}` must be an argument of {type(self).__name__} "
+            f"({', '.join(p.name for p in own if p.kind is p.KEYWORD_ONLY)}), or of "
+            f"{inner.__name__} ({', '.join(of_inner)}), got {name}={given[name]!r}"
+        )
 
     def _check_group(self, group: Group) -> None:
         """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""

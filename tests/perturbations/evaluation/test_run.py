@@ -447,6 +447,14 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path):
     assert path.read_text(encoding="utf-8") == text
 
 
+def test_a_missing_folder_is_refused_before_any_attack(tmp_path):
+    path = tmp_path / "missing" / "state.json"
+    calls = []
+    with pytest.raises(ValueError, match="`state_file` must be in a folder that exists, got .*mis"):
+        evaluated(state_file=path, solver=Named(lambda *args, **kwargs: calls.append(args)))
+    assert not calls
+
+
 def test_fingerprints_tell_what_matters():
     tensors = [
         torch.zeros(4),

@@ -130,9 +130,9 @@ def evaluate_robustness(
     Raises
     ------
     TypeError, ValueError
-        If a setting is wrong, data are outside `data_range`, a class is not one of the model's, or
-        model or batches differ between ranks. A `StateFileError`, which is a ValueError, if
-        `state_file` is of another run.
+        If a setting is wrong, the folder of `state_file` does not exist, data are outside
+        `data_range`, a class is not one of the model's, or model or batches differ between ranks. A
+        `StateFileError`, which is a ValueError, if `state_file` is of another run.
 
     Examples
     --------

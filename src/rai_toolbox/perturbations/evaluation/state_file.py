@@ -34,12 +34,18 @@ class StateFile:
     ------
     StateFileError
         If the file is not of this model and these settings.
+    ValueError
+        If there is no such folder.
     """
 
     def __init__(self, path: Path | None, model: str, start: RobustnessReport) -> None:
         self.path, self.model = path, model
         self.report, self.batches = start, list[str]()
-        if path is not None and path.exists():
+        if path is None:
+            return
+        if not path.parent.is_dir():
+            raise wrong("state_file", "be in a folder that exists", str(path))
+        if path.exists():
             self._load(path, start)
 
     def holds(self, index: int, batch: str) -> bool:
