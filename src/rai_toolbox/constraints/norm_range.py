@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -20,7 +21,6 @@ from rai_toolbox.constraints.kernels.l2 import (
     project_l2_ball_,
     project_l2_each_,
     scale_,
-    scale_each_,
     shrinking,
 )
 from rai_toolbox.constraints.kernels.norms import (
@@ -29,7 +29,6 @@ from rai_toolbox.constraints.kernels.norms import (
     norm,
     row_scale,
     scale_dtype,
-    wide_norms,
 )
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.kernels.threshold import lowered
@@ -106,11 +105,35 @@ class MinMaxNorm(Constraint):
             super()._project_rows_each_(batches)
         elif self.min_norm == 0:
             project_l2_each_(batches, self.max_norm)
-        elif (factor := self._factors(wide_norms(batches, 2), batches[0])) is None:
+        else:
+            self._scale_each_(batches)
+
+    def _scale_each_(self, batches: list[Tensor]) -> None:
+        """Project each while it is in cache; rows that no factor fits then once more."""
+        dtype = scale_dtype(batches[0])
+        least, most = self._fitting(dtype)
+        if not least < self.min_norm:  # (else factors lengthen what is too short: without loss)
             for x in batches:
                 self._scale_(x)
-        else:
-            scale_each_(batches, factor)
+            return
+        lengths = []
+        for x in batches:
+            length = norm(x, 2, x.ndim - 1)
+            x.mul_(self._factor(length, length.clamp(least, most), x).to(dtype))
+            lengths.append(length.view(-1))
+        shortest, longest = least_and_most(torch.cat(lengths) if len(lengths) > 1 else lengths[0])
+        if least < shortest and longest < most:
+            return
+        for x, length in zip(batches, lengths, strict=True):
+            shortest, longest = least_and_most(length)
+            if not (least < shortest and longest < most):
+                self._scale_(x)
+
+    def _fitting(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Norms between which a factor, to the bounds, is a normal number: others are imprecise."""
+        info, low = torch.finfo(dtype), float(self.min_norm)
+        least, most = 2 * low / info.max, low / info.smallest_normal / 2
+        return max(least, LEAST[torch.float32]), min(most, sys.float_info.max)
 
     def _scaling(self, length: Tensor, x: Tensor) -> Any:
         if self.p != 2 or not can_judge(x, self.min_norm, self.max_norm):
@@ -122,12 +145,9 @@ class MinMaxNorm(Constraint):
 
     def _factors(self, length: Tensor, x: Tensor) -> Tensor | None:
         """What the projection multiplies rows of these norms by; None if no factor fits one."""
-        (least, most), info = least_and_most(length), torch.finfo(scale_dtype(x))
-        # (factors must be normal numbers of their dtype: others are not precise)
-        fits = 2 * most * info.smallest_normal < self.min_norm < least * info.max / 2
-        if not (fits and LEAST[torch.float32] < least):
-            return None
-        return self._factor(length, length, x)
+        least, most = least_and_most(length)
+        shortest, longest = self._fitting(scale_dtype(x))
+        return self._factor(length, length, x) if shortest < least and most < longest else None
 
     def _scale_(self, x: Tensor) -> None:
         """Project by a factor for each row, or in float64 what no factor fits."""

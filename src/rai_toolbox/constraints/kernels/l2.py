@@ -19,15 +19,13 @@ from rai_toolbox.constraints.kernels.blocks import (
 from rai_toolbox.constraints.kernels.norms import (
     EXACT_CHUNK,
     LEAST,
-    fast_norms,
-    for_each,
+    fast_norm,
     least_and_most,
     norm,
     row_norm,
     scale_dtype,
     sum_error,
     sums_fast,
-    wide_norms,
 )
 from rai_toolbox.constraints.kernels.rounding import noise, spacing
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
@@ -70,39 +68,53 @@ def _project_row_(x: Tensor, epsilon: Any) -> bool:
 
 
 def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
-    """`project_l2_ball_` for the rows of plain batches on the CPU, of one length and dtype."""
-    factor = _ball_factor(batches, epsilon)
-    if factor is not None:
-        scale_each_(batches, factor)
+    """`project_l2_ball_` for the rows of plain batches on the CPU, of one length and dtype.
 
-
-def _ball_factor(batches: list[Tensor], epsilon: Any) -> Tensor | None:
-    """What the projection multiplies each row by, shape (N,); None if all are inside.
-
-    Norms of large batches are in float32, and in float64 where these leave it in doubt.
+    Each is scaled while it is in cache. Of large ones, norms in float32 tell which rows are
+    outside; those close to the radius are left until all have been seen, and then judged exactly.
     """
     x, size = batches[0], batches[0].shape[1:].numel()
-    is_narrow = x.dtype != torch.float64 and epsilon > 2 * LEAST[torch.float32]
-    if is_narrow and sums_fast(batches, EXACT_CHUNK):
-        length, error = fast_norms(batches, 2, EXACT_CHUNK), sum_error(min(size, EXACT_CHUNK))
-        shortest, longest = least_and_most(length)
-        if longest <= epsilon * (1 - error):
-            return None
-        # (the error is allowed for twice, so that the next time the result is surely inside)
-        radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
-        doubt = 1.1 * error * epsilon
-        far = shortest > epsilon + doubt or (length - epsilon).abs_().amin() > doubt
-        if not (far and longest < math.inf):  # (with NaN, too)
-            doubtful = ~((length - epsilon).abs_() > doubt) | length.isinf()
-            length = length.double().masked_scatter_(doubtful, _some_norms(batches, doubtful))
-            return _factor(length, epsilon, radius)
-        factor = radius / length  # (which is normal, for finite sums of squares)
-        return factor if shortest > epsilon else factor.masked_fill_(length <= epsilon, 1.0)
-    length = wide_norms(batches, 2)
-    longest = length.amax().item()
-    if longest <= epsilon:
-        return None
-    return _factor(length, epsilon, _inner_radius(epsilon, x, size, noise(size)))
+    error = sum_error(min(size, EXACT_CHUNK))
+    # (the error is allowed for twice, so that the next time the result is surely inside)
+    radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
+    is_narrow = x.dtype != torch.float64 and radius > LEAST[torch.float32]
+    if not (is_narrow and sums_fast(batches, EXACT_CHUNK)):
+        radius = _inner_radius(epsilon, x, size, noise(size))
+        for x in batches:
+            _shrink_(x, epsilon, radius)
+        return
+    inside, outside = epsilon * (1 - error), epsilon * (1 + 1.25 * error)
+    goal = torch.full((), radius, dtype=scale_dtype(x), device="cpu")
+    held, seen, lengths = goal.item(), [], []
+    for x in batches:
+        length = fast_norm(x, 2, EXACT_CHUNK)
+        longest = length.amax().item()
+        if longest < math.inf and longest > inside:
+            x.mul_(goal / torch.threshold(length, outside, held))  # by 1, if not outside
+            seen.append(x)
+            lengths.append(length.view(-1))
+        elif not longest <= inside:  # (with NaN, too)
+            _shrink_(x, epsilon, radius)
+    if not lengths:
+        return
+    # (rows close to the radius, but for some that have been scaled, which stay as they are)
+    doubt = 1.6 * error * epsilon
+    distance = (torch.cat(lengths) - epsilon).abs_()
+    if distance.amin().item() > doubt:
+        return
+    for x, off in zip(seen, distance.split([len(x) for x in seen]), strict=True):
+        at = (off <= doubt).nonzero().view(-1)
+        if len(at) > 0:
+            some = x[at]
+            _shrink_(some, epsilon, radius)
+            x.index_copy_(0, at, some)
+
+
+def _shrink_(x: Tensor, epsilon: Any, radius: Any) -> None:
+    """Scale the rows that are outside to a radius, by norms in float64."""
+    length = norm(x, 2, x.ndim - 1)
+    if not length.amax().item() <= epsilon:
+        scale_(x, _factor(length, epsilon, radius))
 
 
 def shrinking(length: Tensor, epsilon: Any) -> Tensor | None:
@@ -112,28 +124,11 @@ def shrinking(length: Tensor, epsilon: Any) -> Tensor | None:
     return torch.where(length > epsilon, epsilon / length, 1.0)
 
 
-def _some_norms(batches: list[Tensor], chosen: Tensor) -> Tensor:
-    """Norms in float64 of the chosen ones of all rows."""
-    masks = for_each(chosen, batches)
-    return wide_norms([x[mask.view(-1)] for x, mask in zip(batches, masks, strict=True)], 2)
-
-
 def _factor(length: Tensor, epsilon: float | Tensor, radius: float | Tensor) -> Tensor:
     inside = length <= epsilon
     outer = torch.where(inside, 1.0, length)  # no division by 0, for the derivative's sake too
     factor = (radius / outer).masked_fill(length.isinf(), torch.nan)  # of unknown direction
     return factor.masked_fill(inside, 1.0)
-
-
-def scale_each_(batches: list[Tensor], factor: Tensor) -> None:
-    """Multiply all rows of plain batches on the CPU, in place; factors in float32 are normal."""
-    dtype = scale_dtype(batches[0])
-    if factor.dtype == torch.float32 or _are_normal(factor, dtype):
-        for x, some in zip(batches, for_each(factor.to(dtype), batches), strict=True):
-            x.mul_(some)
-    else:
-        for x, some in zip(batches, for_each(factor, batches), strict=True):
-            scale_(x, some)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:

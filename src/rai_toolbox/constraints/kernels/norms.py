@@ -30,6 +30,9 @@ With AVX512, too: it has no kernel of its own for norms.
 EXACT_CHUNK = 64 * _LANES
 """Entries whose squares are summed in float32 with an error of 96 roundings: 2.9e-6."""
 
+_WIDE = 2**18
+"""Elements that are converted to float64 at a time, in 2 MiB: fewer would cost more calls."""
+
 LEAST = {dtype: torch.finfo(dtype).tiny ** 0.25 for dtype in (torch.float32, torch.float64)}
 """Norms from which on squares that the dtype does not hold have no share in them."""
 
@@ -52,11 +55,11 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     """
     split = x.ndim - ndim
     dims = tuple(range(split, x.ndim))
-    if x.numel() <= BLOCK or not in_blocks(x):
+    if x.numel() <= _WIDE or not in_blocks(x):
         return _wide_norm(x, p, dims)
-    rows_fit = split > 0 and x.numel() <= BLOCK * len(x)
+    rows_fit = split > 0 and x.numel() <= _WIDE * len(x)
     dim = 0 if rows_fit else max(range(x.ndim), key=lambda dim: x.shape[dim])
-    height = max(1, BLOCK * x.shape[dim] // x.numel())
+    height = max(1, _WIDE * x.shape[dim] // x.numel())
     lengths = torch.cat([_wide_norm(part, p, dims) for part in x.split(height, dim)], dim)
     return lengths if dim < split else _wide_norm(lengths, p, dims)
 
@@ -101,7 +104,7 @@ def fast_norms(batches: list[Tensor], p: float, chunk: int) -> Tensor:
 
 
 def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
-    """`fast_norms` of one batch, shape (N, 1, ...)."""
+    """`fast_norms` of one batch, shape (N, 1, ...), in the dtype of factors."""
     dtype, dims, size = scale_dtype(x), tuple(range(1, x.ndim)), x.shape[1:].numel()
     if p == 1:  # (torch sums pairwise; its 1-norm takes twice the time)
         parts = x.split(max(1, 2 * BLOCK // size))
@@ -117,24 +120,13 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
     if whole < size:
         rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
         roots = torch.cat([roots, rest], 1)
-    length = vector_norm(roots, 2, 1, dtype=torch.float64)
+    length = vector_norm(roots, 2, 1, dtype=torch.float64).to(dtype)
     return length.view(-1, *(1,) * (x.ndim - 1))
 
 
 def wide_norms(batches: list[Tensor], p: float) -> Tensor:
-    """p-norms of all rows of some batches (N, ...) in float64, shape (N,).
-
-    The rows have one length and dtype.
-    """
-    x, size = batches[0], batches[0].shape[1:].numel()
-    is_large = max(x.numel() for x in batches) > BLOCK >= size > 0
-    if p != 2 or x.dtype != torch.float32 or not is_large:
-        return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
-    height = BLOCK // size
-    memory = x.new_empty(height * size, dtype=torch.float64)  # one, because it is slow to touch
-    parts = (part for x in batches for part in x.split(height))
-    wide = (memory[: part.numel()].view(part.shape).copy_(part) for part in parts)
-    return torch.cat([vector_norm(part, 2, tuple(range(1, part.ndim))) for part in wide])
+    """p-norms of all rows of some batches (N, ...) in float64, shape (N,)."""
+    return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
 
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
