@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -128,6 +128,26 @@ def set_grad_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
     """Allow a tensor gradients of another dtype; torch 2.6 allows any."""
     if hasattr(tensor, "grad_dtype"):
         tensor.grad_dtype = dtype
+
+
+_run_backward: Callable[..., Any] | None = getattr(
+    getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None
+)
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def backward(loss: Tensor, scale: Tensor, inputs: Sequence[Tensor]) -> None:
+    """`torch.autograd.backward` of a loss times a scale of its shape, into the inputs.
+
+    Torch first compares shapes that may be symbolic, and saves the context for other threads. For
+    plain tensors on the CPU that takes as long as ten operators on a small tensor.
+    """
+    plain = all(type(each) in _PLAIN and each.is_cpu for each in (loss, *inputs))
+    if plain and _run_backward is not None and not function_transforms_active():
+        options = {"allow_unreachable": True, "accumulate_grad": True}
+        _run_backward((loss,), (scale,), False, False, tuple(inputs), **options)
+    else:
+        torch.autograd.backward(loss, scale, inputs=inputs)
 
 
 # Operators on lists of tensors

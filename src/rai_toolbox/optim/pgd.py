@@ -8,15 +8,20 @@ from functools import partial
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rai_toolbox._torch import has_step_hooks
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
+from rai_toolbox.constraints.kernels import directions
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
@@ -40,9 +45,7 @@ class SteepestStep(OfSet):
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
-        constraint: Any = group[self.constraint]
-        ball = getattr(constraint, "ball", constraint)
-        p, k = (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p, group[self.param_ndim]
+        p, k = _order(group[self.constraint]), group[self.param_ndim]
         if p == 1:
             for param, grad in zip(params, tensors, strict=True):
                 self._sparsify_(param, grad, group)
@@ -131,3 +134,74 @@ class PGD(Constrained, ParamTransformingOptimizer):
         if lr is REQUIRED and isinstance(InnerOpt, partial):
             lr = InnerOpt.keywords.get("lr", lr)
         super().__init__(**constructor_arguments(locals()))
+
+    def _step_alone_(self) -> bool:
+        """The step of one small plain tensor by bare SGD, as attacks of few examples make it."""
+        inner, groups = self.inner_opt, self.inner_opt.param_groups
+        if type(inner) is not SGD or len(groups) > 1 or len(groups[0]["params"]) != 1:
+            return False
+        group, (param,) = groups[0], groups[0]["params"]
+        if not _is_simple(group) or not _is_small_batch(param) or torch.is_grad_enabled():
+            return False
+        if has_step_hooks(inner) or "step" in inner.__dict__:
+            return False
+        before, after = map(self._transforms, (GRADIENT_HOOK, PARAMETER_HOOK))
+        if before is not PGD._before or after is not PGD._after:  # a subclass has others
+            return False
+        grad, constraint = param.grad, group["constraint"]
+        p = _order(constraint)
+        if p == inf:
+            directions.sign_([grad])
+        elif p == 2:
+            directions.normalize_(grad, p, grad.ndim - 1)
+        else:
+            before[0].apply_([grad], [param], group, self)
+        param.add_(grad, alpha=-group["lr"])
+        constraint.project_(param)
+        return True
+
+
+def _order(constraint: Any) -> float:
+    """The order of the norm of the ball that a group has by now."""
+    ball = getattr(constraint, "ball", constraint)
+    order: float = (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p
+    return order
+
+
+def _is_simple(group: Group) -> bool:
+    """Whether settings of SGD and of the wrapper have no effect, but for a positive `lr`."""
+    return (
+        type(group["lr"]) is float
+        and group["lr"] > 0
+        and not any(map(group.get, _MORE_OF_SGD))
+        and group["param_ndim"] == -1
+        and all(type(group[name]) is float and group[name] == NEUTRAL[name] for name in NEUTRAL)
+    )
+
+
+def _is_small_batch(param: Tensor) -> bool:
+    """Whether it is a batch, and has a gradient, that one call of each operator may change."""
+    grad = param.grad
+    return (
+        grad is not None
+        and in_blocks(param)
+        and is_plain(grad)
+        and param.ndim > 1
+        and 0 < param.numel() <= BLOCK // 2
+        and param.dtype in _DTYPES
+        and grad.dtype == param.dtype
+        and grad.layout is torch.strided
+        and grad.is_contiguous()
+    )
+
+
+_MORE_OF_SGD = (
+    "momentum",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "foreach",
+    "differentiable",
+    "fused",
+)
+_DTYPES = (torch.float32, torch.float64)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import has_step_hooks, plain_step, unhooked
+from rai_toolbox._torch import backward, has_step_hooks, plain_step, unhooked
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
@@ -141,7 +141,7 @@ class Objective:
             raise wrong("model` and `criterion", "be differentiable", got)
         # (made each time: the gradient may be a view of it, and an optimizer may change that)
         scale = torch.full_like(loss, self.sign / self.samples, requires_grad=False)
-        torch.autograd.backward(loss, scale, inputs=params)
+        backward(loss, scale, params)
 
 
 def _detached(output: Any) -> Any:
