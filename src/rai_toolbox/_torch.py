@@ -85,7 +85,8 @@ def profiler_enabled() -> bool:
     return _profiles_thread() or getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
 
 
-_set_grad_enabled: Callable[[bool], object] = torch._C._set_grad_enabled
+set_grad_mode: Callable[[bool], object] = torch._C._set_grad_enabled
+"""`torch.set_grad_enabled` as a function in C: who calls it has to restore the mode."""
 
 
 def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -105,11 +106,11 @@ def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         if compiling or plain is func:  # (a subclass's own step may have another grad mode)
             return func(*args, **kwargs)
         before = torch.is_grad_enabled()
-        _set_grad_enabled(optimizer.defaults["differentiable"])
+        set_grad_mode(optimizer.defaults["differentiable"])
         try:
             return cast(_R, plain(*args, **kwargs))
         finally:
-            _set_grad_enabled(before)
+            set_grad_mode(before)
 
     return step
 

@@ -27,7 +27,7 @@ from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     nearest_in_l2,
     nearest_in_linf,
 )
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, needs_grad, row_blocks
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, needs_grad, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
     outside_bounds,
@@ -203,7 +203,7 @@ class BoundedBall(Constraint):
             for rows in row_blocks(x, MANY):
                 self._at_rows(x, rows)._project_around_0_(x[rows], eager)
             return x
-        if eager and fits and self.ball.p == 2 and len(x) == 1:
+        if eager and fits and self.ball.p == 2 and len(x) == 1 and x.numel() <= BLOCK:
             found = nearest_row_in_l2_and_box(x, epsilon.item(), lower, upper)
             return Constraint.project_(self, x) if found is None else x.copy_(found)
         radius = epsilon, fits

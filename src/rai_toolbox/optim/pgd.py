@@ -21,7 +21,7 @@ from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
-from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
@@ -140,15 +140,15 @@ class PGD(Constrained, ParamTransformingOptimizer):
         inner, groups = self.inner_opt, self.inner_opt.param_groups
         if type(inner) is not SGD or len(groups) > 1 or len(groups[0]["params"]) != 1:
             return False
-        group, (param,) = groups[0], groups[0]["params"]
-        if not _is_simple(group) or not _is_small_batch(param) or torch.is_grad_enabled():
+        group, param = groups[0], groups[0]["params"][0]
+        grad, constraint = param.grad, group["constraint"]
+        if not _is_simple(group) or not _is_small_batch(param, grad) or torch.is_grad_enabled():
             return False
         if has_step_hooks(inner) or "step" in inner.__dict__:
             return False
         before, after = map(self._transforms, (GRADIENT_HOOK, PARAMETER_HOOK))
         if before is not PGD._before or after is not PGD._after:  # a subclass has others
             return False
-        grad, constraint = param.grad, group["constraint"]
         p = _order(constraint)
         if p == inf:
             directions.sign_([grad])
@@ -171,25 +171,25 @@ def _order(constraint: Any) -> float:
 def _is_simple(group: Group) -> bool:
     """Whether settings of SGD and of the wrapper have no effect, but for a positive `lr`."""
     return (
-        type(group["lr"]) is float
-        and group["lr"] > 0
-        and not any(map(group.get, _MORE_OF_SGD))
+        type(group["lr"]) is type(group["grad_scale"]) is type(group["grad_bias"]) is float
+        and group["lr"] > 0.0
+        and group["grad_scale"] == 1.0
+        and group["grad_bias"] == 0.0
         and group["param_ndim"] == -1
-        and all(type(group[name]) is float and group[name] == NEUTRAL[name] for name in NEUTRAL)
+        and not any(map(group.get, _MORE_OF_SGD))
     )
 
 
-def _is_small_batch(param: Tensor) -> bool:
+def _is_small_batch(param: Tensor, grad: Tensor | None) -> bool:
     """Whether it is a batch, and has a gradient, that one call of each operator may change."""
-    grad = param.grad
     return (
         grad is not None
         and in_blocks(param)
         and is_plain(grad)
         and param.ndim > 1
         and 0 < param.numel() <= BLOCK // 2
+        and param.dtype == grad.dtype
         and param.dtype in _DTYPES
-        and grad.dtype == param.dtype
         and grad.layout is torch.strided
         and grad.is_contiguous()
     )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FunctionType
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_order
+from rai_toolbox.checks import check_order, parameters_of
 from rai_toolbox.checks import wrong as wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
@@ -186,19 +184,20 @@ def checked(
     if is_index(target.dtype) and target.numel():
         wide = target.long()  # torch has no minimum of uint16
         lowest, highest = int(wide.min()), int(wide.max())
+    holds_classes = classes or (classes is None and are_classes(target))
 
     def output_of(data: Tensor) -> Any:
         # Leaves are used again, results of recorded operators are not: a model may work in place.
         output = model(data.clone() if data.is_leaf else data)
         if not isinstance(output, Tensor):
             output = logits_of(output)
-        fits = are_logits(output, len(data))
+        fits = are_logits(output, data.shape[0])
         if classes and not fits:
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()
             rule = f"give logits of shape ({len(data)}, K), of two classes at least"
             rule += ", or an object or dict with `logits`" * (shape == ())
             raise wrong("model", rule, f"{type(output).__name__} of shape {shape}{_OTHERS}")
-        if (classes or (classes is None and are_classes(target))) and fits:
+        if holds_classes and fits:
             number = output.shape[1]
             if lowest < 0 or highest >= number:
                 got = str(lowest if lowest < 0 else highest)
@@ -247,19 +246,10 @@ def check_solver(solver: Any) -> None:
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """Whether a callable takes an argument of this name, and whether it requires it."""
-    lasting = isinstance(call, (type, FunctionType))  # others may have no hash
-    parameters = _PARAMETERS.get(call) if lasting else None
-    if parameters is None:
-        parameters = inspect.signature(call).parameters
-        if lasting:
-            _PARAMETERS[call] = parameters
+    parameters = parameters_of(call)
     if name in parameters:
         return True, parameters[name].default is inspect.Parameter.empty
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values()), False
-
-
-# Of classes and functions, which do not change: to read them takes as long as an attack's step.
-_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 def batches(

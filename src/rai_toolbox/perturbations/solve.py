@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import backward, has_step_hooks, plain_step, unhooked
+from rai_toolbox._torch import backward, has_step_hooks, plain_step, set_grad_mode, unhooked
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
@@ -107,13 +107,16 @@ class Objective:
         losses, outputs = [], []
         output: Any
         for _ in range(self.samples):
-            with torch.set_grad_enabled(params is not None):
+            set_grad_mode(params is not None)
+            try:
                 perturbed = perturbation(data)
                 given = perturbed if rows is None else perturbed.index_select(0, rows)
                 output = self.model(given.clone() if reused else given)
                 loss = self.criterion(output, target)
                 if params is not None:
                     self._differentiate(loss, params)
+            finally:
+                set_grad_mode(False)
             if self.samples > 1:  # frees the graph before the next one is made
                 loss, output = loss.detach(), _detached(output)
             losses.append(loss)
@@ -123,7 +126,7 @@ class Objective:
             output = None if self.success is None else _mean(outputs)
         else:
             loss, output = losses[0], outputs[0]
-        return perturbed, loss * self.sign, output
+        return perturbed, loss.detach() if self.sign > 0 else loss.neg(), output
 
     def success_of(self, cost: Tensor, output: Any, target: Tensor) -> Tensor:
         """Which examples have succeeded."""
@@ -140,7 +143,7 @@ class Objective:
             got = "a loss that does not depend on the perturbation (is something detached?)"
             raise wrong("model` and `criterion", "be differentiable", got)
         # (made each time: the gradient may be a view of it, and an optimizer may change that)
-        scale = torch.full_like(loss, self.sign / self.samples, requires_grad=False)
+        scale = torch.full_like(loss, self.sign / self.samples)
         backward(loss, scale, params)
 
 

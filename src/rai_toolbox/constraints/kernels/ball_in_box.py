@@ -9,14 +9,13 @@ told of sub-tensors is a column: of shape (N, 1, ...), in float64.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.norms import least_and_most, norm
+from rai_toolbox.constraints.kernels.norms import least_and_most, norm, row_norm
 from rai_toolbox.constraints.kernels.rounding import noise
-
-Bound = float | Tensor | None
 
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
 _FROM_ONE_SIDE, _IN_BRACKETS = 17, 56
@@ -26,7 +25,7 @@ _LEAST_AIM = 1e-300  # not 0, to divide
 
 
 def nearest_in_ball_and_box(
-    x: Tensor, p: float, radius: tuple[Tensor, bool], lower: Bound, upper: Bound, eager: bool
+    x: Tensor, p: float, radius: tuple[Tensor, bool], lower: Any, upper: Any, eager: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Project float32 or float64 sub-tensors; also returns which of them are not settled.
 
@@ -55,28 +54,25 @@ def nearest_in_ball_and_box(
     return found, ~(inside | (((ratio - 1).abs() <= 32 * eps) & fit))
 
 
-def nearest_row_in_l2_and_box(
-    x: Tensor, epsilon: float, lower: Bound, upper: Bound
-) -> Tensor | None:
-    """`nearest_in_ball_and_box` of one sub-tensor in an L2 ball, by numbers in place of columns.
+def nearest_row_in_l2_and_box(x: Tensor, epsilon: float, lower: Any, upper: Any) -> Tensor | None:
+    """`nearest_in_ball_and_box` of one short row in an L2 ball, by numbers in place of columns.
 
     Newton's method starts at t = 1: its step from beyond the root ends before it. None if the
     result is not settled.
     """
-    eps = torch.finfo(x.dtype).eps
-    found, t, ndim = x.clamp(lower, upper), 1.0, x.ndim - 1
-    length = norm(found, 2, ndim).item()
+    eps, t, found = torch.finfo(x.dtype).eps, 1.0, x.clamp(lower, upper)
+    length = row_norm(found, 2)
     if length <= epsilon:
         return torch.copysign(found, x, out=found)  # a zero keeps its sign
     safe = epsilon * (1 - 8 * noise(x.numel())) if x.dtype == torch.float64 else epsilon
     aim, moved = safe * (1 - 2 * eps), x
     for _ in range(_FROM_ONE_SIDE):
-        slope = norm(torch.eq(found, moved) * x, 2, ndim).item()
-        square = t * t + (aim - length) * (aim + length) / slope**2 if slope > 0 else 0.0
-        t = square**0.5 if square > 0 else aim / norm(x, 2, ndim).item()
+        slope = row_norm(torch.eq(found, moved).mul(x), 2)
+        gain = (aim - length) / slope * ((aim + length) / slope) if slope > 0 else -t * t
+        t = (t * t + gain) ** 0.5 if t * t + gain > 0 else aim / row_norm(x, 2)
         moved = x * t
         found = moved.clamp(lower, upper)
-        length = norm(found, 2, ndim).item()
+        length = row_norm(found, 2)
         if not length < aim * (1 - 4 * eps):
             break
     if not aim * (1 - 32 * eps) <= length <= aim * (1 + 32 * eps):
