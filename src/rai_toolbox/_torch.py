@@ -134,19 +134,18 @@ def set_grad_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
 _run_backward: Callable[..., Any] | None = getattr(
     getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None
 )
-_PLAIN = {Tensor, nn.Parameter}
 
 
 def backward(loss: Tensor, scale: Tensor, inputs: Sequence[Tensor]) -> None:
     """`torch.autograd.backward` of a loss times a scale of its shape, into the inputs.
 
-    Torch first compares shapes that may be symbolic, and saves the context for other threads. For
-    plain tensors on the CPU that takes as long as ten operators on a small tensor.
+    Torch first compares shapes that may be symbolic, and saves the context for threads of devices.
+    For a loss on the CPU that takes as long as ten operators on a small tensor.
     """
-    plain = all(type(each) in _PLAIN and each.is_cpu for each in (loss, *inputs))
-    if plain and _run_backward is not None and not function_transforms_active():
-        options = {"allow_unreachable": True, "accumulate_grad": True}
-        _run_backward((loss,), (scale,), False, False, tuple(inputs), **options)
+    plain = type(loss) is Tensor and loss.is_cpu and not function_transforms_active()
+    if plain and _run_backward is not None:
+        inputs, options = tuple(inputs), {"allow_unreachable": True, "accumulate_grad": True}
+        _run_backward((loss,), (scale,), False, False, inputs, **options)
     else:
         torch.autograd.backward(loss, scale, inputs=inputs)
 

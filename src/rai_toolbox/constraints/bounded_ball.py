@@ -27,7 +27,7 @@ from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     nearest_in_l2,
     nearest_in_linf,
 )
-from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, needs_grad, row_blocks
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
     outside_bounds,
@@ -138,14 +138,10 @@ class BoundedBall(Constraint):
         return epsilon, gap
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        batch, met = (x.shape, x.dtype, x.device), self.__dict__["_met"]
-        if batch not in met:
-            self._check_batch(x)
-            met[batch] = self._is_around_0(x)
         eager = in_blocks(x)
         if (
-            not met[batch]
-            or needs_grad(x)
+            not self._is_around_0(x)
+            or (x.requires_grad and torch.is_grad_enabled())
             or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
         ):
             return super().project_(x)
@@ -154,17 +150,26 @@ class BoundedBall(Constraint):
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
         return self._project_around_0_(x, eager).masked_fill_(spoilt, torch.nan)
 
+    def project_finite_(self, x: Tensor) -> Tensor:
+        """`project_` of a plain batch on the CPU whose values are known to be finite."""
+        return self._project_around_0_(x, True) if self._is_around_0(x) else self.project_(x)
+
     def _is_around_0(self, x: Tensor) -> bool:
-        """Whether batches like x need not have the general projection, in float64."""
-        settings = (self.lower, self.upper, self.ball.epsilon)
-        return (
-            x.dtype in (torch.float32, torch.float64)
-            and self.ball.center is None
-            and not self.__dict__["_apart"]
-            and not any(getattr(setting, "requires_grad", False) for setting in settings)
-            and x.numel() > 0
-            and x.device.type != "mps"
-        )
+        """Whether batches like x need not have the general projection, in float64; once checked."""
+        batch, met = (x.shape, x.dtype, x.device), self.__dict__["_met"]
+        if batch not in met:
+            self._check_batch(x)
+            settings = (self.lower, self.upper, self.ball.epsilon)
+            met[batch] = (
+                x.dtype in (torch.float32, torch.float64)
+                and self.ball.center is None
+                and not self.__dict__["_apart"]
+                and not any(getattr(setting, "requires_grad", False) for setting in settings)
+                and x.numel() > 0
+                and x.device.type != "mps"
+            )
+        is_around_0: bool = met[batch]
+        return is_around_0
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102

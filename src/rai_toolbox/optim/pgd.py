@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from rai_toolbox._torch import has_step_hooks
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
+from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain
 from rai_toolbox.optim.diagnosis import Constrained
@@ -136,28 +136,33 @@ class PGD(Constrained, ParamTransformingOptimizer):
         super().__init__(**constructor_arguments(locals()))
 
     def _step_alone_(self) -> bool:
-        """The step of one small plain tensor by bare SGD, as attacks of few examples make it."""
+        """The step of one small plain tensor by bare SGD, as attacks on few examples make it."""
         inner, groups = self.inner_opt, self.inner_opt.param_groups
-        if type(inner) is not SGD or len(groups) > 1 or len(groups[0]["params"]) != 1:
+        if type(self) is not PGD or type(inner) is not SGD or len(groups) != 1:
             return False
-        group, param = groups[0], groups[0]["params"][0]
-        grad, constraint = param.grad, group["constraint"]
-        if not _is_simple(group) or not _is_small_batch(param, grad) or torch.is_grad_enabled():
+        if "step" in inner.__dict__ or not _HOOKS.isdisjoint(self.__dict__):
             return False
-        if has_step_hooks(inner) or "step" in inner.__dict__:
+        group = groups[0]
+        if len(group["params"]) != 1 or not _is_simple(group):
             return False
-        before, after = map(self._transforms, (GRADIENT_HOOK, PARAMETER_HOOK))
-        if before is not PGD._before or after is not PGD._after:  # a subclass has others
+        param, constraint = group["params"][0], group["constraint"]
+        grad = param.grad
+        if not _is_small_batch(param, grad) or torch.is_grad_enabled() or has_step_hooks(inner):
             return False
         p = _order(constraint)
+        if not isfinite(torch.dot(param.view(-1), grad.view(-1)).item()):  # as NaN makes it
+            return False
         if p == inf:
-            directions.sign_([grad])
+            grad.sign_()
         elif p == 2:
             directions.normalize_(grad, p, grad.ndim - 1)
         else:
-            before[0].apply_([grad], [param], group, self)
+            self._before[0].apply_([grad], [param], group, self)
         param.add_(grad, alpha=-group["lr"])
-        constraint.project_(param)
+        if isinstance(constraint, BoundedBall):
+            constraint.project_finite_(param)
+        else:
+            constraint.project_(param)
         return True
 
 
@@ -172,7 +177,7 @@ def _is_simple(group: Group) -> bool:
     """Whether settings of SGD and of the wrapper have no effect, but for a positive `lr`."""
     return (
         type(group["lr"]) is type(group["grad_scale"]) is type(group["grad_bias"]) is float
-        and group["lr"] > 0.0
+        and 0.0 < group["lr"] <= _LONGEST
         and group["grad_scale"] == 1.0
         and group["grad_bias"] == 0.0
         and group["param_ndim"] == -1
@@ -192,9 +197,12 @@ def _is_small_batch(param: Tensor, grad: Tensor | None) -> bool:
         and param.dtype in _DTYPES
         and grad.layout is torch.strided
         and grad.is_contiguous()
+        and param.is_contiguous()
     )
 
 
+_LONGEST = 1e30  # what is less than a rounding of the largest numbers, so that no step is infinite
+_HOOKS = {GRADIENT_HOOK, PARAMETER_HOOK}
 _MORE_OF_SGD = (
     "momentum",
     "weight_decay",

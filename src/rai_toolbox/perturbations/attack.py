@@ -227,7 +227,8 @@ def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Calla
     made, settings = getattr(given, "func", given), getattr(given, "keywords", {})
     is_pgd = isinstance(made, type) and issubclass(made, PGD)
     if is_pgd and inputs.lacks_lr(given) and "InnerOpt" not in settings:
-        radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
+        epsilon = getattr(ball, "epsilon", 0.0)
+        radii = epsilon.flatten().tolist() if isinstance(epsilon, Tensor) else [epsilon]
         given = partial(given, lr=2.5 * max(radii, default=0.0) / max(steps, 1))
     inputs.check_lr(given)
     return partial(given, steps=steps) if required else given

@@ -130,22 +130,27 @@ def radius_of(ball: Ball) -> float:
 
 def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
     """The bounds in the shape of the data, which must be finite and within them."""
-    if not bool(data.isfinite().all()):
-        raise wrong("data", "be finite", "NaN or infinity among them")
     if data_range is None:
+        _check_finite(data)
         return None
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
         raise wrong("data_range", "be a pair (lower, upper) or None", data_range, TypeError)
     check_order("lower", data_range[0], "upper", data_range[1])
     lower = expanded("data_range", torch.as_tensor(data_range[0], dtype=data.dtype), data)
     upper = expanded("data_range", torch.as_tensor(data_range[1], dtype=data.dtype), data)
-    outside = (data < lower) | (data > upper)
-    if bool(outside.any()):
-        at = tuple(outside.nonzero()[0].tolist())
+    # (inf - inf is NaN, which counts)
+    if bool((data.clamp(lower, upper) - data).any()):
+        _check_finite(data)
+        at = tuple(((data < lower) | (data > upper)).nonzero()[0].tolist())
         low, high, value = (float(tensor[at]) for tensor in (lower, upper, data))
         rule = f"be within `data_range`, [{low:g}, {high:g}]"
         raise wrong("data", rule, f"{value:g} at {at}")
     return lower, upper
+
+
+def _check_finite(data: Tensor) -> None:
+    if not bool(data.isfinite().all()):
+        raise wrong("data", "be finite", "NaN or infinity among them")
 
 
 def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
@@ -182,8 +187,7 @@ def checked(
     """
     lowest, highest = 0, 0
     if is_index(target.dtype) and target.numel():
-        wide = target.long()  # torch has no minimum of uint16
-        lowest, highest = int(wide.min()), int(wide.max())
+        lowest, highest = map(int, target.long().aminmax())  # (torch has none of uint16)
     holds_classes = classes or (classes is None and are_classes(target))
 
     def output_of(data: Tensor) -> Any:

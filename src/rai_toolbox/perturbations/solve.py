@@ -126,7 +126,7 @@ class Objective:
             output = None if self.success is None else _mean(outputs)
         else:
             loss, output = losses[0], outputs[0]
-        return perturbed, loss.detach() if self.sign > 0 else loss.neg(), output
+        return perturbed, loss * self.sign, output
 
     def success_of(self, cost: Tensor, output: Any, target: Tensor) -> Tensor:
         """Which examples have succeeded."""
@@ -198,7 +198,7 @@ def solve(
             )
             if step == 0:
                 grads = [param.grad for param in params if param.grad is not None]
-                not_finite = sum(((~g.isfinite()).sum() for g in grads), torch.zeros(()))
+                not_finite = sum((g - g).count_nonzero() for g in grads)  # NaN, there
             for param in params:
                 if param.grad is not None:
                     param.grad.nan_to_num_(0.0, 0.0, 0.0)
@@ -247,7 +247,7 @@ def solve(
     return Attacked(perturbed, objective.sign * best.cost, best.success, zero_gradient, calls)
 
 
-def warn_of_not_finite(number: Tensor) -> None:
+def warn_of_not_finite(number: Tensor | int) -> None:
     """Warn of entries of the first gradient that are not finite; reads one number."""
     if number:
         text = f"{int(number)} entries of the first gradient are not finite (a root at 0?)"
@@ -280,12 +280,12 @@ def _room(tensors: list[Tensor]) -> int:
 
 def _zero_gradient(grads: list[Tensor], data: Tensor, separate: bool) -> Tensor:
     """Whether there are gradients, and all are 0, shape (N,): of the example, or of shared ones."""
-    grads = [grad for grad in grads if grad.numel()]
-    zero = torch.full(data.shape[:1], bool(grads), device=data.device)
-    for grad in grads:
-        zeros = grad == 0
-        zero = zero & (zeros.reshape(len(zeros), -1).all(1) if separate else zeros.all())
-    return zero
+    zeros = [grad == 0 for grad in grads if grad.numel()]
+    if not zeros:
+        return torch.zeros(data.shape[:1], dtype=torch.bool, device=data.device)
+    if separate:
+        return torch.stack([each.reshape(len(each), -1).all(1) for each in zeros]).all(0)
+    return torch.stack([each.all() for each in zeros]).all().expand(data.shape[:1])
 
 
 def _step_of(optimizer: Any) -> Callable[[], object]:
