@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -85,7 +85,8 @@ def profiler_enabled() -> bool:
     return _profiles_thread() or getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
 
 
-_set_grad_enabled: Callable[[bool], object] = torch._C._set_grad_enabled
+set_grad_mode: Callable[[bool], object] = torch._C._set_grad_enabled
+"""`torch.set_grad_enabled` as a function in C: who calls it has to restore the mode."""
 
 
 def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -105,11 +106,11 @@ def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         if compiling or plain is func:  # (a subclass's own step may have another grad mode)
             return func(*args, **kwargs)
         before = torch.is_grad_enabled()
-        _set_grad_enabled(optimizer.defaults["differentiable"])
+        set_grad_mode(optimizer.defaults["differentiable"])
         try:
             return cast(_R, plain(*args, **kwargs))
         finally:
-            _set_grad_enabled(before)
+            set_grad_mode(before)
 
     return step
 
@@ -128,6 +129,25 @@ def set_grad_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
     """Allow a tensor gradients of another dtype; torch 2.6 allows any."""
     if hasattr(tensor, "grad_dtype"):
         tensor.grad_dtype = dtype
+
+
+_run_backward: Callable[..., Any] | None = getattr(
+    getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None
+)
+
+
+def backward(loss: Tensor, scale: Tensor, inputs: Sequence[Tensor]) -> None:
+    """`torch.autograd.backward` of a loss times a scale of its shape, into the inputs.
+
+    Torch first compares shapes that may be symbolic, and saves the context for threads of devices.
+    For a loss on the CPU that takes as long as ten operators on a small tensor.
+    """
+    plain = type(loss) is Tensor and loss.is_cpu and not function_transforms_active()
+    if plain and _run_backward is not None:
+        inputs, options = tuple(inputs), {"allow_unreachable": True, "accumulate_grad": True}
+        _run_backward((loss,), (scale,), False, False, inputs, **options)
+    else:
+        torch.autograd.backward(loss, scale, inputs=inputs)
 
 
 # Operators on lists of tensors

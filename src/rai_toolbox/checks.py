@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from math import inf, isinf, isnan
 from numbers import Integral, Real
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -133,3 +137,19 @@ def check_order(lower_name: str, lower: Any, upper_name: str, upper: Any) -> Non
 
 def _first_invalid(valid: Tensor) -> tuple[int, ...]:
     return tuple((~valid).nonzero()[0].tolist())
+
+
+def parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable, by name.
+
+    Those of classes and functions are kept: to read them takes as long as an attack's step.
+    """
+    if not isinstance(call, (type, FunctionType)):  # others may change, or have no hash
+        return inspect.signature(call).parameters
+    parameters = _PARAMETERS.get(call)
+    if parameters is None:
+        parameters = _PARAMETERS[call] = inspect.signature(call).parameters
+    return parameters
+
+
+_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()

@@ -50,6 +50,23 @@ def test_the_quick_projection_is_that_of_the_set(kind, shape, scale, dtype):
     assert torch.equal(constraint.project_(inside.clone()), inside)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("epsilon", [1e-30, 0.01, 1.0, 6.0])
+def test_one_row_in_an_l2_ball_is_projected_as_the_set_does(epsilon, one_sided, dtype):
+    generator = torch.Generator().manual_seed(2)
+    for scale in (1e-3, 0.05, 0.5, 30.0, 1e30):
+        lower, upper = bounds((1, 3, 40), seed=int(scale * 1e3) % 97, dtype=dtype)
+        constraint = BoundedBall(L2Ball(epsilon), lower, 0.25 if one_sided else upper)
+        x = torch.randn((1, 3, 40), generator=generator, dtype=dtype) * scale
+        expected = Constraint.project_(constraint, x.clone())  # the general way, in float64
+        found = constraint.project_(x.clone())
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=64 * eps, atol=64 * eps * epsilon)
+        assert (constraint.violation(found) == 0).all()
+        assert same_bits(constraint.project_(found.clone()), found)
+
+
 @each_ball
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_hidden(kind, bad):
@@ -171,26 +188,102 @@ def test_the_worst_case_of_a_linear_objective(kind):
     assert ((reached - least) <= gap * least.abs()).all()
 
 
-@pytest.mark.parametrize("how", ["closure", "two tensors", "a hook", "scaled"])
-@each_ball
-def test_the_quick_step_has_the_bits_of_the_general_one(kind, how):
-    constraint = BoundedBall(BALLS[kind](0.5), *bounds((3, 6)))
+class General(PGD):
+    """Takes the general step, as every subclass does."""
 
-    def run(general):
-        x, other = tensors((3, 6), (3, 6))
-        two = general and how == "two tensors"
-        scale = 2.0 if general and how == "scaled" else 1.0
-        opt = PGD(
-            [x, other] if two else [x], constraint=constraint, lr=0.1 / scale, grad_scale=scale
-        )
-        if general and how == "a hook":
-            opt.inner_opt.register_step_post_hook(lambda *_: None)
-        for i in range(5):
-            new_gradients([x, other], i)
-            opt.step((lambda: 0.0) if general and how == "closure" else None)
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 6), torch.float32),
+        ((1, 2, 7, 9), torch.float64),
+        ((3, 6), torch.float32),
+        ((4, 2, 3), torch.float64),
+        ((0, 3), torch.float32),
+    ],
+)
+@each_ball
+def test_the_quick_step_has_the_bits_of_the_general_one(kind, shape, dtype, within, monkeypatch):
+    ball = BALLS[kind]({"linf": 0.2, "l2": 0.5, "l1": 1.0}[kind])
+    constraint = BoundedBall(ball, *bounds(shape, dtype=dtype)) if within else ball
+    quick = []
+    step_alone_ = PGD._step_alone_
+    monkeypatch.setattr(
+        PGD, "_step_alone_", lambda opt: quick.append(step_alone_(opt)) or quick[-1]
+    )
+
+    def run(kind_of_pgd):
+        (x,) = tensors(shape)
+        x = x.detach().to(dtype).requires_grad_()
+        opt = kind_of_pgd([x], constraint=constraint, lr=0.3, q=0.5)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.8)
+        for i in range(6):
+            new_gradients([x], i)
+            opt.step()
+            schedule.step()
         return x.detach()
 
-    assert same_bits(run(general=True), run(general=False))
+    assert same_bits(run(General), run(PGD))
+    assert quick == [False] * 6 + [bool(math.prod(shape))] * 6
+
+
+def other_group(opt):
+    opt.add_param_group({"params": [torch.zeros(2, 2, requires_grad=True)]})
+
+
+def own_hook(opt):
+    opt._pre_step_transform_ = lambda param, optim_group: param.grad.neg_()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_group,
+        own_hook,
+        lambda opt: opt.inner_opt.register_step_post_hook(lambda *_: None),
+        lambda opt: setattr(opt.inner_opt, "step", opt.inner_opt.step),
+        *(
+            lambda opt, new=new: opt.param_groups[0].update(new)
+            for new in (
+                {"momentum": 0.9},
+                {"weight_decay": 0.1},
+                {"maximize": True},
+                {"foreach": True},
+                {"grad_scale": 2.0},
+                {"grad_bias": 0.5},
+                {"param_ndim": None},
+                {"lr": torch.tensor(0.1)},
+                {"lr": 0.0},
+                {"lr": 1e39},
+            )
+        ),
+        lambda opt: setattr(opt.param_groups[0]["params"][0], "grad", None),
+        lambda opt: opt.param_groups[0]["params"][0].grad.fill_(math.nan),
+        lambda opt: opt.param_groups[0]["params"][0].detach()[0, 0].fill_(math.inf),
+    ],
+)
+def test_what_the_quick_step_leaves_to_the_general_one(change):
+    (x,) = tensors((3, 6))
+    opt = PGD([x], constraint=L2Ball(0.5), lr=0.1)
+    new_gradients([x], 0)
+    change(opt)
+    before = copy.deepcopy((x.detach(), x.grad))
+    with torch.no_grad():
+        assert not opt._step_alone_()
+    torch.testing.assert_close(x.detach(), before[0], rtol=0, atol=0)
+    assert x.grad is None or x.grad.equal(before[1]) or before[1].isnan().all()
+
+
+@pytest.mark.parametrize("bad", ["gradient", "parameter"])
+@each_ball
+def test_a_quick_step_does_not_hide_what_is_not_finite(kind, bad):
+    (x,) = tensors((2, 6))
+    new_gradients([x], 0)
+    (x.grad if bad == "gradient" else x.detach())[0, 1] = math.nan
+    PGD([x], constraint=BoundedBall(BALLS[kind](0.5), -0.4, 0.4), lr=0.1).step()
+    assert x[0, 1].isnan()
+    assert x[1].isfinite().all()
 
 
 @each_ball
@@ -264,7 +357,8 @@ class Passes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.all.append(func.overloadpacket.__name__)
         for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor) and value.numel() == self.size:
+            is_whole = isinstance(value, torch.Tensor) and value.numel() == self.size
+            if is_whole and func.overloadpacket.__name__ != "view":
                 self.names.append(func.overloadpacket.__name__)
         return result
 
@@ -275,7 +369,7 @@ def test_an_linf_step_within_bounds_is_a_few_passes():
     opt.step()  # which intersects the ball and the bounds, once
     with Passes(x.numel()) as mode:
         opt.step()
-    assert mode.names == ["sign_", "add_", "clamp_"]  # (sums look for NaN)
+    assert mode.names == ["sign_", "add_", "clamp_"]  # (a product looks for NaN)
     assert sum("_record_function" not in name for name in mode.all) <= 8
 
 

@@ -16,8 +16,8 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.box import Box, in_dtype
 from rai_toolbox.constraints.kernels.ball_in_box import (
     all_fit,
-    clamp_between_,
     nearest_in_ball_and_box,
+    nearest_row_in_l2_and_box,
 )
 from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     least_in_l1,
@@ -27,7 +27,7 @@ from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
     nearest_in_l2,
     nearest_in_linf,
 )
-from rai_toolbox.constraints.kernels.blocks import MANY, in_blocks, needs_grad, row_blocks
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
     outside_bounds,
@@ -103,7 +103,7 @@ class BoundedBall(Constraint):
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
         self.__dict__["_known"] = {}  # the bounds as they count in a dtype
-        self.__dict__["_met"] = set()  # shapes that hold a point, and batches that fit
+        self.__dict__["_met"] = {}  # shapes that hold a point, and batches that fit
         epsilon, gap = self._radius_and_gap()
         self.__dict__["_apart"] = bool((gap > 0).any()) and self.ball.p < inf
         _check_reach(epsilon, gap)
@@ -115,7 +115,7 @@ class BoundedBall(Constraint):
         rows = gap.expand(len(gap) if gap.ndim == len(shape) else 1, *shape[1:]).flatten(1)
         apart = torch.linalg.vector_norm(rows, self.ball.p, dim=1)
         _check_reach(epsilon.reshape(-1), apart, 4 * noise(rows.shape[1]))
-        self.__dict__["_met"].add(shape)
+        self.__dict__["_met"][shape] = True
 
     def _radius_and_gap(self) -> tuple[Tensor, Tensor]:
         """The radius, and how far each entry of the center is outside the bounds, in float64."""
@@ -138,28 +138,38 @@ class BoundedBall(Constraint):
         return epsilon, gap
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        batch = (x.shape, x.dtype, x.device)
-        if batch not in self.__dict__["_met"]:
-            self._check_batch(x)
-            self.__dict__["_met"].add(batch)
         eager = in_blocks(x)
-        if (  # only the general projection, in float64, will do
-            x.dtype not in (torch.float32, torch.float64)
-            or self.ball.center is not None
-            or self.__dict__["_apart"]
-            or needs_grad(x)
-            or getattr(self.lower, "requires_grad", False)
-            or getattr(self.upper, "requires_grad", False)
-            or getattr(self.ball.epsilon, "requires_grad", False)
+        if (
+            not self._is_around_0(x)
+            or (x.requires_grad and torch.is_grad_enabled())
             or (not eager and (function_transforms_active() or forward_ad_level() >= 0))
-            or x.numel() == 0
-            or x.device.type == "mps"
         ):
             return super().project_(x)
         if eager and isfinite(x.sum().item()):
             return self._project_around_0_(x, eager)
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
         return self._project_around_0_(x, eager).masked_fill_(spoilt, torch.nan)
+
+    def project_finite_(self, x: Tensor) -> Tensor:
+        """`project_` of a plain batch on the CPU whose values are known to be finite."""
+        return self._project_around_0_(x, True) if self._is_around_0(x) else self.project_(x)
+
+    def _is_around_0(self, x: Tensor) -> bool:
+        """Whether batches like x need not have the general projection, in float64; once checked."""
+        batch, met = (x.shape, x.dtype, x.device), self.__dict__["_met"]
+        if batch not in met:
+            self._check_batch(x)
+            settings = (self.lower, self.upper, self.ball.epsilon)
+            met[batch] = (
+                x.dtype in (torch.float32, torch.float64)
+                and self.ball.center is None
+                and not self.__dict__["_apart"]
+                and not any(getattr(setting, "requires_grad", False) for setting in settings)
+                and x.numel() > 0
+                and x.device.type != "mps"
+            )
+        is_around_0: bool = met[batch]
+        return is_around_0
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
@@ -170,10 +180,10 @@ class BoundedBall(Constraint):
     def _settings_in(self, x: Tensor, eager: bool) -> tuple[Any, Any, Tensor, bool]:
         """The bounds as they count in the dtype of x, the radius, and if all radii fit float32.
 
-        The bounds of a Linf ball are within it.
+        The bounds of a Linf ball are within it. Torch clamps by two numbers or by two tensors.
         """
         kind = (x.dtype, x.device)
-        lasts = type(x) in PLAIN and not torch.compiler.is_compiling()
+        lasts = eager or (type(x) in PLAIN and not torch.compiler.is_compiling())
         known = self.__dict__["_known"] if lasts else {}
         if kind not in known:
             lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
@@ -181,21 +191,26 @@ class BoundedBall(Constraint):
                 epsilon = in_dtype(self.ball.epsilon, x.dtype)
                 lower = -epsilon if lower is None else _larger(lower, -epsilon)
                 upper = epsilon if upper is None else -_larger(-upper, -epsilon)
+            if isinstance(lower, Tensor) != isinstance(upper, Tensor):
+                lower, upper = _as_tensor(lower, x), _as_tensor(upper, x)
             epsilon = as_wide(self.ball.epsilon, x)
             known[kind] = lower, upper, epsilon, eager and all_fit(epsilon)
         return known[kind]  # type: ignore[no-any-return]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
-        return super()._replaced({"_known": {}, "_met": set(), **settings})
+        return super()._replaced({"_known": {}, "_met": {}, **settings})
 
     def _project_around_0_(self, x: Tensor, eager: bool) -> Tensor:
         lower, upper, epsilon, fits = self._settings_in(x, eager)
         if self.ball.p == inf:
-            return clamp_between_(x, lower, upper)
+            return x.clamp_(lower, upper)
         if eager and x.numel() > MANY and len(x) > 1:
             for rows in row_blocks(x, MANY):
                 self._at_rows(x, rows)._project_around_0_(x[rows], eager)
             return x
+        if eager and fits and self.ball.p == 2 and len(x) == 1 and x.numel() <= BLOCK:
+            found = nearest_row_in_l2_and_box(x, epsilon.item(), lower, upper)
+            return Constraint.project_(self, x) if found is None else x.copy_(found)
         radius = epsilon, fits
         nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, radius, lower, upper, eager)
         if unsettled is not None:
@@ -236,6 +251,10 @@ class BoundedBall(Constraint):
             radius = radius * (1 - 8 * noise(x.shape[1]))
         middle = as_rows(as_rounded(0.0 if center is None else center, dtype, x), x)
         return middle, radius.expand(len(x), -1), *rounded_bounds(self.lower, self.upper, x, dtype)
+
+
+def _as_tensor(bound: float | Tensor | None, x: Tensor) -> Tensor | None:
+    return x.new_full((), bound) if isinstance(bound, (int, float)) else bound
 
 
 def _larger(a: float | Tensor, b: float | Tensor) -> Any:

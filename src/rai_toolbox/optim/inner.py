@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
-from rai_toolbox.checks import wrong
+from rai_toolbox.checks import parameters_of, wrong
 from rai_toolbox.optim.settings import trained
 from rai_toolbox.optim.sgd import step_sgd
 
@@ -39,7 +39,7 @@ def make_inner(
     kwargs: Mapping[str, Any],
 ) -> Optimizer:
     """Make the inner optimizer over `groups`, which it may keep and change."""
-    accepted = inspect.signature(optimizer_class(InnerOpt)).parameters
+    accepted = parameters_of(optimizer_class(InnerOpt))
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for name in kwargs:
             if name not in accepted:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from rai_toolbox._torch import has_step_hooks
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.bounded_ball import norm_ball_of, zero_outward_
+from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
+from rai_toolbox.constraints.kernels import directions
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
+from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
@@ -38,9 +43,7 @@ class SteepestStep(OfSet):
     def apply_(  # noqa: D102
         self, tensors: list[Tensor], params: list[Tensor], group: Group, optimizer: OptimizerWrapper
     ) -> None:
-        constraint: Any = group[self.constraint]
-        ball = getattr(constraint, "ball", constraint)
-        p, k = (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p, group[self.param_ndim]
+        p, k = _order(group[self.constraint]), group[self.param_ndim]
         if p == 1:
             for param, grad in zip(params, tensors, strict=True):
                 self._sparsify_(param, grad, group)
@@ -129,3 +132,82 @@ class PGD(Constrained, ParamTransformingOptimizer):
         if lr is REQUIRED and isinstance(InnerOpt, partial):
             lr = InnerOpt.keywords.get("lr", lr)
         super().__init__(**constructor_arguments(locals()))
+
+    def _step_alone_(self) -> bool:
+        """The step of one small plain tensor by bare SGD, as attacks on few examples make it."""
+        inner, groups = self.inner_opt, self.inner_opt.param_groups
+        if type(self) is not PGD or type(inner) is not SGD or len(groups) != 1:
+            return False
+        if "step" in inner.__dict__ or not _HOOKS.isdisjoint(self.__dict__):
+            return False
+        group = groups[0]
+        if len(group["params"]) != 1 or not _is_simple(group):
+            return False
+        param, constraint = group["params"][0], group["constraint"]
+        grad = param.grad
+        if not _is_small_batch(param, grad) or torch.is_grad_enabled() or has_step_hooks(inner):
+            return False
+        p = _order(constraint)
+        if not isfinite(torch.dot(param.view(-1), grad.view(-1)).item()):  # as NaN makes it
+            return False
+        if p == inf:
+            grad.sign_()
+        elif p == 2:
+            directions.normalize_(grad, p, grad.ndim - 1)
+        else:
+            self._before[0].apply_([grad], [param], group, self)
+        param.add_(grad, alpha=-group["lr"])
+        if isinstance(constraint, BoundedBall):
+            constraint.project_finite_(param)
+        else:
+            constraint.project_(param)
+        return True
+
+
+def _order(constraint: Any) -> float:
+    """The order of the norm of the ball that a group has by now."""
+    ball = getattr(constraint, "ball", constraint)
+    order: float = (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p
+    return order
+
+
+def _is_simple(group: Group) -> bool:
+    """Whether settings of SGD and of the wrapper have no effect, but for a positive `lr`."""
+    return (
+        type(group["lr"]) is type(group["grad_scale"]) is type(group["grad_bias"]) is float
+        and 0.0 < group["lr"] <= _LONGEST
+        and group["grad_scale"] == 1.0
+        and group["grad_bias"] == 0.0
+        and group["param_ndim"] == -1
+        and not any(map(group.get, _MORE_OF_SGD))
+    )
+
+
+def _is_small_batch(param: Tensor, grad: Tensor | None) -> bool:
+    """Whether it is a batch, and has a gradient, that one call of each operator may change."""
+    return (
+        grad is not None
+        and in_blocks(param)
+        and is_plain(grad)
+        and param.ndim > 1
+        and 0 < param.numel() <= BLOCK // 2
+        and param.dtype == grad.dtype
+        and param.dtype in _DTYPES
+        and grad.layout is torch.strided
+        and grad.is_contiguous()
+        and param.is_contiguous()
+    )
+
+
+_LONGEST = 1e30  # what is less than a rounding of the largest numbers, so that no step is infinite
+_HOOKS = {GRADIENT_HOOK, PARAMETER_HOOK}
+_MORE_OF_SGD = (
+    "momentum",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "foreach",
+    "differentiable",
+    "fused",
+)
+_DTYPES = (torch.float32, torch.float64)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from math import nan
 from typing import Any
 
 import torch
@@ -166,13 +165,10 @@ def attack(
             classes = rival_classes(rivals, model, allowed, target)
             goals = [torch.stack([target, rival], 1) for rival in classes.unbind(1)]
             run_objective = _toward_rivals(objective, classes)
-        calls = int(rivals is not None)
-        zero_gradient = torch.ones(data.shape[:1], dtype=torch.bool, device=data.device)
-        best = BestOf(torch.full_like(zero_gradient, nan, dtype=data.dtype), ~zero_gradient, [data])
-
-        part, rows = allowed, torch.arange(len(data), device=data.device)
-        for run, (restart, of_all) in enumerate(product(range(restarts), goals)):
-            if stop_once_fooled and run > 0:
+        calls, part, rows = int(rivals is not None), allowed, None
+        best: Any = None
+        for restart, of_all in product(range(restarts), goals):
+            if stop_once_fooled and best is not None:
                 rows = best.rows_without_success()
                 if not len(rows):
                     break
@@ -181,12 +177,18 @@ def attack(
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
-            goal, stop = of_all[rows], stop_once_fooled
+            goal, stop = of_all if rows is None else of_all[rows], stop_once_fooled
             found = solve(run_objective, part.data, goal, perturbation, optim, steps, stop=stop)
-            perturbed = data.index_copy(0, rows, found.data)
-            best.update_(sign * found.losses, found.fooled, [perturbed], rows)
-            zero_gradient[rows] &= found.zero_gradient
             calls += found.model_calls
+            perturbed, cost, zero = found.data, sign * found.losses, found.zero_gradient
+            if best is None:
+                best, zero_gradient = BestOf(cost, found.fooled, [perturbed]), zero
+                continue
+            if rows is not None:
+                perturbed = data.index_copy(0, rows, perturbed)
+                zero = zero_gradient.index_copy(0, rows, zero)
+            best.update_(cost, found.fooled, [perturbed], rows)
+            zero_gradient = zero_gradient & zero
 
         perturbed = allowed.project(best.tensors[0])
         # Each example's best was found in another batch, on which a model may depend.
@@ -225,7 +227,8 @@ def _optimizer_maker(given: Callable[..., Any], steps: int, ball: Ball) -> Calla
     made, settings = getattr(given, "func", given), getattr(given, "keywords", {})
     is_pgd = isinstance(made, type) and issubclass(made, PGD)
     if is_pgd and inputs.lacks_lr(given) and "InnerOpt" not in settings:
-        radii = torch.as_tensor(getattr(ball, "epsilon", 0.0)).flatten().tolist()
+        epsilon = getattr(ball, "epsilon", 0.0)
+        radii = epsilon.flatten().tolist() if isinstance(epsilon, Tensor) else [epsilon]
         given = partial(given, lr=2.5 * max(radii, default=0.0) / max(steps, 1))
     inputs.check_lr(given)
     return partial(given, steps=steps) if required else given

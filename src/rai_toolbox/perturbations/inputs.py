@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FunctionType
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_order
+from rai_toolbox.checks import check_order, parameters_of
 from rai_toolbox.checks import wrong as wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
@@ -132,22 +130,27 @@ def radius_of(ball: Ball) -> float:
 
 def bounds_of(data: Tensor, data_range: Range) -> tuple[Tensor, Tensor] | None:
     """The bounds in the shape of the data, which must be finite and within them."""
-    if not bool(data.isfinite().all()):
-        raise wrong("data", "be finite", "NaN or infinity among them")
     if data_range is None:
+        _check_finite(data)
         return None
     if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
         raise wrong("data_range", "be a pair (lower, upper) or None", data_range, TypeError)
     check_order("lower", data_range[0], "upper", data_range[1])
     lower = expanded("data_range", torch.as_tensor(data_range[0], dtype=data.dtype), data)
     upper = expanded("data_range", torch.as_tensor(data_range[1], dtype=data.dtype), data)
-    outside = (data < lower) | (data > upper)
-    if bool(outside.any()):
-        at = tuple(outside.nonzero()[0].tolist())
+    # (inf - inf is NaN, which counts)
+    if bool((data.clamp(lower, upper) - data).any()):
+        _check_finite(data)
+        at = tuple(((data < lower) | (data > upper)).nonzero()[0].tolist())
         low, high, value = (float(tensor[at]) for tensor in (lower, upper, data))
         rule = f"be within `data_range`, [{low:g}, {high:g}]"
         raise wrong("data", rule, f"{value:g} at {at}")
     return lower, upper
+
+
+def _check_finite(data: Tensor) -> None:
+    if not bool(data.isfinite().all()):
+        raise wrong("data", "be finite", "NaN or infinity among them")
 
 
 def expanded(name: str, setting: Tensor, data: Tensor) -> Tensor:
@@ -184,21 +187,21 @@ def checked(
     """
     lowest, highest = 0, 0
     if is_index(target.dtype) and target.numel():
-        wide = target.long()  # torch has no minimum of uint16
-        lowest, highest = int(wide.min()), int(wide.max())
+        lowest, highest = map(int, target.long().aminmax())  # (torch has none of uint16)
+    holds_classes = classes or (classes is None and are_classes(target))
 
     def output_of(data: Tensor) -> Any:
         # Leaves are used again, results of recorded operators are not: a model may work in place.
         output = model(data.clone() if data.is_leaf else data)
         if not isinstance(output, Tensor):
             output = logits_of(output)
-        fits = are_logits(output, len(data))
+        fits = are_logits(output, data.shape[0])
         if classes and not fits:
             shape = tuple(output.shape) if isinstance(output, Tensor) else ()
             rule = f"give logits of shape ({len(data)}, K), of two classes at least"
             rule += ", or an object or dict with `logits`" * (shape == ())
             raise wrong("model", rule, f"{type(output).__name__} of shape {shape}{_OTHERS}")
-        if (classes or (classes is None and are_classes(target))) and fits:
+        if holds_classes and fits:
             number = output.shape[1]
             if lowest < 0 or highest >= number:
                 got = str(lowest if lowest < 0 else highest)
@@ -247,19 +250,10 @@ def check_solver(solver: Any) -> None:
 
 def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
     """Whether a callable takes an argument of this name, and whether it requires it."""
-    lasting = isinstance(call, (type, FunctionType))  # others may have no hash
-    parameters = _PARAMETERS.get(call) if lasting else None
-    if parameters is None:
-        parameters = inspect.signature(call).parameters
-        if lasting:
-            _PARAMETERS[call] = parameters
+    parameters = parameters_of(call)
     if name in parameters:
         return True, parameters[name].default is inspect.Parameter.empty
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values()), False
-
-
-# Of classes and functions, which do not change: to read them takes as long as an attack's step.
-_PARAMETERS: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 def batches(

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rai_toolbox._torch import has_step_hooks, plain_step, unhooked
+from rai_toolbox._torch import backward, has_step_hooks, plain_step, set_grad_mode, unhooked
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
@@ -107,13 +107,16 @@ class Objective:
         losses, outputs = [], []
         output: Any
         for _ in range(self.samples):
-            with torch.set_grad_enabled(params is not None):
+            set_grad_mode(params is not None)
+            try:
                 perturbed = perturbation(data)
                 given = perturbed if rows is None else perturbed.index_select(0, rows)
                 output = self.model(given.clone() if reused else given)
                 loss = self.criterion(output, target)
                 if params is not None:
                     self._differentiate(loss, params)
+            finally:
+                set_grad_mode(False)
             if self.samples > 1:  # frees the graph before the next one is made
                 loss, output = loss.detach(), _detached(output)
             losses.append(loss)
@@ -140,8 +143,8 @@ class Objective:
             got = "a loss that does not depend on the perturbation (is something detached?)"
             raise wrong("model` and `criterion", "be differentiable", got)
         # (made each time: the gradient may be a view of it, and an optimizer may change that)
-        scale = torch.full_like(loss, self.sign / self.samples, requires_grad=False)
-        torch.autograd.backward(loss, scale, inputs=params)
+        scale = torch.full_like(loss, self.sign / self.samples)
+        backward(loss, scale, params)
 
 
 def _detached(output: Any) -> Any:
@@ -195,7 +198,7 @@ def solve(
             )
             if step == 0:
                 grads = [param.grad for param in params if param.grad is not None]
-                not_finite = sum(((~g.isfinite()).sum() for g in grads), torch.zeros(()))
+                not_finite = sum((g - g).count_nonzero() for g in grads)  # NaN, there
             for param in params:
                 if param.grad is not None:
                     param.grad.nan_to_num_(0.0, 0.0, 0.0)
@@ -244,7 +247,7 @@ def solve(
     return Attacked(perturbed, objective.sign * best.cost, best.success, zero_gradient, calls)
 
 
-def warn_of_not_finite(number: Tensor) -> None:
+def warn_of_not_finite(number: Tensor | int) -> None:
     """Warn of entries of the first gradient that are not finite; reads one number."""
     if number:
         text = f"{int(number)} entries of the first gradient are not finite (a root at 0?)"
@@ -277,12 +280,12 @@ def _room(tensors: list[Tensor]) -> int:
 
 def _zero_gradient(grads: list[Tensor], data: Tensor, separate: bool) -> Tensor:
     """Whether there are gradients, and all are 0, shape (N,): of the example, or of shared ones."""
-    grads = [grad for grad in grads if grad.numel()]
-    zero = torch.full(data.shape[:1], bool(grads), device=data.device)
-    for grad in grads:
-        zeros = grad == 0
-        zero = zero & (zeros.reshape(len(zeros), -1).all(1) if separate else zeros.all())
-    return zero
+    zeros = [grad == 0 for grad in grads if grad.numel()]
+    if not zeros:
+        return torch.zeros(data.shape[:1], dtype=torch.bool, device=data.device)
+    if separate:
+        return torch.stack([each.reshape(len(each), -1).all(1) for each in zeros]).all(0)
+    return torch.stack([each.all() for each in zeros]).all().expand(data.shape[:1])
 
 
 def _step_of(optimizer: Any) -> Callable[[], object]:

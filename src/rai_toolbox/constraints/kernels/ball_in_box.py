@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.norms import least_and_most, norm
+from rai_toolbox.constraints.kernels.norms import least_and_most, norm, row_norm
 from rai_toolbox.constraints.kernels.rounding import noise
-
-Bound = float | Tensor | None
 
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
 _FROM_ONE_SIDE, _IN_BRACKETS = 17, 56
@@ -26,26 +24,19 @@ _RADII = (2.0**-40, 2.0**40)
 _LEAST_AIM = 1e-300  # not 0, to divide
 
 
-def clamp_between_(x: Tensor, lower: Any, upper: Any) -> Tensor:
-    """Clamp to bounds, of which each may be a number, a tensor or None."""
-    if lower is None or upper is None or isinstance(lower, Tensor) == isinstance(upper, Tensor):
-        return x.clamp_(lower, upper)
-    return x.clamp_min_(lower).clamp_max_(upper)
-
-
 def nearest_in_ball_and_box(
-    x: Tensor, p: float, radius: tuple[Tensor, bool], lower: Bound, upper: Bound, eager: bool
+    x: Tensor, p: float, radius: tuple[Tensor, bool], lower: Any, upper: Any, eager: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Project float32 or float64 sub-tensors; also returns which of them are not settled.
 
     None stands for no sub-tensor, or for none that is known without reading values. The bounds are
-    of the dtype of x, and hold 0. Results that are not settled are in the set, but not nearest:
-    where numbers are too large or too small beside epsilon. `radius` is that and its `all_fit`;
-    `eager` means that values may be read.
+    two numbers or two tensors of the dtype of x, and hold 0. Results that are not settled are in
+    the set, but not nearest: where numbers are too large or too small beside epsilon. `radius` is
+    that and its `all_fit`; `eager` means that values may be read.
     """
     (epsilon, fits), eps, ndim = radius, torch.finfo(x.dtype).eps, x.ndim - 1
     safe = epsilon * (1 - 8 * noise(x[0].numel())) if x.dtype == torch.float64 else epsilon
-    within = clamp_between_(x.clone(), lower, upper)
+    within = x.clamp(lower, upper)
     inside = norm(within, p, ndim) <= epsilon
     if eager and bool(inside.all()):
         return torch.copysign(within, x, out=within), None  # a zero keeps its sign
@@ -61,6 +52,32 @@ def nearest_in_ball_and_box(
         return found, None
     fit = (epsilon > _RADII[0]) & (epsilon < _RADII[1])
     return found, ~(inside | (((ratio - 1).abs() <= 32 * eps) & fit))
+
+
+def nearest_row_in_l2_and_box(x: Tensor, epsilon: float, lower: Any, upper: Any) -> Tensor | None:
+    """`nearest_in_ball_and_box` of one short row in an L2 ball, by numbers in place of columns.
+
+    Newton's method starts at t = 1: its step from beyond the root ends before it. None if the
+    result is not settled.
+    """
+    eps, t, found = torch.finfo(x.dtype).eps, 1.0, x.clamp(lower, upper)
+    length = row_norm(found, 2)
+    if length <= epsilon:
+        return torch.copysign(found, x, out=found)  # a zero keeps its sign
+    safe = epsilon * (1 - 8 * noise(x.numel())) if x.dtype == torch.float64 else epsilon
+    aim, moved = safe * (1 - 2 * eps), x
+    for _ in range(_FROM_ONE_SIDE):
+        slope = row_norm(torch.eq(found, moved).mul(x), 2)
+        gain = (aim - length) / slope * ((aim + length) / slope) if slope > 0 else -t * t
+        t = (t * t + gain) ** 0.5 if t * t + gain > 0 else aim / row_norm(x, 2)
+        moved = x * t
+        found = moved.clamp(lower, upper)
+        length = row_norm(found, 2)
+        if not length < aim * (1 - 4 * eps):
+            break
+    if not aim * (1 - 32 * eps) <= length <= aim * (1 + 32 * eps):
+        return None
+    return found.mul_(aim / length) if length > aim * (1 + 2 * eps) else found
 
 
 def all_fit(epsilon: Tensor) -> bool:
