@@ -134,6 +134,18 @@ def test_it_wanders_where_the_output_is_constant():
     assert stuck.sum() + 3 < blind.sum() >= best.sum() - 4
 
 
+def test_it_does_not_wander_once_a_loss_has_changed():
+    _, x, y = a_problem((3, 6, 5))
+
+    def two_values(points):  # such as of rounded data
+        changed = (points != x).flatten(1).any(1)
+        return torch.stack([torch.ones(N), 0.5 * changed], 1)
+
+    run = partial(square_attack, two_values, x, 0 * y, ball=L1Ball(1.3))
+    once, often = (run(queries=n, generator=seeded()).data for n in (1, 20))
+    assert torch.equal(once, often) and (once != x).flatten(1).any(1).all()
+
+
 def test_only_survivors_are_queried():
     net, x, y = a_problem()
     y[:5] = (y[:5] + 1) % 4  # wrong at once
@@ -219,3 +231,22 @@ def test_in_l2_the_norm_of_the_ball_is_moved_not_changed():
     for _ in range(20):
         torch.testing.assert_close(change.flatten(1).norm(dim=1), radius.view(-1))
         change = windows.next(change, radius, 0.2)
+
+
+def test_in_l1_few_entries_have_most_of_the_norm():
+    windows = Windows(torch.Size((1, 28, 28)), 1.0, seeded())
+    radius = torch.full((5, 1, 1), 5.0)
+    start = windows.first(torch.zeros(5, 1, 28, 28), radius)
+    assert ((L1Ball(5.0).project(start) != 0).flatten(1).sum(1) <= 50).all()
+    window = windows.next(torch.zeros(5, 1, 28, 28), radius, 0.1)  # 9 x 9
+    most = window.abs().flatten(1).topk(2).values.sum(1)
+    assert (most > 2.5).all() and (window.abs().flatten(1).sum(1) > 4.99).all()
+
+
+def test_each_channel_keeps_the_norm_of_its_windows():
+    windows = Windows(torch.Size((2, 9, 7)), 2.0, seeded())
+    change, radius = torch.zeros(5, 2, 9, 7), torch.full((5, 1, 1), 0.5)
+    change[:, 0] = 0.5 / 63**0.5
+    for _ in range(5):
+        change = windows.next(change, radius, 0.5)
+        assert change[:, 1].abs().max() < 1e-3

@@ -54,8 +54,9 @@ def fab_attack(
     with the steps d' and d to these, and ``alpha = min(|d'| / (|d'| + |d|), .1)``, ``eta = 1.05``.
     Where that fools the model, it is kept if it is nearest, and the iterate goes back to ``x + .9
     (x' - x)``. The last step goes from the example to the hyperplane at the best point, which is
-    exact for a linear model. No step size depends on the radius: so the search also finds smallest
-    radii, as the `solver` of `minimum_norm_attack`.
+    exact for a linear model. A run ends at once if all its first gradients are 0. No step size
+    depends on the radius: so the search also finds smallest radii, as the `solver` of
+    `minimum_norm_attack`.
 
     Parameters
     ----------
@@ -207,6 +208,8 @@ class _Search:
             self.length = torch.where(nearer, length, self.length)
             back = self.placed(self.around.data + _BACK * change)
             self.points = torch.where(self._column(success), back, points)
+            if step == 0 and bool(zero_gradient.all()):
+                break  # as no step would move
         return zero_gradient if self.calls else torch.zeros_like(self.target, dtype=torch.bool)
 
     def placed(self, points: Tensor) -> Tensor:

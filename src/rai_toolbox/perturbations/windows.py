@@ -70,7 +70,8 @@ class Windows:
             mosaic = mosaic * _pattern(side, side, self.p, data.device).repeat(down, along)
             below, right = self.height - down * side, self.width - along * side
             around = (right // 2, right - right // 2, below // 2, below - below // 2)
-            change = self._filled(torch.nn.functional.pad(mosaic, around).flatten(2), radius)
+            most = 4 * radius if self.p == 1 else radius  # (the projection leaves the centers)
+            change = self._filled(torch.nn.functional.pad(mosaic, around).flatten(2), most)
         return change.view(data.shape)
 
     def next(self, change: Tensor, radius: Tensor, share: float) -> Tensor:
@@ -101,8 +102,9 @@ class Windows:
         """The changes when the norm of two windows, and what is unused, goes to the first one."""
         p, channels = self.p, rows.shape[1]
         left = _put(_put(rows, other, 0.0), window, 0.0)
-        total, rest = (_norm(each, p, (1, 2)) ** p for each in (rows, left))
-        unused, freed = (radius**p - total).clamp(min=0), (total - rest).clamp(min=0)
+        unused = (radius**p - _norm(rows, p, (1, 2)) ** p).clamp(min=0)
+        had, rest = (_norm(each, p, (2,)) ** p for each in (rows, left))
+        freed = (had - rest).clamp(min=0)
         old = rows.gather(2, window.unsqueeze(1).expand(-1, channels, -1))
         new = _scaled(pattern + _scaled(old, 1.0, p, (2,)), 1.0, p, (2,))
         new = new * (unused / channels + freed) ** (1 / p)
@@ -171,10 +173,13 @@ def _pattern(height: int, width: int, p: float, device: torch.device) -> Tensor:
 
 
 def _hill(height: int, width: int, p: float) -> Tensor:
-    """Sums of 1/k^2 over all squares around the center that hold a point, k = 1, 2, ...; norm 1."""
+    """Sums over the squares around the center that hold a point, k = 1, 2, ...; of norm 1.
+
+    Of 1/k^2; in an L1 ball of 1/k^4, so that a few entries have most of the norm.
+    """
     down = (torch.arange(height) - height // 2).abs()
     along = (torch.arange(width) - width // 2).abs()
     squares = max(height, width) // 2 + 1
-    sums = torch.arange(1, squares + 1).double().pow(-2).flip(0).cumsum(0).flip(0)
+    sums = torch.arange(1, squares + 1).double().pow(-4 if p == 1 else -2).flip(0).cumsum(0).flip(0)
     hill = sums[torch.maximum(down.unsqueeze(1), along)].float()
     return hill / _norm(hill, p, (0, 1)) if height else hill
