@@ -51,6 +51,11 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     return bool(own) or any(_GLOBAL_STEP_HOOKS)
 
 
+def has_own_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks run at the steps of this optimizer alone."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """The function behind a class's `step`, to which torch adds the hooks of steps."""
     while getattr(step, "hooked", False):  # dynamo may have wrapped it again, with its attributes
@@ -157,6 +162,7 @@ foreach_clamp_max_: Callable[..., Any] = torch._foreach_clamp_max_
 foreach_clamp_min_: Callable[..., Any] = torch._foreach_clamp_min_
 foreach_copy_: Callable[..., Any] = torch._foreach_copy_
 foreach_mul_: Callable[..., Any] = torch._foreach_mul_
+foreach_sign_: Callable[..., Any] = torch._foreach_sign_
 
 
 share_memory: Callable[[Tensor, Tensor], bool] = getattr(

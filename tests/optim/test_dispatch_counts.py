@@ -93,7 +93,7 @@ READ = "_local_scalar_dense"
 OF_ONE_ROW = {
     "Param": [],
     "ClampedParameter": ["clamp_"],
-    "Signed": ["sum", READ, "sign_"],
+    "Signed": ["addcmul_", "clamp_"],
     "L1Normed": ["abs", "sum", READ, "div_"],
     "L2Normed": ["linalg_vector_norm", READ, "div_"],
     "L2Projected": ["linalg_vector_norm", READ, "div_", "linalg_vector_norm", READ, "mul_"],

@@ -361,6 +361,83 @@ def test_balls_are_their_gradient_optimizers_around_frank_wolfe(param_ndim):
         assert torch.equal(x, y)
 
 
+# --- moved right after the transform, or by a step of its own -------------------------------------
+
+# What has the inner optimizer step by itself, after all gradients have been transformed.
+APART = {
+    "a hook": lambda opt: opt.inner_opt.register_step_pre_hook(lambda *_: None),
+    "an own step": lambda opt: setattr(
+        opt.inner_opt, "step", partial(FrankWolfe.step, opt.inner_opt)
+    ),
+    "a subclass": lambda opt: setattr(opt.inner_opt, "__class__", type("Own", (FrankWolfe,), {})),
+}
+
+
+@pytest.mark.parametrize("apart", APART)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@each_ball
+def test_moved_right_after_its_transform_or_later_are_the_same(ball, as_tensor, apart):
+    shapes = [(3, 4), (3, 4), (), (0, 2), (2, 3), (3, 4), (70, 80), (70, 80), (3, 4)]
+    ours, theirs = tensors(*shapes), tensors(*shapes)
+    make = BALLS[ball][0]
+    optims = [
+        make(
+            [{"params": p[:5]}, {"params": p[5:], "epsilon": 2.0, "lr": 1.0}],
+            epsilon=1.5,
+            lr=torch.tensor(2.0) if as_tensor else 2.0,
+            param_ndim=None,
+        )
+        for p in (ours, theirs)
+    ]
+    APART[apart](optims[1])
+    for step in range(4):
+        for params, optim in zip((ours, theirs), optims, strict=True):
+            new_gradients(params, step)
+            params[step].grad = None
+            params[5].grad = params[8].grad = params[4].grad.new_full((3, 4), step - 1.0)  # shared
+            optim.step()
+    assert same_bits(snapshot(ours, optims[0]), snapshot(theirs, optims[1]))
+
+
+def test_a_hook_of_the_inner_optimizer_comes_between_all_transforms_and_all_moves():
+    params = tensors(3, 3)
+    starts = [x.detach().clone() for x in params]
+    opt = LinfFrankWolfe([{"params": [x]} for x in params], epsilon=2.0)
+    seen = []
+
+    def look(*_):
+        seen.extend(x.grad.abs().eq(2).all().item() for x in params)
+        seen.extend(torch.equal(x, start) for x, start in zip(params, starts, strict=True))
+
+    opt.inner_opt.register_step_pre_hook(look)
+    opt.step()
+    assert seen == [True] * 4
+
+
+def test_a_users_transform_sees_no_parameter_that_has_moved():
+    class Mine(LinfFrankWolfe):
+        def _pre_step_transform_(self, param, optim_group):
+            seen.append(torch.equal(params[0], start))
+            super()._pre_step_transform_(param, optim_group)
+
+    seen, params = [], tensors(3, 3)
+    start = params[0].detach().clone()
+    Mine([{"params": [x]} for x in params], epsilon=2.0).step()
+    assert seen == [True, True]
+    assert not torch.equal(params[0], start)
+
+
+def test_a_gradient_that_is_refused_moves_nothing():
+    params = tensors(3, (3, 2))
+    params[1].grad = params[1].grad.to_sparse()
+    start = params[0].detach().clone()
+    opt = L2FrankWolfe([{"params": [x], "param_ndim": None} for x in params], epsilon=2.0)
+    with pytest.raises(ValueError, match="dense gradients"):
+        opt.step()
+    assert torch.equal(params[0], start)
+    assert not opt.state
+
+
 # --- iterates stay in the ball --------------------------------------------------------------------
 
 

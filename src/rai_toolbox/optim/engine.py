@@ -19,6 +19,8 @@ from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
 
+Move = Callable[[list[Tensor], Group], object]
+
 SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
 
@@ -220,7 +222,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._has_initialized = True
             return None
         else:
-            self._pre_step()
+            inner: Any = self.inner_opt
+            alone = not (compiling or kwargs) and getattr(inner, "moves_alone", bool)()
+            if self._pre_step(inner.move_ if alone else None):
+                self._post_step()
+                return None
             if compiling and self._must_break_graph():
                 graph_break()
         loss: float | None = step_inner(self.inner_opt, closure, kwargs)
@@ -246,7 +252,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._pre_step()
         return loss
 
-    def _pre_step(self) -> None:
+    def _pre_step(self, move_: Move | None = None) -> bool:
+        """Transform all gradients; whether parameters have been moved, too.
+
+        They are, each while its gradient is in cache, by a `move_` that does the inner step.
+        """
         transforms = self._transforms(GRADIENT_HOOK)
         todo = []
         seen: set[int] = set()
@@ -255,14 +265,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             for each in (SCALE, SHIFT):
                 if group[each.setting] != NEUTRAL[each.setting]:
                     active.append(each)
-            if active:
-                todo.append((active, *self._gradients(group, active, seen), group))
-        for active, params, grads, group in todo:  # all gradients have been checked
-            several = len(active) > 1 and len(params) > 1
-            by_parts = several and all(each.by_parts(group) for each in active)
-            for part in cache_sized(grads) if by_parts else [slice(None)]:
+            by_parts = all(each.by_parts(group) for each in active)
+            if not by_parts:
+                move_ = None
+            if active or move_ is not None:
+                todo.append((active, by_parts, *self._gradients(group, active, seen), group))
+        for active, by_parts, params, grads, sharing, group in todo:  # all have been checked
+            apart = by_parts and len(params) > 1 and (move_ is not None or len(active) > 1)
+            for part in cache_sized(grads) if apart else [slice(None)]:
                 for transform in active if params else ():
                     transform.apply_(grads[part], params[part], group, self)
+                if move_ is not None:
+                    move_(params[part], group)
+            if move_ is not None and sharing:
+                move_(sharing, group)
+        return move_ is not None
 
     def _post_step(self, is_step: bool = True) -> None:
         if self._new_state:
@@ -295,12 +312,14 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _gradients(
         self, group: Group, transforms: list[Transform], seen: set[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The parameters with gradients, and the tensors to transform, which are writable.
 
-        Parameters may share a gradient, which is transformed once: `seen` holds those before.
+        Parameters may share a gradient, which is transformed once: `seen` holds those before. Those
+        that share one of them come last.
         """
         params: list[Tensor] = []
+        sharing: list[Tensor] = []
         grads: list[Tensor] = []
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
         for param in group["params"]:
@@ -309,6 +328,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 continue
             if not compiling:
                 if id(grad) in seen:
+                    sharing.append(param)
                     continue
                 seen.add(id(grad))
             if grad.layout is not torch.strided:
@@ -321,7 +341,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
             params.append(param)
             grads.append(grad)
-        return params, grads
+        return params, grads, sharing
 
     def _sparse_values(
         self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]

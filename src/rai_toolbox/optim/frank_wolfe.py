@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox import checks
-from rai_toolbox._torch import get_value
+from rai_toolbox._torch import get_value, has_own_step_hooks
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import widened
+from rai_toolbox.constraints.kernels.blocks import one_like, widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
 from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, check_lr_value, evaluated
@@ -191,8 +191,35 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
             return self._search(closure)
         return super()._step(closure)
 
+    def moves_alone(self) -> bool:
+        """Whether `move_`, for each group, does all that a step does; checks groups as a step does.
+
+        It does not where a subclass, a hook or a scheduler has a part in the step, or where groups
+        have constraints.
+        """
+        if type(self) is not FrankWolfe or "step" in self.__dict__ or has_own_step_hooks(self):
+            return False
+        if any(group["constraint"] is not None for group in self.param_groups):
+            return False
+        for group in self.param_groups:
+            self._check_before_step(group)
+        return True
+
+    def move_(self, params: Iterable[Tensor], group: Group) -> None:
+        """Step some parameters of a group that has no constraint, all of which have gradients."""
+        moves = not is_zero_on_host(group["lr"])
+        scaling = group["lmo_scaling_factor"]
+        for param in params:
+            step = self._started(param, group)["step"]
+            if moves:
+                _add_(param, _scheduled(step, group), scaling)
+                step.add_(one_like(step))  # (a number would be made a tensor each time)
+
     def _step_group_(self, group: Group) -> None:
         constraint = group["constraint"]
+        if constraint is None and not torch.compiler.is_compiling():
+            self.move_([param for param in group["params"] if param.grad is not None], group)
+            return
         for param, step in self._moving(group):
             if constraint is None:
                 _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
@@ -231,14 +258,17 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         self._enter_(group)
         for param in group["params"]:
             if param.grad is not None:
-                state = self.state[param]
-                if "step" not in state:
-                    done = group.get("initial_step", 0)
-                    state["step"] = torch.full((), done, dtype=torch.float32)
-                if group["momentum"] != 0 and "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
                 params.append(param)
-                steps.append(state["step"])
+                steps.append(self._started(param, group)["step"])
+
+    def _started(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter, which is made if there is none."""
+        state: dict[str, Any] = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.full((), group.get("initial_step", 0), dtype=torch.float32)
+        if group["momentum"] != 0 and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        return state
 
     def _enter_(self, group: Group) -> None:
         """Project what has not moved yet before a step that stays between two points."""
@@ -288,14 +318,16 @@ def _scheduled(step: Tensor, group: Group) -> float | Tensor:
 def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:
     """Move towards ``-scaling * grad``."""
     grad: Any = param.grad
-    weight = -a * scaling
-    param.mul_(1 - a)
-    if isinstance(weight, Tensor):
-        param.add_(grad * weight)
+    if isinstance(a, Tensor):
+        param.mul_(1 - a)
+        param.add_(grad * (-a * scaling))
     elif grad.layout is torch.strided:  # rounds alike whatever the strides, unlike add_
-        param.addcmul_(grad, grad.new_ones(()), value=weight)
+        one = one_like(param)
+        param.addcmul_(param, one, value=-a)  # (in half the time of mul_, which wraps its factor)
+        param.addcmul_(grad, one, value=-a * scaling)
     else:
-        param.add_(grad, alpha=weight)
+        param.mul_(1 - a)
+        param.add_(grad, alpha=-a * scaling)
 
 
 def interpolate_(param: Tensor, start: Tensor, end: Tensor, a: float | Tensor) -> None:

@@ -40,6 +40,18 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in _PLAIN and x.is_cpu
 
 
+_ONES = {
+    dtype: torch.ones((), dtype=dtype, device="cpu")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
+def one_like(x: Tensor) -> Tensor:
+    """A tensor of one 1 that operators take together with `x`; for the CPU it is there already."""
+    is_known = is_plain(x) and x.dtype in _ONES and not torch.compiler.is_compiling()
+    return _ONES[x.dtype] if is_known else x.new_ones(())
+
+
 def in_blocks(x: Tensor) -> bool:
     """Whether to go by pieces and to read values: a plain CPU tensor, in eager mode.
 

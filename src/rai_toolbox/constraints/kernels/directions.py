@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rai_toolbox import foreach
+from rai_toolbox._torch import foreach_sign_
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, in_blocks, in_groups, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norm,
@@ -26,7 +27,11 @@ from rai_toolbox.constraints.kernels.norms import (
 )
 from rai_toolbox.constraints.sharding import is_sharded, local_of, local_part
 
-_SMALL = 2**12  # elements up to which signs are faster in a stack
+_SMALL = 2**12  # elements up to which one look for NaN is for many tensors
+_LARGEST = {
+    dtype: torch.full((), torch.finfo(dtype).max, dtype=dtype, device="cpu")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 _CHUNK = 2**12  # entries whose squares are summed in float32: right to about 1e-6
 
 
@@ -44,29 +49,37 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    elif len(tensors) == 1 and tensors[0].numel() <= BLOCK and in_blocks(tensors[0]):
-        _sign_known_(tensors[0])  # as below, in fewer calls
-    elif in_blocks(tensors[0]):
-        others = []
+    elif not in_blocks(tensors[0]):
+        _lift_and_clamp_(tensors)
+    elif len(tensors) == 1:
+        _sign_plain_(tensors[0])
+    else:
+        alike: dict[torch.Size, list[Tensor]] = {}
         for tensor in tensors:
-            if _SMALL < tensor.numel() <= GROUP:
-                _sign_known_(tensor)
-            else:
-                others.append(tensor)
-        if others:
-            in_groups(others, _sign_known_)
-    else:
-        _sign_any_(tensors)
+            if not is_plain(tensor):
+                _lift_and_clamp_([tensor])
+            elif tensor.numel() > _SMALL:
+                _sign_plain_(tensor)
+            elif tensor.numel() > 0:
+                alike.setdefault(tensor.shape, []).append(tensor)
+        for shape, some in alike.items():
+            for chunk in foreach.in_chunks(some, BLOCK // shape.numel()):
+                _sign_small_(chunk)
 
 
-def _sign_known_(x: Tensor) -> None:
-    if isfinite(x.sum().item()):  # else there may be a NaN, which `torch.sign` would hide
-        x.sign_()
-    else:
-        _sign_any_([x])
+def _sign_plain_(x: Tensor) -> None:
+    largest = torch.finfo(x.dtype).max  # as below, in two passes
+    x.addcmul_(x, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
 
 
-def _sign_any_(tensors: list[Tensor]) -> None:
+def _sign_small_(tensors: list[Tensor]) -> None:
+    if isfinite(torch.stack(tensors).sum().item()):
+        foreach_sign_(tensors)
+    else:  # there may be a NaN, which `torch.sign` would hide
+        _lift_and_clamp_(tensors)
+
+
+def _lift_and_clamp_(tensors: list[Tensor]) -> None:
     # two factors lift even the smallest subnormal number of any dtype beyond 1
     largest = torch.finfo(tensors[0].dtype).max
     foreach.mul_(tensors, largest)
