@@ -49,8 +49,8 @@ def uniform_like_l1_n_ball_(
     >>> import torch
     >>> from rai_toolbox.perturbations import uniform_like_l1_n_ball_
     >>> x = uniform_like_l1_n_ball_(torch.empty(4, 9), 2.0, generator=torch.manual_seed(0))
-    >>> bool((x.abs().sum(1) <= 2.0).all())
-    True
+    >>> x.abs().sum(1)
+    tensor([1.8678, 1.7477, 1.6216, 1.9026])
     """
     return _fill_(x, L1Ball, epsilon, param_ndim, generator)
 
@@ -71,8 +71,8 @@ def uniform_like_l2_n_ball_(
     >>> import torch
     >>> from rai_toolbox.perturbations import uniform_like_l2_n_ball_
     >>> x = uniform_like_l2_n_ball_(torch.empty(4, 9), 2.0, generator=torch.manual_seed(0))
-    >>> bool((x.norm(dim=1) <= 2.0).all())
-    True
+    >>> x.norm(dim=1)
+    tensor([1.9933, 1.9247, 1.8344, 1.9817])
     """
     return _fill_(x, L2Ball, epsilon, param_ndim, generator)
 
@@ -92,8 +92,8 @@ def uniform_like_linf_n_ball_(
     >>> import torch
     >>> from rai_toolbox.perturbations import uniform_like_linf_n_ball_
     >>> x = uniform_like_linf_n_ball_(torch.empty(4, 9), 2.0, generator=torch.manual_seed(0))
-    >>> bool((x.abs() <= 2.0).all())
-    True
+    >>> x.abs().amax(1)
+    tensor([1.8802, 1.2928, 1.5611, 1.6700])
     """
     return _fill_(x, LinfBall, epsilon, param_ndim, generator)
 
