@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from rai_toolbox import _torch
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.optim import LinfProjectedOptim, ProjectedOptimizer, SignedGradientOptim
 from rai_toolbox.perturbations.losses import is_fooled
@@ -580,3 +581,13 @@ def test_a_step_may_differentiate():
         target=0.0, optimizer=Decaying, lr=1.0, steps=2, use_best=False,
     )  # fmt: skip
     assert found.tolist() == [0.375, 0.375]
+
+
+def test_gradients_are_the_same_where_torch_has_no_such_engine(monkeypatch):
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3), torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    search = {"model": net, "data": x, "target": y, "optimizer": SGD, "lr": 0.1, "steps": 3}
+    found = gradient_ascent(**search)
+    monkeypatch.setattr(_torch, "_run_backward", None)
+    for one, other in zip(found, gradient_ascent(**search), strict=True):
+        assert torch.equal(one, other)

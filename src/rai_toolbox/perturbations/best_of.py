@@ -56,25 +56,25 @@ class BestOf:
     ) -> None:
         """Take over the best of some trials, as updates by one after the other would."""
         self.last_cost = costs[-1]
-        cost = torch.stack([self.cost.to(costs[0].dtype), *costs])
+        cost = torch.stack([self.cost.to(costs[0].dtype), *costs])  # in the first row the best yet
         success = torch.stack([self.success, *successes])
         tensors = [
             torch.stack(each) if len(each) > 1 else each[0].detach().unsqueeze(0)
             for each in zip(*trials, strict=True)
         ]
-        number = torch.full_like(
-            self.success, len(trials), dtype=torch.long
-        )  # 0 is the best so far
         if self.best:
-            whole = torch.ones_like(success)  # no NaN is kept, whatever the model predicts for it
-            for tensor in tensors:
-                entries = tensor.unsqueeze(-1).flatten(cost.ndim)
-                whole[1:] &= ~entries.sum(-1).isnan()
-            success &= whole
-            rank = whole * (1 + 2 * success + ~cost.isnan())
+            # no NaN is kept, whatever the model predicts for it
+            spoilt = [each.unsqueeze(-1).flatten(cost.ndim).sum(-1).isnan() for each in tensors]
+            for each in spoilt:
+                success[1:].masked_fill_(each, False)
+            rank = 2 * success + (cost == cost)  # (NaN does not equal itself)
+            for each in spoilt:
+                rank[1:].masked_fill_(each, 0)
             top = rank == rank.amax(0)
             least = cost.where(top, torch.inf).amin(0)
-            number = (top & ~(cost > least)).byte().argmax(0)  # the first one of these
+            number = ((cost > least) < top).byte().argmax(0)  # the first one that is on top
+        else:
+            number = torch.full_like(self.success, len(trials), dtype=torch.long)
         if self.stop:
             number = torch.where(success.any(0), success.byte().argmax(0), number)
         at = number.unsqueeze(0)
