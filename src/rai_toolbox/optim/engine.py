@@ -256,9 +256,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
-            for each in (SCALE, SHIFT):
-                if group[each.setting] != NEUTRAL[each.setting]:
-                    active.append(each)
+            if group["grad_scale"] != 1:
+                active.append(SCALE)
+            if group["grad_bias"] != 0:
+                active.append(SHIFT)
             by_parts = all(each.by_parts(group) for each in active)
             if not by_parts:
                 move_ = None
