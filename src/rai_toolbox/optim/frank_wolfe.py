@@ -202,10 +202,10 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         """
         if type(self) is not FrankWolfe or "step" in self.__dict__ or has_own_step_hooks(self):
             return False
-        if any(group["constraint"] is not None for group in self.param_groups):
-            return False
         for group in self.param_groups:
             self._check_before_step(group)
+            if group["constraint"] is not None:
+                return False
         return True
 
     def move_(self, params: list[Tensor], group: Group) -> None:
@@ -213,7 +213,7 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         if is_zero_on_host(group["lr"]):
             for param in params:
                 self._started(param, group)
-        elif len(params) > 1 and type(group["lr"]) is float and _are_alike(params):
+        elif len(params) > 1 and not isinstance(group["lr"], Tensor) and _are_alike(params):
             for part in cache_sized(params, _TOGETHER):
                 self._move_together_(params[part], group)
         else:
