@@ -15,7 +15,7 @@ from rai_toolbox import foreach
 from rai_toolbox._torch import foreach_sign_
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norm,
@@ -71,8 +71,10 @@ def _sign_alike_(tensors: list[Tensor]) -> None:
 
 
 def _sign_plain_(x: Tensor) -> None:
-    largest = torch.finfo(x.dtype).max  # as below, in two passes
-    x.addcmul_(x, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
+    largest = torch.finfo(x.dtype).max  # as below, in two passes, with what fits the cache
+    is_large = x.numel() > GROUP and x.is_contiguous()
+    for part in x.view(-1).split(MANY) if is_large else [x]:
+        part.addcmul_(part, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
 
 
 def _sign_small_(tensors: list[Tensor]) -> None:
