@@ -158,6 +158,7 @@ def backward(loss: Tensor, scale: Tensor, inputs: Sequence[Tensor]) -> None:
 # Operators on lists of tensors
 
 foreach_add_: Callable[..., Any] = torch._foreach_add_
+foreach_addcmul_: Callable[..., Any] = torch._foreach_addcmul_
 foreach_clamp_max_: Callable[..., Any] = torch._foreach_clamp_max_
 foreach_clamp_min_: Callable[..., Any] = torch._foreach_clamp_min_
 foreach_copy_: Callable[..., Any] = torch._foreach_copy_

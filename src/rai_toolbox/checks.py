@@ -38,6 +38,8 @@ def check_number(
     name: str, value: object, least: float = -inf, finite: bool = False, kind: str = "a number"
 ) -> float:
     """Return `value` if it is a real number, not NaN, >= `least`, and finite if asked."""
+    if type(value) is float and least <= value < inf:  # the usual case, fast
+        return value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be {kind}, got {value!r}")
     try:

@@ -152,6 +152,18 @@ def test_sign_at_the_ends_of_the_range(dtype):
     assert x.tolist() == [1] * 7 + [-1] * 7
 
 
+@pytest.mark.parametrize("strides", ["dense", "transposed"])
+def test_signs_of_a_tensor_beyond_the_cache(strides):
+    x = torch.ones(3, 2**19)
+    x[0, 5], x[1, 7], x[2, -1], x[2, -2] = torch.nan, 0.0, -1e-45, 3e38
+    expected = x.sign()
+    expected[0, 5] = torch.nan
+    if strides == "transposed":
+        x, expected = x.t(), expected.t()
+    sign_([x])
+    assert torch.equal(x.nan_to_num(7), expected.nan_to_num(7))
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_sign_of_complex_numbers(dtype):
     info = torch.finfo(dtype)

@@ -262,17 +262,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
-            for each in (SCALE, SHIFT):
-                if group[each.setting] != NEUTRAL[each.setting]:
-                    active.append(each)
-            by_parts = all(each.by_parts(group) for each in active)
+            if group["grad_scale"] != 1:
+                active.append(SCALE)
+            if group["grad_bias"] != 0:
+                active.append(SHIFT)
+            by_parts = True
+            for each in active:
+                by_parts = by_parts and each.by_parts(group)
             if not by_parts:
                 move_ = None
             if active or move_ is not None:
                 todo.append((active, by_parts, *self._gradients(group, active, seen), group))
         for active, by_parts, params, grads, sharing, group in todo:  # all have been checked
-            apart = by_parts and len(params) > 1 and (move_ is not None or len(active) > 1)
-            for part in cache_sized(grads) if apart else [slice(None)]:
+            several = len(params) > 1 and (move_ is not None or len(active) > 1)
+            in_cache = several and by_parts and grads[0].is_cpu
+            for part in cache_sized(grads) if in_cache else [slice(None)]:
                 for transform in active if params else ():
                     transform.apply_(grads[part], params[part], group, self)
                 if move_ is not None:

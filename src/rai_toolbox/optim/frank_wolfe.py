@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox import checks
-from rai_toolbox._torch import get_value, has_own_step_hooks
+from rai_toolbox import checks, foreach
+from rai_toolbox._torch import foreach_addcmul_, get_value, has_own_step_hooks
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import one_like, widened
 from rai_toolbox.constraints.sharding import complete
+from rai_toolbox.foreach import cache_sized
 from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
 from rai_toolbox.optim.own_step import OwnStepOptimizer, as_batches, check_lr_value, evaluated
 from rai_toolbox.optim.settings import TINY, check_constraint, is_zero_on_host
@@ -23,6 +24,8 @@ from rai_toolbox.optim.wrapper import Group, Params
 # The factors by which the line search lowers and raises the smoothness (Pedregosa et al., 2020).
 _DECREASE, _INCREASE = 0.9, 2.0
 _MOST_TRIALS = 40
+
+_TOGETHER = 2**16  # elements that are moved together
 
 
 class FrankWolfe(Constrained, OwnStepOptimizer):
@@ -199,21 +202,37 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         """
         if type(self) is not FrankWolfe or "step" in self.__dict__ or has_own_step_hooks(self):
             return False
-        if any(group["constraint"] is not None for group in self.param_groups):
-            return False
         for group in self.param_groups:
             self._check_before_step(group)
+            if group["constraint"] is not None:
+                return False
         return True
 
-    def move_(self, params: Iterable[Tensor], group: Group) -> None:
+    def move_(self, params: list[Tensor], group: Group) -> None:
         """Step some parameters of a group that has no constraint, all of which have gradients."""
-        moves = not is_zero_on_host(group["lr"])
-        scaling = group["lmo_scaling_factor"]
+        if is_zero_on_host(group["lr"]):
+            for param in params:
+                self._started(param, group)
+        elif len(params) > 1 and not isinstance(group["lr"], Tensor) and _are_alike(params):
+            for part in cache_sized(params, _TOGETHER):
+                self._move_together_(params[part], group)
+        else:
+            for param in params:
+                step = self._started(param, group)["step"]
+                _add_(param, _fraction(get_value(step), group), group["lmo_scaling_factor"])
+                step.add_(one_like(step))  # (a number would be made a tensor each time)
+
+    def _move_together_(self, params: list[Tensor], group: Group) -> None:
+        by_count: dict[float, list[Tensor]] = {}
         for param in params:
             step = self._started(param, group)["step"]
-            if moves:
-                _add_(param, _scheduled(step, group), scaling)
-                step.add_(one_like(step))  # (a number would be made a tensor each time)
+            by_count.setdefault(step.item(), []).append(param)
+            step.add_(one_like(step))
+        for count, some in by_count.items():  # as `_add_`
+            a, ones = _fraction(count, group), [one_like(some[0])] * len(some)
+            weight, grads = -a * group["lmo_scaling_factor"], [param.grad for param in some]
+            foreach_addcmul_(some, some, ones, value=-a)
+            foreach_addcmul_(some, grads, ones, value=weight)
 
     def _step_group_(self, group: Group) -> None:
         constraint = group["constraint"]
@@ -222,11 +241,11 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
             return
         for param, step in self._moving(group):
             if constraint is None:
-                _add_(param, _scheduled(step, group), group["lmo_scaling_factor"])
+                _add_(param, _fraction(get_value(step), group), group["lmo_scaling_factor"])
             elif group["smoothness"] is None:
                 x, direction = self._directed(param, group)
                 end = constraint.lmo(direction).to(x.dtype)
-                interpolate_(param, x, end, _scheduled(step, group))
+                interpolate_(param, x, end, _fraction(get_value(step), group))
             else:
                 _Segment(param, group).take_short_step_()
             step += 1
@@ -307,12 +326,20 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
 # Steps
 
 
-def _scheduled(step: Tensor, group: Group) -> float | Tensor:
+def _fraction(done: Any, group: Group) -> float | Tensor:
+    """The step size after so many steps: a number, and one or a tensor while a compiler traces."""
     lr: float | Tensor = group["lr"]
     if not group["use_default_lr_schedule"]:
         return lr
-    total, smallest = lr + get_value(step), group["div_by_zero_eps"]
+    total, smallest = lr + done, group["div_by_zero_eps"]
     return lr / (total.clamp(min=smallest) if isinstance(total, Tensor) else max(total, smallest))
+
+
+def _are_alike(params: list[Tensor]) -> bool:
+    """Whether parameters and gradients are plain dense tensors of one dtype, on the CPU."""
+    both: list[Any] = [*params, *(param.grad for param in params)]
+    kinds = {(x.dtype, x.layout, x.is_cpu) for x in both}
+    return kinds == {(params[0].dtype, torch.strided, True)} and foreach.are_plain(both)
 
 
 def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:

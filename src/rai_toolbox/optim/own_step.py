@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rai_toolbox._torch import not_compiled, profile_hook_step, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim
-from rai_toolbox.checks import as_plain, check_finite
+from rai_toolbox.checks import as_plain, check_number
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim import settings
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
@@ -143,7 +143,7 @@ def check_lr_value(name: str, lr: Any) -> float | None:
         if torch.compiler.is_compiling() or lr.device.type != "cpu":
             return None
         lr = lr.item()
-    return check_finite(name, lr)
+    return check_number(name, lr, 0, finite=True)
 
 
 def as_batches(

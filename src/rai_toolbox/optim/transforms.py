@@ -122,14 +122,7 @@ class Sign(_Elementwise):
     """``g / |g|``, with 0 -> 0."""
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        if len(tensors) == 1:
-            directions.sign_(tensors)
-            return
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for some in alike.values():
-            directions.sign_(some)
+        directions.sign_(tensors)
 
 
 class Clamp(_Elementwise):

@@ -122,11 +122,12 @@ def in_groups(
     """
     if not tensors:  # (all may be sharded)
         return
-    plain = in_blocks(tensors[0]) and not torch.is_grad_enabled()
-    if len(tensors) == 1 and not (plain and act_each_ and tensors[0].numel() > BLOCK // 2):
-        _in_parts(tensors[0], act_, shape_of(tensors[0].shape))
+    x, alone = tensors[0], len(tensors) == 1
+    if alone and (x.numel() <= BLOCK // 2 or not act_each_):
+        _in_parts(x, act_, shape_of(x.shape))
         return
-    joins = plain and len(tensors) > 1
+    plain = in_blocks(x) and not torch.is_grad_enabled()
+    joins = plain and not alone
     alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
     large = []
     for x in tensors:

@@ -15,7 +15,7 @@ from rai_toolbox import foreach
 from rai_toolbox._torch import foreach_sign_
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.box import clamp_
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norm,
@@ -36,11 +36,22 @@ _CHUNK = 2**12  # entries whose squares are summed in float32: right to about 1e
 
 
 def sign_(tensors: list[Tensor]) -> None:
-    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0.
+    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0."""
+    if len(tensors) == 1:
+        _sign_alike_(tensors)
+        return
+    alike: dict[tuple[object, ...], list[Tensor]] = {}
+    for x in tensors:
+        kind = (x.dtype, x.shape) if x.is_cpu else (x.dtype, x.device)
+        alike.setdefault(kind, []).append(x)
+    for some in alike.values():
+        _sign_alike_(some)
 
-    The tensors are of one device and dtype.
-    """
-    if tensors[0].is_complex():
+
+def _sign_alike_(tensors: list[Tensor]) -> None:
+    """Of tensors of one device and dtype, and of one shape on the CPU."""
+    x, number = tensors[0], len(tensors)
+    if x.is_complex():
         for tensor in tensors:
             _sign_complex_(tensor)
     elif torch.is_grad_enabled():  # a derivative of 0 everywhere, at 0 too
@@ -49,27 +60,21 @@ def sign_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    elif not in_blocks(tensors[0]):
+    elif not (in_blocks(x) and (number == 1 or foreach.are_plain(tensors))):
         _lift_and_clamp_(tensors)
-    elif len(tensors) == 1:
-        _sign_plain_(tensors[0])
-    else:
-        alike: dict[torch.Size, list[Tensor]] = {}
+    elif number == 1 or x.numel() > _SMALL:
         for tensor in tensors:
-            if not is_plain(tensor):
-                _lift_and_clamp_([tensor])
-            elif tensor.numel() > _SMALL:
-                _sign_plain_(tensor)
-            elif tensor.numel() > 0:
-                alike.setdefault(tensor.shape, []).append(tensor)
-        for shape, some in alike.items():
-            for chunk in foreach.in_chunks(some, BLOCK // shape.numel()):
-                _sign_small_(chunk)
+            _sign_plain_(tensor)
+    elif x.numel() > 0:
+        for chunk in foreach.in_chunks(tensors, BLOCK // x.numel()):
+            _sign_small_(chunk)
 
 
 def _sign_plain_(x: Tensor) -> None:
-    largest = torch.finfo(x.dtype).max  # as below, in two passes
-    x.addcmul_(x, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
+    largest = torch.finfo(x.dtype).max  # as below, in two passes, with what fits the cache
+    is_large = x.numel() > GROUP and x.is_contiguous()
+    for part in x.view(-1).split(MANY) if is_large else [x]:
+        part.addcmul_(part, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
 
 
 def _sign_small_(tensors: list[Tensor]) -> None:
