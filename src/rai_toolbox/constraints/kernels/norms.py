@@ -115,12 +115,17 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
         length: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
         return length
     width = math.ceil(size / math.ceil(size / chunk))
-    whole, rows = size // width * width, x.view(-1, size)
-    roots = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
-    if whole < size:
+    whole = size // width * width
+    if whole == size:
+        roots = vector_norm(x.view(-1, width), 2, 1, dtype=dtype).view(len(x), -1)
+    else:
+        rows = x.view(-1, size)
+        roots = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
         rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
         roots = torch.cat([roots, rest], 1)
-    length = vector_norm(roots, 2, 1, dtype=torch.float64).to(dtype)
+    # (nine more roundings are allowed for)
+    length = vector_norm(roots, 2, 1, dtype=dtype if roots.shape[1] <= 8 else torch.float64)
+    length = length.to(dtype)
     return length.view(-1, *(1,) * (x.ndim - 1))
 
 
