@@ -136,15 +136,16 @@ def wide_norms(batches: list[Tensor], p: float) -> Tensor:
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
     """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
-    size = batches[0].shape[1:].numel()
-    height = 2 * BLOCK // size
-    memory = batches[0].new_empty(height, size)
-    parts = (
-        torch.mul(x, y, out=memory[: len(x)]).sum(1)
-        for pair in zip(batches, others, strict=True)
-        for x, y in zip(*(each.view(-1, size).split(height) for each in pair), strict=True)
-    )
-    return torch.cat(list(parts))
+    size, products = batches[0].shape[1:].numel(), []
+    height = _WIDE // size
+    memory = batches[0].new_empty(min(height, max(map(len, batches))), size)
+    for x, y in zip(batches, others, strict=True):
+        rows, by = x.view(-1, size), y.view(-1, size)
+        parts = [(rows, by)]
+        if len(x) > height:
+            parts = list(zip(rows.split(height), by.split(height), strict=True))
+        products += [torch.mul(x, y, out=memory[: len(x)]).sum(1) for x, y in parts]
+    return torch.cat(products)
 
 
 def for_each(of_rows: Tensor, batches: list[Tensor]) -> list[Tensor]:
