@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rai_toolbox.constraints import L2Ball, MaxNorm, Simplex, UnitNorm
+from rai_toolbox.constraints import L2Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.constraints.kernels.directions import normalize_, sign_
 from rai_toolbox.optim import ProjectedOptimizer
@@ -184,6 +184,27 @@ def test_large_batches_together_on_spheres(dtype):
         assert torch.equal(UnitNorm().project(y).nan_to_num(), y.nan_to_num())
         finite = x.isfinite().flatten(1).all(1)
         assert torch.equal(y.isnan().flatten(1).any(1), ~finite)
+
+
+@pytest.mark.parametrize(("least", "most"), [(2.0, 3.0), (1e-12, 1e-3), (1.0, 1e30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_batches_between_two_norms(dtype, least, most):
+    """Also rows whose factor the dtype does not hold, which are scaled twice."""
+    constraint = MinMaxNorm(least, most)
+    together = [rows(dtype), rows(dtype).flip(0)]
+    start = together[0].clone()
+    with torch.no_grad():
+        constraint.project_each_(together)
+    found = together[0]
+    assert torch.equal(found.nan_to_num(), together[1].flip(0).nan_to_num())
+    assert (constraint.violation(found).nan_to_num(0.0) == 0).all()
+    assert torch.equal(constraint.project(found).nan_to_num(), found.nan_to_num())
+    inside = constraint.violation(start) == 0
+    assert torch.equal(found[inside], start[inside])
+    rounding = 4 * torch.finfo(dtype).eps
+    exact = constraint.project(start.double()).float()
+    small = torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close(found.float(), exact, rtol=rounding, atol=small, equal_nan=True)
 
 
 @pytest.mark.parametrize("settings", [{}, {"averaging": 0.5}, {"maximize": True}], ids=str)

@@ -98,11 +98,12 @@ class GradientMapping(OfSet):
         if group.get(self.steps_taken, 0) < group.get(self.warmup, 0):
             return
         large: list[tuple[Tensor, ...]] = []
+        judges = self._judges_rows(group)
         for grad, param, average in zip(tensors, params, averages, strict=True):
             x, _ = batch_in(param, group, self.param_ndim)
             view, copied = batch_in(grad, group, self.param_ndim)
             batches = (view, x) if average is None else (view, x, average.reshape(x.shape))
-            if view.numel() > BLOCK // 2 and not copied and self._judges_rows(batches, group):
+            if judges and not copied and _are_summed_fast(batches):
                 large.append(batches)
                 continue
             self.map_(view, x, average, group)
@@ -114,17 +115,14 @@ class GradientMapping(OfSet):
                 for grad, x, *others in zip(*piece, strict=True):
                     self.map_(grad, x, others[0] if others else None, group)
 
-    def _judges_rows(self, batches: Sequence[Tensor], group: Group) -> bool:
-        """Whether `_map_rows_` takes a gradient, its parameter, and an average."""
+    def _judges_rows(self, group: Group) -> bool:
+        """Whether `_map_rows_` fits the settings of a group."""
         as_it_is = group.get(self.grad_scale, 1.0) == 1.0 and group.get(self.grad_bias, 0.0) == 0.0
         return (
             as_it_is
             and self._decay(group) == 0.0
             and self.set_of(group)._dims is None
             and issubclass(self.inner, ELEMENTWISE)
-            and {batch.dtype for batch in batches} == {torch.float32}
-            and sums_fast(batches, EXACT_CHUNK)
-            and not needs_grad(*batches)
         )
 
     def _map_rows_(
@@ -326,6 +324,16 @@ def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float)
     averages = None if m is None or m is gradient else [m.contiguous()]
     found = _row_steps([x], [gradient], averages, reach)
     return None if found is None else for_each(found[0].to(x.dtype), [x])[0]
+
+
+def _are_summed_fast(batches: Sequence[Tensor]) -> bool:
+    """Whether norms and products of a gradient, its parameter, and an average are for float32."""
+    return (
+        batches[0].numel() > BLOCK // 2
+        and all(batch.dtype == torch.float32 for batch in batches)
+        and sums_fast(batches, EXACT_CHUNK)
+        and not needs_grad(*batches)
+    )
 
 
 def _beyond(factor: Tensor, error: float) -> Tensor:

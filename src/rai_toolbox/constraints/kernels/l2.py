@@ -76,7 +76,7 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
     x, size = batches[0], batches[0].shape[1:].numel()
     error = sum_error(min(size, EXACT_CHUNK))
     # (the error is allowed for twice, so that the next time the result is surely inside)
-    radius = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
+    radius: Any = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
     is_narrow = x.dtype != torch.float64 and radius > LEAST[torch.float32]
     if not (is_narrow and sums_fast(batches, EXACT_CHUNK)):
         radius = _inner_radius(epsilon, x, size, noise(size))
@@ -88,13 +88,17 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
     held, seen, lengths = goal.item(), [], []
     for x in batches:
         length = fast_norm(x, 2, EXACT_CHUNK)
-        longest = length.amax().item()
-        if longest < math.inf and longest > inside:
+        shortest, longest = least_and_most(length)
+        if longest <= inside:
+            continue
+        if not longest < math.inf:  # (with NaN, too)
+            _shrink_(x, epsilon, radius)
+        elif shortest > outside:
+            x.mul_(goal / length)
+        else:
             x.mul_(goal / torch.threshold(length, outside, held))  # by 1, if not outside
             seen.append(x)
             lengths.append(length.view(-1))
-        elif not longest <= inside:  # (with NaN, too)
-            _shrink_(x, epsilon, radius)
     if not lengths:
         return
     # (rows close to the radius, but for some that have been scaled, which stay as they are)

@@ -115,12 +115,17 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
         length: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
         return length
     width = math.ceil(size / math.ceil(size / chunk))
-    whole, rows = size // width * width, x.view(-1, size)
-    roots = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
-    if whole < size:
+    whole = size // width * width
+    if whole == size:
+        roots = vector_norm(x.view(-1, width), 2, 1, dtype=dtype).view(len(x), -1)
+    else:
+        rows = x.view(-1, size)
+        roots = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
         rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
         roots = torch.cat([roots, rest], 1)
-    length = vector_norm(roots, 2, 1, dtype=torch.float64).to(dtype)
+    # (nine more roundings are allowed for)
+    length = vector_norm(roots, 2, 1, dtype=dtype if roots.shape[1] <= 8 else torch.float64)
+    length = length.to(dtype)
     return length.view(-1, *(1,) * (x.ndim - 1))
 
 
@@ -131,15 +136,16 @@ def wide_norms(batches: list[Tensor], p: float) -> Tensor:
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
     """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
-    size = batches[0].shape[1:].numel()
-    height = 2 * BLOCK // size
-    memory = batches[0].new_empty(height, size)
-    parts = (
-        torch.mul(x, y, out=memory[: len(x)]).sum(1)
-        for pair in zip(batches, others, strict=True)
-        for x, y in zip(*(each.view(-1, size).split(height) for each in pair), strict=True)
-    )
-    return torch.cat(list(parts))
+    size, products = batches[0].shape[1:].numel(), []
+    height = _WIDE // size
+    memory = batches[0].new_empty(min(height, max(map(len, batches))), size)
+    for x, y in zip(batches, others, strict=True):
+        rows, by = x.view(-1, size), y.view(-1, size)
+        parts = [(rows, by)]
+        if len(x) > height:
+            parts = list(zip(rows.split(height), by.split(height), strict=True))
+        products += [torch.mul(x, y, out=memory[: len(x)]).sum(1) for x, y in parts]
+    return torch.cat(products)
 
 
 def for_each(of_rows: Tensor, batches: list[Tensor]) -> list[Tensor]:
