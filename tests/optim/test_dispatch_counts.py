@@ -13,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_versions import takes_grad_dtype
 
 from rai_toolbox.constraints import L2Ball
-from rai_toolbox.optim import ClampedParameterOptimizer, ProjectedOptimizer
+from rai_toolbox.optim import (
+    ClampedParameterOptimizer,
+    L1qFrankWolfe,
+    L1qNormedGradientOptim,
+    ProjectedOptimizer,
+    TopQGradientOptimizer,
+)
 
 
 class Operators(TorchDispatchMode):
@@ -303,6 +309,16 @@ def test_rows_of_many_tensors_take_no_more_memory_than_one_of_them(share_outside
         param.grad = -param.detach()
     opt = ProjectedOptimizer(params, SGD, constraint=L2Ball(23.0 - 4 * share_outside), lr=0.05)
     assert most_held(opt) <= 4 * 400 * 400
+
+
+@pytest.mark.parametrize("kind", [TopQGradientOptimizer, L1qNormedGradientOptim, L1qFrankWolfe])
+@pytest.mark.parametrize("shape", [(400, 400), (256, 3, 32, 32)], ids=str)
+def test_a_selection_takes_no_more_memory_than_the_tensor(kind, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    x.grad = torch.randn(shape)
+    settings = {"epsilon": 1.0} if kind is L1qFrankWolfe else {"InnerOpt": SGD}
+    assert most_held(kind([x], q=0.9, lr=0.05, **settings)) <= x.nbytes
 
 
 def test_the_measure_of_memory_sees_what_an_operator_needs_in_passing():

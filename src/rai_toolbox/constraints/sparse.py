@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_non_negative
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, row_halves
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an entry, in bytes
 
@@ -73,12 +73,19 @@ def keep_largest_(rows: Tensor, k: int) -> Tensor:
 
     See `are_largest`. `rows` has the shape (N, n).
     """
+    for half in row_halves(rows):
+        _keep_largest_(half, k)
+    return rows
+
+
+def _keep_largest_(rows: Tensor, k: int) -> None:
     if 0 < k < rows.shape[1] and in_blocks(rows) and not needs_grad(rows):
         order, least = _order_and_least(rows, k)
         smaller = order < least
         if int(smaller.count_nonzero()) == rows.numel() - k * len(rows):  # there are no ties
-            return rows.masked_fill_(smaller, 0.0)
-    return rows.masked_fill_(~are_largest(rows, k), 0.0)
+            rows.masked_fill_(smaller, 0.0)
+            return
+    rows.masked_fill_(~are_largest(rows, k), 0.0)
 
 
 def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,14 @@ def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
         yield slice(start, start + height)
 
 
+def row_halves(x: Tensor) -> tuple[Tensor, ...]:
+    """The two halves of the rows of a large tensor, so that temporaries take half the memory."""
+    if x.numel() <= BLOCK or len(x) < 2 or not in_blocks(x) or needs_grad(x):
+        return (x,)
+    middle = (len(x) + 1) // 2
+    return x[:middle], x[middle:]
+
+
 def joined(batches: list[Tensor], size: int) -> list[list[Tensor]]:
     """Rows of the batches, in lists of up to `size` elements of one dtype and length of rows."""
     pieces: list[list[Tensor]] = []

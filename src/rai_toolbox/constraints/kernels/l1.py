@@ -14,6 +14,7 @@ from rai_toolbox.constraints.kernels.blocks import (
     needs_grad,
     wide_dtype,
 )
+from rai_toolbox.constraints.kernels.norms import least_and_most
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
 from rai_toolbox.constraints.kernels.threshold import lower_, lowered, wide_sum
 
@@ -55,8 +56,11 @@ def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
         values, buffer = memory[: 2 * size].view(2, sum(heights), -1)
         parts = values.split(heights)
         for x, part in zip(piece, parts, strict=True):
-            part.view(x.shape).copy_(x)
-        if _lower_to_ball_(values.abs_(), epsilon, buffer):
+            if x.dtype == dtype:
+                torch.abs(x, out=part.view(x.shape))
+            else:
+                part.view(x.shape).copy_(x).abs_()
+        if _lower_to_ball_(values, epsilon, buffer):
             for x, part in zip(piece, parts, strict=True):
                 nearest = part.view(x.shape)
                 nearest = nearest if x.dtype == dtype else round_down(nearest, x.dtype)
@@ -66,9 +70,10 @@ def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
 def _lower_to_ball_(values: Tensor, epsilon: float | Tensor, buffer: Tensor) -> bool:
     """Lower the magnitudes in rows that are outside; returns False if there are none."""
     rough, error = values.sum(1, keepdim=True), values.shape[1] * torch.finfo(values.dtype).eps
-    if bool((rough * (1 + error) < epsilon).all()):
+    shortest, longest = least_and_most(rough / epsilon)
+    if longest * (1 + error) < 1:
         return False
-    if bool(((rough * (1 - error) > epsilon) & (rough < inf)).all()):
+    if shortest * (1 - error) > 1 and longest < inf:
         lower_(values, _goal(values, epsilon), buffer)
         return True
     length = wide_sum(values)
