@@ -241,6 +241,9 @@ def test_in_l1_few_entries_have_most_of_the_norm():
     window = windows.next(torch.zeros(5, 1, 28, 28), radius, 0.1)  # 9 x 9
     most = window.abs().flatten(1).topk(2).values.sum(1)
     assert (most > 2.5).all() and (window.abs().flatten(1).sum(1) > 4.99).all()
+    table = Windows(torch.Size((64,)), 1.0, seeded())
+    change = table.next(torch.zeros(5, 64), radius, 0.8).abs()
+    assert (change.amax(1) > 4).all() and (change.sum(1) > 4.99).all()
 
 
 def test_each_channel_keeps_the_norm_of_its_windows():

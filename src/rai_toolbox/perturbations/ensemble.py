@@ -37,7 +37,7 @@ from rai_toolbox.perturbations.square import square_attack
 Attacks = Mapping[str, Callable[..., Any]]
 
 WITHOUT_GRADIENTS = (square_attack, difference_attack)
-BLACK_BOX = ("Square", "Diff", "Diff-sign", "Search")
+BLACK_BOX = ("Square", "Diff", "Diff-sign", "Diff-near", "Search")
 """Attacks of ensembles that need no gradients: where they find more, these mislead."""
 
 _STEPS, _TARGETS, _QUERIES, _SAMPLES = 100, 9, 5000, 20  # of the published standard
@@ -312,7 +312,9 @@ def short_ensemble(
     Examples whose gradients are 0 are attacked along estimates of them instead, which are made of
     differences between the outputs at 64 pairs of points ("Diff", for as many steps as there are
     25s in `steps`; "Diff-sign" along their signs), and then by Square from the best point
-    ("Search"). So are all that withstood, where Square finds more than the gradients.
+    ("Search"). In L1 balls these are half as many steps each, the second ones with nearer points
+    in place of signs ("Diff-near"), and twice as many queries. So are all that withstood, where
+    Square finds more than the gradients.
 
     Parameters
     ----------
@@ -350,17 +352,22 @@ def short_ensemble(
         attacks["APGD-CE"] = partial(apgd_ce, steps=-(-steps // 3))
         apgd_t = partial(apgd, rivals=partial(nearest_rivals, number=3))
         attacks["APGD-T"] = partial(apgd_t, steps=-(-steps // 5))
-    rounds = -(-steps // 25)
+    rounds, queries = -(-steps // 25), steps
+    if ball.p == 1:  # signs would use up the norm at entries that do not count
+        rounds, queries = -(-rounds // 2), 2 * steps
+    differences = partial(difference_attack, steps=rounds)
+    if_masked: dict[str, Callable[..., Any]] = {"Diff": partial(differences, width=3.0)}
+    if ball.p == 1:
+        if_masked["Diff-near"] = partial(differences, width=1.5)
+    else:
+        if_masked["Diff-sign"] = partial(differences, width=1.5, signs=True)
+    if_masked["Search"] = partial(square_attack, queries=queries)
     return ensemble(
         model,
         data,
         target,
         attacks=attacks | {"Square": partial(square_attack, queries=-(-steps // 2))},
-        if_masked={
-            "Diff": partial(difference_attack, steps=rounds, width=3.0),
-            "Diff-sign": partial(difference_attack, steps=rounds, width=1.5, signs=True),
-            "Search": partial(square_attack, queries=steps),
-        },
+        if_masked=if_masked,
         ball=ball,
         data_range=data_range,
         criterion=criterion,

@@ -15,6 +15,8 @@ from torch import Generator, Tensor
 
 from rai_toolbox.constraints.sampling import uniform
 
+# How steeply patterns fall: in an L1 ball a few entries are to have most of the norm.
+_IMAGE_FALLS, _TABLE_FALLS = {2.0: 2, 1.0: 4}, {2.0: 0, 1.0: 4}
 _FIRST_SHARE = 0.8
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
@@ -87,8 +89,10 @@ class Windows:
         if self.p == inf:
             new = _put(rows, window, radius * signs)
         else:
-            pattern = torch.ones((), device=rows.device)
-            if not self.is_table:
+            if self.is_table:
+                terms = _terms(size[1], _TABLE_FALLS[self.p])
+                pattern = (terms / _norm(terms, self.p, (0,))).to(rows.device)
+            else:
                 pattern = _pattern(*size, self.p, rows.device)
                 if size[0] == size[1] and bool(self._draw(pattern[:1, :1]) < 0.5):
                     pattern = pattern.T
@@ -173,13 +177,15 @@ def _pattern(height: int, width: int, p: float, device: torch.device) -> Tensor:
 
 
 def _hill(height: int, width: int, p: float) -> Tensor:
-    """Sums over the squares around the center that hold a point, k = 1, 2, ...; of norm 1.
-
-    Of 1/k^2; in an L1 ball of 1/k^4, so that a few entries have most of the norm.
-    """
+    """Sums of terms over the squares around the center that hold a point, of norm 1."""
     down = (torch.arange(height) - height // 2).abs()
     along = (torch.arange(width) - width // 2).abs()
     squares = max(height, width) // 2 + 1
-    sums = torch.arange(1, squares + 1).double().pow(-4 if p == 1 else -2).flip(0).cumsum(0).flip(0)
-    hill = sums[torch.maximum(down.unsqueeze(1), along)].float()
+    sums = _terms(squares, _IMAGE_FALLS[p]).flip(0).cumsum(0).flip(0)
+    hill = sums[torch.maximum(down.unsqueeze(1), along)]
     return hill / _norm(hill, p, (0, 1)) if height else hill
+
+
+def _terms(number: int, power: int) -> Tensor:
+    """1, 1/2^power, 1/3^power, ..., of this number."""
+    return torch.arange(1, number + 1, dtype=torch.float64).pow(-power).float()
