@@ -188,6 +188,11 @@ function_transforms_active: Callable[[], bool] = getattr(
 )
 """Whether tensors may be wrapped by `torch.func`."""
 
+dispatch_modes_active: Callable[[], object] = getattr(
+    torch._C, "_len_torch_dispatch_stack", lambda: True
+)
+"""Whether a `TorchDispatchMode` sees each operator."""
+
 forward_ad_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
 """Level of forward-mode AD that tensors may be duals of; -1 outside of any."""
 

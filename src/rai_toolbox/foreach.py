@@ -62,3 +62,11 @@ def add_(tensors: list[Tensor], term: float) -> None:
     else:
         for tensor in tensors:
             tensor.add_(term)
+
+
+def add_multiples_(tensors: list[Tensor], others: list[Tensor], factor: float) -> None:
+    """Add a multiple of another tensor to every tensor, in place."""
+    if len(tensors) == 1:
+        tensors[0].add_(others[0], alpha=factor)
+    elif tensors:
+        foreach_add_(tensors, others, alpha=factor)

@@ -7,8 +7,10 @@ import torch
 from bitwise import same_bits
 from engine_cases import unbounded
 from test_dispatch_counts import operators
+from torch.autograd import forward_ad
 from torch.optim import SGD
 
+from rai_toolbox.optim import ParamTransformingOptimizer
 from rai_toolbox.optim import sgd as module
 
 SETTINGS = [
@@ -92,22 +94,28 @@ def test_what_rounds_otherwise_is_not_fused(monkeypatch):
     assert "_fused_sgd_" not in operators(unbounded(alone(*LARGE), SGD, lr=0.1, momentum=0.9))
 
 
-def test_the_trial_sees_one_bit(monkeypatch):
+@pytest.mark.parametrize("changed", [3, -3], ids=["short", "long"])
+def test_the_trial_sees_one_bit(monkeypatch, changed):
     plain = module.sgd
 
     def otherwise(params, *args, fused, **settings):
         plain(params, *args, fused=False, **settings)
         if fused:
-            params[-1][-1].nextafter_(torch.tensor(torch.inf))
+            last = [x for x in params if (len(x) > 8) == (changed < 0)][-1]
+            last[changed].nextafter_(torch.tensor(torch.inf))
 
-    trial = module._rounds_alike.__wrapped__
+    assert module._trial(torch.float32)
     monkeypatch.setattr(module, "sgd", otherwise)
-    assert not trial(torch.float32)
+    assert not module._trial(torch.float32)
 
 
-def test_the_trial_leaves_random_numbers_alone():
+def test_the_trial_is_seen_by_nobody(monkeypatch):
+    monkeypatch.setattr(module, "_FOUND", {})
+    opt = unbounded(alone(*LARGE), SGD, lr=0.1, momentum=0.9)
     before = torch.get_rng_state()
-    module._rounds_alike.__wrapped__(torch.float64)
+    assert operators(opt) == ["mul_", "add_", "add_", "clamp_"]  # under a mode: without a trial
+    opt.step()
+    assert module._FOUND.keys() == {torch.float32}
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -128,6 +136,128 @@ def test_sparse_and_complex_gradients_have_the_bits_of_torch():
     ours, theirs = make(), make()
     for _ in range(3):
         with torch.no_grad():
-            module.step_sgd(SGD(ours, lr=0.1), SGD.step)
+            module.step_sgd(SGD(ours, lr=0.1))
         SGD(theirs, lr=0.1).step()
     assert same_bits([x.detach() for x in ours], [x.detach() for x in theirs])
+
+
+# What the kernels for lists, and the fused one, do not check
+
+LONG = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+
+
+def wrapped(params, **settings):
+    return ParamTransformingOptimizer(params, SGD, **settings)
+
+
+def tensor(*shape, value=1.0):
+    x = torch.full(shape, value).requires_grad_()
+    x.grad = torch.full(shape, 0.5)
+    return x
+
+
+def test_autograd_sees_that_a_saved_parameter_has_changed():
+    x, y = tensor(8), tensor(8)
+    loss = (x * y).sum()
+    loss.backward(retain_graph=True)
+    wrapped([x], lr=0.1, weight_decay=0.01).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("size", [65, 128])  # (a smaller one is written beyond its end)
+def test_a_buffer_of_another_shape_is_an_error(size):
+    x = tensor(64)
+    opt = wrapped([x], **LONG)
+    opt.step()
+    opt.state[x]["momentum_buffer"] = torch.ones(size)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        opt.step()
+
+
+def test_forward_derivatives_go_through_a_step():
+    x = tensor(8)
+    opt = wrapped([x], lr=0.1, weight_decay=0.01)
+    with forward_ad.dual_level():
+        x.grad = forward_ad.make_dual(torch.ones(8), torch.ones(8))
+        opt.step()
+        tangent = forward_ad.unpack_dual(x).tangent
+    assert torch.allclose(tangent, torch.full((8,), -0.1))
+
+
+def test_a_prehook_may_add_a_closure():
+    calls = []
+    opt = wrapped([tensor(8)], lr=0.1)
+    opt.inner_opt.register_step_pre_hook(
+        lambda opt, args, kwargs: ((*args, lambda: calls.append(1)), kwargs)
+    )
+    opt.step()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("settings", [{"nesterov": 1, "momentum": 0.9}, {"maximize": 1}])
+def test_flags_may_be_any_true_value(settings):
+    ours, theirs = tensor(8), tensor(8)
+    opt, bare = wrapped([ours], lr=0.1, **settings), SGD([theirs], lr=0.1, **settings)
+    for _ in range(3):
+        opt.step()
+        bare.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_a_number_beyond_the_dtype_is_an_error():
+    with pytest.raises(RuntimeError, match="without overflow"):
+        wrapped([tensor(8)], lr=1e39, weight_decay=0.01).step()
+
+
+def test_negative_zero_stays_with_an_integer_lr_of_zero():
+    ours, theirs = tensor(8, value=-0.0), tensor(8, value=-0.0)
+    for x, make in ((ours, wrapped), (theirs, SGD)):
+        x.grad.neg_()
+        make([x], lr=0, weight_decay=0.1).step()
+    # (with lr and gradient zero for sure no step that only initializes: the gradient is -0.5)
+    assert torch.equal(ours.signbit(), theirs.signbit())
+
+
+@pytest.mark.parametrize("settings", [LONG, {"lr": 0.1, "momentum": 0.9}])
+def test_parameters_given_twice_or_overlapping_are_stepped_in_order(settings):
+    ends = []
+    for make in (wrapped, SGD):
+        memory = torch.linspace(0, 1, 24)
+        a, b = memory[8:15].requires_grad_(), memory[:16].requires_grad_()
+        a.grad, b.grad = torch.full((7,), 0.37), torch.full((16,), 0.7)
+        twice = tensor(8)
+        with pytest.warns(UserWarning, match="duplicate"):
+            opt = make(
+                [a, b, twice, twice], weight_decay=0.3 * ("nesterov" in settings), **settings
+            )
+        for _ in range(4):
+            opt.step()
+        ends.append(torch.cat([memory, twice.detach()]))
+    assert torch.equal(*ends)
+
+
+def test_groups_are_stepped_in_order_until_one_fails():
+    moved, bad = tensor(7), tensor(8)
+    opt = wrapped([{"params": [moved], "foreach": False}, {"params": [bad]}], lr=0.1)
+    bad.data = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        opt.step()
+    assert not torch.equal(moved, torch.ones(7))
+
+
+def test_vmap_of_a_step():
+    def stepped(x, grad):
+        x = x.clone()
+        x.grad = grad.clone()
+        wrapped([x], lr=0.1, weight_decay=0.1).step()
+        return x
+
+    assert torch.func.vmap(stepped)(torch.ones(3, 8), torch.ones(3, 8)).shape == (3, 8)
+
+
+def test_a_gradient_with_the_negative_bit():
+    x = tensor(8)
+    x.grad = torch._neg_view(x.grad)
+    wrapped([x], lr=0.1, weight_decay=0.1).step()
+    assert torch.allclose(x.detach(), torch.full((8,), 1.04))

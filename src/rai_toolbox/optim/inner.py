@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
-from rai_toolbox.checks import parameters_of, wrong
+from rai_toolbox.checks import wrong
 from rai_toolbox.optim.settings import trained
-from rai_toolbox.optim.sgd import step_sgd
-
-_SGD_STEP = plain_step(SGD.step)
+from rai_toolbox.optim.sgd import can_step, step_sgd
 
 _SLOW = {"slow_buffer", "slow_param", "slow_params"}
 """Names of the slow weights in the state of Lookahead, in its implementations."""
@@ -31,23 +29,6 @@ def optimizer_class(InnerOpt: object) -> type[Optimizer]:
         rule = "be a torch.optim.Optimizer class, a functools.partial of one, or an instance"
         raise wrong("InnerOpt", rule, repr(InnerOpt), TypeError)
     return made_by
-
-
-def make_inner(
-    InnerOpt: type[Optimizer] | partial[Optimizer],
-    groups: list[dict[str, Any]],
-    kwargs: Mapping[str, Any],
-) -> Optimizer:
-    """Make the inner optimizer over `groups`, which it may keep and change."""
-    accepted = parameters_of(optimizer_class(InnerOpt))
-    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        for name in kwargs:
-            if name not in accepted:
-                raise TypeError(
-                    f"`{name}` must be an argument of {optimizer_class(InnerOpt).__name__}, which "
-                    f"takes {', '.join(accepted)}; got {name}={kwargs[name]!r}"
-                )
-    return InnerOpt(groups, **kwargs)
 
 
 def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict[str, Any]) -> Any:
@@ -69,10 +50,8 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
-    # (a closure would see what `step_sgd` changes in passing, and a compiler fuses on its own)
-    is_watched = torch.compiler.is_compiling() or closure is not None or kwargs
-    if type(inner) is SGD and step is _SGD_STEP and not is_watched:
-        step_sgd(inner, step)
+    if isinstance(inner, SGD) and args == (inner,) and not kwargs and can_step(inner, step):
+        step_sgd(inner)
         result = None
     else:
         result = step(*args, **kwargs)

@@ -3,108 +3,158 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
 from rai_toolbox import foreach
-from rai_toolbox._torch import foreach_add_
+from rai_toolbox._torch import (
+    dispatch_modes_active,
+    forward_ad_level,
+    function_transforms_active,
+    plain_step,
+)
+from rai_toolbox.constraints.kernels.blocks import are_apart
 
 _LANES = 8  # numbers that the fused kernel updates at once; it rounds those left over otherwise
 _SMALL = 2**15  # elements of a tensor up to which a call costs more than its arithmetic
 _EXACT = ({torch.float32}, {torch.float64})  # in which operators on lists round as single ones
+_SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_LARGEST = torch.finfo(torch.float32).max  # torch refuses larger settings, but not the fused kernel
+_REAL = {float, int}
+
+_STEP = plain_step(SGD.step)
+_IS_TORCHS = _STEP.__module__ == SGD.__module__  # else somebody has replaced it
 
 
-def step_sgd(inner: SGD, step: Callable[[SGD], object]) -> None:
-    """What ``step(inner)`` does, with the same bits and no temporaries, but faster on CPU.
+def can_step(inner: SGD, step: Callable[..., object]) -> bool:
+    """Whether `step_sgd` may replace a step: that of SGD itself, of plain values."""
+    return (
+        type(inner) is SGD
+        and step is _STEP
+        and _IS_TORCHS
+        and not torch.compiler.is_compiling()  # a compiler fuses on its own
+        and not torch.is_grad_enabled()
+        and not function_transforms_active()
+        and forward_ad_level() < 0
+    )
+
+
+def step_sgd(inner: SGD) -> None:
+    """What the step of `inner` does, with the same bits and no temporaries, but faster on CPU.
 
     Torch's own choice is a loop in Python of up to five operators per tensor. It leaves
     `fused=True`, a single pass over the memory, to the user, because that may round otherwise.
     """
     groups = inner.param_groups
     try:
-        inner.param_groups = []  # what is left to `step`
         for group in groups:
-            inner.param_groups += _left_over(group, inner.state)
-        if inner.param_groups:
-            step(inner)
+            inner.param_groups = _left_over(group, inner.state)
+            if inner.param_groups:
+                _STEP(inner)
     finally:
         inner.param_groups = groups
 
 
 def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[str, Any]]:
-    """What is left of a group after its quick steps, with its fastest implementation."""
-    lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
-    is_chosen = group["foreach"] is not None or group["fused"] is not None
-    if is_chosen or group["differentiable"] or isinstance(lr, Tensor) or isinstance(decay, Tensor):
+    """Step what can be stepped faster; the rest of the group, if any."""
+    lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
+    decay, nesterov, maximize = group["weight_decay"], group["nesterov"], group["maximize"]
+    is_usual = (
+        group["foreach"] is None
+        and group["fused"] is None
+        and group["differentiable"] is False
+        and type(lr) is float
+        and {type(momentum), type(dampening), type(decay)} <= _REAL
+        and type(nesterov) is type(maximize) is bool
+    )
+    if not is_usual:
         return [group]
     params = [param for param in group["params"] if param.grad is not None]
     grads: list[Any] = [param.grad for param in params]
-    if not foreach.are_plain([*params, *grads]):
+    if not foreach.are_plain([*params, *grads]) or any(map(Tensor.is_neg, [*params, *grads])):
         return [group]
-    is_short = not (decay or group["maximize"] or group["nesterov"])
+    is_short = not (decay or nesterov or maximize)
     if is_short and not momentum:
-        _add_(params, grads, -lr)
+        foreach.add_multiples_(params, grads, -lr)
         return []
     averages: list[Any] = []
     if momentum:
         averages = [state.get(param, {}).get("momentum_buffer") for param in params]
-    changed = [*params, *grads, *averages]
-    if not foreach.are_plain(changed) or {each.dtype for each in changed} not in _EXACT:
+    if not _can_go_together(params, grads, averages):
         return [group]
     if is_short and max(map(Tensor.numel, params)) <= _SMALL:
-        # (on CPU each tensor is to be in cache for the next operator)
-        for part in foreach.cache_sized(params) if params[0].is_cpu else [slice(None)]:
+        several = params[0].is_cpu and len(params) > 1  # each in cache for the next operator
+        for part in foreach.cache_sized(params) if several else [slice(None)]:
             foreach.mul_(averages[part], momentum)
-            _add_(averages[part], grads[part], 1 - group["dampening"])
-            _add_(params[part], averages[part], -lr)
+            foreach.add_multiples_(averages[part], grads[part], 1 - dampening)
+            foreach.add_multiples_(params[part], averages[part], -lr)
         return []
-    fused = [
-        param
-        for param, *others in zip(params, grads, *([averages] if momentum else []), strict=True)
-        if _can_be_fused(param, *others)
-    ]
-    if not fused:
+    if max(map(abs, (lr, momentum, dampening, decay))) > _LARGEST:
         return [group]
-    ids = set(map(id, fused))
-    others = [param for param in params if id(param) not in ids]
-    return [{**group, "params": fused, "fused": True}, {**group, "params": others}]
+    rows = list(zip(params, grads, averages or [None] * len(params), strict=True))
+    fused = [_can_be_fused(row) for row in rows]
+    if any(fused):
+        some: Any = [row for row, is_fused in zip(rows, fused, strict=True) if is_fused]
+        settings: Any = {name: group[name] for name in _SETTINGS}
+        changed, read, kept = map(list, zip(*some, strict=True))
+        sgd(changed, read, kept, fused=True, foreach=False, **settings)
+        increment_version([*changed, *kept] if momentum else changed)
+    rest = [row[0] for row, is_fused in zip(rows, fused, strict=True) if not is_fused]
+    return [{**group, "params": rest}] if rest else []
 
 
-def _add_(tensors: list[Tensor], others: list[Tensor], factor: float) -> None:
-    """Add multiples of other tensors."""
-    if len(tensors) == 1:
-        tensors[0].add_(others[0], alpha=factor)
-    elif tensors:
-        foreach_add_(tensors, others, alpha=factor)
+def _can_go_together(params: list[Tensor], grads: list[Any], averages: list[Any]) -> bool:
+    """Whether operators on all tensors do what they do on one after the other."""
+    if not foreach.are_plain(averages):
+        return False
+    tensors, shapes = [*params, *grads, *averages], [x.shape for x in params]
+    return (
+        {x.dtype for x in tensors} in _EXACT
+        and {x.layout for x in grads} == {torch.strided}
+        and shapes == [x.shape for x in grads]
+        and (not averages or shapes == [x.shape for x in averages])
+        and (len(params) == 1 or are_apart(tensors))
+    )
 
 
-def _can_be_fused(param: Tensor, *others: Tensor) -> bool:
+def _can_be_fused(row: tuple[Any, ...]) -> bool:
     """Whether the fused kernel takes a parameter, its gradient and average, and rounds alike."""
+    param = row[0]
     return (
         param.numel() % _LANES == 0
-        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (param, *others))
+        and all(x is None or (x.is_cpu and x.is_contiguous()) for x in row)
         and _rounds_alike(param.dtype)
     )
 
 
-@cache
+_FOUND: dict[torch.dtype, bool] = {}
+
+
 def _rounds_alike(dtype: torch.dtype) -> bool:
     """Whether the fused kernel has the bits of the loop here: that depends on the compiler."""
-    x = torch.arange(1, 32 * _LANES + 1, dtype=dtype, device="cpu").view(32, _LANES)
+    if dtype not in _FOUND:
+        if dispatch_modes_active():  # which would see the trial
+            return False
+        _FOUND[dtype] = _trial(dtype)
+    return _FOUND[dtype]
+
+
+def _trial(dtype: torch.dtype) -> bool:
+    x = torch.arange(1, 32 * _LANES + 1, dtype=dtype, device="cpu")
+    sizes = [_LANES] * 24 + [8 * _LANES]  # (one that a loop takes in vectors)
     for dampening, nesterov in ((0.0, True), (0.3, False)):
         settings: dict[str, Any] = {"dampening": dampening, "nesterov": nesterov, "maximize": False}
         settings |= {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "foreach": False}
         ends = []
         for fused in (False, True):
-            params, grads, averages = (
-                list(numbers.unbind()) for numbers in (x.sin(), x.cos(), x.sqrt().sin())
-            )
-            sgd(params, grads, averages, fused=fused, **settings)  # type: ignore[arg-type]
+            numbers = (x.sin(), x.cos(), x.sqrt().sin())
+            params, grads, averages = (list(each.split(sizes)) for each in numbers)
+            sgd(params, grads, averages, fused=fused, **settings)
             ends.append(torch.cat([*params, *averages]))
         if not torch.equal(*ends):
             return False

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled, profile_hook_step
-from rai_toolbox.checks import as_plain, wrong
+from rai_toolbox.checks import as_plain, parameters_of, wrong
 from rai_toolbox.optim.inner import optimizer_class, own_state, picklable_state
 from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
@@ -99,7 +99,7 @@ class OptimizerWrapper(Optimizer):
 
     def _check_keywords(self, given: Mapping[str, Any], inner: type[Optimizer]) -> None:
         """Raise if neither this class nor the inner optimizer's has an argument of some name."""
-        of_inner = inspect.signature(inner).parameters
+        of_inner = parameters_of(inner)
         if given.keys() <= of_inner.keys() or any(
             p.kind is p.VAR_KEYWORD for p in of_inner.values()
         ):

@@ -147,7 +147,7 @@ def in_groups(
         else:
             _in_parts(x, act_, shape_of(x.shape))
     if act_each_ is not None:
-        for some in [large] if _are_apart(large) else [[x] for x in large]:
+        for some in [large] if are_apart(large) else [[x] for x in large]:
             for piece in joined(some, GROUP):
                 act_each_(piece)
     for (shape, _), some in alike.items():
@@ -162,10 +162,19 @@ def in_groups(
                 foreach_copy_(chunk, rows.unbind())
 
 
-def _are_apart(tensors: list[Tensor]) -> bool:
-    """Whether no two contiguous tensors share memory: of these, one must see the other's change."""
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
+def are_apart(tensors: list[Tensor]) -> bool:
+    """Whether no two tensors share memory: of these, one must see the other's change."""
+    spans = sorted(map(_span, tensors))
     return all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses from and up to which a tensor lies."""
+    start, nbytes = x.data_ptr(), x.nbytes
+    if nbytes and not x.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        nbytes = (last + 1) * x.element_size()
+    return start, start + nbytes
 
 
 def _in_parts(x: Tensor, act_: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
