@@ -30,8 +30,7 @@ With AVX512, too: it has no kernel of its own for norms.
 EXACT_CHUNK = 64 * _LANES
 """Entries whose squares are summed in float32 with an error of 96 roundings: 2.9e-6."""
 
-_WIDE = 2**18
-"""Elements that are converted to float64 at a time, in 2 MiB: fewer would cost more calls."""
+_MOST = 2**18  # elements of a piece: more leave the cache, fewer cost more calls
 
 LEAST = {dtype: torch.finfo(dtype).tiny ** 0.25 for dtype in (torch.float32, torch.float64)}
 """Norms from which on squares that the dtype does not hold have no share in them."""
@@ -55,11 +54,12 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     """
     split = x.ndim - ndim
     dims = tuple(range(split, x.ndim))
-    if x.numel() <= _WIDE or not in_blocks(x):
+    if x.numel() <= BLOCK or not in_blocks(x):
         return _wide_norm(x, p, dims)
-    rows_fit = split > 0 and x.numel() <= _WIDE * len(x)
+    piece = max(BLOCK, min(_MOST, x.numel() // 8))  # in float64, a quarter of float32 `x`
+    rows_fit = split > 0 and x.numel() <= piece * len(x)
     dim = 0 if rows_fit else max(range(x.ndim), key=lambda dim: x.shape[dim])
-    height = max(1, _WIDE * x.shape[dim] // x.numel())
+    height = max(1, piece * x.shape[dim] // x.numel())
     lengths = torch.cat([_wide_norm(part, p, dims) for part in x.split(height, dim)], dim)
     return lengths if dim < split else _wide_norm(lengths, p, dims)
 
@@ -137,7 +137,8 @@ def wide_norms(batches: list[Tensor], p: float) -> Tensor:
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
     """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
     size, products = batches[0].shape[1:].numel(), []
-    height = _WIDE // size
+    quarter = sum(x.numel() for x in batches) // 4
+    height = max(2 * BLOCK, min(_MOST, quarter)) // size
     memory = batches[0].new_empty(min(height, max(map(len, batches))), size)
     for x, y in zip(batches, others, strict=True):
         rows, by = x.view(-1, size), y.view(-1, size)
