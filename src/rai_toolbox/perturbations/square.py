@@ -103,7 +103,7 @@ def square_attack(
     >>> from rai_toolbox.constraints import LinfBall
     >>> from rai_toolbox.perturbations import square_attack
     >>> data, target = torch.full((1, 4), 0.5), torch.tensor([0])
-    >>> model = lambda x: (x @ torch.tensor([[1.0, -1], [1, -1], [-1, 1], [1, -1]])).round()
+    >>> model = lambda x: (x @ torch.tensor([[9.0, -9], [9, -9], [-9, 9], [9, -9]])).round()
     >>> ball, generator = LinfBall(0.2), torch.Generator().manual_seed(0)
     >>> square_attack(model, data, target, ball=ball, queries=99, generator=generator).data
     tensor([[0.3000, 0.3000, 0.7000, 0.3000]])
