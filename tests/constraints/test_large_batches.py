@@ -42,6 +42,18 @@ def test_directions(dtype, p):
     torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=small, equal_nan=True)
 
 
+def test_directions_need_no_subnormal_reciprocals():
+    x = rows()[20:].abs()
+    x[3] *= 3e38 / x[3].norm()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        length = normalize_(x, 2, 1).norm(dim=1)
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(length, torch.ones_like(length), rtol=1e-5, atol=0)
+
+
 @in_each_dtype
 def test_signs_of_any_list(dtype):
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

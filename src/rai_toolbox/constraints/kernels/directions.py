@@ -128,16 +128,18 @@ def _normalize_row_(x: Tensor, p: float, div_by_zero_eps: float) -> bool:
 def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> None:
     """`normalize_` for the rows of plain batches on the CPU, of one length and dtype.
 
-    Each is divided while it is in cache, by norms in the dtype of factors where it is large. Rows
-    whose norms that does not hold are divided by the nearest number, and once more.
+    Each is divided while it is in cache; large ones are multiplied, in half of the time, by
+    reciprocals of norms in the dtype of factors. Rows for whose norms these are no normal numbers
+    are divided by the nearest one, and once more.
     """
     dtype = scale_dtype(batches[0])
-    least, most = LEAST[dtype], torch.finfo(dtype).max
+    least, most = LEAST[dtype], 1 / torch.finfo(dtype).smallest_normal
     fast = p in (1, 2) and sums_fast(batches, _CHUNK)
     lengths = []
     for x in batches:
         length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)
-        x.div_(length.clamp(max(div_by_zero_eps, least), most).to(dtype))
+        divisor = length.clamp(max(div_by_zero_eps, least), most).to(dtype)
+        _ = x.mul_(divisor.reciprocal_()) if fast else x.div_(divisor)
         lengths.append(length)
     shortest, longest = least_and_most(torch.cat(lengths) if len(lengths) > 1 else lengths[0])
     if longest <= most and (shortest > least or div_by_zero_eps >= least):
