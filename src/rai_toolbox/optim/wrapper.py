@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled, profile_hook_step
-from rai_toolbox.checks import as_plain, wrong
+from rai_toolbox.checks import as_plain, parameters_of, wrong
 from rai_toolbox.optim.inner import optimizer_class, own_state, picklable_state
 from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
@@ -99,13 +98,13 @@ class OptimizerWrapper(Optimizer):
 
     def _check_keywords(self, given: Mapping[str, Any], inner: type[Optimizer]) -> None:
         """Raise if neither this class nor the inner optimizer's has an argument of some name."""
-        of_inner = inspect.signature(inner).parameters
+        of_inner = parameters_of(inner)
         if given.keys() <= of_inner.keys() or any(
             p.kind is p.VAR_KEYWORD for p in of_inner.values()
         ):
             return
         name = next(name for name in given if name not in of_inner)
-        own = inspect.signature(type(self)).parameters.values()
+        own = parameters_of(type(self)).values()
         raise TypeError(
             f"`{name}` must be an argument of {type(self).__name__} "
             f"({', '.join(p.name for p in own if p.kind is p.KEYWORD_ONLY)}), or of "
