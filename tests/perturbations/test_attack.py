@@ -248,7 +248,8 @@ def test_what_is_returned_is_what_was_evaluated_last(problem, stop):
 def test_a_ball_wider_than_the_range_warns(problem):
     net, x, y = problem
     run = partial(attack, net, x, y, optimizer=STEP, steps=1)
-    for wide in (LinfBall(8.0), L2Ball(4.6), L1Ball(torch.tensor([1.0] * (N - 1) + [21.0]))):
+    one_wide = L1Ball(torch.tensor([1.0] * (N - 1) + [21.0]))
+    for wide in (LinfBall(8.0), L2Ball(4.6), L1Ball(20.3), one_wide):
         with pytest.warns(UserWarning, match="`ball` is wider than the data range: L") as caught:
             run(ball=wide)
         assert caught[0].filename == __file__

@@ -180,7 +180,8 @@ class BoundedBall(Constraint):
     def _settings_in(self, x: Tensor, eager: bool) -> tuple[Any, Any, Tensor, bool]:
         """The bounds as they count in the dtype of x, the radius, and if all radii fit float32.
 
-        The bounds of a Linf ball are within it. Torch clamps by two numbers or by two tensors.
+        The bounds of a Linf ball are within it: its projection needs no more. Torch clamps by two
+        numbers or by two tensors.
         """
         kind = (x.dtype, x.device)
         lasts = eager or (type(x) in PLAIN and not torch.compiler.is_compiling())
@@ -190,11 +191,12 @@ class BoundedBall(Constraint):
             if self.ball.p == inf:
                 epsilon = in_dtype(self.ball.epsilon, x.dtype)
                 lower = -epsilon if lower is None else _larger(lower, -epsilon)
-                upper = epsilon if upper is None else -_larger(-upper, -epsilon)
+                upper = epsilon if upper is None else _smaller(upper, epsilon)
             if isinstance(lower, Tensor) != isinstance(upper, Tensor):
                 lower, upper = _as_tensor(lower, x), _as_tensor(upper, x)
             epsilon = as_wide(self.ball.epsilon, x)
-            known[kind] = lower, upper, epsilon, eager and all_fit(epsilon)
+            fits = eager and self.ball.p < inf and all_fit(epsilon)
+            known[kind] = lower, upper, epsilon, fits
         return known[kind]  # type: ignore[no-any-return]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
@@ -261,6 +263,12 @@ def _larger(a: float | Tensor, b: float | Tensor) -> Any:
     if isinstance(a, Tensor):
         return a.clamp(min=b)
     return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def _smaller(a: float | Tensor, b: float | Tensor) -> Any:
+    if isinstance(a, Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
 
 
 def _check_reach(epsilon: Tensor, apart: Tensor, slack: float = 0.0) -> None:

@@ -152,10 +152,10 @@ class PGD(Constrained, ParamTransformingOptimizer):
             return False
         if p == inf:
             grad.sign_()
-        elif p == 2:
-            directions.normalize_(grad, p, grad.ndim - 1)
-        else:
+        elif p != 2:
             self._before[0].apply_([grad], [param], group, self)
+        elif len(grad) > 1 or not directions.normalize_row_(grad, p):
+            directions.normalize_(grad, p, grad.ndim - 1)
         param.add_(grad, alpha=-group["lr"])
         if isinstance(constraint, BoundedBall):
             constraint.project_finite_(param)

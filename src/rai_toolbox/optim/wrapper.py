@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -105,7 +104,7 @@ class OptimizerWrapper(Optimizer):
         ):
             return
         name = next(name for name in given if name not in of_inner)
-        own = inspect.signature(type(self)).parameters.values()
+        own = parameters_of(type(self)).values()
         raise TypeError(
             f"`{name}` must be an argument of {type(self).__name__} "
             f"({', '.join(p.name for p in own if p.kind is p.KEYWORD_ONLY)}), or of "

@@ -193,7 +193,7 @@ def attack(
 
         perturbed = allowed.project(best.tensors[0])
         # Each example's best was found in another batch, on which a model may depend.
-        _, cost, succeeded = objective.evaluate(lambda x: x, perturbed, target)
+        _, cost, succeeded = objective.evaluate(lambda x: x, perturbed, target, reused=False)
     warn_of_zero_gradient(zero_gradient & ~succeeded)
     return Attacked(perturbed, sign * cost, succeeded, zero_gradient, calls + samples)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.rounding import as_wide, noise, offset_from
+from rai_toolbox.constraints.kernels.rounding import as_wide, is_farther, noise
 from rai_toolbox.perturbations.grid import Grid
 from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
 from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
@@ -49,8 +49,6 @@ class FeasibleSet:
         if data.ndim < 2:
             raise wrong("data", "have the shape (N, ...)", tuple(data.shape))
         bounds = bounds_of(data, data_range)
-        lower, upper = bounds or (data - inf, data + inf)
-        size = torch.linalg.vector_norm((upper - lower).flatten(1), ball.p, dim=1)
         if mask is not None:
             check_mask(mask)
             mask = expanded("mask", mask, data)
@@ -60,7 +58,7 @@ class FeasibleSet:
                 rule = f"be a number or have one value for each example, shape ({len(data)},)"
                 raise wrong("epsilon", rule, f"shape {tuple(ball.epsilon.shape)}")
             ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
-        if bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any()):
+        if bounds is not None and _is_wider(ball, data_range, *bounds):
             warnings.warn(f"`ball` is wider than the data range: {ball}", stacklevel=3)
         if levels is not None:
             Grid.of(data, bounds, levels)
@@ -163,15 +161,26 @@ class FeasibleSet:
     def _changes(self) -> tuple[Tensor, Tensor]:
         """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
         assert self.bounds is not None
-        epsilon = as_wide(self.ball.epsilon, self.data).expand(self.data.shape)
+        data, wide = self.data, as_wide(self.data, self.data)
+        epsilon = as_wide(self.ball.epsilon, data).expand(data.shape)
         offsets = torch.stack([-epsilon, epsilon])
-        ends = offset_from(as_wide(self.data, self.data), offsets, self.data.dtype)
-        ends = ends.clamp(*self.bounds)
-        changes = ends - self.data
-        beyond = (self.data + changes - ends) * offsets > 0  # as the difference was rounded
-        nearer = changes.nextafter(torch.zeros_like(changes))
-        down, up = torch.where(beyond, nearer, changes)
+        ends = (wide + offsets).to(data.dtype)  # (`offset_from` would keep gradients)
+        away = is_farther(ends.to(wide.dtype), wide, epsilon)
+        ends = torch.where(away, ends.nextafter(data), ends).clamp(*self.bounds)
+        changes = ends - data
+        beyond = (data + changes - ends) * offsets > 0  # as the difference was rounded
+        down, up = torch.where(beyond, changes.nextafter(changes.new_zeros(())), changes)
         return down, up
+
+
+def _is_wider(ball: Ball, given: Range, lower: Tensor, upper: Tensor) -> bool:
+    """Whether a ball is wider than bounds of the shape (N, ...), as given, for any example."""
+    if given and all(isinstance(each, (int, float)) for each in (*given, ball.epsilon)):
+        size = (given[1] - given[0]) * lower.shape[1:].numel() ** (1 / ball.p)
+        return len(lower) > 0 and bool(ball.epsilon > 1.01 * size)
+    widths = (upper - lower).flatten(1)
+    size = torch.linalg.vector_norm(widths, ball.p, dim=1)
+    return bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any())
 
 
 class _OnGrid(AdditivePerturbation):

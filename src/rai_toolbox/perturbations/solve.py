@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -284,8 +284,8 @@ def _zero_gradient(grads: list[Tensor], data: Tensor, separate: bool) -> Tensor:
     if not zeros:
         return torch.zeros(data.shape[:1], dtype=torch.bool, device=data.device)
     if separate:
-        return torch.stack([each.reshape(len(each), -1).all(1) for each in zeros]).all(0)
-    return torch.stack([each.all() for each in zeros]).all().expand(data.shape[:1])
+        return reduce(torch.logical_and, [each.reshape(len(each), -1).all(1) for each in zeros])
+    return reduce(torch.logical_and, [each.all() for each in zeros]).expand(data.shape[:1])
 
 
 def _step_of(optimizer: Any) -> Callable[[], object]:

@@ -106,7 +106,7 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
         return x
     if ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
         is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
-        if not (is_row and _normalize_row_(x, p, div_by_zero_eps)):
+        if not (is_row and normalize_row_(x, p, div_by_zero_eps)):
             normalize_each_([x], p, div_by_zero_eps)
         return x
     length = norm(readable(x), p, ndim)
@@ -116,7 +116,7 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
     return _divide_(x, length, div_by_zero_eps)
 
 
-def _normalize_row_(x: Tensor, p: float, div_by_zero_eps: float) -> bool:
+def normalize_row_(x: Tensor, p: float, div_by_zero_eps: float = 0.0) -> bool:
     """Normalize a batch of one short row in few calls, if its dtype holds the norm."""
     length, dtype = row_norm(x, p), scale_dtype(x)
     is_held = max(div_by_zero_eps, LEAST[dtype]) < length <= torch.finfo(dtype).max
