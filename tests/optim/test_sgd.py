@@ -9,6 +9,7 @@ from engine_cases import unbounded
 from test_dispatch_counts import operators
 from torch.autograd import forward_ad
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rai_toolbox.optim import ParamTransformingOptimizer
 from rai_toolbox.optim import sgd as module
@@ -261,3 +262,40 @@ def test_a_gradient_with_the_negative_bit():
     x.grad = torch._neg_view(x.grad)
     wrapped([x], lr=0.1, weight_decay=0.1).step()
     assert torch.allclose(x.detach(), torch.full((8,), 1.04))
+
+
+def test_a_gradient_or_average_of_an_inference_tensor_is_an_error():
+    x = tensor(64)
+    opt = wrapped([x], lr=0.1, momentum=0.9, weight_decay=0.1)
+    with torch.inference_mode():
+        opt.step()  # which makes the average
+    with pytest.raises(RuntimeError, match="outside InferenceMode"):
+        opt.step()
+
+
+@pytest.mark.parametrize("settings", [LONG, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
+def test_an_average_that_is_the_parameter(settings):
+    ours, theirs = tensor(64), tensor(64)
+    opt, bare = wrapped([ours], **settings), SGD([theirs], **settings)
+    for _ in range(4):
+        opt.step()
+        bare.step()
+        opt.state[ours]["momentum_buffer"] = ours.data
+        bare.state[theirs]["momentum_buffer"] = theirs.data
+    assert torch.equal(ours, theirs)
+
+
+def test_others_see_all_groups_during_a_step():
+    params = [tensor(7) for _ in range(3)]  # of an odd length, which is left to SGD
+    opt = wrapped([{"params": [x]} for x in params], **LONG)
+    opt.step()
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(len(opt.param_groups))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        opt.step()
+    assert set(seen) == {3}

@@ -50,14 +50,12 @@ def step_sgd(inner: SGD) -> None:
     Torch's own choice is a loop in Python of up to five operators per tensor. It leaves
     `fused=True`, a single pass over the memory, to the user, because that may round otherwise.
     """
-    groups = inner.param_groups
-    try:
-        for group in groups:
-            inner.param_groups = _left_over(group, inner.state)
-            if inner.param_groups:
-                _STEP(inner)
-    finally:
-        inner.param_groups = groups
+    for group in inner.param_groups:
+        rest = _left_over(group, inner.state)
+        if rest:
+            stand_in = SGD.__new__(SGD)  # others may read the groups of `inner` meanwhile
+            stand_in.__dict__ = {**inner.__dict__, "param_groups": rest}
+            _STEP(stand_in)
 
 
 def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[str, Any]]:
@@ -94,7 +92,7 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
             foreach.add_multiples_(averages[part], grads[part], 1 - dampening)
             foreach.add_multiples_(params[part], averages[part], -lr)
         return []
-    if max(map(abs, (lr, momentum, dampening, decay))) > _LARGEST:
+    if not all(abs(number) <= _LARGEST for number in (lr, momentum, dampening, decay)):
         return [group]
     rows = list(zip(params, grads, averages or [None] * len(params), strict=True))
     fused = [_can_be_fused(row) for row in rows]
@@ -110,7 +108,7 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
 
 def _can_go_together(params: list[Tensor], grads: list[Any], averages: list[Any]) -> bool:
     """Whether operators on all tensors do what they do on one after the other."""
-    if not foreach.are_plain(averages):
+    if not foreach.are_plain(averages) or any(map(Tensor.is_neg, averages)):
         return False
     tensors, shapes = [*params, *grads, *averages], [x.shape for x in params]
     return (
@@ -118,7 +116,7 @@ def _can_go_together(params: list[Tensor], grads: list[Any], averages: list[Any]
         and {x.layout for x in grads} == {torch.strided}
         and shapes == [x.shape for x in grads]
         and (not averages or shapes == [x.shape for x in averages])
-        and (len(params) == 1 or are_apart(tensors))
+        and are_apart(tensors)
     )
 
 
@@ -127,7 +125,7 @@ def _can_be_fused(row: tuple[Any, ...]) -> bool:
     param = row[0]
     return (
         param.numel() % _LANES == 0
-        and all(x is None or (x.is_cpu and x.is_contiguous()) for x in row)
+        and all(x is None or (x.is_cpu and x.is_contiguous() and not x.is_inference()) for x in row)
         and _rounds_alike(param.dtype)
     )
 
