@@ -187,6 +187,19 @@ def test_immutable():
                 delattr(c, name)
 
 
+def test_a_plain_subclass_may_have_attributes_of_its_own():
+    class Counted(sets.L2Ball):
+        def __init__(self, radius):
+            super().__init__(radius)
+            self.radius = radius
+
+    ball = Counted(2.0)
+    assert ball.epsilon == ball.radius == 2.0
+    del ball.radius
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ball.epsilon = 1.0
+
+
 def test_numbers_of_other_libraries_become_plain():
     numpy = pytest.importorskip("numpy")
     c = sets.L2Ball(numpy.float32(0.5))

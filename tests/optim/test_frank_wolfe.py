@@ -20,6 +20,7 @@ from rai_toolbox.optim import (
     L2FrankWolfe,
     L2NormedGradientOptim,
     LinfFrankWolfe,
+    ParamTransformingOptimizer,
     SignedGradientOptim,
 )
 
@@ -394,9 +395,50 @@ def test_moved_right_after_its_transform_or_later_are_the_same(ball, as_tensor, 
         for params, optim in zip((ours, theirs), optims, strict=True):
             new_gradients(params, step)
             params[step].grad = None
-            params[5].grad = params[8].grad = params[4].grad.new_full((3, 4), step - 1.0)  # shared
+            assert optim.inner_opt.moves_alone() == (optim is optims[0])
             optim.step()
     assert same_bits(snapshot(ours, optims[0]), snapshot(theirs, optims[1]))
+
+
+def test_a_gradient_of_several_groups_is_transformed_once_and_before_all_moves():
+    a, b, gradient = torch.zeros(2), torch.zeros(2), torch.ones(2)
+    for x in (a, b):
+        x.requires_grad_().grad = gradient
+    groups = [{"params": [a]}, {"params": [b], "grad_scale": 2.0}]
+    ParamTransformingOptimizer(groups, FrankWolfe, lr=2.0).step()
+    assert a.tolist() == b.tolist() == [-2, -2]
+
+
+def test_gradients_that_share_memory_are_transformed_before_all_moves():
+    a, b, memory = torch.zeros(3), torch.zeros(3), torch.ones(3)
+    for x in (a, b):
+        x.requires_grad_().grad = memory.view(3)
+    groups = [{"params": [a]}, {"params": [b]}]
+    ParamTransformingOptimizer(groups, FrankWolfe, lr=2.0, grad_scale=2.0).step()
+    assert a.tolist() == b.tolist() == [-4, -4]
+
+
+def test_parameters_that_share_memory_are_moved_one_after_the_other():
+    memory = torch.ones(4)
+    params = [memory[:3].requires_grad_(), memory[1:].requires_grad_()]
+    opt = FrankWolfe(params, lr=2.0)
+    for _ in range(2):
+        for x in params:
+            x.grad = torch.ones(3)
+        opt.step()
+    expected = torch.ones(4)
+    for a in (1.0, 2 / 3):
+        for part in (expected[:3], expected[1:]):
+            part.mul_(1 - a).sub_(a)
+    assert torch.allclose(memory, expected)
+
+
+def test_a_replaced_step_of_frank_wolfe_is_called(monkeypatch):
+    (x,) = tensors(3)
+    opt, calls = LinfFrankWolfe([x], epsilon=2.0), []
+    monkeypatch.setattr(FrankWolfe, "step", lambda self, closure=None: calls.append(closure))
+    opt.step()
+    assert calls == [None]
 
 
 def test_a_hook_of_the_inner_optimizer_comes_between_all_transforms_and_all_moves():

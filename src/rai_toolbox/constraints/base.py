@@ -40,13 +40,20 @@ def _of_any_batch(method: _Method) -> _Method:
 
 
 class _Immutable:
-    """What a frozen dataclass leaves to its base: to refuse attributes that are not its fields."""
+    """What a frozen dataclass leaves to its base: to refuse attributes that are not its fields.
+
+    In a plain subclass of a user's they are allowed, as in that of any frozen dataclass.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        if type(self).__module__.startswith("rai_toolbox."):
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        raise FrozenInstanceError(f"cannot delete field {name!r}")
+        if type(self).__module__.startswith("rai_toolbox."):
+            raise FrozenInstanceError(f"cannot delete field {name!r}")
+        super().__delattr__(name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -258,7 +258,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         They are, each while its gradient is in cache, by a `move_` that does the inner step.
         """
         transforms = self._transforms(GRADIENT_HOOK)
-        todo = []
+        todo: list[tuple[Any, ...]] = []
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
             active = [transform for transform in transforms if transform.is_active(group)]
@@ -271,9 +271,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 by_parts = by_parts and each.by_parts(group)
             if not by_parts:
                 move_ = None
-            if active or move_ is not None:
+            if active:
                 todo.append((active, by_parts, *self._gradients(group, active, seen), group))
-        for active, by_parts, params, grads, sharing, group in todo:  # all have been checked
+            elif move_ is not None:
+                moving = [param for param in group["params"] if param.grad is not None]
+                todo.append((active, True, moving, [param.grad for param in moving], group))
+        for active, by_parts, params, grads, group in todo:  # all have been checked
             several = len(params) > 1 and (move_ is not None or len(active) > 1)
             in_cache = several and by_parts and grads[0].is_cpu
             for part in cache_sized(grads) if in_cache else [slice(None)]:
@@ -281,8 +284,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                     transform.apply_(grads[part], params[part], group, self)
                 if move_ is not None:
                     move_(params[part], group)
-            if move_ is not None and sharing:
-                move_(sharing, group)
         return move_ is not None
 
     def _post_step(self, is_step: bool = True) -> None:
@@ -316,14 +317,12 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
     def _gradients(
         self, group: Group, transforms: list[Transform], seen: set[int]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters with gradients, and the tensors to transform, which are writable.
 
-        Parameters may share a gradient, which is transformed once: `seen` holds those before. Those
-        that share one of them come last.
+        Parameters may share a gradient, which is transformed once: `seen` holds those before.
         """
         params: list[Tensor] = []
-        sharing: list[Tensor] = []
         grads: list[Tensor] = []
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
         for param in group["params"]:
@@ -332,7 +331,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 continue
             if not compiling:
                 if id(grad) in seen:
-                    sharing.append(param)
                     continue
                 seen.add(id(grad))
             if grad.layout is not torch.strided:
@@ -345,7 +343,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
             params.append(param)
             grads.append(grad)
-        return params, grads, sharing
+        return params, grads
 
     def _sparse_values(
         self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]

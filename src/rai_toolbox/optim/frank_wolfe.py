@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rai_toolbox import checks, foreach
-from rai_toolbox._torch import foreach_addcmul_, get_value, has_own_step_hooks
+from rai_toolbox._torch import foreach_addcmul_, get_value, has_own_step_hooks, plain_step
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import one_like, widened
+from rai_toolbox.constraints.kernels.blocks import are_apart, one_like, widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.foreach import cache_sized
 from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
@@ -26,6 +26,9 @@ _DECREASE, _INCREASE = 0.9, 2.0
 _MOST_TRIALS = 40
 
 _TOGETHER = 2**16  # elements that are moved together
+
+
+_STEP = plain_step(OwnStepOptimizer.step)
 
 
 class FrankWolfe(Constrained, OwnStepOptimizer):
@@ -197,19 +200,25 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
     def moves_alone(self) -> bool:
         """Whether `move_`, for each group, does all that a step does; checks groups as a step does.
 
-        It does not where a subclass, a hook or a scheduler has a part in the step, or where groups
-        have constraints.
+        It does not where a subclass, a hook or a scheduler has a part in the step, where groups
+        have constraints, or where tensors share memory.
         """
-        if type(self) is not FrankWolfe or "step" in self.__dict__ or has_own_step_hooks(self):
+        is_replaced = plain_step(type(self).step) is not _STEP or "step" in self.__dict__
+        if type(self) is not FrankWolfe or is_replaced or has_own_step_hooks(self):
             return False
+        params: list[Tensor] = []
         for group in self.param_groups:
             self._check_before_step(group)
             if group["constraint"] is not None:
                 return False
-        return True
+            params += group["params"]
+        return _are_apart([param for param in params if param.grad is not None])
 
     def move_(self, params: list[Tensor], group: Group) -> None:
-        """Step some parameters of a group that has no constraint, all of which have gradients."""
+        """Step some parameters of a group that has no constraint.
+
+        All of them have gradients, and none shares memory with another.
+        """
         if is_zero_on_host(group["lr"]):
             for param in params:
                 self._started(param, group)
@@ -237,7 +246,9 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
     def _step_group_(self, group: Group) -> None:
         constraint = group["constraint"]
         if constraint is None and not torch.compiler.is_compiling():
-            self.move_([param for param in group["params"] if param.grad is not None], group)
+            params = [param for param in group["params"] if param.grad is not None]
+            for some in [params] if _are_apart(params) else [[param] for param in params]:
+                self.move_(some, group)
             return
         for param, step in self._moving(group):
             if constraint is None:
@@ -333,6 +344,14 @@ def _fraction(done: Any, group: Group) -> float | Tensor:
         return lr
     total, smallest = lr + done, group["div_by_zero_eps"]
     return lr / (total.clamp(min=smallest) if isinstance(total, Tensor) else max(total, smallest))
+
+
+def _are_apart(params: list[Tensor]) -> bool:
+    """Whether a parameter may be moved before others' gradients are transformed, or together."""
+    both: list[Any] = [*params, *(param.grad for param in params)]
+    return len(params) < 2 or (
+        all(x.layout is torch.strided for x in both) and foreach.are_plain(both) and are_apart(both)
+    )
 
 
 def _are_alike(params: list[Tensor]) -> bool:
