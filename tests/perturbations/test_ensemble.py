@@ -341,7 +341,7 @@ def test_masked_models_are_not_overrated_by_the_short_one(digits, ball):
     x, y = x[:100], y[:100]
     rounded = {"rounded": lambda x: net((8 * x).round() / 8)}
     saturated = {"saturated": lambda x: (200 * net(x)).softmax(1)}
-    # (On rounded inputs in L2 balls it is up to 6 points above.)
+    # (On rounded inputs in L2 balls it was up to 6.5 points above.)
     around_each = [(rounded | saturated, LinfBall(0.1)), (saturated, L2Ball(0.5))]
     for models, around in (*around_each, (rounded, L1Ball(1.2))):
         for model in models.values():
