@@ -144,7 +144,8 @@ def test_sparse_and_complex_gradients_have_the_bits_of_torch():
 
 # What the kernels for lists, and the fused one, do not check
 
-LONG = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+SHORT = {"lr": 0.1, "momentum": 0.9}
+LONG = {**SHORT, "nesterov": True}
 
 
 def wrapped(params, **settings):
@@ -220,7 +221,7 @@ def test_negative_zero_stays_with_an_integer_lr_of_zero():
     assert torch.equal(ours.signbit(), theirs.signbit())
 
 
-@pytest.mark.parametrize("settings", [LONG, {"lr": 0.1, "momentum": 0.9}])
+@pytest.mark.parametrize("settings", [LONG, SHORT])
 def test_parameters_given_twice_or_overlapping_are_stepped_in_order(settings):
     ends = []
     for make in (wrapped, SGD):
@@ -273,7 +274,9 @@ def test_a_gradient_or_average_of_an_inference_tensor_is_an_error():
         opt.step()
 
 
-@pytest.mark.parametrize("settings", [LONG, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}])
+@pytest.mark.parametrize(
+    "settings", [LONG, SHORT, {**SHORT, "weight_decay": 0.01}], ids=["long", "short", "decay"]
+)
 def test_an_average_that_is_the_parameter(settings):
     ours, theirs = tensor(64), tensor(64)
     opt, bare = wrapped([ours], **settings), SGD([theirs], **settings)

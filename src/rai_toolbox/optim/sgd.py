@@ -85,9 +85,13 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
         averages = [state.get(param, {}).get("momentum_buffer") for param in params]
     if not _can_go_together(params, grads, averages):
         return [group]
-    if is_short and max(map(Tensor.numel, params)) <= _SMALL:
-        several = params[0].is_cpu and len(params) > 1  # each in cache for the next operator
-        for part in foreach.cache_sized(params) if several else [slice(None)]:
+    is_short = is_short and max(map(Tensor.numel, params)) <= _SMALL
+    several = len(params) > 1
+    if (several or not is_short) and not are_apart([*params, *grads, *averages]):
+        return [group]
+    if is_short:
+        # (on CPU each tensor is to be in cache for the next operator)
+        for part in foreach.cache_sized(params) if several and params[0].is_cpu else [slice(None)]:
             foreach.mul_(averages[part], momentum)
             foreach.add_multiples_(averages[part], grads[part], 1 - dampening)
             foreach.add_multiples_(params[part], averages[part], -lr)
@@ -107,7 +111,7 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
 
 
 def _can_go_together(params: list[Tensor], grads: list[Any], averages: list[Any]) -> bool:
-    """Whether operators on all tensors do what they do on one after the other."""
+    """Whether operators on lists take all tensors, and round as those on single ones."""
     if not foreach.are_plain(averages) or any(map(Tensor.is_neg, averages)):
         return False
     tensors, shapes = [*params, *grads, *averages], [x.shape for x in params]
@@ -116,7 +120,6 @@ def _can_go_together(params: list[Tensor], grads: list[Any], averages: list[Any]
         and {x.layout for x in grads} == {torch.strided}
         and shapes == [x.shape for x in grads]
         and (not averages or shapes == [x.shape for x in averages])
-        and are_apart(tensors)
     )
 
 
