@@ -228,6 +228,47 @@ def test_the_quick_step_has_the_bits_of_the_general_one(kind, shape, dtype, with
     assert quick == [False] * 6 + [bool(math.prod(shape))] * 6
 
 
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6), (3, 6)])
+@each_ball
+def test_the_step_of_solvers_has_the_bits_of_the_general_one(kind, shape, within):
+    ball = BALLS[kind]({"linf": 0.2, "l2": 0.5, "l1": 1.0}[kind])
+    constraint = BoundedBall(ball, *bounds(shape)) if within else ball
+    ends = []
+    for kind_of_pgd in (General, PGD):
+        (x,) = tensors(shape)
+        opt = kind_of_pgd([x], constraint=constraint, lr=0.3, q=0.5)
+        with torch.no_grad():
+            prepared = opt._prepared_step()
+            assert (prepared is None) == (kind_of_pgd is General)
+            for i in range(6):
+                new_gradients([x], i)
+                if i == 3:  # which takes the general step
+                    x.grad = torch.ones_like(x[:, :1]).expand_as(x)
+                (prepared or opt.step)()
+        ends.append(x.detach())
+    assert same_bits(*ends)
+
+
+def test_a_start_that_is_not_finite_is_left_to_the_general_step():
+    (x,) = tensors((3, 6))
+    x.detach()[0, 0] = math.inf
+    with torch.no_grad():
+        assert PGD([x], constraint=L2Ball(0.5), lr=0.1)._prepared_step() is None
+
+
+def test_a_replaced_step_of_sgd_is_called(monkeypatch):
+    (x,) = tensors((3, 6))
+    new_gradients([x], 0)
+    calls = []
+    monkeypatch.setattr(SGD, "step", lambda self, closure=None: calls.append(self))
+    opt = PGD([x], constraint=L2Ball(0.5), lr=0.1)
+    opt.step()
+    assert len(calls) == 1
+    with torch.no_grad():
+        assert opt._prepared_step() is None
+
+
 def other_group(opt):
     opt.add_param_group({"params": [torch.zeros(2, 2, requires_grad=True)]})
 

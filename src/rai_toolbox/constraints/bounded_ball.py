@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any, ClassVar
@@ -150,9 +151,14 @@ class BoundedBall(Constraint):
         spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
         return self._project_around_0_(x, eager).masked_fill_(spoilt, torch.nan)
 
-    def project_finite_(self, x: Tensor) -> Tensor:
-        """`project_` of a plain batch on the CPU whose values are known to be finite."""
-        return self._project_around_0_(x, True) if self._is_around_0(x) else self.project_(x)
+    def projection_like(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project_` of finite batches like `x`, which is a plain one on the CPU."""
+        if not self._is_around_0(x):
+            return self.project_
+        if self.ball.p == inf:
+            lower, upper, *_ = self._settings_in(x, True)
+            return lambda batch: batch.clamp_(lower, upper)
+        return lambda batch: self._project_around_0_(batch, True)
 
     def _is_around_0(self, x: Tensor) -> bool:
         """Whether batches like x need not have the general projection, in float64; once checked."""

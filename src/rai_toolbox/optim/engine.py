@@ -237,6 +237,13 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """Make a step in fewer calls, with the same results, if this class has one that fits."""
         return False
 
+    def _prepared_step(self) -> Callable[[], object] | None:
+        """Such a step as a function, if parameters are finite, for a solver that makes many.
+
+        It gives finite gradients only, and leaves settings as they are.
+        """
+        return None
+
     def _must_break_graph(self) -> bool:
         # Inductor of torch 2.13 fails on CPU ("KeyError: 'buf4'", pytorch #188228 and #196570) if
         # one graph holds norms of rows, a division by them, and an update by the quotients.

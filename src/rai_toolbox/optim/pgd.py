@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf, isfinite
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox._torch import has_step_hooks
+from rai_toolbox._torch import has_step_hooks, plain_step
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
@@ -22,6 +22,7 @@ from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
+from rai_toolbox.optim.sgd import can_step
 from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -134,34 +135,60 @@ class PGD(Constrained, ParamTransformingOptimizer):
         super().__init__(**constructor_arguments(locals()))
 
     def _step_alone_(self) -> bool:
-        """The step of one small plain tensor by bare SGD, as attacks on few examples make it."""
-        inner, groups = self.inner_opt, self.inner_opt.param_groups
-        if type(self) is not PGD or type(inner) is not SGD or len(groups) != 1:
+        step, param = self._short_step(), self.inner_opt.param_groups[0]["params"][0]
+        if step is None or not _fits(param.grad, param):
             return False
-        if "step" in inner.__dict__ or not _HOOKS.isdisjoint(self.__dict__):
+        # (NaN makes NaN of the product)
+        if not isfinite(torch.dot(param.view(-1), param.grad.view(-1)).item()):
             return False
-        group = groups[0]
-        if len(group["params"]) != 1 or not _is_simple(group):
-            return False
-        param, constraint = group["params"][0], group["constraint"]
-        grad = param.grad
-        if not _is_small_batch(param, grad) or torch.is_grad_enabled() or has_step_hooks(inner):
-            return False
-        p = _order(constraint)
-        if not isfinite(torch.dot(param.view(-1), grad.view(-1)).item()):  # as NaN makes it
-            return False
-        if p == inf:
-            grad.sign_()
-        elif p != 2:
-            self._before[0].apply_([grad], [param], group, self)
-        elif len(grad) > 1 or not directions.normalize_row_(grad, p):
-            directions.normalize_(grad, p, grad.ndim - 1)
-        param.add_(grad, alpha=-group["lr"])
-        if isinstance(constraint, BoundedBall):
-            constraint.project_finite_(param)
-        else:
-            constraint.project_(param)
+        step()
         return True
+
+    def _prepared_step(self) -> Callable[[], object] | None:
+        step, group = self._short_step(), self.inner_opt.param_groups[0]
+        return step if step is None or isfinite(group["params"][0].sum().item()) else None
+
+    def _short_step(self) -> Callable[[], object] | None:
+        """The step of one small plain batch by bare SGD in few calls, with the same bits, or None.
+
+        It may be called as long as settings stay, and batch and gradients are finite.
+        """
+        inner, group = self.inner_opt, self.inner_opt.param_groups[0]
+        if (
+            type(self) is not PGD
+            or plain_step(PGD.step) is not _STEP
+            or not can_step(inner, plain_step(type(inner).step))
+            or "step" in inner.__dict__
+            or has_step_hooks(inner)
+            or not _HOOKS.isdisjoint(self.__dict__)
+            or len(self.inner_opt.param_groups) != 1
+            or len(group["params"]) != 1
+            or not _is_small_batch(group["params"][0])
+            or not _is_simple(group)
+        ):
+            return None
+        param, constraint = group["params"][0], group["constraint"]
+        p, rate = _order(constraint), -group["lr"]
+        is_bounded = isinstance(constraint, BoundedBall)
+        project_ = constraint.projection_like(param) if is_bounded else constraint.project_
+
+        def step() -> None:
+            grad = param.grad
+            if not _fits(grad, param):
+                _STEP(self)
+                return
+            if p == inf:
+                grad.sign_()
+            elif p != 2:
+                self._before[0].apply_([grad], [param], group, self)
+            elif len(grad) > 1 or not directions.normalize_row_(grad, p):
+                directions.normalize_(grad, p, grad.ndim - 1)
+            project_(param.add_(grad, alpha=rate))
+
+        return step
+
+
+_STEP = plain_step(PGD.step)
 
 
 def _order(constraint: Any) -> float:
@@ -183,19 +210,25 @@ def _is_simple(group: Group) -> bool:
     )
 
 
-def _is_small_batch(param: Tensor, grad: Tensor | None) -> bool:
-    """Whether it is a batch, and has a gradient, that one call of each operator may change."""
+def _is_small_batch(param: Tensor) -> bool:
+    """Whether it is a batch that one call of each operator may change."""
     return (
-        grad is not None
-        and in_blocks(param)
-        and is_plain(grad)
+        in_blocks(param)
         and param.ndim > 1
         and 0 < param.numel() <= BLOCK // 2
-        and param.dtype == grad.dtype
         and param.dtype in _DTYPES
+        and param.is_contiguous()
+    )
+
+
+def _fits(grad: Tensor | None, param: Tensor) -> bool:
+    """Whether there is a gradient that operators may change as they change such a parameter."""
+    return (
+        grad is not None
+        and is_plain(grad)
+        and grad.dtype == param.dtype
         and grad.layout is torch.strided
         and grad.is_contiguous()
-        and param.is_contiguous()
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.sgd import sgd
 
 from rai_toolbox import foreach
@@ -31,7 +31,7 @@ _STEP = plain_step(SGD.step)
 _IS_TORCHS = _STEP.__module__ == SGD.__module__  # else somebody has replaced it
 
 
-def can_step(inner: SGD, step: Callable[..., object]) -> bool:
+def can_step(inner: Optimizer, step: Callable[..., object]) -> bool:
     """Whether `step_sgd` may replace a step: that of SGD itself, of plain values."""
     return (
         type(inner) is SGD

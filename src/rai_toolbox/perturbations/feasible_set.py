@@ -16,7 +16,6 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.rounding import as_wide, is_farther, noise
 from rai_toolbox.perturbations.grid import Grid
 from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
-from rai_toolbox.perturbations.models import AdditivePerturbation, MaskedPerturbation
 from rai_toolbox.perturbations.models.additive import check_mask
 
 
@@ -80,13 +79,9 @@ class FeasibleSet:
         ball = self.ball._at_rows(self.data, rows)
         return FeasibleSet(self.data[rows], ball, data_range, mask, self.levels)
 
-    def zero_perturbation(self) -> AdditivePerturbation:
+    def zero_perturbation(self) -> Change:
         """A perturbation of 0 for each example."""
-        if self.levels is not None:
-            return _OnGrid(self)
-        if self.mask is None:
-            return AdditivePerturbation(self.data)
-        return MaskedPerturbation(self.data, self.mask)
+        return Change(self)
 
     def on_grid(self, change: Tensor) -> Tensor:
         """The points of the grid nearest to data plus a change that are exactly in the set."""
@@ -183,13 +178,25 @@ def _is_wider(ball: Ball, given: Range, lower: Tensor, upper: Tensor) -> bool:
     return bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any())
 
 
-class _OnGrid(AdditivePerturbation):
-    """A perturbation whose result is rounded to a grid, with the gradient as if it were not."""
+class Change:
+    """A perturbation of the data of a set: 0 at first, kept where a mask is True, and on a grid.
+
+    The gradient is that without the grid. (It is no module: to make and call one takes longer.)
+    """
+
+    per_datum = True
 
     def __init__(self, allowed: FeasibleSet) -> None:
-        super().__init__(allowed.data)
         self.allowed = allowed
+        self.delta = allowed.data.new_zeros(allowed.data.shape).requires_grad_()
 
-    def forward(self, data: Tensor) -> Tensor:
-        change = self.delta if self.allowed.mask is None else self.delta * self.allowed.mask
-        return self.allowed.on_grid(change.detach()) + (change - change.detach())
+    def parameters(self) -> list[Tensor]:  # noqa: D102
+        return [self.delta]
+
+    def __call__(self, data: Tensor) -> Tensor:  # noqa: D102
+        allowed, change = self.allowed, self.delta
+        if allowed.mask is not None:
+            change = change * allowed.mask
+        if allowed.levels is None:
+            return data + change
+        return allowed.on_grid(change.detach()) + (change - change.detach())

@@ -20,6 +20,7 @@ from rai_toolbox._torch import backward, has_step_hooks, plain_step, set_grad_mo
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
+from rai_toolbox.perturbations.feasible_set import Change
 from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, rule_of_stack
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
@@ -126,7 +127,7 @@ class Objective:
             output = None if self.success is None else _mean(outputs)
         else:
             loss, output = losses[0], outputs[0]
-        return perturbed, loss * self.sign, output
+        return perturbed, loss.neg() if self.sign == -1 else loss * self.sign, output
 
     def success_of(self, cost: Tensor, output: Any, target: Tensor) -> Tensor:
         """Which examples have succeeded."""
@@ -175,7 +176,6 @@ def solve(
     first one that succeeds, and is evaluated no more. What is not finite in gradients counts as 0.
     """
     params = [param for param in perturbation.parameters() if param.requires_grad]
-    take_step = _step_of(optimizer) if steps else lambda: None
     observe = getattr(optimizer, "observe_", None)
     rows, target_of_rows, reused = None, target, True
     waiting: list[tuple[Tensor, Tensor, list[Tensor]]] = []
@@ -189,6 +189,7 @@ def solve(
             waiting.clear()
 
     with torch.no_grad():
+        take_step = _step_of(optimizer) if steps else lambda: None
         for step in range(steps + 1):
             for param in params:
                 param.grad = None
@@ -204,7 +205,7 @@ def solve(
                     param.grad.nan_to_num_(0.0, 0.0, 0.0)
             if step == 0:
                 separate = own_rows(perturbation, params, perturbed)
-                reused = not (separate and isinstance(perturbation, InitializedModel))
+                reused = not (separate and isinstance(perturbation, (Change, InitializedModel)))
                 zero_gradient = _zero_gradient(grads, perturbed, bool(separate))
                 judge_stack = rule_of_stack(objective.success, output, target)
                 room = _room([*(separate or [perturbed]), *([output] if judge_stack else [])])
@@ -302,6 +303,9 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
     plain = isinstance(optimizer, Optimizer) and "step" not in vars(optimizer)
     if plain and not has_step_hooks(optimizer):
+        prepared = getattr(optimizer, "_prepared_step", lambda: None)()
+        if prepared is not None:
+            return prepared  # type: ignore[no-any-return]
         behind_hooks, bare = unhooked(type(optimizer).step), plain_step(type(optimizer).step)
         if bare is not behind_hooks and not optimizer.defaults.get("differentiable"):
             return partial(bare, optimizer)
