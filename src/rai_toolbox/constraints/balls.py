@@ -21,7 +21,7 @@ from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise,
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Ball(Constraint):
     """Sub-tensors within a distance of a center."""
 
@@ -71,7 +71,7 @@ class _Ball(Constraint):
         return self.epsilon * (1 - 4 * noise(size))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinfBall(_Ball):
     """Sub-tensors whose elements are all within a distance of the center's.
 

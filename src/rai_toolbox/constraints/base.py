@@ -56,7 +56,7 @@ class _Immutable:
         super().__delattr__(name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Constraint(_Immutable):
     """A set of allowed values for each sub-tensor of a batch; instances are immutable.
 
@@ -105,6 +105,10 @@ class Constraint(_Immutable):
         for name in ON_SHARDS:
             if name in cls.__dict__:
                 setattr(cls, name, _of_any_batch(cls.__dict__[name]))
+
+    def __repr__(self) -> str:  # (to have each class's own written takes long at import)
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr]
+        return f"{type(self).__qualname__}({', '.join(shown)})"
 
     def __post_init__(self) -> None:
         settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import inf, isfinite
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ _PROJECTIONS: dict[float, Any] = {inf: nearest_in_linf, 2: nearest_in_l2, 1: nea
 _ORACLES: dict[float, Any] = {inf: least_in_linf, 2: least_in_l2, 1: least_in_l1}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BoundedBall(Constraint):
     """A norm ball with bounds on the elements, intersected exactly.
 
@@ -96,7 +97,7 @@ class BoundedBall(Constraint):
         """The set of a ball around 0 and bounds that hold 0, whose values are not read."""
         names = ("ball", "lower", "upper") if ball._tensors else ("lower", "upper")
         made = {"ball": ball, "lower": lower, "upper": upper, "_tensors": names}
-        return _AROUND_0._replaced(made)
+        return _around_0()._replaced(made)
 
     def _check_settings(self) -> None:
         check_ball("ball", self.ball)
@@ -325,4 +326,6 @@ def zero_outward_(grad: Tensor, x: Tensor, constraint: Constraint) -> Tensor:
     return grad
 
 
-_AROUND_0 = BoundedBall(LinfBall(1.0), -1.0, 1.0)
+@cache
+def _around_0() -> BoundedBall:
+    return BoundedBall(LinfBall(1.0), -1.0, 1.0)

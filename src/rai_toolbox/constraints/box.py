@@ -23,7 +23,7 @@ _SMALL = 10_000
 _FLOAT16_MAX = 65504.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Box(Constraint):
     """Every element between a lower and an upper bound.
 
@@ -103,7 +103,7 @@ class Box(Constraint):
         return ((1 - share) * lower + share * upper).clamp(lower, upper)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NonNegative(Box):
     """Every element non-negative.
 

@@ -24,7 +24,7 @@ from rai_toolbox.constraints.kernels.rounding import noise, resolution
 from rai_toolbox.constraints.sampling import uniform
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BoxSection(Constraint):
     """Entries between bounds, with a given weighted sum.
 

@@ -23,7 +23,7 @@ _FAR = 1e6  # how far away common points may be, relative to the sub-tensor and 
 _SLOWEST = 1e-4  # smallest rate of convergence that is assumed; rounding noise looks like 0
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Intersection(Constraint):
     """Every sub-tensor in all of several convex sets.
 

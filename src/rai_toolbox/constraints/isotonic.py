@@ -12,7 +12,7 @@ from rai_toolbox.autograd import with_value
 from rai_toolbox.constraints.base import Constraint
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Monotone(Constraint):
     """Entries of each sub-tensor never decrease, or never increase, in the order of their indices.
 

@@ -21,7 +21,7 @@ from rai_toolbox.constraints.kernels.rounding import as_wide, resolution
 _PASSES = 4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Linear(Constraint):
     """One equation or inequality on the weighted sum of each sub-tensor."""
 
@@ -128,7 +128,7 @@ class HalfSpace(_Linear):
     """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Affine(Constraint):
     """Every sub-tensor in an affine subspace: several linear equations.
 

@@ -14,7 +14,7 @@ from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.base import Constraint, check_device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Masked(Constraint):
     """Some entries of every sub-tensor in a set; the others are unconstrained.
 

@@ -80,7 +80,7 @@ class PSD(Constraint):
         return within_range(_symmetric(y), dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stiefel(Constraint):
     """Matrices with orthonormal columns, or, if they have more columns than rows, rows; not convex.
 
@@ -142,7 +142,7 @@ class Stiefel(Constraint):
         return self._nearest(normal(like, generator), like.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rank(Constraint):
     """Matrices of at most a given rank; not convex.
 

@@ -35,7 +35,7 @@ from rai_toolbox.constraints.kernels.threshold import lowered
 from rai_toolbox.constraints.sampling import uniform
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MinMaxNorm(Constraint):
     """Sub-tensors whose norm is between two values; not convex unless `min_norm` is 0.
 
@@ -252,7 +252,7 @@ def _range_of_numbers(
     return low.item(), high.item(), missed.item()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MaxNorm(MinMaxNorm):
     """Sub-tensors whose norm is at most a given one: a ball, along any dims.
 
@@ -281,7 +281,7 @@ class MaxNorm(MinMaxNorm):
     min_norm: float | Tensor = field(default=0.0, init=False, repr=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnitNorm(MinMaxNorm):
     """Sub-tensors of norm 1, to within rounding: a sphere, which is not convex.
 

@@ -17,7 +17,7 @@ from rai_toolbox.constraints.kernels.threshold import lower_, lowered
 from rai_toolbox.constraints.sampling import exponential, uniform
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Simplex(Constraint):
     """Elements that are not negative and have a given sum.
 
@@ -91,7 +91,7 @@ class Simplex(Constraint):
         return shares / shares.sum(1, keepdim=True) * self.total
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseSimplex(Constraint):
     """Elements that are not negative, have a given sum, and at most `k` of which are not zero.
 

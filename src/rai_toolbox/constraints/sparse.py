@@ -15,7 +15,7 @@ from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, row_ha
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an entry, in bytes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TopK(Constraint):
     """At most `k` entries of each sub-tensor are not zero.
 

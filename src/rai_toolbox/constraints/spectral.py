@@ -24,7 +24,7 @@ from rai_toolbox.constraints.kernels.svd import (
 from rai_toolbox.constraints.sampling import normal, uniform
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _SingularValueBall(Constraint):
     """A ball of a norm of matrices that is a p-norm of their singular values."""
 

@@ -56,7 +56,7 @@ class _Plans(Constraint):
         return scaled_plan(logits, *self.sums(logits), _SINKHORN_STEPS)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Birkhoff(_Plans):
     """Square matrices >= 0 whose rows and columns all have the same sum: doubly stochastic ones.
 
@@ -117,7 +117,7 @@ class Birkhoff(_Plans):
         return torch.zeros_like(gradient).scatter_(-1, at, total)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Transport(_Plans):
     """Matrices >= 0 of given row and column sums: plans that move one distribution to another.
 

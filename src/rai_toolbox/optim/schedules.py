@@ -244,7 +244,7 @@ class LinearSetting(SettingScheduler):
         super().__init__(optimizer, setting, schedules, last_step=last_step)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Linear:
     """A linear schedule; an object, so that a checkpoint has its attributes."""
 

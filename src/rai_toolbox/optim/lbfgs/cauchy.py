@@ -14,7 +14,7 @@ from rai_toolbox.optim.lbfgs.memory import Memory, dot, solved
 _STEP = 2**12  # breakpoints at once
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CauchyPoint:
     """Where the path ``P(x - t g)`` first has a minimum of the model."""
 

@@ -14,7 +14,7 @@ _ARMIJO, _WOLFE = 1e-3, 0.9
 _MOST_TRIALS = 20
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Place:
     """What is known of a place on a line ``x + t d``."""
 
@@ -25,7 +25,7 @@ class Place:
     slope: float
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Trial:
     """A point at which the closure has been evaluated."""
 
@@ -34,7 +34,7 @@ class Trial:
     gradient: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Found:
     """A trial, and its place on the line."""
 
