@@ -99,7 +99,7 @@ def freeze(*items: Freezable) -> Callable[[], None]:
     def restore() -> None:
         for tensor, flag in zip(tensors, before, strict=True):
             # (in-place operators may have made it a non-leaf tensor)
-            if tensor.is_leaf:
+            if tensor.is_leaf and tensor.requires_grad != flag:
                 with torch.inference_mode(tensor.is_inference()):
                     tensor.requires_grad_(flag)
 

@@ -200,13 +200,11 @@ def _order(constraint: Any) -> float:
 
 def _is_simple(group: Group) -> bool:
     """Whether settings of SGD and of the wrapper have no effect, but for a positive `lr`."""
+    lr = group["lr"]
     return (
-        type(group["lr"]) is type(group["grad_scale"]) is type(group["grad_bias"]) is float
-        and 0.0 < group["lr"] <= _LONGEST
-        and group["grad_scale"] == 1.0
-        and group["grad_bias"] == 0.0
-        and group["param_ndim"] == -1
-        and not any(map(group.get, _MORE_OF_SGD))
+        type(lr) is float
+        and 0.0 < lr <= _LONGEST
+        and all(group.get(name) == value for name, value in _WITHOUT_EFFECT.items())
     )
 
 
@@ -234,13 +232,9 @@ def _fits(grad: Tensor | None, param: Tensor) -> bool:
 
 _LONGEST = 1e30  # what is less than a rounding of the largest numbers, so that no step is infinite
 _HOOKS = {GRADIENT_HOOK, PARAMETER_HOOK}
-_MORE_OF_SGD = (
-    "momentum",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "foreach",
-    "differentiable",
-    "fused",
-)
+_WITHOUT_EFFECT = {
+    **{"momentum": 0, "weight_decay": 0, "nesterov": False, "maximize": False},
+    **{"foreach": None, "differentiable": False, "fused": None},
+    **{"grad_scale": 1, "grad_bias": 0, "param_ndim": -1},
+}
 _DTYPES = (torch.float32, torch.float64)

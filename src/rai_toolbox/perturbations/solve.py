@@ -78,19 +78,12 @@ class Objective:
         perturbation: Callable[[Tensor], Tensor],
         data: Tensor,
         target: Tensor,
-        rows: Tensor | None = None,
-        params: list[Tensor] | None = None,
         reused: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The perturbed data, costs and success; adds the gradients of `params`.
-
-        With `rows`, costs and success are those of some examples, whose target is given. A model
-        may work in place: it gets a copy of perturbed data that are `reused`.
-        """
+        """The perturbed data, costs and success."""
         with torch.no_grad():
-            args = (perturbation, data, target, rows, params, reused)
-            perturbed, cost, output = self._evaluate(*args)
-            return perturbed.detach(), cost, self.success_of(cost, output, target)
+            perturbed, cost, output = self._evaluate(perturbation, data, target, None, None, reused)
+            return perturbed, cost, self.success_of(cost, output, target)
 
     def _evaluate(
         self,
@@ -101,9 +94,11 @@ class Objective:
         params: list[Tensor] | None,
         reused: bool,
     ) -> tuple[Tensor, Tensor, Any]:
-        """`evaluate` that leaves success to `success_of`, and gives the output that it needs.
+        """The perturbed data, costs and output; adds the gradients of `params`.
 
-        To be called under `no_grad`. Data and output may be those that autograd has seen.
+        With `rows`, costs are those of some examples, whose target is given. A model may work in
+        place: it gets a copy of perturbed data that are `reused`. To be called under `no_grad`.
+        Data and output may be those that autograd has seen.
         """
         losses, outputs = [], []
         output: Any
