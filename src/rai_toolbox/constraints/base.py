@@ -497,6 +497,19 @@ def are_finite(*settings: float | Tensor | None) -> bool:
     )
 
 
+def in_float64(**settings: float | Tensor) -> list[Tensor]:
+    """Settings as float64 tensors; raise unless these broadcast against each other."""
+    tensors = [torch.as_tensor(setting, dtype=torch.float64) for setting in settings.values()]
+    try:
+        torch.broadcast_tensors(*tensors)  # (`broadcast_shapes` imports sympy)
+    except RuntimeError:
+        *names, last = settings
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        name, rule = f"{'`, `'.join(names)}` and `{last}", "broadcast against each other"
+        raise wrong(name, rule, f"shapes {shapes}") from None
+    return tensors
+
+
 def check_device(name: str, setting: Tensor, x: Tensor) -> None:
     """Raise if a tensor setting is on another device than x."""
     if setting.device != x.device:
