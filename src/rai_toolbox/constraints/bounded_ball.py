@@ -13,7 +13,7 @@ from rai_toolbox._torch import forward_ad_level, function_transforms_active
 from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball, LinfBall, check_ball
 from rai_toolbox.constraints.base import Constraint, in_float64
-from rai_toolbox.constraints.box import Box, in_dtype
+from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels import ball_in_box_float64 as exact
 from rai_toolbox.constraints.kernels.ball_in_box import (
     all_fit,
@@ -26,6 +26,7 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
     outside_bounds,
     rounded_bounds,
 )
+from rai_toolbox.constraints.kernels.clamp import in_dtype
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sharding import PLAIN
 

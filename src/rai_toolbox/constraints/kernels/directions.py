@@ -14,8 +14,8 @@ from torch import Tensor
 from rai_toolbox import foreach
 from rai_toolbox._torch import foreach_sign_
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.clamp import clamp_
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     fast_norm,
