@@ -52,8 +52,9 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 
 
 def has_own_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether hooks run at the steps of this optimizer alone."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Whether hooks run at the steps of this optimizer alone; Lookahead has none."""
+    before = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return bool(before or getattr(optimizer, "_optimizer_step_post_hooks", None))
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:

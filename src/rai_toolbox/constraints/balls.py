@@ -40,7 +40,7 @@ class _Ball(Constraint):
         check_setting("epsilon", self.epsilon, least=0, finite=False)
         if self.center is not None:
             check_setting("center", self.center)
-        self.__dict__["_bounded"] = are_finite(self.epsilon)
+        self.__dict__["bounded"] = are_finite(self.epsilon)
 
     def _at(self, x: Tensor, dtype: torch.dtype) -> float | Tensor:
         """The center as it counts: rounded to the dtype; in float64."""

@@ -77,7 +77,7 @@ class BoundedBall(Constraint):
     tensor([[0.4000, 0.4000, 0.2000]])
     """
 
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     ball: Any

@@ -54,7 +54,7 @@ class Box(Constraint):
         if self.lower is None and self.upper is None:
             raise ValueError("`lower` or `upper` must be given, got lower=None and upper=None")
         check_order("lower", self.lower, "upper", self.upper)
-        self.__dict__["_bounded"] = are_finite(self.lower, self.upper)
+        self.__dict__["bounded"] = are_finite(self.lower, self.upper)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)

@@ -74,7 +74,7 @@ class BoxSection(Constraint):
         check_setting("weight", self.weight)
         check_setting("total", self.total)
         is_open = self.lower is None and self.upper is None
-        self.__dict__["_bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
+        self.__dict__["bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
         self.__dict__["_feasible"] = set()  # shapes that have a point of the set in a dtype
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once

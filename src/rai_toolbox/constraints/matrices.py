@@ -107,7 +107,7 @@ class Stiefel(Constraint):
     _is_equation: ClassVar[bool] = True
     convex: ClassVar[bool] = False
     _of_matrices: ClassVar[bool] = True
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
 
     flatten: int | None = field(default=None, kw_only=True)
 

@@ -50,7 +50,7 @@ class Simplex(Constraint):
             [1., 0.]])
     """
 
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
     _is_equation: ClassVar[bool] = True
 
@@ -124,7 +124,7 @@ class SparseSimplex(Constraint):
     """
 
     convex: ClassVar[bool] = False
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
     _is_equation: ClassVar[bool] = True
 

@@ -23,7 +23,7 @@ class _SingularValueBall(Constraint):
 
     _p: ClassVar[float]
     _of_matrices: ClassVar[bool] = True
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     epsilon: float | Tensor

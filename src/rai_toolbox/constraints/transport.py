@@ -24,7 +24,7 @@ class _Plans(Constraint):
     """Matrices >= 0 whose sums are what `sums` says."""
 
     _of_matrices: ClassVar[bool] = True
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True
 
     def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,9 +143,7 @@ class _CompiledStep:
         # Torch.compile does not notice what replaces a method, and would trace hooks of the inner.
         both = (self.optimizer, self._inner)
         own = [vars(each)[name] for each in both for name in _METHODS & vars(each).keys()]
-        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        hooks = (getattr(self._inner, name, None) for name in names)  # Lookahead has none
-        has_hooks = self._inner is not self.optimizer and any(hooks)
+        has_hooks = self._inner is not self.optimizer and _torch.has_own_step_hooks(self._inner)
         if has_hooks or not all(map(_torch.is_wrapped_by_scheduler, own)):
             return False
         # Torch's formulas for tensor learning rates, such as Adam's, divide by them.
