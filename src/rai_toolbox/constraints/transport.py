@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_setting, wrong
+from rai_toolbox.checks import check_setting, check_type, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, resolution
@@ -157,8 +157,7 @@ class Transport(_Plans):
     def _check_settings(self) -> None:
         for name, of_one, at in (("rows", "(m,)", -1), ("columns", "(k,)", -2)):
             sums = getattr(self, name)
-            if not isinstance(sums, Tensor):
-                raise wrong(name, "be a tensor", repr(sums), TypeError)
+            check_type(name, sums, Tensor, "be a tensor")
             check_setting(name, sums, least=0.0)
             if sums.ndim == 1 and at == -1:  # as it is stored, to broadcast against a batch
                 self.__dict__[name] = sums = sums.unsqueeze(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox import _torch
+from rai_toolbox.checks import check_type
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
@@ -93,8 +94,7 @@ def compiled(
     >>> x
     tensor([0.5000, 3.0000], requires_grad=True)
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}")
+    check_type("optimizer", optimizer, Optimizer, "be a torch.optim.Optimizer")
     return _CompiledStep(optimizer, backend)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Generator, Tensor, default_generator
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.checks import check_finite
+from rai_toolbox.checks import check_finite, check_type
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.box import Box, checked_box
 from rai_toolbox.optim import transforms
@@ -429,8 +429,7 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
         generator: Generator = default_generator,
         **inner_opt_kwargs: Any,
     ) -> None:
-        if not isinstance(generator, Generator):
-            raise TypeError(f"`generator` must be a torch.Generator, got {generator!r}")
+        check_type("generator", generator, Generator, "be a torch.Generator")
         self._before = (
             transforms.TopQ(generator=None if generator is default_generator else generator),
         )
