@@ -198,12 +198,8 @@ class L1Ball(_Ball):
 
     Parameters
     ----------
-    epsilon : float or Tensor
-        Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
-    center : float or Tensor, optional
-        By default 0; a tensor broadcasts against the batch. Counts as rounded to the dtype of x.
-    dim : int or tuple of int, optional
-        Along which dims of the batch a ball lies; by default all but the first.
+    epsilon, center, dim
+        See `L2Ball`.
 
     Raises
     ------

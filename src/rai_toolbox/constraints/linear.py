@@ -110,8 +110,8 @@ class HalfSpace(_Linear):
         with weights 0 and an offset below 0 has no solution: its projection is NaN.
     offset : float or Tensor
         The largest value c of the weighted sum, one per sub-tensor: shape (N, 1, ...).
-    dim : int or tuple of int, optional
-        Along which dims of the batch the sum is taken; by default all but the first.
+    dim
+        See `Hyperplane`.
 
     Raises
     ------

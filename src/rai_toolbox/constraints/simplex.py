@@ -104,10 +104,8 @@ class SparseSimplex(Constraint):
     ----------
     k : int
         How many entries may be other than zero, >= 1.
-    total : float or Tensor
-        The sum, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...), or of size 1 along `dim`.
-    dim : int or tuple of int, optional
-        Along which dims of the batch the sum is taken; by default all but the first.
+    total, dim
+        See `Simplex`.
 
     Raises
     ------

@@ -148,11 +148,8 @@ class NuclearBall(_SingularValueBall):
 
     Parameters
     ----------
-    epsilon : float or Tensor
-        The radius, finite and >= 0; a tensor has one per matrix, shape (N, 1, 1).
-    flatten : int, optional
-        How many dims of a sub-tensor make the rows of one matrix, all others its columns: 1 for the
-        weight of a convolution, with ``param_ndim=None``. By default a sub-tensor has 2 dims.
+    epsilon, flatten
+        See `SpectralBall`.
 
     Raises
     ------

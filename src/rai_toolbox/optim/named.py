@@ -243,9 +243,8 @@ class L2NormedGradientOptim(_NormedGradientOptim):
 
     Parameters
     ----------
-    div_by_zero_eps : float
-        Smallest divisor, >= 0, in the unit of the gradient. The norm neither overflows nor
-        underflows in any dtype.
+    div_by_zero_eps
+        See `L1NormedGradientOptim`.
     params, InnerOpt, param_ndim, defaults, grad_scale, grad_bias, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 
@@ -283,8 +282,8 @@ class L2ProjectedOptim(Constrained, L2NormedGradientOptim):
     epsilon : float
         Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
         group.
-    div_by_zero_eps : float
-        See `L2NormedGradientOptim`.
+    div_by_zero_eps
+        See `L1NormedGradientOptim`.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 
@@ -453,7 +452,7 @@ class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
     ----------
     q, dq, generator
         See `TopQGradientOptimizer`.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `L1NormedGradientOptim`.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
@@ -545,7 +544,7 @@ class L1FrankWolfe(_FrankWolfeOnBall):
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `FrankWolfe`.
 
     Raises
@@ -578,15 +577,14 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
 
     Parameters
     ----------
-    epsilon : float
-        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
-        group.
+    epsilon
+        See `L1FrankWolfe`.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`.
-    div_by_zero_eps : float
-        See `L2NormedGradientOptim`.
+    div_by_zero_eps
+        See `L1NormedGradientOptim`.
 
     Raises
     ------
@@ -618,14 +616,13 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
 
     Parameters
     ----------
-    epsilon : float
-        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
-        group.
+    epsilon
+        See `L1FrankWolfe`.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `FrankWolfe`.
 
     Raises
@@ -659,16 +656,15 @@ class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
 
     Parameters
     ----------
-    epsilon : float
-        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
-        group.
+    epsilon
+        See `L1FrankWolfe`.
     q, dq, generator
         See `TopQGradientOptimizer`.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `L1NormedGradientOptim`.
 
     Raises
