@@ -12,13 +12,13 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
 from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
-from rai_toolbox.constraints.kernels.clamp import clamp_
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, shrinking
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
+from rai_toolbox.foreach import clamp_
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,9 +26,9 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
     outside_bounds,
     rounded_bounds,
 )
-from rai_toolbox.constraints.kernels.clamp import in_dtype
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sharding import PLAIN
+from rai_toolbox.foreach import in_dtype
 
 # By the order of the norm.
 _PROJECTIONS = {inf: exact.nearest_in_linf, 2: exact.nearest_in_l2, 1: exact.nearest_in_l1}

@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.clamp import clamp_
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide
 from rai_toolbox.constraints.sampling import uniform
+from rai_toolbox.foreach import clamp_
 
 
 @dataclass(frozen=True, eq=False)

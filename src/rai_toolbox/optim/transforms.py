@@ -23,7 +23,6 @@ from rai_toolbox.checks import check_fraction, check_non_negative, check_order
 from rai_toolbox.constraints.box import checked_box
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import in_groups
-from rai_toolbox.constraints.kernels.clamp import clamp_
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
@@ -167,7 +166,7 @@ class Clamp(_Elementwise):
         if isinstance(lower, Tensor) or isinstance(upper, Tensor):
             checked_box(lower, upper).project_each_(tensors)
         elif self.is_active(group):
-            clamp_(tensors, lower, upper)
+            foreach.clamp_(tensors, lower, upper)
 
 
 class _OfSetting(_Elementwise):
@@ -214,7 +213,7 @@ class LinfProjection(_Elementwise):
         if isinstance(epsilon, Tensor):  # in compiled steps, which compile numbers in
             checked_box(-epsilon, epsilon).project_each_(tensors)
         else:
-            clamp_(tensors, -epsilon, epsilon)
+            foreach.clamp_(tensors, -epsilon, epsilon)
 
 
 # Of sub-tensors
