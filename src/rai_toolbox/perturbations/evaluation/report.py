@@ -112,12 +112,6 @@ class RobustnessReport:
             got = f"{list(self.epsilons)}, {list(self.withstood)} and {list(self.checks)}"
             names = "epsilons`, `withstood` and `checks"
             raise wrong(names, "have the same norms, at least one", got)
-        for name, epsilons in self.epsilons.items():
-            if not epsilons or list(epsilons) != sorted(set(epsilons)):
-                raise wrong("epsilons", "ascend in each norm", f"{epsilons} for {name}")
-            outside = [k for k in self.withstood[name] if not -1 <= k <= len(epsilons)]
-            if outside:
-                raise wrong("withstood", f"be in [-1, {len(epsilons)}] for {name}", outside[0])
         for name, of, what in (
             ("checks", self.epsilons, "epsilon"),
             ("fooled_by", self.withstood, "example"),
@@ -126,6 +120,12 @@ class RobustnessReport:
             for norm, found in getattr(self, name).items():
                 if len(found) != len(of[norm]):
                     raise wrong(name, f"be one per {what}", f"{len(found)} for {norm}")
+        for name, epsilons in self.epsilons.items():
+            if not epsilons or list(epsilons) != sorted(set(epsilons)):
+                raise wrong("epsilons", "ascend in each norm", f"{epsilons} for {name}")
+            outside = [k for k in self.withstood[name] if not -1 <= k <= len(epsilons)]
+            if outside:
+                raise wrong("withstood", f"be in [-1, {len(epsilons)}] for {name}", outside[0])
         if len({len(found) for found in self.withstood.values()}) != 1:
             raise wrong("withstood", "be of the same data for each norm", "others")
 
