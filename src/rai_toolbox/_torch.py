@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         before = torch.is_grad_enabled()
         set_grad_mode(optimizer.defaults["differentiable"])
         try:
-            return cast(_R, plain(*args, **kwargs))
+            return plain(*args, **kwargs)
         finally:
             set_grad_mode(before)
 
@@ -202,14 +202,12 @@ def compile_apart(function: Callable[..., Any], **options: Any) -> Callable[...,
     """`torch.compile` that does not share its limit of recompilations, where torch can do so."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    compiled: Callable[..., Any] = torch.compile(function, **options)
-    return compiled
+    return torch.compile(function, **options)
 
 
 def lookup_backend(name: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function that stands behind the name of a backend of torch.compile."""
-    found: Callable[..., Any] = torch._dynamo.lookup_backend(name)
-    return found
+    return torch._dynamo.lookup_backend(name)
 
 
 def graph_breaks() -> dict[str, int]:

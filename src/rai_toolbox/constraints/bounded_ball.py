@@ -152,8 +152,7 @@ class BoundedBall(Constraint):
                 and x.numel() > 0
                 and x.device.type != "mps"
             )
-        is_around_0: bool = met[batch]
-        return is_around_0
+        return met[batch]
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
@@ -181,7 +180,7 @@ class BoundedBall(Constraint):
             epsilon = as_wide(self.ball.epsilon, x)
             fits = eager and self.ball.p < inf and all_fit(epsilon)
             known[kind] = lower, upper, epsilon, fits
-        return known[kind]  # type: ignore[no-any-return]
+        return known[kind]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
         return super()._replaced({"_known": {}, "_met": {}, **settings})

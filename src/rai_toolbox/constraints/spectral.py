@@ -91,8 +91,7 @@ class _SingularValueBall(Constraint):
         return svd.within_range(compose(radius(margin)), dtype)
 
     def _size(self, x: Tensor) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(torch.linalg.svdvals(x), self._p, -1, keepdim=True)
-        return size
+        return torch.linalg.vector_norm(torch.linalg.svdvals(x), self._p, -1, keepdim=True)
 
 
 class SpectralBall(_SingularValueBall):

@@ -194,5 +194,4 @@ def _assignment_solver() -> Callable[[Any], Any] | None:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
     except ImportError:
         return None
-    solver: Callable[[Any], Any] = linear_sum_assignment
-    return solver
+    return linear_sum_assignment

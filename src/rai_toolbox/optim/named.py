@@ -87,8 +87,7 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
     _after = (transforms.Clamp(),)
 
     def _constraint(self, group: Group) -> Box | None:
-        box: Box | None = checked_box(group["clamp_min"], group["clamp_max"])
-        return box
+        return checked_box(group["clamp_min"], group["clamp_max"])
 
     def _with_sets(self) -> list[Group]:
         return [{**group, "param_ndim": None} for group in super()._with_sets()]

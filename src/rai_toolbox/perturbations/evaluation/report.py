@@ -320,8 +320,7 @@ class RobustnessReport:
         Requires matplotlib: ``pip install "rai-constrained[plots]"``. The figure opens no window;
         write it with its method ``savefig``.
         """
-        figure: Figure = draw_report(self, title)
-        return figure
+        return draw_report(self, title)
 
 
 def _merged_attacks(parts: Sequence[RobustnessReport]) -> dict[str, Any]:
