@@ -15,6 +15,7 @@ import machine
 import projections
 import speed
 import torch
+from tables import measured_on
 from timing import progress_bar
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
@@ -79,13 +80,7 @@ def main() -> None:
     budget_s = 3.0 if args.quick else 20.0
 
     about = {**machine.describe(), "quick": args.quick}
-    print(
-        "{model}, {cpus} CPUs, {threads} threads, {vectors}, {system}".format(**about["machine"]),
-        "Python {python}, torch {torch}, rai_toolbox {rai_toolbox}".format(**about["versions"]),
-        about["date"],
-        sep="\n",
-        end="\n\n",
-    )
+    print(measured_on(about), end="\n\n")
     args.out.mkdir(parents=True, exist_ok=True)
     if "projections" in what:
         write(args.out / "projections.json", about | run_projections(budget_s))

@@ -185,7 +185,7 @@ def test_a_bad_import_is_found(module, source):
     ("module", "source"),
     [
         ("optim.engine", "import math, torch.nn\nfrom torch import Tensor"),
-        ("optim.engine", "from rai_toolbox.constraints.box import clamp_\nfrom .named import x"),
+        ("optim.engine", "from rai_toolbox.constraints.box import Box\nfrom .named import x"),
         ("optim.engine", "from .. import batch\nfrom rai_toolbox import constraints"),
         ("modules", "from .batch import to_batch"),
         ("optim.engine", "def f():\n    import numpy"),

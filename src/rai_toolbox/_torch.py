@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,9 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 
 
 def has_own_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether hooks run at the steps of this optimizer alone."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Whether hooks run at the steps of this optimizer alone; Lookahead has none."""
+    before = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return bool(before or getattr(optimizer, "_optimizer_step_post_hooks", None))
 
 
 def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +114,7 @@ def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         before = torch.is_grad_enabled()
         set_grad_mode(optimizer.defaults["differentiable"])
         try:
-            return cast(_R, plain(*args, **kwargs))
+            return plain(*args, **kwargs)
         finally:
             set_grad_mode(before)
 
@@ -201,14 +202,12 @@ def compile_apart(function: Callable[..., Any], **options: Any) -> Callable[...,
     """`torch.compile` that does not share its limit of recompilations, where torch can do so."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    compiled: Callable[..., Any] = torch.compile(function, **options)
-    return compiled
+    return torch.compile(function, **options)
 
 
 def lookup_backend(name: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function that stands behind the name of a backend of torch.compile."""
-    found: Callable[..., Any] = torch._dynamo.lookup_backend(name)
-    return found
+    return torch._dynamo.lookup_backend(name)
 
 
 def graph_breaks() -> dict[str, int]:

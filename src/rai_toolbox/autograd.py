@@ -27,8 +27,7 @@ def with_value(value: Tensor, derived: Tensor) -> Tensor:
     """The bits of `value`, with the derivative of `derived`."""
     if not torch.is_grad_enabled():
         return value
-    result: Tensor = _WithValue.apply(value, derived)  # type: ignore[no-untyped-call]
-    return result
+    return _WithValue.apply(value, derived)  # type: ignore[no-untyped-call]
 
 
 class _WithValue(torch.autograd.Function):

@@ -73,10 +73,15 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_type(name: str, value: object, kind: Any, rule: str) -> None:
+    """Raise that `name` must `rule` unless `value` is an instance of `kind`, a type or several."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must {rule}, got {value!r}")
+
+
 def check_flag(name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}")
+    check_type(name, value, bool, "be True or False")
 
 
 def check_fraction(name: str, value: object) -> None:

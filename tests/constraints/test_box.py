@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optim.memory_layouts import LAYOUTS, equal_bits
 from scipy.optimize import lsq_linear
 
-from rai_toolbox.constraints.box import _SMALL, clamp_
+from rai_toolbox.foreach import _SMALL, clamp_
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BOUNDS = [

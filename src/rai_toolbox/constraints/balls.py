@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
@@ -19,6 +18,7 @@ from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each
 from rai_toolbox.constraints.kernels.norms import norm
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sampling import exponential, normal, uniform
+from rai_toolbox.foreach import clamp_
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,7 +40,7 @@ class _Ball(Constraint):
         check_setting("epsilon", self.epsilon, least=0, finite=False)
         if self.center is not None:
             check_setting("center", self.center)
-        self.__dict__["_bounded"] = are_finite(self.epsilon)
+        self.__dict__["bounded"] = are_finite(self.epsilon)
 
     def _at(self, x: Tensor, dtype: torch.dtype) -> float | Tensor:
         """The center as it counts: rounded to the dtype; in float64."""
@@ -198,12 +198,8 @@ class L1Ball(_Ball):
 
     Parameters
     ----------
-    epsilon : float or Tensor
-        Radius, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...).
-    center : float or Tensor, optional
-        By default 0; a tensor broadcasts against the batch. Counts as rounded to the dtype of x.
-    dim : int or tuple of int, optional
-        Along which dims of the batch a ball lies; by default all but the first.
+    epsilon, center, dim
+        See `L2Ball`.
 
     Raises
     ------

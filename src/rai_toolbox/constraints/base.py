@@ -84,13 +84,15 @@ class Constraint(_Immutable):
     convex: ClassVar[bool] = True
     """Whether the set is convex, so that projections are unique and never expand distances."""
 
+    bounded: ClassVar[bool] = False
+    """Whether the set is bounded, so that `lmo` and `sample_` exist."""
+
     elementwise: ClassVar[bool] = False
     """Whether the set bounds each entry on its own."""
 
     flat: ClassVar[bool] = False
     """Whether the set is an affine subspace, so that the projection is an affine map."""
 
-    _bounded: ClassVar[bool] = False
     _of_matrices: ClassVar[bool] = False  # a point is a matrix, in the last two dims of the batch
     _dims: ClassVar[tuple[int, ...] | None] = None  # that a point lies along; all but the first
     _joins_rows: ClassVar[bool] = False  # projects rows of several batches as those of one
@@ -118,11 +120,6 @@ class Constraint(_Immutable):
         if settings.get("flatten") is not None:
             check_count("flatten", settings["flatten"], 1)
         self._check_settings()
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the set is bounded, so that `lmo` and `sample_` exist."""
-        return self._bounded
 
     def coupled_dims(self, ndim: int) -> tuple[int, ...]:
         """The dims of a batch of `ndim` dims along which the set may couple the elements."""
@@ -499,6 +496,19 @@ def are_finite(*settings: float | Tensor | None) -> bool:
         bool(s.isfinite().all()) if isinstance(s, Tensor) else s is not None and isfinite(s)
         for s in settings
     )
+
+
+def in_float64(**settings: float | Tensor) -> list[Tensor]:
+    """Settings as float64 tensors; raise unless these broadcast against each other."""
+    tensors = [torch.as_tensor(setting, dtype=torch.float64) for setting in settings.values()]
+    try:
+        torch.broadcast_tensors(*tensors)  # (`broadcast_shapes` imports sympy)
+    except RuntimeError:
+        *names, last = settings
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        name, rule = f"{'`, `'.join(names)}` and `{last}", "broadcast against each other"
+        raise wrong(name, rule, f"shapes {shapes}") from None
+    return tensors
 
 
 def check_device(name: str, setting: Tensor, x: Tensor) -> None:

@@ -14,20 +14,13 @@ from torch import Generator, Tensor
 from rai_toolbox._torch import forward_ad_level, function_transforms_active
 from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball, LinfBall, check_ball
-from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.box import Box, in_dtype
+from rai_toolbox.constraints.base import Constraint, in_float64
+from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.kernels import ball_in_box_float64 as exact
 from rai_toolbox.constraints.kernels.ball_in_box import (
     all_fit,
     nearest_in_ball_and_box,
     nearest_row_in_l2_and_box,
-)
-from rai_toolbox.constraints.kernels.ball_in_box_float64 import (
-    least_in_l1,
-    least_in_l2,
-    least_in_linf,
-    nearest_in_l1,
-    nearest_in_l2,
-    nearest_in_linf,
 )
 from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
@@ -37,10 +30,11 @@ from rai_toolbox.constraints.kernels.box_hyperplane import (
 )
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sharding import PLAIN
+from rai_toolbox.foreach import in_dtype
 
 # By the order of the norm.
-_PROJECTIONS: dict[float, Any] = {inf: nearest_in_linf, 2: nearest_in_l2, 1: nearest_in_l1}
-_ORACLES: dict[float, Any] = {inf: least_in_linf, 2: least_in_l2, 1: least_in_l1}
+_PROJECTIONS = {inf: exact.nearest_in_linf, 2: exact.nearest_in_l2, 1: exact.nearest_in_l1}
+_ORACLES = {inf: exact.least_in_linf, 2: exact.least_in_l2, 1: exact.least_in_l1}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +79,7 @@ class BoundedBall(Constraint):
     tensor([[0.4000, 0.4000, 0.2000]])
     """
 
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     ball: Any
@@ -121,23 +115,13 @@ class BoundedBall(Constraint):
 
     def _radius_and_gap(self) -> tuple[Tensor, Tensor]:
         """The radius, and how far each entry of the center is outside the bounds, in float64."""
-        epsilon, center, lower, upper = settings = [
-            torch.as_tensor(setting, dtype=torch.float64)
-            for setting in (
-                self.ball.epsilon,
-                0.0 if self.ball.center is None else self.ball.center,
-                -inf if self.lower is None else self.lower,
-                inf if self.upper is None else self.upper,
-            )
-        ]
-        try:
-            gap = torch.maximum(lower - center, center - upper).clamp(min=0)
-            torch.broadcast_tensors(epsilon, gap)  # (`broadcast_shapes` imports sympy)
-        except RuntimeError:
-            shapes = ", ".join(str(tuple(setting.shape)) for setting in settings)
-            names = "epsilon`, `center`, `lower` and `upper"
-            raise wrong(names, "broadcast against each other", f"shapes {shapes}") from None
-        return epsilon, gap
+        epsilon, center, lower, upper = in_float64(
+            epsilon=self.ball.epsilon,
+            center=0.0 if self.ball.center is None else self.ball.center,
+            lower=-inf if self.lower is None else self.lower,
+            upper=inf if self.upper is None else self.upper,
+        )
+        return epsilon, torch.maximum(lower - center, center - upper).clamp(min=0)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         eager = in_blocks(x)
@@ -175,8 +159,7 @@ class BoundedBall(Constraint):
                 and x.numel() > 0
                 and x.device.type != "mps"
             )
-        is_around_0: bool = met[batch]
-        return is_around_0
+        return met[batch]
 
     @torch.no_grad()
     def sample_(self, x: Tensor, generator: Generator | None = None) -> Tensor:  # noqa: D102
@@ -204,7 +187,7 @@ class BoundedBall(Constraint):
             epsilon = as_wide(self.ball.epsilon, x)
             fits = eager and self.ball.p < inf and all_fit(epsilon)
             known[kind] = lower, upper, epsilon, fits
-        return known[kind]  # type: ignore[no-any-return]
+        return known[kind]
 
     def _replaced(self, settings: dict[str, Any]) -> BoundedBall:
         return super()._replaced({"_known": {}, "_met": {}, **settings})

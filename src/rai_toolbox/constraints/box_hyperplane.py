@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting, wrong
-from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.base import Constraint, in_float64
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
@@ -74,7 +74,7 @@ class BoxSection(Constraint):
         check_setting("weight", self.weight)
         check_setting("total", self.total)
         is_open = self.lower is None and self.upper is None
-        self.__dict__["_bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
+        self.__dict__["bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
         self.__dict__["_feasible"] = set()  # shapes that have a point of the set in a dtype
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
@@ -151,15 +151,10 @@ class BoxSection(Constraint):
 
     def _least_and_most(self) -> tuple[Tensor, Tensor]:
         """The least and the largest that each entry can add to the sum."""
-        low = -inf if self.lower is None else self.lower
-        high = inf if self.upper is None else self.upper
-        weight, lower, upper = settings = [
-            torch.as_tensor(s, dtype=torch.float64) for s in (self.weight, low, high)
-        ]
-        try:
-            ends = [(weight * bound).where(weight != 0, 0.0) for bound in (lower, upper)]
-            return torch.minimum(*ends), torch.maximum(*ends)
-        except RuntimeError:
-            got = f"shapes {', '.join(str(tuple(s.shape)) for s in settings)}"
-            names = "weight`, `lower` and `upper"
-            raise wrong(names, "broadcast against each other", got) from None
+        weight, lower, upper = in_float64(
+            weight=self.weight,
+            lower=-inf if self.lower is None else self.lower,
+            upper=inf if self.upper is None else self.upper,
+        )
+        ends = [(weight * bound).where(weight != 0, 0.0) for bound in (lower, upper)]
+        return torch.minimum(*ends), torch.maximum(*ends)

@@ -99,7 +99,7 @@ class Intersection(Constraint):
         if not 0 < check_number("tolerance", self.tolerance) < 1:
             raise wrong("tolerance", "be in (0, 1)", self.tolerance)
         check_count("max_iterations", self.max_iterations, 1)
-        self.__dict__["_bounded"] = any(member.bounded for member in self.sets)
+        self.__dict__["bounded"] = any(member.bounded for member in self.sets)
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rai_toolbox.autograd import with_value
+from rai_toolbox.checks import check_type
 from rai_toolbox.constraints.base import Constraint
 
 
@@ -47,8 +48,7 @@ class Monotone(Constraint):
     dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
-        if not isinstance(self.increasing, bool):
-            raise TypeError(f"`increasing` must be a bool, got {self.increasing!r}")
+        check_type("increasing", self.increasing, bool, "be a bool")
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         falls = x[:, :-1] - x[:, 1:] if self.increasing else x[:, 1:] - x[:, :-1]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_setting, wrong
+from rai_toolbox.checks import check_setting, check_type, wrong
 from rai_toolbox.constraints.base import Constraint, check_device
 from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
 from rai_toolbox.constraints.kernels.box_hyperplane import as_rows
@@ -110,8 +110,8 @@ class HalfSpace(_Linear):
         with weights 0 and an offset below 0 has no solution: its projection is NaN.
     offset : float or Tensor
         The largest value c of the weighted sum, one per sub-tensor: shape (N, 1, ...).
-    dim : int or tuple of int, optional
-        Along which dims of the batch the sum is taken; by default all but the first.
+    dim
+        See `Hyperplane`.
 
     Raises
     ------
@@ -171,8 +171,7 @@ class Affine(Constraint):
     dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def _check_settings(self) -> None:
-        if not isinstance(self.matrix, Tensor):
-            raise TypeError(f"`matrix` must be a tensor, got {self.matrix!r}")
+        check_type("matrix", self.matrix, Tensor, "be a tensor")
         shape = tuple(self.matrix.shape)
         if len(shape) != 2 or not 0 < shape[0] <= shape[1]:
             raise wrong("matrix", "have the shape (m, n), 1 <= m <= n", shape)

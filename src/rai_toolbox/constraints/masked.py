@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.checks import wrong
+from rai_toolbox.checks import check_type, wrong
 from rai_toolbox.constraints.base import Constraint, check_device
 
 
@@ -52,8 +52,7 @@ class Masked(Constraint):
     mask: Tensor
 
     def _check_settings(self) -> None:
-        if not isinstance(self.constraint, Constraint):
-            raise TypeError(f"`constraint` must be a constraint, got {self.constraint!r}")
+        check_type("constraint", self.constraint, Constraint, "be a constraint")
         if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
             got = self.mask.dtype if isinstance(self.mask, Tensor) else repr(self.mask)
             raise wrong("mask", "be a tensor of bools", got, TypeError)

@@ -11,15 +11,8 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels import svd
 from rai_toolbox.constraints.kernels.rounding import resolution, spacing
-from rai_toolbox.constraints.kernels.svd import (
-    composed,
-    composed_of,
-    decomposed,
-    noise_of,
-    rounding_margin,
-    within_range,
-)
 from rai_toolbox.constraints.sampling import normal
 
 _LARGE = 1e150
@@ -59,25 +52,25 @@ class PSD(Constraint):
             raise ValueError(f"PSD takes square matrices, got a batch of shape {tuple(shape)}")
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        depth = _depth(_symmetric(x), noise_of(x))
+        depth = _depth(_symmetric(x), svd.noise_of(x))
         return torch.maximum((x - x.mT).abs().amax((-2, -1)), depth)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = _symmetric(x)
-        parts = q, values, qt = decomposed(x, symmetric=True)
+        parts = q, values, qt = svd.decomposed(x, symmetric=True)
 
-        noise = noise_of(x) / 2  # half of what `_excess` allows, so that the result is inside
+        noise = svd.noise_of(x) / 2  # half of what `_excess` allows, so that the result is inside
         # Rounding moves a matrix Y, and so its eigenvalues, by u |Y|_F at most; twice that holds
         # for the raised matrix too, while u sqrt(n) <= 1/2.
         lost = torch.finfo(dtype).eps * sqrt(x.shape[-1]) * values[..., -1:].clamp(min=0.0)
-        floor = rounding_margin(
-            lambda floor: _symmetric(composed(q, torch.maximum(values, floor), qt)),
+        floor = svd.rounding_margin(
+            lambda floor: _symmetric(svd.composed(q, torch.maximum(values, floor), qt)),
             lambda y: _depth(y, noise).unsqueeze(-1),
             lost + x.shape[-1] * spacing(dtype),
             dtype,
         )
-        y = composed_of(x, parts, torch.maximum(values, floor), values > floor, symmetric=True)
-        return within_range(_symmetric(y), dtype)
+        y = svd.composed_of(x, parts, torch.maximum(values, floor), values > floor, symmetric=True)
+        return svd.within_range(_symmetric(y), dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,7 +107,7 @@ class Stiefel(Constraint):
     _is_equation: ClassVar[bool] = True
     convex: ClassVar[bool] = False
     _of_matrices: ClassVar[bool] = True
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
 
     flatten: int | None = field(default=None, kw_only=True)
 
@@ -127,13 +120,13 @@ class Stiefel(Constraint):
         off = (gram - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).abs()
         # Each entry of X^T X is a sum of products of two rounded numbers.
         weights = sums.unsqueeze(-1) + sums.unsqueeze(-2)
-        allowed = resolution(2 * terms, weights, x.shape[-2], dtype) + noise_of(x)
+        allowed = resolution(2 * terms, weights, x.shape[-2], dtype) + svd.noise_of(x)
         length = gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()  # of the longest column
         return torch.where(off > allowed, off, 0.0).amax((-2, -1)) / (1 + length)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        parts = decomposed(x)
-        return composed_of(x, parts, torch.ones_like(parts[1]), torch.zeros_like(parts[1]))
+        parts = svd.decomposed(x)
+        return svd.composed_of(x, parts, torch.ones_like(parts[1]), torch.zeros_like(parts[1]))
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         return self._nearest(-gradient, dtype)
@@ -193,14 +186,14 @@ class Rank(Constraint):
         # Twice what rounding to nearest can add to any singular value.
         rounding = torch.finfo(dtype).eps * length + sqrt(entries) * spacing(dtype)
         after = values[..., self.rank]
-        return torch.where(after > rounding + noise_of(x) * first, after, 0.0)
+        return torch.where(after > rounding + svd.noise_of(x) * first, after, 0.0)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        parts = decomposed(x)
+        parts = svd.decomposed(x)
         values = parts[1]
         kept = torch.arange(values.shape[-1], device=x.device) < self.rank
-        y = composed_of(x, parts, torch.where(kept, values, 0.0), kept.expand(values.shape))
-        return within_range(y, dtype)
+        y = svd.composed_of(x, parts, torch.where(kept, values, 0.0), kept.expand(values.shape))
+        return svd.within_range(y, dtype)
 
 
 def _symmetric(x: Tensor) -> Tensor:

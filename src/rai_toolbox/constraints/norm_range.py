@@ -86,7 +86,7 @@ class MinMaxNorm(Constraint):
         if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
         self.__dict__["convex"] = not torch.as_tensor(self.min_norm, dtype=torch.float64).any()
-        self.__dict__["_bounded"] = are_finite(self.max_norm)
+        self.__dict__["bounded"] = are_finite(self.max_norm)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rai_toolbox.batch import check_param_ndim, to_batch
-from rai_toolbox.checks import wrong
+from rai_toolbox.checks import check_type
 from rai_toolbox.constraints.base import Constraint
 
 
@@ -53,9 +53,7 @@ class Projected(nn.Module):
 
     def __init__(self, constraint: Constraint, param_ndim: int | None = -1) -> None:
         super().__init__()
-        if not isinstance(constraint, Constraint):
-            rule = "be a set of rai_toolbox.constraints"
-            raise wrong("constraint", rule, repr(constraint), TypeError)
+        check_type("constraint", constraint, Constraint, "be a set of rai_toolbox.constraints")
         check_param_ndim(param_ndim)
         self.constraint, self.param_ndim = constraint, param_ndim
         self.register_buffer("place", torch.empty(0), persistent=False)  # where the module is

@@ -10,7 +10,7 @@ redistributed and brought back: along another dim if there is one, so that no ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
@@ -38,7 +38,7 @@ def on_shards_(x: Any, coupled: Iterable[int], act_: Callable[[Any], Tensor]) ->
     if whole is not x or torch.is_grad_enabled():
         changed = _joined(local, whole.device_mesh, whole.placements, whole)
         x.copy_(changed.redistribute(placements=x.placements))
-    return cast(Tensor, x)
+    return x
 
 
 def with_whole(x: Any, coupled: Iterable[int]) -> Any:
@@ -65,8 +65,7 @@ def local_part(scale: Any, x: Any) -> Tensor:
 
     If a dim has fewer entries than there are ranks, torch refuses to multiply the two DTensors.
     """
-    local: Tensor = scale.redistribute(placements=_divided_as(scale.shape, x)).to_local()
-    return local
+    return scale.redistribute(placements=_divided_as(scale.shape, x)).to_local()
 
 
 def beside(setting: Any, x: Any) -> Any:
@@ -79,7 +78,7 @@ def beside(setting: Any, x: Any) -> Any:
 
 def complete(x: Any) -> Tensor:
     """All of x on each rank: for small tensors, such as a sum, of which `float` reads a part."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[no-any-return]
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def check_view(x: Any, shape: Sequence[int]) -> None:
@@ -139,7 +138,7 @@ def _sample_(method: Any, constraint: Any, x: Any, generator: Generator | None =
     """Each rank draws all and keeps its part, so that it is what one process would draw."""
     drawn = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     method(constraint, drawn, generator)
-    return cast(Tensor, x.copy_(_divided(drawn, x, x.placements)))
+    return x.copy_(_divided(drawn, x, x.placements))
 
 
 ON_SHARDS = {"project_": _project_, "lmo": _lmo, "violation": _violation, "sample_": _sample_}
@@ -154,8 +153,7 @@ def _for_shard(constraint: Any, whole: Any) -> Any:
         placements = _divided_as(aligned.shape, whole)
         if all(p.is_replicate() for p in placements):
             return setting
-        local: Tensor = _divided(aligned, whole, placements).to_local()
-        return local
+        return _divided(aligned, whole, placements).to_local()
 
     return constraint._map(part)
 

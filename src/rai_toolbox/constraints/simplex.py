@@ -50,7 +50,7 @@ class Simplex(Constraint):
             [1., 0.]])
     """
 
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
     _is_equation: ClassVar[bool] = True
 
@@ -104,10 +104,8 @@ class SparseSimplex(Constraint):
     ----------
     k : int
         How many entries may be other than zero, >= 1.
-    total : float or Tensor
-        The sum, >= 0; a tensor has one per sub-tensor, shape (N, 1, ...), or of size 1 along `dim`.
-    dim : int or tuple of int, optional
-        Along which dims of the batch the sum is taken; by default all but the first.
+    total, dim
+        See `Simplex`.
 
     Raises
     ------
@@ -124,7 +122,7 @@ class SparseSimplex(Constraint):
     """
 
     convex: ClassVar[bool] = False
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
     _is_equation: ClassVar[bool] = True
 

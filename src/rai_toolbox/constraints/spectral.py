@@ -12,15 +12,8 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels import svd
 from rai_toolbox.constraints.kernels.rounding import as_wide, spacing
-from rai_toolbox.constraints.kernels.svd import (
-    composed,
-    composed_of,
-    decomposed,
-    noise_of,
-    rounding_margin,
-    within_range,
-)
 from rai_toolbox.constraints.sampling import normal, uniform
 
 
@@ -30,7 +23,7 @@ class _SingularValueBall(Constraint):
 
     _p: ClassVar[float]
     _of_matrices: ClassVar[bool] = True
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     epsilon: float | Tensor
@@ -49,17 +42,17 @@ class _SingularValueBall(Constraint):
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         size, radius = self._size(x), self._radius(x)
-        return torch.where(size > radius * (1 + noise_of(x)), size - radius, 0.0).squeeze(-1)
+        return torch.where(size > radius * (1 + svd.noise_of(x)), size - radius, 0.0).squeeze(-1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        parts = decomposed(x)
+        parts = svd.decomposed(x)
         return self._at_radius(
-            lambda radius: composed_of(x, parts, *self._shrunk(parts[1], radius)), x, dtype
+            lambda radius: svd.composed_of(x, parts, *self._shrunk(parts[1], radius)), x, dtype
         )
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        u, values, vh = decomposed(-gradient)
-        unit = composed(u, self._extreme(values), vh)
+        u, values, vh = svd.decomposed(-gradient)
+        unit = svd.composed(u, self._extreme(values), vh)
         return self._at_radius(lambda radius: unit * radius.unsqueeze(-1), gradient, dtype)
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
@@ -89,17 +82,16 @@ class _SingularValueBall(Constraint):
         most = (most + sqrt(least * m * k) * spacing(dtype)).expand(*x.shape[:-2], 1)
 
         def radius(margin: Tensor) -> Tensor:
-            return (epsilon * (1 - noise_of(x)) - margin).clamp(min=0.0)
+            return (epsilon * (1 - svd.noise_of(x)) - margin).clamp(min=0.0)
 
         def excess(y: Tensor) -> Tensor:
             return (self._size(y) - epsilon).clamp(min=0.0)
 
-        margin = rounding_margin(lambda m: compose(radius(m)), excess, most, dtype)
-        return within_range(compose(radius(margin)), dtype)
+        margin = svd.rounding_margin(lambda m: compose(radius(m)), excess, most, dtype)
+        return svd.within_range(compose(radius(margin)), dtype)
 
     def _size(self, x: Tensor) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(torch.linalg.svdvals(x), self._p, -1, keepdim=True)
-        return size
+        return torch.linalg.vector_norm(torch.linalg.svdvals(x), self._p, -1, keepdim=True)
 
 
 class SpectralBall(_SingularValueBall):
@@ -155,11 +147,8 @@ class NuclearBall(_SingularValueBall):
 
     Parameters
     ----------
-    epsilon : float or Tensor
-        The radius, finite and >= 0; a tensor has one per matrix, shape (N, 1, 1).
-    flatten : int, optional
-        How many dims of a sub-tensor make the rows of one matrix, all others its columns: 1 for the
-        weight of a convolution, with ``param_ndim=None``. By default a sub-tensor has 2 dims.
+    epsilon, flatten
+        See `SpectralBall`.
 
     Raises
     ------

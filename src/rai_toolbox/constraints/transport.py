@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_setting, wrong
+from rai_toolbox.checks import check_setting, check_type, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, resolution
@@ -24,7 +24,7 @@ class _Plans(Constraint):
     """Matrices >= 0 whose sums are what `sums` says."""
 
     _of_matrices: ClassVar[bool] = True
-    _bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     _is_equation: ClassVar[bool] = True
 
     def sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,8 +157,7 @@ class Transport(_Plans):
     def _check_settings(self) -> None:
         for name, of_one, at in (("rows", "(m,)", -1), ("columns", "(k,)", -2)):
             sums = getattr(self, name)
-            if not isinstance(sums, Tensor):
-                raise wrong(name, "be a tensor", repr(sums), TypeError)
+            check_type(name, sums, Tensor, "be a tensor")
             check_setting(name, sums, least=0.0)
             if sums.ndim == 1 and at == -1:  # as it is stored, to broadcast against a batch
                 self.__dict__[name] = sums = sums.unsqueeze(-1)
@@ -195,5 +194,4 @@ def _assignment_solver() -> Callable[[Any], Any] | None:
         from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
     except ImportError:
         return None
-    solver: Callable[[Any], Any] = linear_sum_assignment
-    return solver
+    return linear_sum_assignment

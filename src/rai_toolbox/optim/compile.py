@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rai_toolbox import _torch
+from rai_toolbox.checks import check_type
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall
 from rai_toolbox.constraints.box_hyperplane import BoxSection
@@ -93,8 +94,7 @@ def compiled(
     >>> x
     tensor([0.5000, 3.0000], requires_grad=True)
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}")
+    check_type("optimizer", optimizer, Optimizer, "be a torch.optim.Optimizer")
     return _CompiledStep(optimizer, backend)
 
 
@@ -143,9 +143,7 @@ class _CompiledStep:
         # Torch.compile does not notice what replaces a method, and would trace hooks of the inner.
         both = (self.optimizer, self._inner)
         own = [vars(each)[name] for each in both for name in _METHODS & vars(each).keys()]
-        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        hooks = (getattr(self._inner, name, None) for name in names)  # Lookahead has none
-        has_hooks = self._inner is not self.optimizer and any(hooks)
+        has_hooks = self._inner is not self.optimizer and _torch.has_own_step_hooks(self._inner)
         if has_hooks or not all(map(_torch.is_wrapped_by_scheduler, own)):
             return False
         # Torch's formulas for tensor learning rates, such as Adam's, divide by them.

@@ -100,8 +100,7 @@ def totals(
 def kkt_residual(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
     """``|x - P(x - gradient)|``, which is 0 just at the stationary points of the constraint."""
     step = widened(x) - widened(gradient)
-    residual: Tensor = torch.linalg.vector_norm(widened(x) - constraint.project(step))
-    return residual
+    return torch.linalg.vector_norm(widened(x) - constraint.project(step))
 
 
 def active_mask(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import sub_ndim
-from rai_toolbox.checks import check_flag, check_positive, wrong
+from rai_toolbox.checks import check_flag, check_positive, check_type, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import widened
 from rai_toolbox.constraints.kernels.transport import scaled_plan
@@ -151,5 +151,5 @@ def _plan(logits: Tensor, constraint: Birkhoff | Transport) -> Tensor:
 
 
 def _check_plans(constraint: object) -> None:
-    if constraint is not None and not isinstance(constraint, (Birkhoff, Transport)):
-        raise wrong("constraint", "be a Birkhoff or a Transport", repr(constraint), TypeError)
+    kinds = (Birkhoff, Transport, type(None))
+    check_type("constraint", constraint, kinds, "be a Birkhoff or a Transport")

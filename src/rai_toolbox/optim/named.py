@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Generator, Tensor, default_generator
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox.checks import check_finite
+from rai_toolbox.checks import check_finite, check_type
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.box import Box, checked_box
 from rai_toolbox.optim import transforms
@@ -87,8 +87,7 @@ class ClampedParameterOptimizer(Constrained, _ClampingOptimizer):
     _after = (transforms.Clamp(),)
 
     def _constraint(self, group: Group) -> Box | None:
-        box: Box | None = checked_box(group["clamp_min"], group["clamp_max"])
-        return box
+        return checked_box(group["clamp_min"], group["clamp_max"])
 
     def _with_sets(self) -> list[Group]:
         return [{**group, "param_ndim": None} for group in super()._with_sets()]
@@ -243,9 +242,8 @@ class L2NormedGradientOptim(_NormedGradientOptim):
 
     Parameters
     ----------
-    div_by_zero_eps : float
-        Smallest divisor, >= 0, in the unit of the gradient. The norm neither overflows nor
-        underflows in any dtype.
+    div_by_zero_eps
+        See `L1NormedGradientOptim`.
     params, InnerOpt, param_ndim, defaults, grad_scale, grad_bias, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 
@@ -283,8 +281,8 @@ class L2ProjectedOptim(Constrained, L2NormedGradientOptim):
     epsilon : float
         Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
         group.
-    div_by_zero_eps : float
-        See `L2NormedGradientOptim`.
+    div_by_zero_eps
+        See `L1NormedGradientOptim`.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
 
@@ -429,8 +427,7 @@ class TopQGradientOptimizer(ParamTransformingOptimizer):
         generator: Generator = default_generator,
         **inner_opt_kwargs: Any,
     ) -> None:
-        if not isinstance(generator, Generator):
-            raise TypeError(f"`generator` must be a torch.Generator, got {generator!r}")
+        check_type("generator", generator, Generator, "be a torch.Generator")
         self._before = (
             transforms.TopQ(generator=None if generator is default_generator else generator),
         )
@@ -454,7 +451,7 @@ class L1qNormedGradientOptim(ChainedParamTransformingOptimizer):
     ----------
     q, dq, generator
         See `TopQGradientOptimizer`.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `L1NormedGradientOptim`.
     params, InnerOpt, param_ndim, grad_scale, grad_bias, defaults, **inner_opt_kwargs
         See `ParamTransformingOptimizer`.
@@ -546,7 +543,7 @@ class L1FrankWolfe(_FrankWolfeOnBall):
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `FrankWolfe`.
 
     Raises
@@ -579,15 +576,14 @@ class L2FrankWolfe(_FrankWolfeOnBall, L2NormedGradientOptim):
 
     Parameters
     ----------
-    epsilon : float
-        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
-        group.
+    epsilon
+        See `L1FrankWolfe`.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`.
-    div_by_zero_eps : float
-        See `L2NormedGradientOptim`.
+    div_by_zero_eps
+        See `L1NormedGradientOptim`.
 
     Raises
     ------
@@ -619,14 +615,13 @@ class LinfFrankWolfe(_FrankWolfeOnBall, SignedGradientOptim):
 
     Parameters
     ----------
-    epsilon : float
-        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
-        group.
+    epsilon
+        See `L1FrankWolfe`.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`. `param_ndim` has no effect here.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `FrankWolfe`.
 
     Raises
@@ -660,16 +655,15 @@ class L1qFrankWolfe(_FrankWolfeOnBall, L1qNormedGradientOptim):
 
     Parameters
     ----------
-    epsilon : float
-        Radius of the ball, >= 0, in the unit of the parameter. Required, here or in every parameter
-        group.
+    epsilon
+        See `L1FrankWolfe`.
     q, dq, generator
         See `TopQGradientOptimizer`.
     lr, use_default_lr_schedule
         See `FrankWolfe`.
     params, param_ndim
         See `ParamTransformingOptimizer`.
-    div_by_zero_eps : float
+    div_by_zero_eps
         See `L1NormedGradientOptim`.
 
     Raises

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rai_toolbox.checks import check_positive, wrong
+from rai_toolbox.checks import check_positive, check_type, wrong
 from rai_toolbox.constraints.balls import L2Ball, LinfBall
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.spectral import SpectralBall
@@ -85,8 +85,7 @@ def norm_groups(
     2.weight (4, 9)       LinfBall(epsilon=1.0)
     2.bias   (4,)         L2Ball(epsilon=4.0)
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`module` must be a torch.nn.Module, got {module!r}")
+    check_type("module", module, nn.Module, "be a torch.nn.Module")
     check_positive("radius", radius)
     head_radius = radius if head_radius is None else check_positive("head_radius", head_radius)
     named: dict[str, Tensor] = dict(module.named_parameters())

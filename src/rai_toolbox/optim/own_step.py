@@ -40,7 +40,7 @@ class OwnStepOptimizer(Optimizer):
 
     def _constraint(self, group: Group) -> Constraint | None:
         """The set that the parameters of a group are in."""
-        return cast("Constraint | None", group["constraint"])
+        return group["constraint"]
 
     def _check_group(self, group: Group) -> None:
         """Raise if a setting of a complete group breaks its rule, or does not fit a parameter."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rai_toolbox._torch import NORMALIZATIONS
-from rai_toolbox.checks import wrong
+from rai_toolbox.checks import check_type, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import check_constraint
 from rai_toolbox.optim.wrapper import Group
@@ -72,11 +72,8 @@ def constrain(
     NonNegative() ['1.weight', '1.bias']
     None ['0.bias']
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`module` must be a torch.nn.Module, got {module!r}")
-    if not isinstance(constraints, Mapping):
-        rule = "be a dict from patterns to constraints"
-        raise wrong("constraints", rule, repr(constraints), TypeError)
+    check_type("module", module, nn.Module, "be a torch.nn.Module")
+    check_type("constraints", constraints, Mapping, "be a dict from patterns to constraints")
     keys = _keys(module)
     if not keys:
         raise ValueError(f"`module` must have parameters, got {module!r}")

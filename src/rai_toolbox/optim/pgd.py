@@ -194,8 +194,7 @@ _STEP = plain_step(PGD.step)
 def _order(constraint: Any) -> float:
     """The order of the norm of the ball that a group has by now."""
     ball = getattr(constraint, "ball", constraint)
-    order: float = (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p
-    return order
+    return (ball if isinstance(ball, Ball) else norm_ball_of(ball)).p
 
 
 def _is_simple(group: Group) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox.checks import as_plain, check_setting, wrong
+from rai_toolbox.checks import as_plain, check_setting, check_type, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim.settings import as_loaded, as_saved
 from rai_toolbox.optim.wrapper import Group
@@ -75,8 +75,7 @@ class SettingScheduler:
         *,
         last_step: int = -1,
     ) -> None:
-        if not isinstance(setting, str):
-            raise TypeError(f"`setting` must be the name of a setting, got {setting!r}")
+        check_type("setting", setting, str, "be the name of a setting")
         _check_int("last_step", last_step, -1)
         self.values = _for_each_group("values", values, optimizer)
         if values is None or not all(each is None or callable(each) for each in self.values):
@@ -266,8 +265,7 @@ class _Linear:
 
 def _for_each_group(name: str, given: Any, optimizer: Optimizer) -> list[Any]:
     """A sequence of one item for each group as a list; anything else, repeated."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}")
+    check_type("optimizer", optimizer, Optimizer, "be a torch.optim.Optimizer")
     groups = len(optimizer.param_groups)
     if not isinstance(given, (list, tuple)):
         return [given] * groups

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.batch import batch_shape, view_or_copy
-from rai_toolbox.checks import as_plain, check_setting, wrong
+from rai_toolbox.checks import as_plain, check_setting, check_type
 from rai_toolbox.constraints.base import Constraint, check_device
 from rai_toolbox.constraints.box import OPEN
 from rai_toolbox.constraints.sharding import check_view
@@ -114,9 +114,8 @@ def as_loaded(settings: Mapping[str, Any], device: torch.device | None = None) -
 
 def check_constraint(constraint: object) -> None:
     """Raise unless it is a constraint, or None."""
-    if constraint is not None and not isinstance(constraint, Constraint):
-        rule = "be a set of rai_toolbox.constraints or None"
-        raise wrong("constraint", rule, repr(constraint), TypeError)
+    kinds, rule = (Constraint, type(None)), "be a set of rai_toolbox.constraints or None"
+    check_type("constraint", constraint, kinds, rule)
 
 
 def batch_shape_in(

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, default_generator
 from rai_toolbox import foreach
 from rai_toolbox.batch import batch_shape, sub_ndim
 from rai_toolbox.checks import check_fraction, check_non_negative, check_order
-from rai_toolbox.constraints.box import clamp_
+from rai_toolbox.constraints.box import checked_box
 from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import in_groups
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_
@@ -162,8 +162,11 @@ class Clamp(_Elementwise):
     ) -> None:
         if optimizer._viewed is not None:
             group = as_viewed(group, (self.clamp_min, self.clamp_max), params[0], optimizer._viewed)
-        if self.is_active(group):
-            clamp_(tensors, group[self.clamp_min], group[self.clamp_max])
+        lower, upper = group[self.clamp_min], group[self.clamp_max]
+        if isinstance(lower, Tensor) or isinstance(upper, Tensor):
+            checked_box(lower, upper).project_each_(tensors)
+        elif self.is_active(group):
+            foreach.clamp_(tensors, lower, upper)
 
 
 class _OfSetting(_Elementwise):
@@ -206,7 +209,11 @@ class LinfProjection(_Elementwise):
         refuse_complex(group, f"`{self.epsilon}`")
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        clamp_(tensors, -group[self.epsilon], group[self.epsilon])
+        epsilon = group[self.epsilon]
+        if isinstance(epsilon, Tensor):  # in compiled steps, which compile numbers in
+            checked_box(-epsilon, epsilon).project_each_(tensors)
+        else:
+            foreach.clamp_(tensors, -epsilon, epsilon)
 
 
 # Of sub-tensors

@@ -227,8 +227,7 @@ def minimum_norm_attack(
 
 
 def _norm(x: Tensor, p: float) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x.double().flatten(1), p, dim=1)
-    return norm
+    return torch.linalg.vector_norm(x.double().flatten(1), p, dim=1)
 
 
 def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:

@@ -157,8 +157,7 @@ def _put(rows: Tensor, window: Tensor, values: Tensor | float) -> Tensor:
 
 
 def _norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, p, dim=dims, keepdim=True)
-    return norm
+    return torch.linalg.vector_norm(x, p, dim=dims, keepdim=True)
 
 
 def _scaled(x: Tensor, size: Tensor | float, p: float, dims: tuple[int, ...]) -> Tensor:

@@ -132,8 +132,7 @@ class Trial:
 
     def length(self, x: Tensor) -> Tensor:
         """The Euclidean norm of each row."""
-        length: Tensor = torch.linalg.vector_norm(self.wide(x), dim=1)
-        return length
+        return torch.linalg.vector_norm(self.wide(x), dim=1)
 
     def column(self, of_rows: Tensor) -> Tensor:
         """A value per row, to broadcast against a batch."""
@@ -149,8 +148,7 @@ class Trial:
         entries = math.prod(self.shape[1:])
         size = torch.stack([self.length(p) for p in points]).amax(0) + self.scale * entries**0.5
         relative = _SLACK * torch.finfo(self.dtype).eps + _SUMS * noise(entries) + self.tolerance
-        slack: Tensor = relative * size + _SLACK * spacing(self.dtype) * entries**0.5
-        return slack
+        return relative * size + _SLACK * spacing(self.dtype) * entries**0.5
 
     def coarse(self, x: Tensor) -> Tensor:
         """How far float64 arithmetic on rows as large as those of x may be off."""

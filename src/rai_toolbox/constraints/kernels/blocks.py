@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rai_toolbox._torch import foreach_copy_, forward_ad_level, function_transforms_active
 from rai_toolbox.batch import view_or_copy
+from rai_toolbox.constraints.sharding import PLAIN
 
 BLOCK = 2**16
 """Elements per piece of rows, for each thread; a tensor of more is large."""
@@ -19,8 +20,6 @@ MANY = 2**19
 
 GROUP = 2**20
 """Elements of large batches that share small operators; they stay in the last cache."""
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -37,7 +36,7 @@ def widened(x: Tensor) -> Tensor:
 
 def is_plain(x: Tensor) -> bool:
     """Whether it is a tensor on the CPU, of no subclass."""
-    return type(x) in _PLAIN and x.is_cpu
+    return type(x) in PLAIN and x.is_cpu
 
 
 _ONES = {
@@ -58,7 +57,7 @@ def in_blocks(x: Tensor) -> bool:
     A compiler fuses.
     """
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and not function_transforms_active()

@@ -14,7 +14,6 @@ from torch import Tensor
 from rai_toolbox import foreach
 from rai_toolbox._torch import foreach_sign_
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.box import clamp_
 from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
@@ -89,7 +88,7 @@ def _lift_and_clamp_(tensors: list[Tensor]) -> None:
     largest = torch.finfo(tensors[0].dtype).max
     foreach.mul_(tensors, largest)
     foreach.mul_(tensors, largest)
-    clamp_(tensors, -1.0, 1.0)
+    foreach.clamp_(tensors, -1.0, 1.0)
 
 
 def _sign_complex_(x: Tensor) -> None:

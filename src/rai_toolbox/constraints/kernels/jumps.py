@@ -99,5 +99,4 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _length(x: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, dim=(0, 2))
-    return length
+    return torch.linalg.vector_norm(x, dim=(0, 2))

@@ -112,8 +112,7 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
         sizes = (torch.abs(part, out=memory[: len(part)]) for part in parts)
         return torch.cat([each.sum(dims, keepdim=True, dtype=dtype) for each in sizes])
     if size <= chunk or x.dtype == torch.float64:
-        length: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
-        return length
+        return vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
     width = math.ceil(size / math.ceil(size / chunk))
     whole = size // width * width
     if whole == size:
@@ -183,17 +182,14 @@ def sum_error(size: int) -> float:
 
 def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
     if p == 2 and x.dtype == torch.float32 and x.is_cpu:  # as below, in fewer calls
-        short: Tensor = vector_norm(x, 2, dims, keepdim=True, dtype=torch.float64)
-        return short
+        return vector_norm(x, 2, dims, keepdim=True, dtype=torch.float64)
     dtype = wide_dtype(x)
     if x.is_complex():
         dtype = torch.promote_types(dtype, torch.complex64)
     elif p == 1 and x.dtype != torch.float64:  # the same in a third of the time
-        total: Tensor = x.abs().sum(dims, keepdim=True, dtype=dtype)
-        return total
+        return x.abs().sum(dims, keepdim=True, dtype=dtype)
     if x.dtype not in (torch.float64, torch.complex128) or x.numel() == 0:
-        length: Tensor = vector_norm(x, p, dims, keepdim=True, dtype=dtype)
-        return length
+        return vector_norm(x, p, dims, keepdim=True, dtype=dtype)
     scale = _power_of_two(x.abs().amax(dims, keepdim=True))  # there is no wider type
     length = vector_norm(x / scale, p, dims, keepdim=True)
     return length * scale

@@ -47,8 +47,7 @@ def composed_of(
     x: Tensor, parts: Parts, f: Tensor, moving: Tensor, symmetric: bool = False
 ) -> Tensor:
     """``U diag(f) V^T`` for the `parts` U, s, V^T of x, differentiable; see `_Composed`."""
-    y: Tensor = _Composed.apply(x, *parts, f, moving, symmetric)  # type: ignore[no-untyped-call]
-    return y
+    return _Composed.apply(x, *parts, f, moving, symmetric)  # type: ignore[no-untyped-call]
 
 
 def within_range(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,8 @@ def _first_minimum(
             most *= 4
         ahead, order = ahead.sort()
         after = torch.cat([ahead[1:], ahead.new_full((1,), -inf)])
-        for some, each, later in zip(*map(_parts, (index[order], ahead, after)), strict=True):
+        parts = (vector.split(_STEP) for vector in (index[order], ahead, after))
+        for some, each, later in zip(*parts, strict=True):
             stops, limits = each.to("cpu", products.dtype), later.to("cpu", products.dtype)
             moves = direction[some].to("cpu", products.dtype).unsqueeze(1)
             columns = memory.rows[:, some].T.to("cpu", products.dtype)
@@ -106,8 +107,3 @@ def _first_minimum(
             if len(found):
                 time = max(time, end)
                 return time, products, stopped + time * products
-
-
-def _parts(vector: Tensor) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = vector.split(_STEP)
-    return parts

@@ -155,8 +155,7 @@ class Memory:
 
 def solved(matrix: Tensor, right: Tensor) -> Tensor:
     """The solution of a small linear system; NaN or infinite if there is none."""
-    solution: Tensor = torch.linalg.solve_ex(matrix, right).result
-    return solution
+    return torch.linalg.solve_ex(matrix, right).result
 
 
 def dot(a: Tensor, b: Tensor) -> float:

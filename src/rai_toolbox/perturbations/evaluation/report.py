@@ -112,21 +112,20 @@ class RobustnessReport:
             got = f"{list(self.epsilons)}, {list(self.withstood)} and {list(self.checks)}"
             names = "epsilons`, `withstood` and `checks"
             raise wrong(names, "have the same norms, at least one", got)
+        for name, of, what in (
+            ("checks", self.epsilons, "epsilon"),
+            ("fooled_by", self.withstood, "example"),
+            ("calls", self.epsilons, "epsilon"),
+        ):
+            for norm, found in getattr(self, name).items():
+                if len(found) != len(of[norm]):
+                    raise wrong(name, f"be one per {what}", f"{len(found)} for {norm}")
         for name, epsilons in self.epsilons.items():
             if not epsilons or list(epsilons) != sorted(set(epsilons)):
                 raise wrong("epsilons", "ascend in each norm", f"{epsilons} for {name}")
-            if len(epsilons) != len(self.checks[name]):
-                raise wrong("checks", "be one per epsilon", f"{len(self.checks[name])} for {name}")
             outside = [k for k in self.withstood[name] if not -1 <= k <= len(epsilons)]
             if outside:
                 raise wrong("withstood", f"be in [-1, {len(epsilons)}] for {name}", outside[0])
-        for norm in self.fooled_by:
-            if len(self.fooled_by[norm]) != len(self.withstood[norm]):
-                got = f"{len(self.fooled_by[norm])} for {norm}"
-                raise wrong("fooled_by", "be one per example", got)
-        for norm in self.calls:
-            if len(self.calls[norm]) != len(self.epsilons[norm]):
-                raise wrong("calls", "be one per epsilon", f"{len(self.calls[norm])} for {norm}")
         if len({len(found) for found in self.withstood.values()}) != 1:
             raise wrong("withstood", "be of the same data for each norm", "others")
 
@@ -321,8 +320,7 @@ class RobustnessReport:
         Requires matplotlib: ``pip install "rai-constrained[plots]"``. The figure opens no window;
         write it with its method ``savefig``.
         """
-        figure: Figure = draw_report(self, title)
-        return figure
+        return draw_report(self, title)
 
 
 def _merged_attacks(parts: Sequence[RobustnessReport]) -> dict[str, Any]:

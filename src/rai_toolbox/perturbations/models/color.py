@@ -51,18 +51,14 @@ class ColorShift(ImagePerturbation):
 
     Parameters
     ----------
-    data_or_shape : Tensor or sequence of int
-        Images, shape (N, C, H, W), or that shape. A tensor also sets dtype and device.
-    init_fn : callable, optional
-        Called as ``init_fn(amounts, **init_fn_kwargs)`` to fill the amounts in place. By default 0.
+    data_or_shape, init_fn, device, dtype
+        See `AffineWarp`.
     brightness : float
         The largest number added to all pixels, as a fraction of the data range.
     contrast, saturation, gamma : float
         Amounts in [-1, 1] give factors, or exponents, from 1 / (1 + limit) to 1 + limit.
     data_range : tuple of float
         The least and the largest value of a pixel.
-    device, dtype : optional
-        Of the amounts. By default those of the data, or torch's defaults.
 
     Raises
     ------
