@@ -14,12 +14,8 @@ from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball, LinfBall, check_ball
 from rai_toolbox.constraints.base import Constraint, in_float64
 from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.kernels import ball_in_box as fast
 from rai_toolbox.constraints.kernels import ball_in_box_float64 as exact
-from rai_toolbox.constraints.kernels.ball_in_box import (
-    all_fit,
-    nearest_in_ball_and_box,
-    nearest_row_in_l2_and_box,
-)
 from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
@@ -178,7 +174,7 @@ class BoundedBall(Constraint):
             if isinstance(lower, Tensor) != isinstance(upper, Tensor):
                 lower, upper = _as_tensor(lower, x), _as_tensor(upper, x)
             epsilon = as_wide(self.ball.epsilon, x)
-            fits = eager and self.ball.p < inf and all_fit(epsilon)
+            fits = eager and self.ball.p < inf and fast.all_fit(epsilon)
             known[kind] = lower, upper, epsilon, fits
         return known[kind]
 
@@ -194,10 +190,12 @@ class BoundedBall(Constraint):
                 self._at_rows(x, rows)._project_around_0_(x[rows], eager)
             return x
         if eager and fits and self.ball.p == 2 and len(x) == 1 and x.numel() <= BLOCK:
-            found = nearest_row_in_l2_and_box(x, epsilon.item(), lower, upper)
+            found = fast.nearest_row_in_l2_and_box(x, epsilon.item(), lower, upper)
             return Constraint.project_(self, x) if found is None else x.copy_(found)
         radius = epsilon, fits
-        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, radius, lower, upper, eager)
+        nearest, unsettled = fast.nearest_in_ball_and_box(
+            x, self.ball.p, radius, lower, upper, eager
+        )
         if unsettled is not None:
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
