@@ -75,6 +75,10 @@ class BoundedBall(Constraint):
 
     bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
+    # Of each instance:
+    _known: ClassVar[dict[Any, Any]]  # the bounds as they count in a dtype
+    _met: ClassVar[dict[Any, bool]]  # shapes that hold a point, and batches that fit
+    _apart: ClassVar[bool]  # whether the center is outside the bounds, where that is to be checked
 
     ball: Any
     lower: float | Tensor | None
@@ -92,20 +96,19 @@ class BoundedBall(Constraint):
         if not self.ball.bounded:
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
-        self.__dict__["_known"] = {}  # the bounds as they count in a dtype
-        self.__dict__["_met"] = {}  # shapes that hold a point, and batches that fit
         epsilon, gap = self._radius_and_gap()
-        self.__dict__["_apart"] = bool((gap > 0).any()) and self.ball.p < inf
+        apart = bool((gap > 0).any()) and self.ball.p < inf
+        self.__dict__.update(_known={}, _met={}, _apart=apart)
         _check_reach(epsilon, gap)
 
     def _check_shape(self, shape: torch.Size) -> None:
-        if not self.__dict__["_apart"] or 0 in shape or shape in self.__dict__["_met"]:
+        if not self._apart or 0 in shape or shape in self._met:
             return
         epsilon, gap = self._radius_and_gap()
         rows = gap.expand(len(gap) if gap.ndim == len(shape) else 1, *shape[1:]).flatten(1)
         apart = torch.linalg.vector_norm(rows, self.ball.p, dim=1)
         _check_reach(epsilon.reshape(-1), apart, 4 * noise(rows.shape[1]))
-        self.__dict__["_met"][shape] = True
+        self._met[shape] = True
 
     def _radius_and_gap(self) -> tuple[Tensor, Tensor]:
         """The radius, and how far each entry of the center is outside the bounds, in float64."""
@@ -136,14 +139,14 @@ class BoundedBall(Constraint):
 
     def _is_around_0(self, x: Tensor) -> bool:
         """Whether batches like x need not have the general projection, in float64; once checked."""
-        batch, met = (x.shape, x.dtype, x.device), self.__dict__["_met"]
+        batch, met = (x.shape, x.dtype, x.device), self._met
         if batch not in met:
             self._check_batch(x)
             settings = (self.lower, self.upper, self.ball.epsilon)
             met[batch] = (
                 x.dtype in (torch.float32, torch.float64)
                 and self.ball.center is None
-                and not self.__dict__["_apart"]
+                and not self._apart
                 and not any(getattr(setting, "requires_grad", False) for setting in settings)
                 and x.numel() > 0
                 and x.device.type != "mps"
@@ -164,7 +167,7 @@ class BoundedBall(Constraint):
         """
         kind = (x.dtype, x.device)
         lasts = eager or (type(x) in PLAIN and not torch.compiler.is_compiling())
-        known = self.__dict__["_known"] if lasts else {}
+        known = self._known if lasts else {}
         if kind not in known:
             lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
             if self.ball.p == inf:
