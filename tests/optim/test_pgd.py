@@ -201,6 +201,8 @@ class General(PGD):
         ((3, 6), torch.float32),
         ((4, 2, 3), torch.float64),
         ((0, 3), torch.float32),
+        ((90, 800), torch.float32),
+        ((1, 70_000), torch.float64),
     ],
 )
 @each_ball

@@ -16,12 +16,8 @@ from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball, LinfBall, check_ball
 from rai_toolbox.constraints.base import Constraint, in_float64
 from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.kernels import ball_in_box as fast
 from rai_toolbox.constraints.kernels import ball_in_box_float64 as exact
-from rai_toolbox.constraints.kernels.ball_in_box import (
-    all_fit,
-    nearest_in_ball_and_box,
-    nearest_row_in_l2_and_box,
-)
 from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, row_blocks
 from rai_toolbox.constraints.kernels.box_hyperplane import (
     as_rows,
@@ -81,6 +77,10 @@ class BoundedBall(Constraint):
 
     bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("epsilon",)
+    # Of each instance:
+    _known: ClassVar[dict[Any, Any]]  # the bounds as they count in a dtype
+    _met: ClassVar[dict[Any, bool]]  # shapes that hold a point, and batches that fit
+    _apart: ClassVar[bool]  # whether the center is outside the bounds, where that is to be checked
 
     ball: Any
     lower: float | Tensor | None
@@ -98,20 +98,19 @@ class BoundedBall(Constraint):
         if not self.ball.bounded:
             raise ValueError(f"`epsilon` of `ball` must be finite, got {self.ball!r}")
         Box(self.lower, self.upper)  # which checks them
-        self.__dict__["_known"] = {}  # the bounds as they count in a dtype
-        self.__dict__["_met"] = {}  # shapes that hold a point, and batches that fit
         epsilon, gap = self._radius_and_gap()
-        self.__dict__["_apart"] = bool((gap > 0).any()) and self.ball.p < inf
+        apart = bool((gap > 0).any()) and self.ball.p < inf
+        self.__dict__.update(_known={}, _met={}, _apart=apart)
         _check_reach(epsilon, gap)
 
     def _check_shape(self, shape: torch.Size) -> None:
-        if not self.__dict__["_apart"] or 0 in shape or shape in self.__dict__["_met"]:
+        if not self._apart or 0 in shape or shape in self._met:
             return
         epsilon, gap = self._radius_and_gap()
         rows = gap.expand(len(gap) if gap.ndim == len(shape) else 1, *shape[1:]).flatten(1)
         apart = torch.linalg.vector_norm(rows, self.ball.p, dim=1)
         _check_reach(epsilon.reshape(-1), apart, 4 * noise(rows.shape[1]))
-        self.__dict__["_met"][shape] = True
+        self._met[shape] = True
 
     def _radius_and_gap(self) -> tuple[Tensor, Tensor]:
         """The radius, and how far each entry of the center is outside the bounds, in float64."""
@@ -147,14 +146,14 @@ class BoundedBall(Constraint):
 
     def _is_around_0(self, x: Tensor) -> bool:
         """Whether batches like x need not have the general projection, in float64; once checked."""
-        batch, met = (x.shape, x.dtype, x.device), self.__dict__["_met"]
+        batch, met = (x.shape, x.dtype, x.device), self._met
         if batch not in met:
             self._check_batch(x)
             settings = (self.lower, self.upper, self.ball.epsilon)
             met[batch] = (
                 x.dtype in (torch.float32, torch.float64)
                 and self.ball.center is None
-                and not self.__dict__["_apart"]
+                and not self._apart
                 and not any(getattr(setting, "requires_grad", False) for setting in settings)
                 and x.numel() > 0
                 and x.device.type != "mps"
@@ -175,7 +174,7 @@ class BoundedBall(Constraint):
         """
         kind = (x.dtype, x.device)
         lasts = eager or (type(x) in PLAIN and not torch.compiler.is_compiling())
-        known = self.__dict__["_known"] if lasts else {}
+        known = self._known if lasts else {}
         if kind not in known:
             lower, upper = in_dtype(self.lower, x.dtype), in_dtype(self.upper, x.dtype)
             if self.ball.p == inf:
@@ -185,7 +184,7 @@ class BoundedBall(Constraint):
             if isinstance(lower, Tensor) != isinstance(upper, Tensor):
                 lower, upper = _as_tensor(lower, x), _as_tensor(upper, x)
             epsilon = as_wide(self.ball.epsilon, x)
-            fits = eager and self.ball.p < inf and all_fit(epsilon)
+            fits = eager and self.ball.p < inf and fast.all_fit(epsilon)
             known[kind] = lower, upper, epsilon, fits
         return known[kind]
 
@@ -201,10 +200,12 @@ class BoundedBall(Constraint):
                 self._at_rows(x, rows)._project_around_0_(x[rows], eager)
             return x
         if eager and fits and self.ball.p == 2 and len(x) == 1 and x.numel() <= BLOCK:
-            found = nearest_row_in_l2_and_box(x, epsilon.item(), lower, upper)
+            found = fast.nearest_row_in_l2_and_box(x, epsilon.item(), lower, upper)
             return Constraint.project_(self, x) if found is None else x.copy_(found)
         radius = epsilon, fits
-        nearest, unsettled = nearest_in_ball_and_box(x, self.ball.p, radius, lower, upper, eager)
+        nearest, unsettled = fast.nearest_in_ball_and_box(
+            x, self.ball.p, radius, lower, upper, eager
+        )
         if unsettled is not None:
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))

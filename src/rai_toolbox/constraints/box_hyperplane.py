@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -63,6 +63,7 @@ class BoxSection(Constraint):
 
     _is_equation: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
+    _feasible: ClassVar[set[Any]]  # of each instance: shapes that have a point of it in a dtype
 
     weight: float | Tensor
     total: float | Tensor
@@ -75,7 +76,7 @@ class BoxSection(Constraint):
         check_setting("total", self.total)
         is_open = self.lower is None and self.upper is None
         self.__dict__["bounded"] = not is_open and Box(self.lower, self.upper).bounded  # checks
-        self.__dict__["_feasible"] = set()  # shapes that have a point of the set in a dtype
+        self.__dict__["_feasible"] = set()
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
             coarsest = torch.finfo(torch.bfloat16).eps  # that a batch may have
@@ -84,14 +85,14 @@ class BoxSection(Constraint):
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)
         shape, batch = x.shape, (x.shape, x.dtype)
-        if self._dims is not None or 0 in shape or batch in self.__dict__["_feasible"]:
+        if self._dims is not None or 0 in shape or batch in self._feasible:
             return
         least, most = (
             end.expand(len(end) if end.ndim == len(shape) else 1, *shape[1:]).flatten(1)
             for end in self._least_and_most()
         )
         self._check_total(least, most, torch.finfo(x.dtype).eps)
-        self.__dict__["_feasible"].add(batch)
+        self._feasible.add(batch)
 
     def _check_total(self, least: Tensor, most: Tensor, eps: float, repeated: bool = False) -> None:
         """Raise where no point has the sum; NaN, of bounds that are infinite, is no point either.

@@ -165,6 +165,8 @@ class Affine(Constraint):
     flat: ClassVar[bool] = True
     _fixed: ClassVar[tuple[str, ...]] = ("matrix",)
     _is_equation: ClassVar[bool] = True
+    _wide: ClassVar[Tensor]  # of each instance: the matrix in float64
+    _inverse: ClassVar[Tensor]  # and its pseudoinverse
 
     matrix: Tensor
     offset: float | Tensor
@@ -192,17 +194,15 @@ class Affine(Constraint):
             raise wrong("matrix", rule, f"shape {tuple(self.matrix.shape)}")
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        matrix: Tensor = self.__dict__["_wide"]
-        sizes = matrix.abs()
+        matrix, sizes = self._wide, self._wide.abs()
         rounding = resolution(x.abs() @ sizes.T, sizes.sum(1), x.shape[1], dtype)
         gap = (x @ matrix.T - as_wide(self.offset, x)).abs() - rounding
         distances: Tensor = gap.clamp(min=0.0) / torch.linalg.vector_norm(matrix, dim=1)
         return distances.amax(1)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        matrix, inverse = self.__dict__["_wide"], self.__dict__["_inverse"]
         for _ in range(_PASSES):
-            x = x - (x @ matrix.T - as_wide(self.offset, x)) @ inverse.T
+            x = x - (x @ self._wide.T - as_wide(self.offset, x)) @ self._inverse.T
         return x
 
     # The settings belong to equations, not elements: they do not broadcast against the batch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Masked(Constraint):
     tensor([[0.5000, 0.5000, 7.0000]])
     """
 
+    # Of each instance: where the constrained entries are, if the mask is that of one sub-tensor, or
+    # that of a batch (which the batch decides); None where rows differ in their number.
+    _of_one: ClassVar[Any]
+    _of_each: ClassVar[Any]
+
     constraint: Constraint
     mask: Tensor
 
@@ -60,12 +65,11 @@ class Masked(Constraint):
         if self.constraint._of_matrices or not of_rows:
             rule = "not be a set of matrices, or of other dims, which a mask takes apart"
             raise wrong("constraint", rule, self.constraint)
-        self.__dict__["convex"] = self.constraint.convex
-        self.__dict__["elementwise"] = self.constraint.elementwise
-        if not self.constraint.elementwise:
-            # The mask is that of one sub-tensor, or that of a batch: the batch decides.
-            self.__dict__["_of_one"] = _selected(self.mask.unsqueeze(0))
-            self.__dict__["_of_each"] = _selected(self.mask)
+        elementwise = self.constraint.elementwise
+        self.__dict__.update(convex=self.constraint.convex, elementwise=elementwise)
+        if not elementwise:
+            of_one, of_each = _selected(self.mask.unsqueeze(0)), _selected(self.mask)
+            self.__dict__.update(_of_one=of_one, _of_each=of_each)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
@@ -91,7 +95,7 @@ class Masked(Constraint):
 
     def _index(self, x: Tensor) -> Tensor:
         """Where the constrained entries of each row are, shape (N, m)."""
-        index: Tensor = self.__dict__["_of_each" if self.mask.ndim == x.ndim else "_of_one"]
+        index = self._of_each if self.mask.ndim == x.ndim else self._of_one
         return index.expand(len(x), -1)
 
     def _check_batch(self, x: Tensor) -> None:
@@ -115,7 +119,7 @@ class Masked(Constraint):
                 f"{tuple(shape[1:])} for the batch of shape {tuple(shape)}, with or without N "
                 f"before it, got {tuple(of_mask)}"
             )
-        if per_batch and self.__dict__["_of_each"] is None:
+        if per_batch and self._of_each is None:
             counts = self.mask.flatten(1).sum(1)
             rule = "select as many entries of one sub-tensor as of another"
             raise wrong("mask", rule, f"from {int(counts.min())} to {int(counts.max())}")

@@ -149,7 +149,7 @@ class PGD(Constrained, ParamTransformingOptimizer):
         return step if step is None or isfinite(group["params"][0].sum().item()) else None
 
     def _short_step(self) -> Callable[[], object] | None:
-        """The step of one small plain batch by bare SGD in few calls, with the same bits, or None.
+        """The step of one plain batch by bare SGD in few calls, with the same bits, or None.
 
         It may be called as long as settings stay, and batch and gradients are finite.
         """
@@ -163,13 +163,14 @@ class PGD(Constrained, ParamTransformingOptimizer):
             or not _HOOKS.isdisjoint(self.__dict__)
             or len(self.inner_opt.param_groups) != 1
             or len(group["params"]) != 1
-            or not _is_small_batch(group["params"][0])
+            or not _is_plain_batch(group["params"][0])
             or not _is_simple(group)
         ):
             return None
         param, constraint = group["params"][0], group["constraint"]
         p, rate = _order(constraint), -group["lr"]
         is_bounded = isinstance(constraint, BoundedBall)
+        is_short = len(param) == 1 and param.numel() <= BLOCK // 2
         project_ = constraint.projection_like(param) if is_bounded else constraint.project_
 
         def step() -> None:
@@ -179,10 +180,8 @@ class PGD(Constrained, ParamTransformingOptimizer):
                 return
             if p == inf:
                 grad.sign_()
-            elif p != 2:
+            elif p == 1 or not (is_short and directions.normalize_row_(grad, p)):
                 self._before[0].apply_([grad], [param], group, self)
-            elif len(grad) > 1 or not directions.normalize_row_(grad, p):
-                directions.normalize_(grad, p, grad.ndim - 1)
             project_(param.add_(grad, alpha=rate))
 
         return step
@@ -207,12 +206,12 @@ def _is_simple(group: Group) -> bool:
     )
 
 
-def _is_small_batch(param: Tensor) -> bool:
+def _is_plain_batch(param: Tensor) -> bool:
     """Whether it is a batch that one call of each operator may change."""
     return (
         in_blocks(param)
         and param.ndim > 1
-        and 0 < param.numel() <= BLOCK // 2
+        and param.numel() > 0
         and param.dtype in _DTYPES
         and param.is_contiguous()
     )

@@ -12,14 +12,7 @@ from torch import Tensor
 from rai_toolbox import checks
 from rai_toolbox.constraints.balls import L1Ball, L2Ball
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.polar import (
-    MUON,
-    POLAR_EXPRESS,
-    Coefficients,
-    fills_cache,
-    largest_singular_value,
-    polar_factors,
-)
+from rai_toolbox.constraints.kernels import polar
 from rai_toolbox.constraints.sharding import ON_SHARDS, is_sharded
 from rai_toolbox.constraints.spectral import NuclearBall, SpectralBall
 from rai_toolbox.optim.frank_wolfe import (
@@ -116,8 +109,8 @@ class Scion(FrankWolfe):
             [ 1.0000,  0.0000]], requires_grad=True)
     """
 
-    MUON: Coefficients = MUON
-    POLAR_EXPRESS: Coefficients = POLAR_EXPRESS
+    MUON: polar.Coefficients = polar.MUON
+    POLAR_EXPRESS: polar.Coefficients = polar.POLAR_EXPRESS
 
     _checks = {
         "momentum": check_momentum,
@@ -191,7 +184,7 @@ def _portions(
     """What is moved together: matrices that fill no cache; all others one by one."""
     small = []
     for each in moving:
-        if _iterates(group) and not is_sharded(each[0]) and not fills_cache(each[0]):
+        if _iterates(group) and not is_sharded(each[0]) and not polar.fills_cache(each[0]):
             small.append(each)
         else:
             yield [each]
@@ -239,7 +232,7 @@ def _by_iteration(ball: SpectralBall, directions: list[Tensor], group: Group) ->
     points = [ball._points(direction) for direction in directions]
     dtype = torch.float32 if group["polar"] == "newton_schulz_float32" else torch.bfloat16
     limit = None if group["unconstrained"] else _limit(group)
-    factors = polar_factors(points, group["coefficients"], dtype, limit)
+    factors = polar.polar_factors(points, group["coefficients"], dtype, limit)
     answers = []
     for direction, (factor, divisor) in zip(directions, factors, strict=True):
         radius = ball.epsilon
@@ -257,7 +250,7 @@ def _limit(group: Group) -> float:
     in_bfloat16 = group["polar"] == "newton_schulz"
     precision = "highest" if in_bfloat16 else torch.get_float32_matmul_precision()
     bits = {"highest": 24, "high": 11}.get(precision, 8)
-    limit = largest_singular_value(group["coefficients"], 2.0**-bits)
+    limit = polar.largest_singular_value(group["coefficients"], 2.0**-bits)
     if isinf(limit):
         raise ValueError(
             "`coefficients` must keep singular values bounded if constrained, got "

@@ -122,7 +122,8 @@ class Objective:
             output = None if self.success is None else _mean(outputs)
         else:
             loss, output = losses[0], outputs[0]
-        return perturbed, loss.neg() if self.sign == -1 else loss * self.sign, output
+        is_fast = self.sign == -1 and loss.is_floating_point()  # (a product makes numbers real)
+        return perturbed, loss.neg() if is_fast else loss * self.sign, output
 
     def success_of(self, cost: Tensor, output: Any, target: Tensor) -> Tensor:
         """Which examples have succeeded."""

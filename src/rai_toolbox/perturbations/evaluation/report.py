@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
@@ -181,11 +182,9 @@ class RobustnessReport:
 
     def _fooled_by(self, norm: str, attack: str) -> list[int]:
         """The number of examples that an attack fooled at each radius."""
-        numbers = [0] * len(self.epsilons[norm])
-        for example, name in enumerate(self.fooled_by.get(norm, ())):
-            if name == attack:
-                numbers[self.withstood[norm][example]] += 1
-        return numbers
+        by = zip(self.fooled_by.get(norm, ()), self.withstood[norm], strict=False)
+        radii = [radius for name, radius in by if name == attack]
+        return [radii.count(radius) for radius in range(len(self.epsilons[norm]))]
 
     def _doubt(self, norm: str, radii: int) -> str:
         """Why the robust accuracy after a number of radii is unreliable; empty if it may not be."""
@@ -329,11 +328,10 @@ def _merged_attacks(parts: Sequence[RobustnessReport]) -> dict[str, Any]:
         return {}
     fooled_by, calls = dict[str, Any](), dict[str, Any]()
     for norm, epsilons in parts[0].epsilons.items():
-        names, sums = list[str | None](), [dict[str, int]() for _ in epsilons]
+        names, sums = list[str | None](), [Counter[str]() for _ in epsilons]
         for part in parts:
             names += part.fooled_by.get(norm) or [None] * len(part)
-            for radius, of_attacks in enumerate(part.calls.get(norm, ())):
-                for attack, number in of_attacks.items():
-                    sums[radius][attack] = sums[radius].get(attack, 0) + number
-        fooled_by[norm], calls[norm] = tuple(names), tuple(sums)
+            for total, of_attacks in zip(sums, part.calls.get(norm, ()), strict=False):
+                total.update(of_attacks)
+        fooled_by[norm], calls[norm] = tuple(names), tuple(map(dict, sums))
     return {"fooled_by": fooled_by, "calls": calls}
