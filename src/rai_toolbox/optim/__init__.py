@@ -1,31 +1,60 @@
 """Optimizers that transform gradients before an inner optimizer's step, and parameters after it."""
 
-from .apgd import APGD as APGD
-from .chain import ChainedParamTransformingOptimizer as ChainedParamTransformingOptimizer
-from .compile import compiled as compiled
-from .engine import ParamTransformingOptimizer as ParamTransformingOptimizer
-from .exponentiated_gradient import ExponentiatedGradient as ExponentiatedGradient
-from .frank_wolfe import FrankWolfe as FrankWolfe
-from .named import ClampedGradientOptimizer as ClampedGradientOptimizer
-from .named import ClampedParameterOptimizer as ClampedParameterOptimizer
-from .named import L1FrankWolfe as L1FrankWolfe
-from .named import L1NormedGradientOptim as L1NormedGradientOptim
-from .named import L1qFrankWolfe as L1qFrankWolfe
-from .named import L1qNormedGradientOptim as L1qNormedGradientOptim
-from .named import L2FrankWolfe as L2FrankWolfe
-from .named import L2NormedGradientOptim as L2NormedGradientOptim
-from .named import L2ProjectedOptim as L2ProjectedOptim
-from .named import LinfFrankWolfe as LinfFrankWolfe
-from .named import LinfProjectedOptim as LinfProjectedOptim
-from .named import SignedGradientOptim as SignedGradientOptim
-from .named import TopQGradientOptimizer as TopQGradientOptimizer
-from .norm_groups import norm_groups as norm_groups
-from .param_groups import constrain as constrain
-from .pgd import PGD as PGD
-from .projected import ProjectedOptimizer as ProjectedOptimizer
-from .projected_lbfgs import ProjectedLBFGS as ProjectedLBFGS
-from .schedules import LinearSetting as LinearSetting
-from .schedules import SettingScheduler as SettingScheduler
-from .scion import Scion as Scion
+from rai_toolbox.optim.apgd import APGD
+from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
+from rai_toolbox.optim.compile import compiled
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
+from rai_toolbox.optim.exponentiated_gradient import ExponentiatedGradient
+from rai_toolbox.optim.frank_wolfe import FrankWolfe
+from rai_toolbox.optim.named import (
+    ClampedGradientOptimizer,
+    ClampedParameterOptimizer,
+    L1FrankWolfe,
+    L1NormedGradientOptim,
+    L1qFrankWolfe,
+    L1qNormedGradientOptim,
+    L2FrankWolfe,
+    L2NormedGradientOptim,
+    L2ProjectedOptim,
+    LinfFrankWolfe,
+    LinfProjectedOptim,
+    SignedGradientOptim,
+    TopQGradientOptimizer,
+)
+from rai_toolbox.optim.norm_groups import norm_groups
+from rai_toolbox.optim.param_groups import constrain
+from rai_toolbox.optim.pgd import PGD
+from rai_toolbox.optim.projected import ProjectedOptimizer
+from rai_toolbox.optim.projected_lbfgs import ProjectedLBFGS
+from rai_toolbox.optim.schedules import LinearSetting, SettingScheduler
+from rai_toolbox.optim.scion import Scion
 
-__all__ = sorted(name for name, value in globals().items() if callable(value))  # no modules
+__all__ = [
+    "APGD",
+    "PGD",
+    "ChainedParamTransformingOptimizer",
+    "ClampedGradientOptimizer",
+    "ClampedParameterOptimizer",
+    "ExponentiatedGradient",
+    "FrankWolfe",
+    "L1FrankWolfe",
+    "L1NormedGradientOptim",
+    "L1qFrankWolfe",
+    "L1qNormedGradientOptim",
+    "L2FrankWolfe",
+    "L2NormedGradientOptim",
+    "L2ProjectedOptim",
+    "LinearSetting",
+    "LinfFrankWolfe",
+    "LinfProjectedOptim",
+    "ParamTransformingOptimizer",
+    "ProjectedLBFGS",
+    "ProjectedOptimizer",
+    "Scion",
+    "SettingScheduler",
+    "SignedGradientOptim",
+    "TopQGradientOptimizer",
+    "compiled",
+    "constrain",
+    "norm_groups",
+]

@@ -1,44 +1,85 @@
 """Perturbations of data: models of them, solvers that find the worst, and evaluations."""
 
-from .attack import attack as attack
-from .classifier import classifier as classifier
-from .ensemble import Ensembled as Ensembled
-from .ensemble import ensemble as ensemble
-from .ensemble import short_ensemble as short_ensemble
-from .ensemble import standard as standard
-from .evaluation.report import Examples as Examples
-from .evaluation.report import RobustnessReport as RobustnessReport
-from .evaluation.report import RobustnessWarning as RobustnessWarning
-from .evaluation.run import evaluate_robustness as evaluate_robustness
-from .evaluation.state_file import StateFileError as StateFileError
-from .evaluation.verification import VerificationReport as VerificationReport
-from .evaluation.verification import verify as verify
-from .fab import fab_attack as fab_attack
-from .init import uniform_like_l1_n_ball_ as uniform_like_l1_n_ball_
-from .init import uniform_like_l2_n_ball_ as uniform_like_l2_n_ball_
-from .init import uniform_like_linf_n_ball_ as uniform_like_linf_n_ball_
-from .journal import Journal as Journal
-from .losses import cross_entropy as cross_entropy
-from .losses import dlr_loss as dlr_loss
-from .losses import is_fooled as is_fooled
-from .losses import margin_loss as margin_loss
-from .losses import most_likely_rivals as most_likely_rivals
-from .losses import rival_margin as rival_margin
-from .losses import targeted_dlr_loss as targeted_dlr_loss
-from .minimum_norm import MinimumNorm as MinimumNorm
-from .minimum_norm import minimum_norm_attack as minimum_norm_attack
-from .models import AdditivePerturbation as AdditivePerturbation
-from .models import AffineWarp as AffineWarp
-from .models import ColorShift as ColorShift
-from .models import MaskedPerturbation as MaskedPerturbation
-from .models import PerturbationModel as PerturbationModel
-from .rivals import nearest_rivals as nearest_rivals
-from .solve import Attacked as Attacked
-from .solvers import ZeroGradientWarning as ZeroGradientWarning
-from .solvers import gradient_ascent as gradient_ascent
-from .solvers import random_restart as random_restart
-from .square import square_attack as square_attack
-from .universal import UniversalPerturbation as UniversalPerturbation
-from .universal import universal_perturbation as universal_perturbation
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.classifier import classifier
+from rai_toolbox.perturbations.ensemble import Ensembled, ensemble, short_ensemble, standard
+from rai_toolbox.perturbations.evaluation.report import (
+    Examples,
+    RobustnessReport,
+    RobustnessWarning,
+)
+from rai_toolbox.perturbations.evaluation.run import evaluate_robustness
+from rai_toolbox.perturbations.evaluation.state_file import StateFileError
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport, verify
+from rai_toolbox.perturbations.fab import fab_attack
+from rai_toolbox.perturbations.init import (
+    uniform_like_l1_n_ball_,
+    uniform_like_l2_n_ball_,
+    uniform_like_linf_n_ball_,
+)
+from rai_toolbox.perturbations.journal import Journal
+from rai_toolbox.perturbations.losses import (
+    cross_entropy,
+    dlr_loss,
+    is_fooled,
+    margin_loss,
+    most_likely_rivals,
+    rival_margin,
+    targeted_dlr_loss,
+)
+from rai_toolbox.perturbations.minimum_norm import MinimumNorm, minimum_norm_attack
+from rai_toolbox.perturbations.models import (
+    AdditivePerturbation,
+    AffineWarp,
+    ColorShift,
+    MaskedPerturbation,
+    PerturbationModel,
+)
+from rai_toolbox.perturbations.rivals import nearest_rivals
+from rai_toolbox.perturbations.solve import Attacked
+from rai_toolbox.perturbations.solvers import ZeroGradientWarning, gradient_ascent, random_restart
+from rai_toolbox.perturbations.square import square_attack
+from rai_toolbox.perturbations.universal import UniversalPerturbation, universal_perturbation
 
-__all__ = sorted(name for name, value in globals().items() if callable(value))  # no modules
+__all__ = [
+    "AdditivePerturbation",
+    "AffineWarp",
+    "Attacked",
+    "ColorShift",
+    "Ensembled",
+    "Examples",
+    "Journal",
+    "MaskedPerturbation",
+    "MinimumNorm",
+    "PerturbationModel",
+    "RobustnessReport",
+    "RobustnessWarning",
+    "StateFileError",
+    "UniversalPerturbation",
+    "VerificationReport",
+    "ZeroGradientWarning",
+    "attack",
+    "classifier",
+    "cross_entropy",
+    "dlr_loss",
+    "ensemble",
+    "evaluate_robustness",
+    "fab_attack",
+    "gradient_ascent",
+    "is_fooled",
+    "margin_loss",
+    "minimum_norm_attack",
+    "most_likely_rivals",
+    "nearest_rivals",
+    "random_restart",
+    "rival_margin",
+    "short_ensemble",
+    "square_attack",
+    "standard",
+    "targeted_dlr_loss",
+    "uniform_like_l1_n_ball_",
+    "uniform_like_l2_n_ball_",
+    "uniform_like_linf_n_ball_",
+    "universal_perturbation",
+    "verify",
+]
