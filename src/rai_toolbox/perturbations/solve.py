@@ -301,7 +301,7 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
     if plain and not has_step_hooks(optimizer):
         prepared = getattr(optimizer, "_prepared_step", lambda: None)()
         if prepared is not None:
-            return prepared  # type: ignore[no-any-return]
+            return prepared
         behind_hooks, bare = unhooked(type(optimizer).step), plain_step(type(optimizer).step)
         if bare is not behind_hooks and not optimizer.defaults.get("differentiable"):
             return partial(bare, optimizer)
