@@ -86,7 +86,7 @@ _profiles_thread: Callable[[], bool] = getattr(
 def profiler_enabled() -> bool:
     """Whether torch profiles this thread, or all threads.
 
-    Nothing tells of observers of execution traces, or of daemons, without a profiler.
+    Observers of execution traces, and daemons, cannot be detected without a profiler.
     """
     return _profiles_thread() or getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
 

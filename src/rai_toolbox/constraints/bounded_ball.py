@@ -64,7 +64,8 @@ class BoundedBall(Constraint):
         If `ball` is of another class.
     ValueError
         If its radius is infinite, no bound is given, one is NaN, or ``lower > upper`` anywhere.
-        Also, as soon as the number of entries tells it, if no point of the ball is within bounds.
+        Also if no point of the ball is within bounds; from methods, where that depends on the
+        number of entries.
 
     Examples
     --------
@@ -132,8 +133,8 @@ class BoundedBall(Constraint):
             return super().project_(x)
         if eager and isfinite(x.sum().item()):
             return self._project_around_0_(x, eager)
-        spoilt = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
-        return self._project_around_0_(x, eager).masked_fill_(spoilt, torch.nan)
+        not_finite = (0 * x).sum(tuple(range(1, x.ndim)), keepdim=True).isnan()
+        return self._project_around_0_(x, eager).masked_fill_(not_finite, torch.nan)
 
     def projection_like(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """`project_` of finite batches like `x`, which is a plain one on the CPU."""

@@ -166,7 +166,7 @@ class Intersection(Constraint):
             gain = (offset * start.detach()).sum(1) - support
             value = gain - offset.square().sum(1) / 2
             fast = torch.linalg.vector_norm(change, dim=(0, 2))
-            # within its rounding error the value does not tell, but the changes do
+            # within its rounding error the value decides nothing, but the size of the changes does
             failed = (value < least - error) | ((value <= least + noise) & (fast > fastest))
             failed = failed & jumped
             reach = torch.maximum(_size(start), _size(y))

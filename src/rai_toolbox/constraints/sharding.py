@@ -86,7 +86,7 @@ def check_view(x: Any, shape: Sequence[int]) -> None:
     if not is_sharded(x) or tuple(x.shape) == tuple(shape):
         return
     try:
-        if x.numel() == 0:  # torch would look for the dims of such a view for ever
+        if x.numel() == 0:  # torch would search for the dims of such a view endlessly
             raise RuntimeError
         x.detach().view(shape)
     except RuntimeError:

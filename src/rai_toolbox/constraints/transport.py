@@ -122,7 +122,7 @@ class Transport(_Plans):
     """Matrices >= 0 of given row and column sums: plans that move one distribution to another.
 
     ``{X >= 0 : X 1 = rows, X^T 1 = columns}``, the transportation polytope; `Birkhoff` is that of
-    equal sums, and says how methods work. `lmo` is the cheapest plan, whose cost is that of optimal
+    equal sums, and documents the methods. `lmo` is the cheapest plan, whose cost is that of optimal
     transport.
 
     Parameters

@@ -77,9 +77,9 @@ def compiled(
     iterates: `Intersection`, `BoxSection`, and `BoundedBall` of a ball other than `LinfBall`, also
     within `Masked`.
 
-    Plain ``torch.compile(optimizer.step)`` checks nothing, and does not notice everything: where
-    two groups have one object as a setting (a set, or a tensor as learning rate), it goes on with
-    that in both after one of them got another one. Torch's own optimizers do the same.
+    Plain ``torch.compile(optimizer.step)`` checks nothing, and misses some changes: where two
+    groups share one object as a setting (a set, or a tensor as learning rate), and one of them gets
+    another object, the compiled step uses the first one in both. So do torch's own optimizers.
 
     Examples
     --------
@@ -140,7 +140,7 @@ class _CompiledStep:
         return creates_state
 
     def _can_be_compiled(self) -> bool:
-        # Torch.compile does not notice what replaces a method, and would trace hooks of the inner.
+        # Torch.compile does not detect a replaced method, and would trace the inner one's hooks.
         both = (self.optimizer, self._inner)
         own = [vars(each)[name] for each in both for name in _METHODS & vars(each).keys()]
         has_hooks = self._inner is not self.optimizer and _torch.has_own_step_hooks(self._inner)
@@ -245,7 +245,7 @@ class _CompiledStep:
 def _as_tensors(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """Tensors for numbers of these names, and copies of tensors and sets, which share memory.
 
-    Two groups may share an object: torch.compile does not notice if one gets another one later.
+    Two groups may share an object: torch.compile does not detect if one gets another one later.
     """
     params = settings.get("params")
     device = params[0].device if params else None

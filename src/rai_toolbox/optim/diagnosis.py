@@ -21,7 +21,7 @@ from rai_toolbox.optim.wrapper import Group
 
 
 class Constrained:
-    """What all optimizers with a set in each group have: their sets, and two looks at them."""
+    """Methods of optimizers with a set per group: `make_feasible_`, `violation`, `kkt_residual`."""
 
     _ball: ClassVar[type[Any] | None] = None
     """The set, where groups have its radius, `epsilon`, instead of a `constraint`."""

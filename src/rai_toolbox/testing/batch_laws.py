@@ -42,7 +42,7 @@ def strides(trial: Trial) -> None:
 
 @law
 def non_finite(trial: Trial) -> None:
-    """A NaN stays, an infinity is a large number or NaN, and other sub-tensors do not notice."""
+    """A NaN stays, an infinity is a large number or NaN, and other sub-tensors are unchanged."""
     x = trial.pairs[0][0]
     one = torch.nn.functional.one_hot(torch.arange(len(x)) % x[0].numel(), x[0].numel()).bool()
     odd = torch.arange(len(x)) % 2 == 0
@@ -135,7 +135,7 @@ def _laid_out(x: Tensor) -> dict[str, Tensor]:
 
 
 def _of_rows(constraint: Constraint, x: Tensor, rows: slice) -> Constraint:
-    """The set as some rows of the batch x see it, made anew."""
+    """The set that some rows of the batch x are in, as a new object."""
     return Constraint.from_plain(constraint._at_rows(x, rows).to_plain())
 
 

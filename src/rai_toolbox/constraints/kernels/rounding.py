@@ -20,7 +20,7 @@ def as_wide(setting: float | Tensor | None, like: Tensor) -> Tensor:
     if isinstance(setting, Tensor):
         return setting.to(wide_dtype(like))
     number = math.nan if setting is None else setting
-    # (made there, for a copy to a device would wait for it)
+    # (created on the device: a copy would synchronize with it)
     return torch.full((), number, dtype=wide_dtype(like), device=like.device)
 
 
