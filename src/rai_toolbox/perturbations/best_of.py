@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -49,43 +50,46 @@ class BestOf:
         if rows is not None:
             cost = self.last_cost.to(cost.dtype).index_copy(0, rows, cost)
             success = self.success.index_copy(0, rows, success)
-        self.choose_([cost], [success], [tensors])
+        self.last_cost, kept_cost, kept = cost, self.cost.to(cost.dtype), self.success
+        taken = torch.ones_like(success)
+        if self.best:
+            lower = (cost < kept_cost) | ((cost == cost) & (kept_cost != kept_cost))  # (as NaN is)
+            taken = (success > kept) | ((success == kept) & lower)
+            taken.masked_fill_(_spoilt(tensors, cost.ndim), False)
+        if self.stop:
+            taken &= ~kept
+        self.cost, self.success = cost.where(taken, kept_cost), success.where(taken, kept)
+        for old, new in zip(self.tensors, tensors, strict=True):
+            column = taken.view(taken.shape + (1,) * (old.ndim - taken.ndim))
+            torch.where(column, new.detach(), old, out=old)
 
     def choose_(
         self, costs: list[Tensor], successes: list[Tensor], trials: list[list[Tensor]]
     ) -> None:
         """Take over the best of some trials, as updates by one after the other would."""
+        if len(costs) == 1 or self.stop or not self.best:
+            for trial in zip(costs, successes, trials, strict=True):
+                self.update_(*trial)
+            return
+        cost, success = torch.stack(costs), torch.stack(successes)
+        tensors = [torch.stack(each) for each in zip(*trials, strict=True)]
+        rank = (2 * success + (cost == cost)).masked_fill_(_spoilt(tensors, cost.ndim), 0)
+        top = rank == rank.amax(0)
+        least = cost.where(top, torch.inf).amin(0)
+        at = ((cost > least) < top).byte().argmax(0, keepdim=True)  # the first one that is on top
+        chosen = []
+        for each in (cost, success, *tensors):
+            column = at.view(at.shape + (1,) * (each.ndim - at.ndim))
+            chosen.append(each.take_along_dim(column, 0)[0])
+        self.update_(chosen[0], chosen[1], chosen[2:])
         self.last_cost = costs[-1]
-        cost = torch.stack([self.cost.to(costs[0].dtype), *costs])  # in the first row the best yet
-        success = torch.stack([self.success, *successes])
-        tensors = [
-            torch.stack(each) if len(each) > 1 else each[0].detach().unsqueeze(0)
-            for each in zip(*trials, strict=True)
-        ]
-        if self.best:
-            # no NaN is kept, whatever the model predicts for it
-            spoilt = [each.unsqueeze(-1).flatten(cost.ndim).sum(-1).isnan() for each in tensors]
-            for each in spoilt:
-                success[1:].masked_fill_(each, False)
-            rank = 2 * success + (cost == cost)  # (NaN does not equal itself)
-            for each in spoilt:
-                rank[1:].masked_fill_(each, 0)
-            top = rank == rank.amax(0)
-            least = cost.where(top, torch.inf).amin(0)
-            number = ((cost > least) < top).byte().argmax(0)  # the first one that is on top
-        else:
-            number = torch.full_like(self.success, len(trials), dtype=torch.long)
-        if self.stop:
-            number = torch.where(success.any(0), success.byte().argmax(0), number)
-        at = number.unsqueeze(0)
-        self.cost, self.success = cost.gather(0, at)[0], success.gather(0, at)[0]
-        for kept, tensor in zip(self.tensors, tensors, strict=True):
-            column = number.view(number.shape + (1,) * (kept.ndim - number.ndim))
-            new = tensor[0]
-            if len(trials) > 1:
-                new = tensor.take_along_dim((column - 1).clamp(min=0).unsqueeze(0), 0)[0]
-            torch.where(column > 0, new, kept, out=kept)
 
     def rows_without_success(self) -> Tensor:
         """The indices of the examples that no trial succeeded for; synchronizes with the host."""
         return self.success.logical_not().nonzero().squeeze(1)
+
+
+def _spoilt(tensors: list[Tensor], ndim: int) -> Tensor:
+    """Where tensors hold NaN, which is not kept, whatever the model predicts for it."""
+    sums = [each.unsqueeze(-1).flatten(ndim).sum(-1) for each in tensors]
+    return reduce(torch.logical_or, map(torch.isnan, sums))

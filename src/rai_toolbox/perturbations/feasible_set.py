@@ -13,6 +13,7 @@ from torch import Tensor
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
+from rai_toolbox.constraints.kernels.blocks import BLOCK, row_blocks
 from rai_toolbox.constraints.kernels.rounding import as_wide, is_farther, noise
 from rai_toolbox.perturbations.grid import Grid
 from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
@@ -71,7 +72,7 @@ class FeasibleSet:
         lower, upper = self.data_range or (self.data - inf, self.data + inf)
         return torch.where(self.mask, lower, self.data), torch.where(self.mask, upper, self.data)
 
-    def rows(self, rows: Tensor) -> FeasibleSet:
+    def rows(self, rows: Tensor | slice) -> FeasibleSet:
         """The set of some of the examples."""
         of_all = self.data_range
         data_range = None if of_all is None else (of_all[0][rows], of_all[1][rows])
@@ -155,6 +156,13 @@ class FeasibleSet:
     @cached_property
     def _changes(self) -> tuple[Tensor, Tensor]:
         """In an Linf ball, the largest changes down and up whose rounded sums are in the set."""
+        if self.data.numel() <= BLOCK:
+            return self._changes_at_once()
+        parts = [self.rows(rows)._changes_at_once() for rows in row_blocks(self.data, BLOCK // 2)]
+        down, up = map(torch.cat, zip(*parts, strict=True))
+        return down, up
+
+    def _changes_at_once(self) -> tuple[Tensor, Tensor]:
         assert self.bounds is not None
         data, wide = self.data, as_wide(self.data, self.data)
         epsilon = as_wide(self.ball.epsilon, data).expand(data.shape)
