@@ -400,6 +400,41 @@ def test_moved_right_after_its_transform_or_later_are_the_same(ball, as_tensor, 
     assert same_bits(snapshot(ours, optims[0]), snapshot(theirs, optims[1]))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("lr", [2.0, 0.0, torch.tensor(2.0)], ids=str)
+def test_moved_together_or_one_by_one_are_the_same(lr, shared):
+    """With several dtypes, counts of steps, strides and layouts."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
+
+    def made():
+        torch.manual_seed(0)
+        xs = [torch.randn(4, 6, dtype=dtype) for dtype in dtypes for _ in range(2)]
+        xs += [torch.randn(4, 6).T, torch.randn(0, 3), torch.randn(()), torch.randn(300, 300)]
+        if shared:
+            xs += [xs[0][1:3], xs[0].view(-1)[5:7]]
+        return [x.requires_grad_() for x in xs]
+
+    ours, theirs = made(), made()
+    together = FrankWolfe(ours, lr=lr, lmo_scaling_factor=0.7)
+    alone = [FrankWolfe([x], lr=lr, lmo_scaling_factor=0.7) for x in theirs]
+    for step in range(4):
+        for params in (ours, theirs):
+            new_gradients(params, step)
+            params[step].grad = None
+            params[8].grad = params[8].grad.contiguous()
+            if shared:
+                params[1].grad = params[0].grad
+        if step == 2 and not shared:
+            for params in (ours, theirs):
+                params[6].grad = params[6].grad.to_sparse()
+        together.step()
+        for opt in alone:
+            opt.step()
+    assert same_bits([x.detach() for x in ours], [x.detach() for x in theirs])
+    for opt, x, y in zip(alone, ours, theirs, strict=True):
+        assert same_bits(together.state.get(x), opt.state.get(y))
+
+
 def test_a_gradient_of_several_groups_is_transformed_once_and_before_all_moves():
     a, b, gradient = torch.zeros(2), torch.zeros(2), torch.ones(2)
     for x in (a, b):

@@ -26,6 +26,7 @@ _EXACT = ({torch.float32}, {torch.float64})  # in which operators on lists round
 _SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _LARGEST = torch.finfo(torch.float32).max  # torch refuses larger settings, but not the fused kernel
 _REAL = {float, int}
+_SCALING = {"grad_scale", "found_inf"}  # what a GradScaler sets on optimizers that read it
 
 _STEP = plain_step(SGD.step)
 _IS_TORCHS = _STEP.__module__ == SGD.__module__  # else somebody has replaced it
@@ -37,6 +38,7 @@ def can_step(inner: SGD, step: Callable[..., object]) -> bool:
         type(inner) is SGD
         and step is _STEP
         and _IS_TORCHS
+        and _SCALING.isdisjoint(inner.__dict__)
         and not torch.compiler.is_compiling()  # a compiler fuses on its own
         and not torch.is_grad_enabled()
         and not function_transforms_active()

@@ -276,10 +276,7 @@ class Normalize(Transform):
         check_non_negative(self.div_by_zero_eps, group[self.div_by_zero_eps])
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
-        param_ndim, eps = group[self.param_ndim], group[self.div_by_zero_eps]
-        is_row = _is_one_row(tensors, param_ndim)
-        if not (is_row and directions.normalize_row_(tensors[0], self.p, eps)):
-            normalize_(tensors, self.p, param_ndim, eps)
+        normalize_(tensors, self.p, group[self.param_ndim], group[self.div_by_zero_eps])
 
 
 class TopQ(Transform):
@@ -330,6 +327,8 @@ def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -
 
 def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
     """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
+    if _is_one_row(grads, param_ndim) and directions.normalize_row_(grads[0], p, eps):
+        return
     normalize_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
     each_ = partial(directions.normalize_each_, p=p, div_by_zero_eps=eps)
     _on_sub_tensors_(grads, param_ndim, normalize_, each_)
