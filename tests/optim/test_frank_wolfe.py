@@ -599,3 +599,17 @@ def test_l1q_with_one_entry_is_l1():
         one.step()
         other.step()
     assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.nan, torch.tensor(-1.0)], ids=str)
+@pytest.mark.parametrize("params", [1, 2])
+def test_a_wrong_lr_is_refused_before_gradients_change(params, lr):
+    xs = tensors(*[(1, 3)] * params)
+    opt = ParamTransformingOptimizer(xs, FrankWolfe, grad_scale=2.0)
+    new_gradients(xs, 0)
+    before = [x.grad.clone() for x in xs]
+    opt.param_groups[0]["lr"] = lr
+    for closure in (None, lambda: 0.0):
+        with pytest.raises(ValueError, match="`lr` must"):
+            opt.step(closure)
+        assert same_bits([x.grad for x in xs], before)

@@ -15,6 +15,7 @@ from rai_toolbox.checks import check_number
 from rai_toolbox.foreach import cache_sized
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
+from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
@@ -254,6 +255,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
         They are, each while its gradient is in cache, by a `move_` that does the inner step.
         """
+        if move_ is None and isinstance(self.inner_opt, OwnStepOptimizer):  # (else it has checked)
+            for group in self.inner_opt.param_groups:
+                self.inner_opt._check_before_step(group)
         transforms = self._transforms(GRADIENT_HOOK)
         todo: list[tuple[Any, ...]] = []
         seen: set[int] = set()

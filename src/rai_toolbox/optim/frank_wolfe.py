@@ -173,7 +173,6 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         _check_step_size(group)
 
     def _check_before_step(self, group: Group) -> None:
-        """Raise if a setting that may change from step to step is out of range."""
         check_lr(group)
 
     def _check_groups(self, groups: Sequence[Group]) -> None:

@@ -38,11 +38,11 @@ def can_step(inner: SGD, step: Callable[..., object]) -> bool:
         type(inner) is SGD
         and step is _STEP
         and _IS_TORCHS
-        and _SCALING.isdisjoint(inner.__dict__)
         and not torch.compiler.is_compiling()  # a compiler fuses on its own
         and not torch.is_grad_enabled()
         and not function_transforms_active()
         and forward_ad_level() < 0
+        and _SCALING.isdisjoint(inner.__dict__)
     )
 
 

@@ -180,7 +180,7 @@ def largest_sign_(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows
-    index = rows.detach().abs().argmax(dim=1, keepdim=True)
+    index = rows.abs().argmax(dim=1, keepdim=True)
     kept = readable(rows).gather(1, index)
     sign_([kept])
     return rows.zero_().scatter_(1, index, kept)
