@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -75,20 +75,19 @@ def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
     return step.__wrapped__ if decorated else step  # type: ignore[attr-defined]
 
 
+known_plain_step = lru_cache(plain_step)
+"""`plain_step` in one look, in eager mode: of a few functions it is asked at each step."""
+
 _DECORATED = getattr(use_grad_for_differentiable(lambda: None), "__code__", "no function")
 
 
 _profiles_thread: Callable[[], bool] = getattr(
     torch._C._autograd, "_profiler_enabled", lambda: True
 )
-
-
-def profiler_enabled() -> bool:
-    """Whether torch profiles this thread, or all threads.
-
-    Observers of execution traces, and daemons, cannot be detected without a profiler.
-    """
-    return _profiles_thread() or getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
+_profiles_all: Callable[[], bool] = partial(
+    getattr, torch.autograd.profiler, "_is_profiler_enabled", True
+)
+# (Observers of execution traces, and daemons, cannot be detected without a profiler.)
 
 
 set_grad_mode: Callable[[bool], object] = torch._C._set_grad_enabled
@@ -107,7 +106,8 @@ def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
     def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         optimizer: Any = args[0]
         compiling = torch.compiler.is_compiling()
-        if has_step_hooks(optimizer) or (not compiling and profiler_enabled()):
+        is_profiled = not compiling and (_profiles_thread() or _profiles_all())
+        if is_profiled or has_step_hooks(optimizer):
             return hooked(*args, **kwargs)
         if compiling or plain is func:  # (a subclass's own step may have another grad mode)
             return func(*args, **kwargs)

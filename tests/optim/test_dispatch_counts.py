@@ -99,8 +99,8 @@ READ = "_local_scalar_dense"
 OF_ONE_ROW = {
     "Param": [],
     "ClampedParameter": ["clamp_"],
-    "Signed": ["addcmul_", "clamp_"],
-    "L1Normed": ["abs", "sum", READ, "div_"],
+    "Signed": ["equal", "sgn_"],
+    "L1Normed": ["linalg_vector_norm", READ, "div_"],
     "L2Normed": ["linalg_vector_norm", READ, "div_"],
     "L2Projected": ["linalg_vector_norm", READ, "div_", "linalg_vector_norm", READ, "mul_"],
 }

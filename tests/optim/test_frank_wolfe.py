@@ -395,9 +395,44 @@ def test_moved_right_after_its_transform_or_later_are_the_same(ball, as_tensor, 
         for params, optim in zip((ours, theirs), optims, strict=True):
             new_gradients(params, step)
             params[step].grad = None
-            assert optim.inner_opt.moves_alone() == (optim is optims[0])
+            assert (optim.inner_opt.mover() is None) == (optim is optims[1])
             optim.step()
     assert same_bits(snapshot(ours, optims[0]), snapshot(theirs, optims[1]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("lr", [2.0, 0.0, torch.tensor(2.0)], ids=str)
+def test_moved_together_or_one_by_one_are_the_same(lr, shared):
+    """With several dtypes, counts of steps, strides and layouts."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
+
+    def made():
+        torch.manual_seed(0)
+        xs = [torch.randn(4, 6, dtype=dtype) for dtype in dtypes for _ in range(2)]
+        xs += [torch.randn(4, 6).T, torch.randn(0, 3), torch.randn(()), torch.randn(300, 300)]
+        if shared:
+            xs += [xs[0][1:3], xs[0].view(-1)[5:7]]
+        return [x.requires_grad_() for x in xs]
+
+    ours, theirs = made(), made()
+    together = FrankWolfe(ours, lr=lr, lmo_scaling_factor=0.7)
+    alone = [FrankWolfe([x], lr=lr, lmo_scaling_factor=0.7) for x in theirs]
+    for step in range(4):
+        for params in (ours, theirs):
+            new_gradients(params, step)
+            params[step].grad = None
+            params[8].grad = params[8].grad.contiguous()
+            if shared:
+                params[1].grad = params[0].grad
+        if step == 2 and not shared:
+            for params in (ours, theirs):
+                params[6].grad = params[6].grad.to_sparse()
+        together.step()
+        for opt in alone:
+            opt.step()
+    assert same_bits([x.detach() for x in ours], [x.detach() for x in theirs])
+    for opt, x, y in zip(alone, ours, theirs, strict=True):
+        assert same_bits(together.state.get(x), opt.state.get(y))
 
 
 def test_a_gradient_of_several_groups_is_transformed_once_and_before_all_moves():
@@ -564,3 +599,17 @@ def test_l1q_with_one_entry_is_l1():
         one.step()
         other.step()
     assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.nan, torch.tensor(-1.0)], ids=str)
+@pytest.mark.parametrize("params", [1, 2])
+def test_a_wrong_lr_is_refused_before_gradients_change(params, lr):
+    xs = tensors(*[(1, 3)] * params)
+    opt = ParamTransformingOptimizer(xs, FrankWolfe, grad_scale=2.0)
+    new_gradients(xs, 0)
+    before = [x.grad.clone() for x in xs]
+    opt.param_groups[0]["lr"] = lr
+    for closure in (None, lambda: 0.0):
+        with pytest.raises(ValueError, match="`lr` must"):
+            opt.step(closure)
+        assert same_bits([x.grad for x in xs], before)

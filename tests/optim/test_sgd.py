@@ -302,3 +302,18 @@ def test_others_see_all_groups_during_a_step():
     with Watch():
         opt.step()
     assert set(seen) == {3}
+
+
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_a_scaler_would_set_is_left_to_torch(name, momentum):
+    """Torch refuses it in steps that are not fused; it is not to be ignored."""
+    x = torch.ones(3, requires_grad=True)
+    x.grad = torch.ones(3)
+    opt = unbounded([x], SGD, lr=0.1, momentum=momentum)
+    opt.step()
+    before = x.detach().clone()
+    setattr(opt.inner_opt, name, torch.ones(()))
+    with pytest.raises(AssertionError):
+        opt.step()
+    assert torch.equal(x, before)

@@ -130,6 +130,7 @@ def test_nan_stays_visible_and_only_in_its_row(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
 def test_sign_of_every_number(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     expected = torch.where(x.isnan(), x, x.sign())
@@ -137,6 +138,22 @@ def test_sign_of_every_number(dtype):
         parts = [part.clone() for part in x.split(size)]
         sign_(parts)
         assert torch.equal(torch.cat(parts).nan_to_num(7), expected.nan_to_num(7))
+    for part in parts:  # as it was first, alone
+        part.copy_(x[:64])
+        sign_([part])
+        assert torch.equal(part.nan_to_num(7), expected[:64].nan_to_num(7))
+        x, expected = x[64:], expected[64:]
+
+
+@pytest.mark.parametrize("at", [0, 783, 500])
+@torch.no_grad()
+def test_a_nan_in_one_small_tensor_is_not_hidden(at):
+    for dtype in (torch.float32, torch.float64):
+        for x in (torch.ones(784, dtype=dtype), torch.ones(2, 784, dtype=dtype).T[:, 0]):
+            x[at], x[at - 1], x[at - 2] = math.nan, -math.inf, 0.0
+            sign_([x])
+            assert x[at].isnan()
+            assert (x[at - 1], x[at - 2], x.nansum()) == (-1, 0, 780)
 
 
 @in_each_dtype
@@ -188,6 +205,42 @@ def test_sign_of_complex_numbers_at_the_ends_of_the_range(dtype, copies):
         x = torch.full((copies,), complex(size, -size), dtype=dtype)
         sign_([x])
         assert torch.allclose(x, torch.full_like(x, complex(0.5**0.5, -(0.5**0.5))))
+
+
+# ------------------------------------------------------- one row, by few calls
+
+
+def one_rows(dtype):
+    """Tensors of one sub-tensor, and the `param_ndim` by which they are that."""
+    x = random((2, 3, 4), dtype)
+    yield from ((x[:1], -1), (x[:1], 2), (x, None), (x[0, 0], None), (x[0, :1], -1))
+    yield from ((x.transpose(0, 2), None), (x[:1, :, 1:3], -1), (x[0, 0, :1], None))
+    yield from ((x[:1].to(memory_format=torch.contiguous_format).mT, -1), (x[0, 0, 0], None))
+
+
+@in_each_dtype
+@for_each_transform
+@torch.no_grad()
+def test_one_row_is_transformed_as_in_a_stack(name, dtype):
+    info = torch.finfo(dtype)
+    ends = (1.0, info.tiny, info.smallest_normal * info.eps, info.max / 8, 0.0, math.inf, math.nan)
+    for size in ends:
+        for x, param_ndim in one_rows(dtype):
+            x = x.clone() * torch.tensor(size, dtype=dtype)
+            row, ndim = x.unsqueeze(0), x.ndim
+            if param_ndim == -1 or param_ndim == 2:
+                row, ndim = x, x.ndim - 1
+            stacked = transformed(name, torch.cat([row, row]), ndim)[:1].reshape(x.shape)
+            alone = transformed(name, x, param_ndim)
+            assert torch.allclose(alone, stacked, rtol=9 * info.eps, atol=0, equal_nan=True)
+
+
+@for_each_transform
+@torch.no_grad()
+def test_a_vector_of_sub_tensors_is_no_row(name):
+    grad = torch.tensor([3.0, -4.0, 0.5])
+    expected = transformed(name, grad[:, None], 1).view(-1)
+    assert torch.equal(transformed(name, grad, -1), expected)
 
 
 # ---------------------------------------------------------------- normalize

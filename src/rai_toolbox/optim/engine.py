@@ -15,6 +15,7 @@ from rai_toolbox.checks import check_number
 from rai_toolbox.foreach import cache_sized
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
+from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
@@ -94,6 +95,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
 
+    _step_alone_: Callable[[], bool] | None = None
+    """Make a step in fewer calls, with the same results, if a subclass has one that fits."""
+
     _has_initialized = False
     """Whether a distributed checkpoint may have made its step."""
 
@@ -157,9 +161,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _transforms(self, hook: str) -> tuple[Transform, ...]:
         """What comes before or after the inner step: what is declared, or a hook in its place."""
         declared = self._before if hook == GRADIENT_HOOK else self._after
-        default = getattr(ParamTransformingOptimizer, hook)
-        is_default = getattr(type(self), hook) is default and hook not in self.__dict__
-        if is_default:
+        if getattr(type(self), hook) is _DEFAULTS[hook] and hook not in self.__dict__:
             return declared
         return (Hook(self, hook, declared, names={name: name for name in self._settings}),)
 
@@ -207,8 +209,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
-        if closure is None and not (compiling or kwargs) and self._step_alone_():
-            return None
+        if closure is None and not (compiling or kwargs):
+            if self._step_alone_ is not None and self._step_alone_():
+                return None
         self._new_state.clear()  # what a step that failed has left
         if closure is not None:
             closure = partial(self._evaluated, closure)
@@ -222,9 +225,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._has_initialized = True
             return None
         else:
-            inner: Any = self.inner_opt
-            alone = not (compiling or kwargs) and getattr(inner, "moves_alone", bool)()
-            if self._pre_step(inner.move_ if alone else None):
+            find_mover = getattr(self.inner_opt, "mover", None)
+            if self._pre_step(find_mover() if find_mover and not (compiling or kwargs) else None):
                 self._post_step()
                 return None
             if compiling and self._must_break_graph():
@@ -232,10 +234,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         loss: float | None = step_inner(self.inner_opt, closure, kwargs)
         self._post_step()
         return loss
-
-    def _step_alone_(self) -> bool:
-        """Make a step in fewer calls, with the same results, if this class has one that fits."""
-        return False
 
     def _prepared_step(self) -> Callable[[], object] | None:
         """Such a step as a function, if parameters are finite, for a solver that makes many.
@@ -264,18 +262,22 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
         They are, each while its gradient is in cache, by a `move_` that does the inner step.
         """
+        if move_ is None and isinstance(self.inner_opt, OwnStepOptimizer):  # (else it has checked)
+            for group in self.inner_opt.param_groups:
+                self.inner_opt._check_before_step(group)
         transforms = self._transforms(GRADIENT_HOOK)
         todo: list[tuple[Any, ...]] = []
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
-            active = [transform for transform in transforms if transform.is_active(group)]
+            active, by_parts = [], move_ is not None or len(group["params"]) > 1
+            for transform in transforms:
+                if transform.is_active(group):
+                    active.append(transform)
+                    by_parts = by_parts and transform.by_parts(group)
             if group["grad_scale"] != 1:
                 active.append(SCALE)
             if group["grad_bias"] != 0:
                 active.append(SHIFT)
-            by_parts = True
-            for each in active:
-                by_parts = by_parts and each.by_parts(group)
             if not by_parts:
                 move_ = None
             if active:
@@ -285,12 +287,15 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 todo.append((active, True, moving, [param.grad for param in moving], group))
         for active, by_parts, params, grads, group in todo:  # all have been checked
             several = len(params) > 1 and (move_ is not None or len(active) > 1)
-            in_cache = several and by_parts and grads[0].is_cpu
-            for part in cache_sized(grads) if in_cache else [slice(None)]:
-                for transform in active if params else ():
-                    transform.apply_(grads[part], params[part], group, self)
+            if several and by_parts and grads[0].is_cpu:
+                parts = [(grads[part], params[part]) for part in cache_sized(grads)]
+            else:
+                parts = [(grads, params)] if params else []
+            for some_grads, some in parts:
+                for transform in active:
+                    transform.apply_(some_grads, some, group, self)
                 if move_ is not None:
-                    move_(params[part], group)
+                    move_(some, group)
         return move_ is not None
 
     def _post_step(self, is_step: bool = True) -> None:
@@ -340,7 +345,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 if id(grad) in seen:
                     continue
                 seen.add(id(grad))
-            if grad.layout is not torch.strided:
+            if not (recording or compiling) and grad.is_contiguous() and not grad.is_conj():
+                pass  # (as it is mostly; sparse tensors are not contiguous)
+            elif grad.layout is not torch.strided:
                 grad = self._sparse_values(param, grad, group, transforms)
             elif (
                 recording  # differentiable steps leave tensors of the graph alone
@@ -376,3 +383,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
+
+
+_DEFAULTS = {
+    hook: getattr(ParamTransformingOptimizer, hook) for hook in (GRADIENT_HOOK, PARAMETER_HOOK)
+}

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rai_toolbox import checks, foreach
-from rai_toolbox._torch import foreach_addcmul_, get_value, has_own_step_hooks, plain_step
+from rai_toolbox._torch import (
+    foreach_addcmul_,
+    get_value,
+    has_own_step_hooks,
+    known_plain_step,
+    plain_step,
+)
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import are_apart, one_like, widened
 from rai_toolbox.constraints.sharding import complete
@@ -28,7 +35,13 @@ _MOST_TRIALS = 40
 _TOGETHER = 2**16  # elements that are moved together
 
 
+_LARGEST = torch.finfo(torch.float64).max
+
 _STEP = plain_step(OwnStepOptimizer.step)
+_STRIDED = {torch.strided}
+
+Move = Callable[[list[Tensor], Group], object]
+"""A function that moves some parameters of a group by their gradients."""
 
 
 class FrankWolfe(Constrained, OwnStepOptimizer):
@@ -160,7 +173,6 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         _check_step_size(group)
 
     def _check_before_step(self, group: Group) -> None:
-        """Raise if a setting that may change from step to step is out of range."""
         check_lr(group)
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
@@ -197,58 +209,66 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
             return self._search(closure)
         return super()._step(closure)
 
-    def moves_alone(self) -> bool:
-        """Whether `move_`, for each group, does all that a step does; checks groups as a step does.
+    def mover(self) -> Move | None:
+        """A function that moves parameters, if calls of it for all of them do what a step does.
 
-        It does not where a subclass, a hook or a scheduler has a part in the step, where groups
-        have constraints, or where tensors share memory.
+        It takes some that have gradients, and their group. There is none where a subclass, a hook
+        or a scheduler has a part in the step, where groups have constraints, or where tensors share
+        memory. Groups are checked as a step does.
         """
-        is_replaced = plain_step(type(self).step) is not _STEP or "step" in self.__dict__
+        is_replaced = known_plain_step(type(self).step) is not _STEP or "step" in self.__dict__
         if type(self) is not FrankWolfe or is_replaced or has_own_step_hooks(self):
-            return False
+            return None
         params: list[Tensor] = []
         for group in self.param_groups:
-            self._check_before_step(group)
+            check_lr(group)
             if group["constraint"] is not None:
-                return False
+                return None
             params += group["params"]
-        return _are_apart([param for param in params if param.grad is not None])
+        return self._mover_of(params) if len(params) > 1 else self._move_each_
 
-    def move_(self, params: list[Tensor], group: Group) -> None:
-        """Step some parameters of a group that has no constraint.
+    def _mover_of(self, params: list[Tensor]) -> Move | None:
+        """A function that moves those that have gradients, unless any share memory."""
+        both = [x for param in params if param.grad is not None for x in (param, param.grad)]
+        is_dense = _STRIDED.issuperset(map(attrgetter("layout"), both))
+        if not (is_dense and foreach.are_plain(both) and are_apart(both)):
+            return None
+        return self._move_together_ if all(map(attrgetter("is_cpu"), both)) else self._move_each_
 
-        All of them have gradients, and none shares memory with another.
-        """
+    def _move_each_(self, params: list[Tensor], group: Group) -> None:
         if is_zero_on_host(group["lr"]):
             for param in params:
                 self._started(param, group)
-        elif len(params) > 1 and not isinstance(group["lr"], Tensor) and _are_alike(params):
-            for part in cache_sized(params, _TOGETHER):
-                self._move_together_(params[part], group)
-        else:
-            for param in params:
-                step = self._started(param, group)["step"]
-                _add_(param, _fraction(get_value(step), group), group["lmo_scaling_factor"])
-                step.add_(one_like(step))  # (a number would be made a tensor each time)
-
-    def _move_together_(self, params: list[Tensor], group: Group) -> None:
-        by_count: dict[float, list[Tensor]] = {}
+            return
         for param in params:
             step = self._started(param, group)["step"]
-            by_count.setdefault(step.item(), []).append(param)
-            step.add_(one_like(step))
-        for count, some in by_count.items():  # as `_add_`
-            a, ones = _fraction(count, group), [one_like(some[0])] * len(some)
-            weight, grads = -a * group["lmo_scaling_factor"], [param.grad for param in some]
-            foreach_addcmul_(some, some, ones, value=-a)
-            foreach_addcmul_(some, grads, ones, value=weight)
+            _add_(param, _fraction(step.item(), group), group["lmo_scaling_factor"])
+            step.add_(one_like(step))  # (a number would be made a tensor each time)
+
+    def _move_together_(self, params: list[Tensor], group: Group) -> None:
+        if isinstance(group["lr"], Tensor) or group["lr"] == 0:
+            self._move_each_(params, group)
+            return
+        for part in cache_sized(params, _TOGETHER):
+            alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Any]]] = {}
+            for param in params[part]:
+                step, grad = self._started(param, group)["step"], cast(Tensor, param.grad)
+                kind = (step.item(), param.dtype, grad.dtype)
+                some, grads = alike.setdefault(kind, ([], []))
+                some.append(param)
+                grads.append(grad)
+                step.add_(one_like(step))
+            for (count, *_), (some, grads) in alike.items():  # as `_add_`
+                a, ones = _fraction(count, group), [one_like(some[0])] * len(some)
+                foreach_addcmul_(some, some, ones, value=-a)
+                foreach_addcmul_(some, grads, ones, value=-a * group["lmo_scaling_factor"])
 
     def _step_group_(self, group: Group) -> None:
         constraint = group["constraint"]
         if constraint is None and not torch.compiler.is_compiling():
             params = [param for param in group["params"] if param.grad is not None]
-            for some in [params] if _are_apart(params) else [[param] for param in params]:
-                self.move_(some, group)
+            move_ = self._mover_of(params) if len(params) > 1 else None
+            (move_ or self._move_each_)(params, group)
             return
         for param, step in self._moving(group):
             if constraint is None:
@@ -344,21 +364,6 @@ def _fraction(done: Any, group: Group) -> float | Tensor:
         return lr
     total, smallest = lr + done, group["div_by_zero_eps"]
     return lr / (total.clamp(min=smallest) if isinstance(total, Tensor) else max(total, smallest))
-
-
-def _are_apart(params: list[Tensor]) -> bool:
-    """Whether a parameter may be moved before others' gradients are transformed, or together."""
-    both: list[Any] = [*params, *(param.grad for param in params)]
-    return len(params) < 2 or (
-        all(x.layout is torch.strided for x in both) and foreach.are_plain(both) and are_apart(both)
-    )
-
-
-def _are_alike(params: list[Tensor]) -> bool:
-    """Whether parameters and gradients are plain dense tensors of one dtype, on the CPU."""
-    both: list[Any] = [*params, *(param.grad for param in params)]
-    kinds = {(x.dtype, x.layout, x.is_cpu) for x in both}
-    return kinds == {(params[0].dtype, torch.strided, True)} and foreach.are_plain(both)
 
 
 def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:
@@ -479,9 +484,11 @@ def _precision(loss: Any, segments: list[_Segment]) -> float:
 
 def check_lr(group: Group) -> None:
     """Raise if `lr` is out of its range; a value on a device is not read."""
-    lr = group["lr"]
+    lr, scheduled = group["lr"], group["use_default_lr_schedule"]
+    if type(lr) is float and 0 <= lr <= (_LARGEST if scheduled else 1):
+        return  # (as it is at most steps)
     read = check_lr_value("lr", lr)
-    if read is not None and read > 1 and not group["use_default_lr_schedule"]:
+    if read is not None and read > 1 and not scheduled:
         raise ValueError(f"`lr` must be in [0, 1] without the default schedule, got {lr!r}")
 
 

@@ -83,7 +83,7 @@ class GradientMapping(OfSet):
         return not self.is_active(group)
 
     def is_active(self, group: Group) -> bool:  # noqa: D102
-        wanted, constraint = group[self.gradient_mapping], self.set_of(group)
+        wanted, constraint = group[self.gradient_mapping], group[self.constraint]
         if constraint is None:
             return False
         # (what `check` is to refuse may be anything)
@@ -98,20 +98,22 @@ class GradientMapping(OfSet):
         if group.get(self.steps_taken, 0) < group.get(self.warmup, 0):
             return
         large: list[tuple[Tensor, ...]] = []
-        judges = self._judges_rows(group)
         for grad, param, average in zip(tensors, params, averages, strict=True):
             x, _ = batch_in(param, group, self.param_ndim)
             view, copied = batch_in(grad, group, self.param_ndim)
             batches = (view, x) if average is None else (view, x, average.reshape(x.shape))
-            if judges and not copied and _are_summed_fast(batches):
+            if view.numel() > BLOCK // 2 and not copied and _are_summed_fast(batches):
                 large.append(batches)
                 continue
             self.map_(view, x, average, group)
             if copied:
                 grad.copy_(view.view(grad.shape))
+        if not large:
+            return
+        judges = self._judges_rows(group)
         columns = [joined(list(column), GROUP) for column in zip(*large, strict=True)]
         for piece in zip(*columns, strict=True):
-            if not self._map_rows_(*piece, group=group):
+            if not (judges and self._map_rows_(*piece, group=group)):
                 for grad, x, *others in zip(*piece, strict=True):
                     self.map_(grad, x, others[0] if others else None, group)
 
@@ -194,7 +196,8 @@ class GradientMapping(OfSet):
             error = sum_error(EXACT_CHUNK) if fast else 0.0
             factor = constraint._scaling(length, y)
         if factor is NotImplemented:
-            pushed_back = (y - constraint.project(y)) / e  # exactly 0 where y is in the set
+            # (exactly 0 where y is in the set)
+            pushed_back = (y - constraint.project_(y.clone())) / e
             return grad.add_(pushed_back, alpha=alpha)
         if factor is not None:  # else all of y is in the set
             grad.addcmul_(y, for_each(_beyond(factor, error), [y])[0].to(dtype) / e, value=alpha)
@@ -329,8 +332,7 @@ def _fast_step_size(x: Tensor, gradient: Tensor, m: Tensor | None, reach: float)
 def _are_summed_fast(batches: Sequence[Tensor]) -> bool:
     """Whether norms and products of a gradient, its parameter, and an average are for float32."""
     return (
-        batches[0].numel() > BLOCK // 2
-        and all(batch.dtype == torch.float32 for batch in batches)
+        all(batch.dtype == torch.float32 for batch in batches)
         and sums_fast(batches, EXACT_CHUNK)
         and not needs_grad(*batches)
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox._torch import is_wrapped_by_scheduler, mark_stepped, plain_step
+from rai_toolbox._torch import is_wrapped_by_scheduler, known_plain_step, mark_stepped, plain_step
 from rai_toolbox.checks import wrong
 from rai_toolbox.optim.settings import trained
 from rai_toolbox.optim.sgd import can_step, step_sgd
@@ -44,9 +44,11 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
             return own(*args, **kwargs)  # a user has replaced it
         mark_stepped(inner)  # as the scheduler's wrapper does
     # (Without torch's decorator that switches grad mode: it would switch to the present one.)
-    step: Any = plain_step(type(inner).step)
-    if torch.compiler.is_compiling():  # such a decorator breaks the graph, whosever it is
-        step = getattr(step, "__wrapped__", step)
+    if torch.compiler.is_compiling():
+        step: Any = plain_step(type(inner).step)
+        step = getattr(step, "__wrapped__", step)  # (one breaks the graph, whosever it is)
+    else:
+        step = known_plain_step(type(inner).step)
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)

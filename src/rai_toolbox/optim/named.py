@@ -15,7 +15,7 @@ from rai_toolbox.constraints.box import Box, checked_box
 from rai_toolbox.optim import transforms
 from rai_toolbox.optim.chain import ChainedParamTransformingOptimizer
 from rai_toolbox.optim.diagnosis import Constrained
-from rai_toolbox.optim.engine import Move, ParamTransformingOptimizer
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_lr
 from rai_toolbox.optim.gradient_mapping import ELEMENTWISE, ClampMapping
 from rai_toolbox.optim.inner import optimizer_class
@@ -520,12 +520,6 @@ class _FrankWolfeOnBall(Constrained, ParamTransformingOptimizer):
         super()._check_group(group)
         check_finite("epsilon", group["epsilon"])
         check_lr(group)
-
-    def _pre_step(self, move_: Move | None = None) -> bool:
-        if move_ is None:  # else the inner optimizer has checked it
-            for group in self.param_groups:
-                check_lr(group)
-        return super()._pre_step(move_)
 
 
 class L1FrankWolfe(_FrankWolfeOnBall):

@@ -53,6 +53,9 @@ class OwnStepOptimizer(Optimizer):
         if constraint is not None and are_tensors:  # else torch refuses them
             settings.check_fits(constraint, group)
 
+    def _check_before_step(self, group: Group) -> None:
+        """Raise if a setting that may change from step to step is out of range."""
+
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""
         for group in groups:

@@ -26,6 +26,7 @@ _EXACT = ({torch.float32}, {torch.float64})  # in which operators on lists round
 _SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _LARGEST = torch.finfo(torch.float32).max  # torch refuses larger settings, but not the fused kernel
 _REAL = {float, int}
+_SCALING = {"grad_scale", "found_inf"}  # what a GradScaler sets on optimizers that read it
 
 _STEP = plain_step(SGD.step)
 _IS_TORCHS = _STEP.__module__ == SGD.__module__  # else somebody has replaced it
@@ -41,6 +42,7 @@ def can_step(inner: Optimizer, step: Callable[..., object]) -> bool:
         and not torch.is_grad_enabled()
         and not function_transforms_active()
         and forward_ad_level() < 0
+        and _SCALING.isdisjoint(inner.__dict__)
     )
 
 

@@ -22,7 +22,7 @@ from rai_toolbox.batch import batch_shape, sub_ndim
 from rai_toolbox.checks import check_fraction, check_non_negative, check_order
 from rai_toolbox.constraints.box import checked_box
 from rai_toolbox.constraints.kernels import directions
-from rai_toolbox.constraints.kernels.blocks import in_groups
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, in_groups
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_
@@ -261,8 +261,8 @@ class Projection(OfSet):
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         if group[self.constraint] is None or not tensors:
             return
-        batches = [batch_in(x, group, self.param_ndim) for x in tensors]
-        views, copied = zip(*batches, strict=True)
+        as_batch = partial(batch_in, group=group, param_ndim=self.param_ndim)
+        views, copied = zip(*map(as_batch, tensors), strict=True)
         group[self.constraint].project_each_(list(views))
         for x, view, is_copy in zip(tensors, views, copied, strict=True):
             if is_copy:
@@ -334,6 +334,8 @@ def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -
 
 def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
     """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
+    if _is_one_row(grads, param_ndim) and directions.normalize_row_(grads[0], p, eps):
+        return
     normalize_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
     each_ = partial(directions.normalize_each_, p=p, div_by_zero_eps=eps)
     _on_sub_tensors_(grads, param_ndim, normalize_, each_)
@@ -359,6 +361,20 @@ def top_q_each_(grads: list[Tensor], q: float, param_ndim: int | None) -> None:
     _on_rows_(grads, param_ndim, keep_)
 
 
+def _is_one_row(tensors: list[Tensor], param_ndim: int | None) -> bool:
+    """Whether it is one plain tensor of one short row, on the CPU, in eager mode."""
+    if len(tensors) != 1:
+        return False
+    x = tensors[0]
+    return (
+        in_blocks(x)
+        and (param_ndim is None or (param_ndim == -1 and x.shape[:1] == (1,)))
+        and x.ndim > 0
+        and 0 < x.numel() <= BLOCK // 2
+        and not torch.is_grad_enabled()
+    )
+
+
 def _on_sub_tensors_(
     tensors: list[Tensor],
     param_ndim: int | None,
@@ -378,6 +394,10 @@ def _on_rows_(
     tensors: list[Tensor], param_ndim: int | None, act_: Callable[[Tensor], object]
 ) -> None:
     """Let `act_` change the sub-tensors as rows (N, n); those of a DTensor shard by shard."""
+
+    if _is_one_row(tensors, param_ndim) and tensors[0].is_contiguous():
+        act_(tensors[0].view(1, -1))
+        return
 
     def rows_shape(shape: Sequence[int]) -> tuple[int, ...]:
         first, *others = batch_shape(shape, param_ndim)

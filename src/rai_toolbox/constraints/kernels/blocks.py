@@ -47,8 +47,8 @@ _ONES = {
 
 def one_like(x: Tensor) -> Tensor:
     """A tensor of one 1 that operators take together with `x`; for the CPU it is there already."""
-    is_known = is_plain(x) and x.dtype in _ONES and not torch.compiler.is_compiling()
-    return _ONES[x.dtype] if is_known else x.new_ones(())
+    is_usual = type(x) in PLAIN and x.is_cpu and not torch.compiler.is_compiling()
+    return _ONES[x.dtype] if is_usual and x.dtype in _ONES else x.new_ones(())
 
 
 def in_blocks(x: Tensor) -> bool:

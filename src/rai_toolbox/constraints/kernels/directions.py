@@ -10,17 +10,18 @@ from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from rai_toolbox import foreach
 from rai_toolbox._torch import foreach_sign_
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
+    HELD,
     LEAST,
     fast_norm,
     least_and_most,
     norm,
-    row_norm,
     scale_dtype,
     sums_fast,
 )
@@ -35,9 +36,17 @@ _CHUNK = 2**12  # entries whose squares are summed in float32: right to about 1e
 
 
 def sign_(tensors: list[Tensor]) -> None:
-    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0."""
+    """Elementwise ``g / |g|``, with 0 -> 0, and NaN -> NaN where `torch.sign` would give 0.
+
+    A zero may lose its sign.
+    """
     if len(tensors) == 1:
-        _sign_alike_(tensors)
+        x = tensors[0]
+        is_small = x.numel() <= _SMALL and in_blocks(x) and not torch.is_grad_enabled()
+        if is_small and x.equal(x) and not x.is_complex():  # (NaN is not equal)
+            x.sgn_()
+        else:
+            _sign_alike_(tensors)
         return
     alike: dict[tuple[object, ...], list[Tensor]] = {}
     for x in tensors:
@@ -116,9 +125,13 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
 
 
 def normalize_row_(x: Tensor, p: float, div_by_zero_eps: float = 0.0) -> bool:
-    """Normalize a batch of one short row in few calls, if its dtype holds the norm."""
-    length, dtype = row_norm(x, p), scale_dtype(x)
-    is_held = max(div_by_zero_eps, LEAST[dtype]) < length <= torch.finfo(dtype).max
+    """Normalize one short row, of any shape, in few calls, if its dtype holds the norm."""
+    if x.dtype == torch.float32:
+        length = vector_norm(x, p, dtype=torch.float64)
+    else:
+        length = norm(x, p, x.ndim).view(())
+    value, (least, most) = length.item(), HELD[x.dtype]
+    is_held = least < value <= most and div_by_zero_eps < value
     if is_held:
         x.div_(length)
     return bool(is_held)
@@ -166,7 +179,7 @@ def largest_sign_(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows
-    index = rows.detach().abs().argmax(dim=1, keepdim=True)
+    index = rows.abs().argmax(dim=1, keepdim=True)
     kept = readable(rows).gather(1, index)
     sign_([kept])
     return rows.zero_().scatter_(1, index, kept)

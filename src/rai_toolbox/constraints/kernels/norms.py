@@ -35,6 +35,9 @@ _MOST = 2**18  # elements of a piece: more leave the cache, fewer cost more call
 LEAST = {dtype: torch.finfo(dtype).tiny ** 0.25 for dtype in (torch.float32, torch.float64)}
 """Norms from which on squares that the dtype does not hold have no share in them."""
 
+HELD = {dtype: (LEAST[scale], torch.finfo(scale).max) for dtype, scale in _SCALES.items()}
+"""The norms, by which a tensor of a dtype may be divided, lie between these two numbers."""
+
 
 def scale_dtype(x: Tensor) -> torch.dtype:
     """Dtype of a factor or divisor for `x`: its own real one, but float32 for half precision.
@@ -66,9 +69,9 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
 
 def row_norm(x: Tensor, p: float) -> float:
     """The p-norm of a plain batch of one short row; in two calls, mostly."""
-    if x.dtype == torch.float32 and p in (1, 2):
-        total = vector_norm(x, dtype=torch.float64) if p == 2 else x.abs().sum(dtype=torch.float64)
-        return total.item()
+    if x.dtype == torch.float32:
+        length: float = vector_norm(x, p, dtype=torch.float64).item()
+        return length
     return norm(x, p, x.ndim - 1).item()
 
 
