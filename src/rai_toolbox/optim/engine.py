@@ -236,7 +236,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         return loss
 
     def _prepared_step(self) -> Callable[[], object] | None:
-        """Such a step as a function, if parameters are finite, for a solver that makes many.
+        """A step as a function of its own, if parameters are finite, for a solver that makes many.
 
         It gives finite gradients only, and leaves settings as they are.
         """
