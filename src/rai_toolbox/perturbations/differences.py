@@ -26,10 +26,10 @@ def difference_attack(
     *,
     ball: Ball,
     data_range: Range = (0.0, 1.0),
-    steps: int = 3,
-    width: float = 1.0,
+    steps: int = 8,
+    width: float = 3.0,
+    narrowed: float = 0.03,
     directions: int = 64,
-    signs: bool = False,
     criterion: Criterion | None = None,
     fooled: Rule | None = None,
     mask: Tensor | None = None,
@@ -42,19 +42,21 @@ def difference_attack(
         g = \sum_i \frac{L(x' + h u_i) - L(x' - h u_i)}{2} \, u_i
 
     The directions are rows of a Hadamard matrix with random signs, which are orthogonal: as many as
-    there are features give the whole gradient of a linear model. Each step takes other ones.
+    there are features give the whole gradient of a linear model. Each step takes other ones, and a
+    smaller h: wide differences are along the slope of a staircase, narrow ones see which of its
+    steps are near.
 
     Parameters
     ----------
     model, data, target, ball, data_range, steps, criterion, fooled, mask, generator, levels
         As in `attack`; the criterion is `margin_loss` by default.
     width : float
-        Of h: in units of the radius in an Linf ball; in L2 and L1 balls of the radius over the root
-        of the number of features.
+        Of the first h: in units of the radius in an Linf ball; in L2 and L1 balls of the radius
+        over the root of the number of features.
+    narrowed : float
+        The last h, in units of the first.
     directions : int
         Number of directions per step, >= 1; each one takes two calls of the model.
-    signs : bool
-        Whether to take the signs of what is estimated.
 
     Returns
     -------
@@ -70,27 +72,27 @@ def difference_attack(
         target = inputs.as_target(target, data, must_be_classes)
         around = FeasibleSet.around(data, ball, data_range, mask, levels)
         model = inputs.checked(model, target, must_be_classes or may_be_classes)
-        orthogonal = _Directions(around, width, directions, generator)
+        orthogonal = _Directions(around, directions, generator)
         twice = torch.cat([target, target])
-        calls = 0
+        calls, step = 0, 0
 
         def with_gradient(points: Tensor, goal: Tensor) -> Tensor:
             """The loss, whose gradient is the estimate."""
-            nonlocal calls
+            nonlocal calls, step
             x, calls = points.detach(), calls + 1
             with torch.no_grad():
                 loss = criterion(model(x.clone()), goal)
             if not points.requires_grad:
                 return loss
             estimate = torch.zeros_like(x)
-            for direction in orthogonal.next():
+            h, step = width * narrowed ** (step / max(steps - 1, 1)), step + 1
+            for direction in orthogonal.next(h):
                 # (Without a graph twice the data take less memory than the data with one.)
                 both = torch.cat([within(x + direction), within(x - direction)])
                 with torch.no_grad():
                     up, down = criterion(model(both), twice).chunk(2)
                 estimate += (up - down).view(-1, *(1,) * (x.ndim - 1)) * direction
                 calls += 1
-            estimate = estimate.sign() if signs else estimate
             return loss + ((points - x) * estimate).flatten(1).sum(1)
 
         def within(points: Tensor) -> Tensor:
@@ -124,14 +126,12 @@ def _never(points: Tensor, target: Tensor) -> Tensor:
 class _Directions:
     """Orthogonal directions for each example; those of the next steps are others."""
 
-    def __init__(
-        self, around: FeasibleSet, width: float, number: int, generator: Generator | None
-    ) -> None:
+    def __init__(self, around: FeasibleSet, number: int, generator: Generator | None) -> None:
         data = around.data
         features = data[0].numel() if len(data) else 1
         epsilon = torch.as_tensor(around.ball.epsilon, dtype=data.dtype, device=data.device)
         size = 1.0 if around.ball.p == inf else features**-0.5
-        size = width * size * epsilon * (1.0 if around.mask is None else around.mask)
+        size = size * epsilon * (1.0 if around.mask is None else around.mask)
         self.scaled = torch.where(uniform(data, generator) < 0.5, -size, size).to(data.dtype)
         self.columns = torch.arange(features, device=data.device)
         order = 1 << max(features - 1, 1).bit_length()  # of the matrix: a power of two
@@ -139,13 +139,13 @@ class _Directions:
         self.number = min(number, order)
         self.rows = uniform(torch.empty(order), generator).argsort().tolist()
 
-    def next(self) -> Iterator[Tensor]:
+    def next(self, width: float) -> Iterator[Tensor]:
         """The directions of one step, each of the shape of the data."""
         now, rest = self.rows[: self.number], self.rows[self.number :]
         self.rows = rest + now
         for row in now:
             signs = 1 - 2 * _parity(self.columns & row, self.shifts)
-            yield self.scaled * signs.view(self.scaled.shape[1:])
+            yield self.scaled * width * signs.view(self.scaled.shape[1:])
 
 
 def _parity(numbers: Tensor, shifts: list[int]) -> Tensor:

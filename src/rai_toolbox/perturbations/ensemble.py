@@ -33,11 +33,12 @@ from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import Objective, solving
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning, warn_of_zero_gradient
 from rai_toolbox.perturbations.square import square_attack
+from rai_toolbox.perturbations.straight_through import rounds, through_attack
 
 Attacks = Mapping[str, Callable[..., Any]]
 
 WITHOUT_GRADIENTS = (square_attack, difference_attack)
-BLACK_BOX = ("Square", "Diff", "Diff-sign", "Diff-near", "Search")
+BLACK_BOX = ("Square", "Diff", "Diff-near", "Search")
 """Attacks of ensembles that need no gradients: where they find more, these mislead."""
 
 _STEPS, _TARGETS, _QUERIES, _SAMPLES = 100, 9, 5000, 20  # of the published standard
@@ -99,7 +100,8 @@ def ensemble(
         finds more than those before, a `RobustnessReport` calls its figure unreliable.
     if_masked : mapping, optional
         Attacks for masked gradients. They run instead of `attacks` on examples whose gradients are
-        0 at the data and at a random point of the set; and after them on all that withstood, if
+        0 at the data and at a random point of the set; those without gradients only where each one
+        with gradients of its own found these to be 0, too. They run on all that withstood, if
         "Square" found more than the others. One that takes `start` gets the best points so far.
     steps, criterion, fooled : optional
         If given, passed to the attacks; steps only to those that take it.
@@ -168,11 +170,13 @@ def ensemble(
         if if_masked is not None and has_gradient:
             masked = _without_gradient(objective, allowed, target, generator)
             model_calls += 2
+        unseen = masked.clone()  # without a gradient in `if_masked`, too
         journal, done = journal or Journal(), list[str]()
         earlier = journal.earlier()
         if earlier:
             best = BestOf(earlier["cost"], earlier["success"], [earlier["data"]])
             zero_gradient, masked = earlier["zero_gradient"], earlier["masked"]
+            unseen = earlier["unseen"]
             fooled_by, calls, done = earlier["fooled_by"], earlier["calls"], earlier["done"]
             model_calls = earlier["model_calls"]
         for name, run in every.items():
@@ -185,7 +189,7 @@ def ensemble(
             elif name in attacks:
                 left &= ~masked
             elif "Square" not in fooled_by:
-                left &= masked
+                left &= masked if uses_gradient else unseen
             rows = left.nonzero().squeeze(1)
             if not len(rows):
                 continue
@@ -208,14 +212,15 @@ def ensemble(
             for row in rows[best.success[rows]].tolist():
                 fooled_by[row] = name
             if uses_gradient:
-                zero_gradient[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
+                zero = zero_gradient if name in attacks else unseen
+                zero[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
             calls[name] = counted.examples
             model_calls += counted.calls + 1
             done.append(name)
             journal.keep(
                 {"cost": best.cost, "success": best.success, "data": best.tensors[0]}
-                | {"zero_gradient": zero_gradient, "masked": masked, "model_calls": model_calls}
-                | {"fooled_by": fooled_by, "calls": calls, "done": done}
+                | {"zero_gradient": zero_gradient, "masked": masked, "unseen": unseen}
+                | {"model_calls": model_calls, "fooled_by": fooled_by, "calls": calls, "done": done}
             )
         # Each example's best was found in another batch, on which a model may depend.
         perturbed = best.tensors[0]
@@ -344,25 +349,29 @@ def short_ensemble(
     tensor([ True, False])
     """
     check_count("steps", steps, 0)
+    has_steps = rounds(model, data)
     apgd = partial(attack, stop_once_fooled=True)
-    attacks: dict[str, Callable[..., Any]] = {"APGD": partial(apgd, steps=steps)}
+    through = partial(through_attack if has_steps else attack, stop_once_fooled=True)
+    attacks: dict[str, Callable[..., Any]] = {"APGD": partial(through, steps=steps)}
+    if_masked: dict[str, Callable[..., Any]] = {}
     if criterion is None and fooled is None:
         # (Rounded up, as an attack without a step sees no gradient.)
-        apgd_ce = partial(apgd, criterion=cross_entropy, random_start=True)
-        attacks["APGD-CE"] = partial(apgd_ce, steps=-(-steps // 3))
+        third = {"steps": -(-steps // 3), "criterion": cross_entropy, "random_start": True}
+        attacks["APGD-CE"] = partial(apgd, **third)
         apgd_t = partial(apgd, rivals=partial(nearest_rivals, number=3))
         attacks["APGD-T"] = partial(apgd_t, steps=-(-steps // 5))
-    rounds, queries = -(-steps // 25), steps
-    if ball.p == 1:  # signs would use up the norm at entries that do not count
-        rounds, queries = -(-rounds // 2), 2 * steps
-    differences = partial(difference_attack, steps=rounds)
-    if_masked: dict[str, Callable[..., Any]] = {"Diff": partial(differences, width=3.0)}
-    if ball.p == 1:
-        if_masked["Diff-near"] = partial(differences, width=1.5)
+        if has_steps:
+            if_masked["BPDA-CE"] = partial(through, **third)
+    if has_steps:
+        if_masked["BPDA"] = partial(through, steps=-(-4 * steps // 5))
+    rounds_of = -(-steps // 25)
+    if ball.p == 1:  # XX
+        if_masked["Diff"] = partial(difference_attack, steps=-(-rounds_of // 2), narrowed=1.0)
+        if_masked["Diff-near"] = partial(difference_attack, steps=3 * rounds_of // 2, narrowed=0.1)
     else:
-        if_masked["Diff-sign"] = partial(differences, width=1.5, signs=True)
-    if_masked["Search"] = partial(square_attack, queries=queries)
-    return ensemble(
+        if_masked["Diff"] = partial(difference_attack, steps=2 * rounds_of)
+    if_masked["Search"] = partial(square_attack, queries=(2 if ball.p == 1 else 1) * steps)
+    found = ensemble(
         model,
         data,
         target,
@@ -377,6 +386,7 @@ def short_ensemble(
         levels=levels,
         journal=journal,
     )
+    return found._replace(model_calls=found.model_calls + 1)  # of `rounds`
 
 
 def _without_gradient(
