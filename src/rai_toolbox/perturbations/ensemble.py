@@ -311,15 +311,18 @@ def short_ensemble(
     """Run the few attacks that `evaluate_robustness` runs by default: quicker than `standard`.
 
     APGD on the smooth margin; with a third of the steps on the cross entropy, from a random start;
-    with a fifth each toward the three classes that are nearest by linearization; and Square with
-    half as many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
+    with a fifth each toward the two classes that are nearest by linearization; and Square with half
+    as many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
 
-    Examples whose gradients are 0 are attacked along estimates of them instead, which are made of
-    differences between the outputs at 64 pairs of points ("Diff", for as many steps as there are
-    25s in `steps`; "Diff-sign" along their signs), and then by Square from the best point
-    ("Search"). In L1 balls these are half as many steps each, the second ones with nearer points
-    in place of signs ("Diff-near"), and twice as many queries. So are all that withstood, where
-    Square finds more than the gradients.
+    Where a model rounds (by `torch.round`, `floor`, `ceil`, `trunc`, `sign` and the like), APGD on
+    the margin and toward classes, except in L1 balls, follows gradients through the roundings
+    (BPDA: Athalye et al. 2018), which prefer entries that are close to another step. Examples whose
+    gradients are 0 are attacked along these, too, on cross entropy ("BPDA-CE") and margin ("BPDA").
+
+    Examples without these gradients are attacked along estimates, which are made of differences
+    between the outputs at 64 pairs of points, first distant and then close ones ("Diff" and, in L1
+    balls, "Diff-near"), and then by Square from the best point ("Search"). All of this also attacks
+    what withstood where Square finds more than the gradients.
 
     Parameters
     ----------
@@ -349,28 +352,31 @@ def short_ensemble(
     tensor([ True, False])
     """
     check_count("steps", steps, 0)
+    own = through = partial(attack, stop_once_fooled=True)  # whose gradients
     has_steps = rounds(model, data)
-    apgd = partial(attack, stop_once_fooled=True)
-    through = partial(through_attack if has_steps else attack, stop_once_fooled=True)
+    if has_steps:
+        through = partial(through_attack, stop_once_fooled=True)
     attacks: dict[str, Callable[..., Any]] = {"APGD": partial(through, steps=steps)}
     if_masked: dict[str, Callable[..., Any]] = {}
     if criterion is None and fooled is None:
         # (Rounded up, as an attack without a step sees no gradient.)
-        third = {"steps": -(-steps // 3), "criterion": cross_entropy, "random_start": True}
-        attacks["APGD-CE"] = partial(apgd, **third)
-        apgd_t = partial(apgd, rivals=partial(nearest_rivals, number=3))
-        attacks["APGD-T"] = partial(apgd_t, steps=-(-steps // 5))
+        ce = {"criterion": cross_entropy, "steps": -(-steps // 3), "random_start": True}
+        attacks["APGD-CE"] = partial(own, **ce)
+        toward = own if ball.p == 1 else through  # each finds more there
+        rivals = partial(nearest_rivals, number=2, among=5)
+        attacks["APGD-T"] = partial(toward, steps=-(-steps // 5), rivals=rivals)
         if has_steps:
-            if_masked["BPDA-CE"] = partial(through, **third)
+            if_masked["BPDA-CE"] = partial(through, **ce)
     if has_steps:
         if_masked["BPDA"] = partial(through, steps=-(-4 * steps // 5))
-    rounds_of = -(-steps // 25)
-    if ball.p == 1:  # XX
-        if_masked["Diff"] = partial(difference_attack, steps=-(-rounds_of // 2), narrowed=1.0)
-        if_masked["Diff-near"] = partial(difference_attack, steps=3 * rounds_of // 2, narrowed=0.1)
+    part = -(-steps // 50)
+    if ball.p == 1:  # where wide differences find more, and a longer search
+        if_masked["Diff"] = partial(difference_attack, steps=part, narrowed=1.0)
+        if_masked["Diff-near"] = partial(difference_attack, steps=3 * part, narrowed=0.1)
+        if_masked["Search"] = partial(square_attack, queries=2 * steps)
     else:
-        if_masked["Diff"] = partial(difference_attack, steps=2 * rounds_of)
-    if_masked["Search"] = partial(square_attack, queries=(2 if ball.p == 1 else 1) * steps)
+        if_masked["Diff"] = partial(difference_attack, steps=4 * part)
+        if_masked["Search"] = partial(square_attack, queries=steps)
     found = ensemble(
         model,
         data,

@@ -68,6 +68,7 @@ class StraightThrough:
         self.model, self.widths, self.steps = model, cycle(_WIDTHS), 0
 
     def __call__(self, data: Tensor) -> Any:
+        """The output of the model."""
         if not torch.is_grad_enabled():
             return self.model(data)
         mode = _ThroughSteps(next(self.widths))
@@ -113,7 +114,7 @@ class _ThroughSteps(TorchFunctionMode):
             return func(*args, **kwargs)
         args = tuple(map(_differentiable, args))
         kwargs = {name: _differentiable(arg) for name, arg in kwargs.items()}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         with torch.enable_grad():
             if func in (torch.detach, Tensor.detach):
                 constant, found = True, first
@@ -126,7 +127,7 @@ class _ThroughSteps(TorchFunctionMode):
             if func in _CASTS:
                 found = self.cast(first, found)
         if constant and isinstance(found, Tensor) and found.requires_grad:
-            plain = found.detach()
+            plain: Any = found.detach()
             plain.through = found
             return plain
         return found
@@ -142,28 +143,32 @@ class _ThroughSteps(TorchFunctionMode):
             h = self.width * 0.1 ** kwargs.get("decimals", 0)
             ends = (func(x.detach() + each, *args, **kwargs) for each in (h, -h))
             slope = 0.5 + torch.sub(*ends) / (4 * h)
-        return _Through.apply(x, value, slope)
+        return _with_gradient(value, x, slope)
 
-    def cast(self, x: Tensor, found: Any) -> Any:
+    def cast(self, x: Any, found: Any) -> Any:
         """Integers remember what they are made of until they are cast back."""
         if inputs.is_index(found.dtype) and x.requires_grad:
             found.rounded = self.step(torch.trunc, x)
         elif found.is_floating_point() and hasattr(x, "rounded"):
-            return _Through.apply(x.rounded, found, torch.ones_like(found))
+            return _with_gradient(found, x.rounded, torch.ones_like(found))
         return found
 
 
-class _Through(torch.autograd.Function):
-    """A value, with the gradient of x times a slope."""
-
+class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(slope)
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.saved_tensors[0] * grad, None
+
+
+def _with_gradient(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """A value, with the gradient of x times a slope."""
+    found: Tensor = _WithGradient.apply(value, x, slope)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _differentiable(arg: Any) -> Any:
