@@ -49,6 +49,21 @@ def test_it_fools_inside_the_set_with_twice_the_data_at_a_time(ball):
     assert torch.equal(again.data, found.data)
 
 
+def test_narrow_differences_see_which_steps_are_near():
+    x = torch.full((1, 20), 0.1)
+    x[0, :2] = 0.45
+    ball, y = L2Ball(0.1), torch.zeros(1).long()
+
+    def staircase(x):
+        return torch.stack([torch.full((len(x),), 1.5), (x > 0.5).sum(1).float()], 1)
+
+    wide, narrowing = (
+        difference_attack(staircase, x, y, ball=ball, width=20.0, narrowed=end, generator=seeded())
+        for end in (1.0, 0.03)
+    )
+    assert narrowing.fooled and not wide.fooled
+
+
 def test_any_criterion_and_grids():
     net, x, y = a_problem()
     x = (x * 255).round() / 255

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rai_toolbox._torch import eagerly
+from rai_toolbox._torch import eagerly, set_grad_mode
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.inputs import Model
@@ -110,8 +110,10 @@ class _ThroughSteps(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, constant = kwargs or {}, not torch.is_grad_enabled()
-        if "out" in kwargs or (constant and _is_in_place(func)):  # else buffers would get a graph
+        if func is set_grad_mode or "out" in kwargs:
             return func(*args, **kwargs)
+        if _is_in_place(func) and (constant or not _differentiable(args[0]).requires_grad):
+            return func(*args, **kwargs)  # as buffers of the model are to get no graph
         args = tuple(map(_differentiable, args))
         kwargs = {name: _differentiable(arg) for name, arg in kwargs.items()}
         first: Any = args[0] if args else None
