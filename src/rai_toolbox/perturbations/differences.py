@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.constraints.sampling import uniform
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
@@ -56,7 +57,7 @@ def difference_attack(
     narrowed : float
         The last h, in units of the first.
     directions : int
-        Number of directions per step, >= 1; each one takes two calls of the model.
+        Number of directions per step, >= 1; each one takes two evaluations of the model.
 
     Returns
     -------
@@ -73,8 +74,9 @@ def difference_attack(
         around = FeasibleSet.around(data, ball, data_range, mask, levels)
         model = inputs.checked(model, target, must_be_classes or may_be_classes)
         orthogonal = _Directions(around, directions, generator)
-        twice = torch.cat([target, target])
-        calls, step = 0, 0
+        # (Without a graph several times the data take no more memory than the data with one.)
+        together = min(max(BLOCK // max(data.numel(), 1), 1), 8)
+        ones, calls, step = (1,) * (target.ndim - 1), 0, 0
 
         def with_gradient(points: Tensor, goal: Tensor) -> Tensor:
             """The loss, whose gradient is the estimate."""
@@ -86,17 +88,17 @@ def difference_attack(
                 return loss
             estimate = torch.zeros_like(x)
             h, step = width * narrowed ** (step / max(steps - 1, 1)), step + 1
-            for direction in orthogonal.next(h):
-                # (Without a graph twice the data take less memory than the data with one.)
-                both = torch.cat([within(x + direction), within(x - direction)])
+            for changes in orthogonal.next(h, together):
+                both = torch.cat([x + changes, x - changes])
+                if around.bounds is not None:
+                    both = both.clamp(*around.bounds)
                 with torch.no_grad():
-                    up, down = criterion(model(both), twice).chunk(2)
-                estimate += (up - down).view(-1, *(1,) * (x.ndim - 1)) * direction
+                    output = model(both.flatten(0, 1))
+                    found = criterion(output, goal.repeat(len(both), *ones))
+                up, down = found.view(2, len(changes), len(x), *(1,) * (x.ndim - 1))
+                estimate += ((up - down) * changes).sum(0)
                 calls += 1
             return loss + ((points - x) * estimate).flatten(1).sum(1)
-
-        def within(points: Tensor) -> Tensor:
-            return points if around.bounds is None else points.clamp(*around.bounds)
 
         def success(points: Tensor, goal: Tensor) -> Tensor:
             nonlocal calls
@@ -137,15 +139,15 @@ class _Directions:
         order = 1 << max(features - 1, 1).bit_length()  # of the matrix: a power of two
         self.shifts = [shift for shift in (32, 16, 8, 4, 2, 1) if order >> shift]
         self.number = min(number, order)
-        self.rows = uniform(torch.empty(order), generator).argsort().tolist()
+        self.rows = uniform(torch.empty(order), generator).argsort().to(data.device)
 
-    def next(self, width: float) -> Iterator[Tensor]:
-        """The directions of one step, each of the shape of the data."""
+    def next(self, width: float, together: int) -> Iterator[Tensor]:
+        """The directions of one step, in parts of shape (k, N, ...) with k at most `together`."""
         now, rest = self.rows[: self.number], self.rows[self.number :]
-        self.rows = rest + now
-        for row in now:
-            signs = 1 - 2 * _parity(self.columns & row, self.shifts)
-            yield self.scaled * width * signs.view(self.scaled.shape[1:])
+        self.rows = torch.cat([rest, now])
+        for rows in now.split(together):
+            signs = 1 - 2 * _parity(self.columns & rows.unsqueeze(1), self.shifts)
+            yield self.scaled * width * signs.view(-1, 1, *self.scaled.shape[1:])
 
 
 def _parity(numbers: Tensor, shifts: list[int]) -> Tensor:
