@@ -263,8 +263,9 @@ def page(report: Report) -> str:
         "### Limits",
         markdown(["limit", "measured", "holds"], verdicts(report)),
     ]
-    parts += [f"### Robust accuracy, {report['ensembles'][0]['data']} digits"]
-    parts.append(markdown(*ensemble_table(report["ensembles"])))
+    if report["ensembles"]:
+        parts += [f"### Robust accuracy, {report['ensembles'][0]['data']} digits"]
+        parts.append(markdown(*ensemble_table(report["ensembles"])))
     if "cnn" in report:
         rows = [
             [row["norm"], row["who"], f"{row['median']:.4f}", f"{row['calls']:.0f}"]

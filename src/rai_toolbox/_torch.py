@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -220,3 +222,9 @@ def graph_breaks() -> dict[str, int]:
         for reason, count in counters["graph_break"].items()
         if not any(words in reason for words in intended)
     }
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Context: compiled functions run uncompiled, if torch has loaded its compiler."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

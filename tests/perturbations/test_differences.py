@@ -1,5 +1,7 @@
 """Gradients that are estimated from differences: exact for linear models, without autograd."""
 
+import sys
+
 import pytest
 import torch
 from test_attack import check_inside
@@ -27,8 +29,11 @@ def test_as_many_directions_as_features_give_the_gradient_of_a_linear_model(ball
     assert (few.losses < 0.9 * best.losses).all()
 
 
+@pytest.mark.parametrize("most", [2, 16], ids=["large data", "small data"])
 @pytest.mark.parametrize("ball", BALLS, ids=lambda ball: ball.norm_name)
-def test_it_fools_inside_the_set_with_twice_the_data_at_a_time(ball):
+def test_it_fools_inside_the_set_with_a_few_times_the_data_at_a_time(ball, most, monkeypatch):
+    if most == 2:
+        monkeypatch.setattr(sys.modules[difference_attack.__module__], "BLOCK", 960)  # numbers
     net, x, y = a_problem((3, 4, 5))
     sizes = []
 
@@ -44,9 +49,24 @@ def test_it_fools_inside_the_set_with_twice_the_data_at_a_time(ball):
     check_inside(found.data, x, type(ball), radii)
     assert torch.equal(found.data[..., ~mask], x[..., ~mask])
     assert torch.equal(found.fooled, net(found.data).argmax(1) != y) and found.fooled.any()
-    assert max(sizes) == 2 * N and found.model_calls == len(sizes)
+    assert max(sizes) == most * N and found.model_calls == len(sizes)
     again = difference_attack(net, x, y, generator=seeded(), **settings)
     assert torch.equal(again.data, found.data)
+
+
+def test_narrow_differences_see_which_steps_are_near():
+    x = torch.full((1, 20), 0.1)
+    x[0, :2] = 0.45
+    ball, y = L2Ball(0.1), torch.zeros(1).long()
+
+    def staircase(x):
+        return torch.stack([torch.full((len(x),), 1.5), (x > 0.5).sum(1).float()], 1)
+
+    wide, narrowing = (
+        difference_attack(staircase, x, y, ball=ball, width=20.0, narrowed=end, generator=seeded())
+        for end in (1.0, 0.03)
+    )
+    assert narrowing.fooled and not wide.fooled
 
 
 def test_any_criterion_and_grids():

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_count
 from rai_toolbox.constraints.balls import Ball
+from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.constraints.sampling import uniform
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
@@ -26,10 +27,10 @@ def difference_attack(
     *,
     ball: Ball,
     data_range: Range = (0.0, 1.0),
-    steps: int = 3,
-    width: float = 1.0,
+    steps: int = 8,
+    width: float = 3.0,
+    narrowed: float = 0.03,
     directions: int = 64,
-    signs: bool = False,
     criterion: Criterion | None = None,
     fooled: Rule | None = None,
     mask: Tensor | None = None,
@@ -42,19 +43,21 @@ def difference_attack(
         g = \sum_i \frac{L(x' + h u_i) - L(x' - h u_i)}{2} \, u_i
 
     The directions are rows of a Hadamard matrix with random signs, which are orthogonal: as many as
-    there are features give the whole gradient of a linear model. Each step takes other ones.
+    there are features give the whole gradient of a linear model. Each step takes other ones, and a
+    smaller h: wide differences are along the slope of a staircase, narrow ones see which of its
+    steps are near.
 
     Parameters
     ----------
     model, data, target, ball, data_range, steps, criterion, fooled, mask, generator, levels
         As in `attack`; the criterion is `margin_loss` by default.
     width : float
-        Of h: in units of the radius in an Linf ball; in L2 and L1 balls of the radius over the root
-        of the number of features.
+        Of the first h: in units of the radius in an Linf ball; in L2 and L1 balls of the radius
+        over the root of the number of features.
+    narrowed : float
+        The last h, in units of the first.
     directions : int
-        Number of directions per step, >= 1; each one takes two calls of the model.
-    signs : bool
-        Whether to take the signs of what is estimated.
+        Number of directions per step, >= 1; each one takes two evaluations of the model.
 
     Returns
     -------
@@ -70,31 +73,32 @@ def difference_attack(
         target = inputs.as_target(target, data, must_be_classes)
         around = FeasibleSet.around(data, ball, data_range, mask, levels)
         model = inputs.checked(model, target, must_be_classes or may_be_classes)
-        orthogonal = _Directions(around, width, directions, generator)
-        twice = torch.cat([target, target])
-        calls = 0
+        orthogonal = _Directions(around, directions, generator)
+        # (Without a graph several times the data take no more memory than the data with one.)
+        together = min(max(BLOCK // max(data.numel(), 1), 1), 8)
+        ones, calls, step = (1,) * (target.ndim - 1), 0, 0
 
         def with_gradient(points: Tensor, goal: Tensor) -> Tensor:
             """The loss, whose gradient is the estimate."""
-            nonlocal calls
+            nonlocal calls, step
             x, calls = points.detach(), calls + 1
             with torch.no_grad():
                 loss = criterion(model(x.clone()), goal)
             if not points.requires_grad:
                 return loss
             estimate = torch.zeros_like(x)
-            for direction in orthogonal.next():
-                # (Without a graph twice the data take less memory than the data with one.)
-                both = torch.cat([within(x + direction), within(x - direction)])
+            h, step = width * narrowed ** (step / max(steps - 1, 1)), step + 1
+            for changes in orthogonal.next(h, together):
+                both = torch.cat([x + changes, x - changes])
+                if around.bounds is not None:
+                    both = both.clamp(*around.bounds)
                 with torch.no_grad():
-                    up, down = criterion(model(both), twice).chunk(2)
-                estimate += (up - down).view(-1, *(1,) * (x.ndim - 1)) * direction
+                    output = model(both.flatten(0, 1))
+                    found = criterion(output, goal.repeat(len(both), *ones))
+                up, down = found.view(2, len(changes), len(x), *(1,) * (x.ndim - 1))
+                estimate += ((up - down) * changes).sum(0)
                 calls += 1
-            estimate = estimate.sign() if signs else estimate
             return loss + ((points - x) * estimate).flatten(1).sum(1)
-
-        def within(points: Tensor) -> Tensor:
-            return points if around.bounds is None else points.clamp(*around.bounds)
 
         def success(points: Tensor, goal: Tensor) -> Tensor:
             nonlocal calls
@@ -124,28 +128,26 @@ def _never(points: Tensor, target: Tensor) -> Tensor:
 class _Directions:
     """Orthogonal directions for each example; those of the next steps are others."""
 
-    def __init__(
-        self, around: FeasibleSet, width: float, number: int, generator: Generator | None
-    ) -> None:
+    def __init__(self, around: FeasibleSet, number: int, generator: Generator | None) -> None:
         data = around.data
         features = data[0].numel() if len(data) else 1
         epsilon = torch.as_tensor(around.ball.epsilon, dtype=data.dtype, device=data.device)
         size = 1.0 if around.ball.p == inf else features**-0.5
-        size = width * size * epsilon * (1.0 if around.mask is None else around.mask)
+        size = size * epsilon * (1.0 if around.mask is None else around.mask)
         self.scaled = torch.where(uniform(data, generator) < 0.5, -size, size).to(data.dtype)
         self.columns = torch.arange(features, device=data.device)
         order = 1 << max(features - 1, 1).bit_length()  # of the matrix: a power of two
         self.shifts = [shift for shift in (32, 16, 8, 4, 2, 1) if order >> shift]
         self.number = min(number, order)
-        self.rows = uniform(torch.empty(order), generator).argsort().tolist()
+        self.rows = uniform(torch.empty(order), generator).argsort().to(data.device)
 
-    def next(self) -> Iterator[Tensor]:
-        """The directions of one step, each of the shape of the data."""
+    def next(self, width: float, together: int) -> Iterator[Tensor]:
+        """The directions of one step, in parts of shape (k, N, ...) with k at most `together`."""
         now, rest = self.rows[: self.number], self.rows[self.number :]
-        self.rows = rest + now
-        for row in now:
-            signs = 1 - 2 * _parity(self.columns & row, self.shifts)
-            yield self.scaled * signs.view(self.scaled.shape[1:])
+        self.rows = torch.cat([rest, now])
+        for rows in now.split(together):
+            signs = 1 - 2 * _parity(self.columns & rows.unsqueeze(1), self.shifts)
+            yield self.scaled * width * signs.view(-1, 1, *self.scaled.shape[1:])
 
 
 def _parity(numbers: Tensor, shifts: list[int]) -> Tensor:

@@ -33,11 +33,12 @@ from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import Objective, solving
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning, warn_of_zero_gradient
 from rai_toolbox.perturbations.square import square_attack
+from rai_toolbox.perturbations.straight_through import rounds, through_attack
 
 Attacks = Mapping[str, Callable[..., Any]]
 
 WITHOUT_GRADIENTS = (square_attack, difference_attack)
-BLACK_BOX = ("Square", "Diff", "Diff-sign", "Diff-near", "Search")
+BLACK_BOX = ("Square", "Diff", "Diff-near", "Search")
 """Attacks of ensembles that need no gradients: where they find more, these mislead."""
 
 _STEPS, _TARGETS, _QUERIES, _SAMPLES = 100, 9, 5000, 20  # of the published standard
@@ -99,7 +100,8 @@ def ensemble(
         finds more than those before, a `RobustnessReport` calls its figure unreliable.
     if_masked : mapping, optional
         Attacks for masked gradients. They run instead of `attacks` on examples whose gradients are
-        0 at the data and at a random point of the set; and after them on all that withstood, if
+        0 at the data and at a random point of the set; those without gradients only where each one
+        with gradients of its own found these to be 0, too. They run on all that withstood, if
         "Square" found more than the others. One that takes `start` gets the best points so far.
     steps, criterion, fooled : optional
         If given, passed to the attacks; steps only to those that take it.
@@ -168,11 +170,13 @@ def ensemble(
         if if_masked is not None and has_gradient:
             masked = _without_gradient(objective, allowed, target, generator)
             model_calls += 2
+        unseen = masked.clone()  # without a gradient in `if_masked`, too
         journal, done = journal or Journal(), list[str]()
         earlier = journal.earlier()
         if earlier:
             best = BestOf(earlier["cost"], earlier["success"], [earlier["data"]])
             zero_gradient, masked = earlier["zero_gradient"], earlier["masked"]
+            unseen = earlier["unseen"]
             fooled_by, calls, done = earlier["fooled_by"], earlier["calls"], earlier["done"]
             model_calls = earlier["model_calls"]
         for name, run in every.items():
@@ -185,7 +189,7 @@ def ensemble(
             elif name in attacks:
                 left &= ~masked
             elif "Square" not in fooled_by:
-                left &= masked
+                left &= masked if uses_gradient else unseen
             rows = left.nonzero().squeeze(1)
             if not len(rows):
                 continue
@@ -208,14 +212,15 @@ def ensemble(
             for row in rows[best.success[rows]].tolist():
                 fooled_by[row] = name
             if uses_gradient:
-                zero_gradient[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
+                zero = zero_gradient if name in attacks else unseen
+                zero[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
             calls[name] = counted.examples
             model_calls += counted.calls + 1
             done.append(name)
             journal.keep(
                 {"cost": best.cost, "success": best.success, "data": best.tensors[0]}
-                | {"zero_gradient": zero_gradient, "masked": masked, "model_calls": model_calls}
-                | {"fooled_by": fooled_by, "calls": calls, "done": done}
+                | {"zero_gradient": zero_gradient, "masked": masked, "unseen": unseen}
+                | {"model_calls": model_calls, "fooled_by": fooled_by, "calls": calls, "done": done}
             )
         # Each example's best was found in another batch, on which a model may depend.
         perturbed = best.tensors[0]
@@ -306,15 +311,18 @@ def short_ensemble(
     """Run the few attacks that `evaluate_robustness` runs by default: quicker than `standard`.
 
     APGD on the smooth margin; with a third of the steps on the cross entropy, from a random start;
-    with a fifth each toward the three classes that are nearest by linearization; and Square with
-    half as many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
+    with a fifth each toward the two classes that are nearest by linearization; and Square with half
+    as many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
 
-    Examples whose gradients are 0 are attacked along estimates of them instead, which are made of
-    differences between the outputs at 64 pairs of points ("Diff", for as many steps as there are
-    25s in `steps`; "Diff-sign" along their signs), and then by Square from the best point
-    ("Search"). In L1 balls these are half as many steps each, the second ones with nearer points
-    in place of signs ("Diff-near"), and twice as many queries. So are all that withstood, where
-    Square finds more than the gradients.
+    Where a model rounds (by `torch.round`, `floor`, `ceil`, `trunc`, `sign` and the like), APGD on
+    the margin and toward classes, except in L1 balls, follows gradients through the roundings
+    (BPDA: Athalye et al. 2018), which prefer entries that are close to another step. Examples whose
+    gradients are 0 are attacked along these, too, on cross entropy ("BPDA-CE") and margin ("BPDA").
+
+    Examples without these gradients are attacked along estimates, which are made of differences
+    between the outputs at 64 pairs of points, first distant and then close ones ("Diff" and, in L1
+    balls, "Diff-near"), and then by Square from the best point ("Search"). All of this also attacks
+    what withstood where Square finds more than the gradients.
 
     Parameters
     ----------
@@ -344,25 +352,32 @@ def short_ensemble(
     tensor([ True, False])
     """
     check_count("steps", steps, 0)
-    apgd = partial(attack, stop_once_fooled=True)
-    attacks: dict[str, Callable[..., Any]] = {"APGD": partial(apgd, steps=steps)}
+    own = through = partial(attack, stop_once_fooled=True)  # whose gradients
+    has_steps = rounds(model, data)
+    if has_steps:
+        through = partial(through_attack, stop_once_fooled=True)
+    attacks: dict[str, Callable[..., Any]] = {"APGD": partial(through, steps=steps)}
+    if_masked: dict[str, Callable[..., Any]] = {}
     if criterion is None and fooled is None:
         # (Rounded up, as an attack without a step sees no gradient.)
-        apgd_ce = partial(apgd, criterion=cross_entropy, random_start=True)
-        attacks["APGD-CE"] = partial(apgd_ce, steps=-(-steps // 3))
-        apgd_t = partial(apgd, rivals=partial(nearest_rivals, number=3))
-        attacks["APGD-T"] = partial(apgd_t, steps=-(-steps // 5))
-    rounds, queries = -(-steps // 25), steps
-    if ball.p == 1:  # signs would use up the norm at entries that do not count
-        rounds, queries = -(-rounds // 2), 2 * steps
-    differences = partial(difference_attack, steps=rounds)
-    if_masked: dict[str, Callable[..., Any]] = {"Diff": partial(differences, width=3.0)}
-    if ball.p == 1:
-        if_masked["Diff-near"] = partial(differences, width=1.5)
+        ce = {"criterion": cross_entropy, "steps": -(-steps // 3), "random_start": True}
+        attacks["APGD-CE"] = partial(own, **ce)
+        toward = own if ball.p == 1 else through  # each finds more there
+        rivals = partial(nearest_rivals, number=2, among=5)
+        attacks["APGD-T"] = partial(toward, steps=-(-steps // 5), rivals=rivals)
+        if has_steps:
+            if_masked["BPDA-CE"] = partial(through, **ce)
+    if has_steps:
+        if_masked["BPDA"] = partial(through, steps=-(-4 * steps // 5))
+    part = -(-steps // 50)
+    if ball.p == 1:  # where wide differences find more, and a longer search
+        if_masked["Diff"] = partial(difference_attack, steps=part, narrowed=1.0)
+        if_masked["Diff-near"] = partial(difference_attack, steps=3 * part, narrowed=0.1)
+        if_masked["Search"] = partial(square_attack, queries=2 * steps)
     else:
-        if_masked["Diff-sign"] = partial(differences, width=1.5, signs=True)
-    if_masked["Search"] = partial(square_attack, queries=queries)
-    return ensemble(
+        if_masked["Diff"] = partial(difference_attack, steps=4 * part)
+        if_masked["Search"] = partial(square_attack, queries=steps)
+    found = ensemble(
         model,
         data,
         target,
@@ -377,6 +392,7 @@ def short_ensemble(
         levels=levels,
         journal=journal,
     )
+    return found._replace(model_calls=found.model_calls + 1)  # of `rounds`
 
 
 def _without_gradient(

@@ -1,0 +1,186 @@
+"""Attacks along gradients through roundings, whose own are 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rai_toolbox._torch import eagerly, set_grad_mode
+from rai_toolbox.perturbations import inputs
+from rai_toolbox.perturbations.attack import attack
+from rai_toolbox.perturbations.inputs import Model
+from rai_toolbox.perturbations.solve import Attacked, solving
+
+_NAMES = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside")
+_STEPS = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
+_IN_PLACE = {
+    getattr(where, f"{name}_"): getattr(torch, name)
+    for where in (torch, Tensor)
+    for name in _NAMES
+    if hasattr(where, f"{name}_")
+}
+_CASTS = {
+    getattr(Tensor, name)
+    for name in ("to", "type", "byte", "char", "short", "int", "long", "half", "float", "double")
+}
+_WIDTHS = (None, 0.5, 0.25, 0.12, 0.06, 0.03)  # of a step; in turns
+
+
+@wraps(attack)
+def through_attack(model: Model, data: Tensor, target: Tensor, **settings: Any) -> Attacked:
+    """Run `attack` with gradients through the roundings of the model."""
+    return attack(StraightThrough(model), data, target, **settings)
+
+
+class StraightThrough:
+    r"""A model with the same outputs, whose roundings have gradients.
+
+    A step function f, such as `torch.round`, gets the derivative
+
+    .. math::
+        \frac{1}{2} + \frac{f(x + h) - f(x - h)}{4 h}
+
+    The first term is the slope of the staircase (the straight-through estimator: Bengio, Leonard,
+    Courville 2013; in attacks: Athalye, Carlini, Wagner 2018). It alone moves all entries by a
+    little, which changes few of the rounded ones. The second term prefers those that are about to
+    reach another step, and lets go those just beyond one. The width h is another one in each call,
+    from half of a step to a thirtieth; in every sixth call the derivative is 1.
+
+    It sees functions of torch that Python calls: round, floor, ceil, trunc, fix, sign, sgn and
+    heaviside, as functions, methods and in place, and casts to integers that are cast back at once.
+    Gradients that are passed through roundings otherwise, by `detach`, under `no_grad`, or by a
+    `torch.autograd.Function` in Python, are replaced by these, too. It does not see comparisons,
+    ``//``, integer arithmetic, and what TorchScript, extensions or NumPy compute.
+
+    Parameters
+    ----------
+    model : callable
+        Called in grad mode as it is, except that compiled functions run uncompiled.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.widths, self.steps = model, cycle(_WIDTHS), 0
+
+    def __call__(self, data: Tensor) -> Any:
+        """The output of the model."""
+        if not torch.is_grad_enabled():
+            return self.model(data)
+        mode = _ThroughSteps(next(self.widths))
+        with eagerly(), mode:
+            output = self.model(data)
+        self.steps += mode.steps
+        return _differentiable(output)
+
+
+def rounds(model: Model, data: Tensor) -> bool:
+    """Whether there are gradients through roundings of the model; calls it with one example."""
+    through = StraightThrough(model)
+    try:
+        with solving(through) as called:
+            example = inputs.as_data(data)[:1].clone().requires_grad_()
+            output = inputs.logits_of(called(example.clone()))
+            (gradient,) = torch.autograd.grad(output.sum(), example, allow_unused=True)
+    except Exception:  # a model that cannot do this, or bad input, which others explain
+        return False
+    return through.steps > 0 and gradient is not None
+
+
+class _ThroughSteps(TorchFunctionMode):
+    """Context: step functions have gradients, and nothing is a constant that depends on the data.
+
+    What the model takes for a constant remembers the tensor that it is made of, as `through`. That
+    takes its place as an argument of the next function.
+    """
+
+    def __init__(self, width: float | None) -> None:
+        super().__init__()
+        self.width, self.steps = width, 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs, constant = kwargs or {}, not torch.is_grad_enabled()
+        if func is set_grad_mode or "out" in kwargs:
+            return func(*args, **kwargs)
+        if _is_in_place(func) and (constant or not _differentiable(args[0]).requires_grad):
+            return func(*args, **kwargs)  # as buffers of the model are to get no graph
+        args = tuple(map(_differentiable, args))
+        kwargs = {name: _differentiable(arg) for name, arg in kwargs.items()}
+        first: Any = args[0] if args else None
+        with torch.enable_grad():
+            if func in (torch.detach, Tensor.detach):
+                constant, found = True, first
+            elif func in _STEPS and first is not None:
+                found = self.step(func, *args, **kwargs)
+            elif func in _IN_PLACE:
+                found = first.copy_(self.step(_IN_PLACE[func], first.clone(), *args[1:], **kwargs))
+            else:
+                found = func(*args, **kwargs)
+            if func in _CASTS:
+                found = self.cast(first, found)
+        if constant and isinstance(found, Tensor) and found.requires_grad:
+            plain: Any = found.detach()
+            plain.through = found
+            return plain
+        return found
+
+    def step(self, func: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A step function with a derivative."""
+        value = func(x.detach(), *args, **kwargs)
+        if not x.requires_grad:
+            return value
+        self.steps += 1
+        slope = torch.ones_like(value)
+        if self.width is not None:
+            h = self.width * 0.1 ** kwargs.get("decimals", 0)
+            ends = (func(x.detach() + each, *args, **kwargs) for each in (h, -h))
+            slope = 0.5 + torch.sub(*ends) / (4 * h)
+        return _with_gradient(value, x, slope)
+
+    def cast(self, x: Any, found: Any) -> Any:
+        """Integers remember what they are made of until they are cast back."""
+        if inputs.is_index(found.dtype) and x.requires_grad:
+            found.rounded = self.step(torch.trunc, x)
+        elif found.is_floating_point() and hasattr(x, "rounded"):
+            return _with_gradient(found, x.rounded, torch.ones_like(found))
+        return found
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.saved_tensors[0] * grad, None
+
+
+def _with_gradient(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """A value, with the gradient of x times a slope."""
+    found: Tensor = _WithGradient.apply(value, x, slope)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _differentiable(arg: Any) -> Any:
+    """An argument, or what it remembers that it is made of; in lists, too."""
+    if type(arg) in (list, tuple):
+        return type(arg)(map(_differentiable, arg))
+    return getattr(arg, "through", arg) if isinstance(arg, Tensor) else arg
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    is_operator = name.startswith("__i") or name == "__setitem__"
+    return is_operator or (name.endswith("_") and not name.endswith("__"))
