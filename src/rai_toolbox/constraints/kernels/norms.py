@@ -129,9 +129,31 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
     return length.view(-1, *(1,) * (x.ndim - 1))
 
 
-def wide_norms(batches: list[Tensor], p: float) -> Tensor:
-    """p-norms of all rows of some batches (N, ...) in float64, shape (N,)."""
-    return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
+def wide_norms(batches: list[Tensor]) -> Tensor:
+    """Euclidean norms of all rows of some plain batches (N, ...) in float64, shape (N,).
+
+    Wide copies of large batches share memory, for new memory is slow to touch: at most as much as
+    a batch has. Of each copied piece, every thread gets rows that it had in the whole batch, which
+    are in its cache.
+    """
+    threads, memory = torch.get_num_threads(), batches[0].new_empty(0)
+    found = memory.new_empty(sum(map(len, batches)), dtype=torch.float64)
+    for x, lengths in zip(batches, found.split([len(x) for x in batches]), strict=True):
+        own = len(x) // threads
+        height = min(own, min(_MOST, x.nbytes // 8) * len(x) // (x.numel() * threads))
+        apart = own * threads if x.numel() > BLOCK and x.dtype != torch.float64 and height else 0
+        if apart:
+            shape = (threads, height, *x.shape[1:])
+            if memory.shape != shape:
+                memory = x.new_empty(shape, dtype=torch.float64)
+            pieces = x[:apart].view(threads, own, *x.shape[1:]).split(height, 1)
+            of_pieces = lengths[:apart].view(threads, own).split(height, 1)
+            for piece, of_piece in zip(pieces, of_pieces, strict=True):
+                wide = memory[:, : piece.shape[1]].copy_(piece)
+                vector_norm(wide, 2, tuple(range(2, wide.ndim)), out=of_piece)
+        if apart < len(x):
+            lengths[apart:] = norm(x[apart:], 2, x.ndim - 1).view(-1)
+    return found
 
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
