@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim.memory_layouts import LAYOUTS
 
-from rai_toolbox.constraints.kernels.norms import norm, scale_dtype
+from rai_toolbox.constraints.kernels.norms import norm, scale_dtype, wide_norms
 from rai_toolbox.constraints.kernels.rounding import noise
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -159,3 +159,16 @@ def test_the_tensor_itself_is_left_alone():
 )
 def test_dtype_of_factors(dtype, expected):
     assert scale_dtype(torch.empty(1, dtype=dtype)) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@in_each_dtype
+def test_norms_of_large_batches_together(dtype, threads, monkeypatch):
+    """By pieces that share memory: of any number of rows, in any layout, with few long rows."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    shapes = [(401, 400), (400, 400), (3, 70_000), (1, 90_000), (5, 7), (250, 3, 20, 20)]
+    batches = [torch.randn(shape).to(dtype) for shape in shapes]
+    batches[-1] = batches[-1].contiguous(memory_format=torch.channels_last)
+    batches[0][[0, 200, 400], 7] = torch.tensor([0.0, torch.nan, torch.inf]).to(dtype)
+    expected = torch.cat([x.double().flatten(1).norm(dim=1) for x in batches])
+    close(wide_norms(batches), expected, equal_nan=True)

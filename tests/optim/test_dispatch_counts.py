@@ -12,7 +12,8 @@ from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_versions import takes_grad_dtype
 
-from rai_toolbox.constraints import L2Ball
+from rai_toolbox.constraints import L2Ball, UnitNorm
+from rai_toolbox.constraints.kernels.blocks import GROUP
 from rai_toolbox.optim import (
     ClampedParameterOptimizer,
     L1qFrankWolfe,
@@ -309,6 +310,21 @@ def test_rows_of_many_tensors_take_no_more_memory_than_one_of_them(share_outside
         param.grad = -param.detach()
     opt = ProjectedOptimizer(params, SGD, constraint=L2Ball(23.0 - 4 * share_outside), lr=0.05)
     assert most_held(opt) <= 4 * 400 * 400
+
+
+def test_norms_in_float64_take_the_memory_of_one_tensor_once_per_group():
+    torch.manual_seed(0)
+    params = [torch.randn(400, 400, requires_grad=True) for _ in range(20)]
+    for param in params:
+        param.grad = torch.randn(400, 400)
+    opt = ProjectedOptimizer(params, SGD, constraint=UnitNorm(), lr=0.05)
+    together = GROUP // 400**2
+    of_norms = 8 * 400 * together
+    assert most_held(opt) <= 4 * 400 * 400 + 2 * of_norms
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        opt.step()
+    large = [nbytes for nbytes in allocations(profile) if nbytes > 2 * of_norms]
+    assert len(large) <= 20 / together + 1
 
 
 @pytest.mark.parametrize("kind", [TopQGradientOptimizer, L1qNormedGradientOptim, L1qFrankWolfe])

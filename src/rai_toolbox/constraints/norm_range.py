@@ -25,10 +25,12 @@ from rai_toolbox.constraints.kernels.l2 import (
 )
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
+    for_each,
     least_and_most,
     norm,
     row_scale,
     scale_dtype,
+    wide_norms,
 )
 from rai_toolbox.constraints.kernels.rounding import as_wide, noise, round_down, round_up, spacing
 from rai_toolbox.constraints.kernels.threshold import lowered
@@ -116,18 +118,14 @@ class MinMaxNorm(Constraint):
             for x in batches:
                 self._scale_(x)
             return
-        lengths = []
-        for x in batches:
-            length = norm(x, 2, x.ndim - 1)
-            x.mul_(self._factor(length, length.clamp(least, most), x).to(dtype))
-            lengths.append(length.view(-1))
-        shortest, longest = least_and_most(torch.cat(lengths) if len(lengths) > 1 else lengths[0])
-        if least < shortest and longest < most:
-            return
-        for x, length in zip(batches, lengths, strict=True):
-            shortest, longest = least_and_most(length)
-            if not (least < shortest and longest < most):
-                self._scale_(x)
+        length = wide_norms(batches)
+        factor = self._factor(length, length.clamp(least, most), batches[0]).to(dtype)
+        for x, some in zip(batches, for_each(factor, batches), strict=True):
+            x.mul_(some)
+        shortest, longest = least_and_most(length)
+        if not (least < shortest and longest < most):
+            for x in batches:
+                self._scale_(x)  # (rows that are right stay as they are)
 
     def _fitting(self, dtype: torch.dtype) -> tuple[float, float]:
         """Norms between which a factor, to the bounds, is a normal number: others are imprecise."""

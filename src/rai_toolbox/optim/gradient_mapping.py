@@ -192,7 +192,7 @@ class GradientMapping(OfSet):
         scales = type(constraint)._scaling is not Constraint._scaling
         if scales and constraint._dims is None and can_judge(y):
             fast = sums_fast([y], EXACT_CHUNK)
-            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], 2)
+            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y])
             error = sum_error(EXACT_CHUNK) if fast else 0.0
             factor = constraint._scaling(length, y)
         if factor is NotImplemented:

@@ -102,10 +102,11 @@ def joined(batches: list[Tensor], size: int) -> list[list[Tensor]]:
     pieces: list[list[Tensor]] = []
     last: dict[tuple[torch.dtype, int], tuple[list[Tensor], int]] = {}  # and the room left in it
     for x in batches:
-        if x.numel() == 0:
+        number = x.numel()
+        if number == 0:
             continue
-        kind = (x.dtype, x.numel() // len(x))
-        for part in [x] if x.numel() <= size else [x[rows] for rows in row_blocks(x, size)]:
+        kind = (x.dtype, number // x.shape[0])
+        for part in [x] if number <= size else [x[rows] for rows in row_blocks(x, size)]:
             piece, room = last.get(kind, ([], 0))
             if part.numel() > room:
                 piece, room = [], size

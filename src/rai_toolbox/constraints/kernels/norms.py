@@ -131,9 +131,32 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
     return length.view(-1, *(1,) * (x.ndim - 1))
 
 
-def wide_norms(batches: list[Tensor], p: float) -> Tensor:
-    """p-norms of all rows of some batches (N, ...) in float64, shape (N,)."""
-    return _joined([norm(x, p, x.ndim - 1).view(-1) for x in batches])
+def wide_norms(batches: list[Tensor]) -> Tensor:
+    """Euclidean norms of all rows of some plain batches (N, ...) in float64, shape (N,).
+
+    Wide copies of large batches share memory, for new memory is slow to touch: at most as much as
+    a batch has. Of each copied piece, every thread gets rows that it had in the whole batch, which
+    are in its cache.
+    """
+    threads, memory = torch.get_num_threads(), batches[0].new_empty(0)
+    heights = [x.shape[0] for x in batches]  # (`len` of a tensor takes a microsecond)
+    found = memory.new_empty(sum(heights), dtype=torch.float64)
+    for x, height, lengths in zip(batches, heights, found.split(heights), strict=True):
+        own = height // threads
+        at_once = min(own, min(_MOST, x.nbytes // 8) * height // (x.numel() * threads))
+        apart = own * threads if x.numel() > BLOCK and x.dtype != torch.float64 and at_once else 0
+        if apart:
+            shape = (threads, at_once, *x.shape[1:])
+            if memory.shape != shape:
+                memory = x.new_empty(shape, dtype=torch.float64)
+            pieces = x[:apart].view(threads, own, *x.shape[1:]).split(at_once, 1)
+            of_pieces = lengths[:apart].view(threads, own).split(at_once, 1)
+            for piece, of_piece in zip(pieces, of_pieces, strict=True):
+                wide = memory[:, : piece.shape[1]].copy_(piece)
+                vector_norm(wide, 2, tuple(range(2, wide.ndim)), out=of_piece)
+        if apart < height:
+            lengths[apart:] = norm(x[apart:], 2, x.ndim - 1).view(-1)
+    return found
 
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
@@ -141,20 +164,20 @@ def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
     size, products = batches[0].shape[1:].numel(), []
     quarter = sum(x.numel() for x in batches) // 4
     height = max(2 * BLOCK, min(_MOST, quarter)) // size
-    memory = batches[0].new_empty(min(height, max(map(len, batches))), size)
+    memory = batches[0].new_empty(min(height, max(x.shape[0] for x in batches)), size)
     for x, y in zip(batches, others, strict=True):
         rows, by = x.view(-1, size), y.view(-1, size)
         parts = [(rows, by)]
-        if len(x) > height:
+        if x.shape[0] > height:
             parts = list(zip(rows.split(height), by.split(height), strict=True))
-        products += [torch.mul(x, y, out=memory[: len(x)]).sum(1) for x, y in parts]
+        products += [torch.mul(x, y, out=memory[: x.shape[0]]).sum(1) for x, y in parts]
     return torch.cat(products)
 
 
 def for_each(of_rows: Tensor, batches: list[Tensor]) -> list[Tensor]:
     """What `of_rows`, shape (N,), has for the rows of each batch, to broadcast against it."""
     column = of_rows.view(-1, 1)
-    parts = column.split([len(x) for x in batches]) if len(batches) > 1 else [column]
+    parts = column.split([x.shape[0] for x in batches]) if len(batches) > 1 else [column]
     return [
         part if x.ndim == 2 else part.view(-1, *(1,) * (x.ndim - 1))
         for part, x in zip(parts, batches, strict=True)
