@@ -78,7 +78,7 @@ def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 known_plain_step = lru_cache(plain_step)
-"""`plain_step` in one look, in eager mode: of a few functions it is asked at each step."""
+"""`plain_step` of a function in one look, in eager mode: it is asked at each step."""
 
 _DECORATED = getattr(use_grad_for_differentiable(lambda: None), "__code__", "no function")
 

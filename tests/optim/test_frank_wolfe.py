@@ -613,3 +613,20 @@ def test_a_wrong_lr_is_refused_before_gradients_change(params, lr):
         with pytest.raises(ValueError, match="`lr` must"):
             opt.step(closure)
         assert same_bits([x.grad for x in xs], before)
+
+
+@pytest.mark.parametrize("inner", [FrankWolfe, torch.optim.SGD])
+def test_the_step_of_an_inner_class_may_have_no_hash(inner):
+    class Step:
+        __hash__ = None
+        calls = 0
+
+        def __call__(self, optimizer, closure=None):
+            self.calls += 1
+
+    (x,) = tensors((1, 3))
+    new_gradients([x], 0)
+    opt = ParamTransformingOptimizer([x], inner, lr=1.0)
+    opt.inner_opt.__class__ = type("Own", (inner,), {"step": Step()})
+    opt.step()
+    assert type(opt.inner_opt).step.calls == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -216,7 +217,9 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         or a scheduler has a part in the step, where groups have constraints, or where tensors share
         memory. Groups are checked as a step does.
         """
-        is_replaced = known_plain_step(type(self).step) is not _STEP or "step" in self.__dict__
+        step = type(self).step
+        is_replaced = type(step) is not FunctionType or known_plain_step(step) is not _STEP
+        is_replaced = is_replaced or "step" in self.__dict__
         if type(self) is not FrankWolfe or is_replaced or has_own_step_hooks(self):
             return None
         params: list[Tensor] = []

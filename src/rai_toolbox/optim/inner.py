@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -44,11 +45,12 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
             return own(*args, **kwargs)  # a user has replaced it
         mark_stepped(inner)  # as the scheduler's wrapper does
     # (Without torch's decorator that switches grad mode: it would switch to the present one.)
+    step: Any = type(inner).step
     if torch.compiler.is_compiling():
-        step: Any = plain_step(type(inner).step)
+        step = plain_step(step)
         step = getattr(step, "__wrapped__", step)  # (one breaks the graph, whosever it is)
-    else:
-        step = known_plain_step(type(inner).step)
+    else:  # (a user's callable may have no hash)
+        step = known_plain_step(step) if type(step) is FunctionType else plain_step(step)
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
