@@ -375,7 +375,7 @@ def short_ensemble(
         if_masked["Diff-near"] = partial(difference_attack, steps=3 * part, narrowed=0.1)
         if_masked["Search"] = partial(square_attack, queries=2 * steps)
     else:
-        if_masked["Diff"] = partial(difference_attack, steps=4 * part)
+        if_masked["Diff"] = partial(difference_attack, steps=6 * part)
         if_masked["Search"] = partial(square_attack, queries=steps)
     found = ensemble(
         model,
