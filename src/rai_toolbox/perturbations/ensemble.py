@@ -316,7 +316,7 @@ def short_ensemble(
 
     Where a model rounds (by `torch.round`, `floor`, `ceil`, `trunc`, `sign` and the like), APGD on
     the margin and toward classes, except in L1 balls, follows gradients through the roundings
-    (BPDA: Athalye et al. 2018), which prefer entries that are close to another step. Examples whose
+    (BPDA), which prefer entries that are close to another step. Examples whose
     gradients are 0 are attacked along these, too, on cross entropy ("BPDA-CE") and margin ("BPDA").
 
     Examples without these gradients are attacked along estimates, which are made of differences
