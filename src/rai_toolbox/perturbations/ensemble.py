@@ -315,9 +315,9 @@ def short_ensemble(
     as many queries as steps. With a `criterion` or a rule `fooled`: APGD on it, and Square.
 
     Where a model rounds (by `torch.round`, `floor`, `ceil`, `trunc`, `sign` and the like), APGD on
-    the margin and toward classes, except in L1 balls, follows gradients through the roundings
-    (BPDA: Athalye et al. 2018), which prefer entries that are close to another step. Examples whose
-    gradients are 0 are attacked along these, too, on cross entropy ("BPDA-CE") and margin ("BPDA").
+    the margin, and outside L1 balls toward classes, follows gradients through the roundings (BPDA),
+    which prefer entries that are close to another step. Examples whose gradients are 0 are attacked
+    along these, too, on cross entropy ("BPDA-CE") and margin ("BPDA").
 
     Examples without these gradients are attacked along estimates, which are made of differences
     between the outputs at 64 pairs of points, first distant and then close ones ("Diff" and, in L1
@@ -375,7 +375,7 @@ def short_ensemble(
         if_masked["Diff-near"] = partial(difference_attack, steps=3 * part, narrowed=0.1)
         if_masked["Search"] = partial(square_attack, queries=2 * steps)
     else:
-        if_masked["Diff"] = partial(difference_attack, steps=4 * part)
+        if_masked["Diff"] = partial(difference_attack, steps=6 * part)
         if_masked["Search"] = partial(square_attack, queries=steps)
     found = ensemble(
         model,
