@@ -22,6 +22,7 @@ from rai_toolbox.optim import (
     ChainedParamTransformingOptimizer,
     ClampedParameterOptimizer,
     ProjectedOptimizer,
+    gradient_mapping,
 )
 
 # --- an idle constraint changes nothing -----------------------------------------------------------
@@ -300,3 +301,30 @@ def test_no_average_of_gradients_on_sets_that_are_not_convex():
     row.grad = torch.ones(1, 2)
     opt.step()
     assert "gradient_average" not in opt.state[row]
+
+
+# --- large batches --------------------------------------------------------------------------------
+
+COUPLED = {
+    "columns": (UnitNorm(dim=0), Adam),
+    "radii": (L2Ball(torch.linspace(0.1, 3.0, 300).unsqueeze(1)), Adam),
+    "center": (L1Ball(1.0, center=torch.linspace(-1.0, 1.0, 300 * 256).view(300, 256)), Adam),
+}
+if hasattr(optim, "Muon"):
+    COUPLED["whole"] = (MaxNorm(1.0, dim=1), optim.Muon)
+
+
+@pytest.mark.parametrize(("constraint", "inner"), COUPLED.values(), ids=COUPLED)
+def test_batches_that_are_not_taken_apart(constraint, inner, monkeypatch):
+    """Where columns or the whole batch are coupled, or each row has a setting, rows stay joined."""
+    ends, generator = [], torch.Generator().manual_seed(0)
+    start, grad = torch.randn(2, 300, 256, generator=generator)
+    for size in (2**30, 2**15):
+        monkeypatch.setattr(gradient_mapping, "GROUP", size)
+        x = start.clone().requires_grad_()
+        settings = {"constraint": constraint, "param_ndim": 1, "gradient_mapping": True}
+        opt = ProjectedOptimizer([x], inner, lr=0.01, **settings)
+        x.grad = grad.clone()
+        opt.step()
+        ends.append(x.detach())
+    assert torch.equal(*ends)

@@ -252,6 +252,45 @@ def test_the_step_of_solvers_has_the_bits_of_the_general_one(kind, shape, within
     assert same_bits(*ends)
 
 
+@pytest.mark.parametrize(
+    "new",
+    [
+        {"lr": 0.05},
+        {"lr": torch.tensor(0.05)},
+        {"constraint": LinfBall(0.07)},
+        {"grad_scale": -1.0},
+        {"momentum": 0.9},
+    ],
+)
+def test_the_step_of_solvers_follows_settings(new):
+    ends = []
+    for is_prepared in (True, False):
+        (x,) = tensors((3, 6))
+        opt = PGD([x], constraint=LinfBall(0.2), lr=0.01)
+        with torch.no_grad():
+            step = opt._prepared_step() if is_prepared else opt.step
+            for i in range(4):
+                if i == 1:  # as a scheduler within the model does
+                    opt.param_groups[0].update(new)
+                new_gradients([x], i)
+                step()
+        ends.append(x.detach())
+    assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_groups_without_parameters(first):
+    (x,) = tensors((3, 6))
+    groups = [{"params": []}, {"params": [x]}] if first else [{"params": []}]
+    opt = PGD(groups, constraint=LinfBall(0.2), lr=0.01)
+    before = x.detach().clone()
+    new_gradients([x], 0)
+    opt.step()
+    assert x.equal(before) != first
+    with torch.no_grad():
+        assert opt._prepared_step() is None
+
+
 def test_a_start_that_is_not_finite_is_left_to_the_general_step():
     (x,) = tensors((3, 6))
     x.detach()[0, 0] = math.inf

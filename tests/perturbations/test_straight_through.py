@@ -1,5 +1,6 @@
 """Gradients through roundings: outputs stay, derivatives are those of the staircase."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from test_ensemble import in_numpy
 from test_square import a_problem, seeded
 from torch import nn
+from torch.nn.utils import parametrize
 
 from rai_toolbox.constraints import L2Ball
 from rai_toolbox.perturbations import attack
@@ -36,6 +38,23 @@ def in_place(x):
     return x.round_() / 8
 
 
+def in_place_without_grad(x):
+    with torch.no_grad():
+        x = 8 * x
+        x.round_().mul_(0.125)
+        x[x < 0] = 0
+    return x
+
+
+def read(x):
+    """What else is done with constants does not fail."""
+    assert x.type() == "torch.FloatTensor"
+    constant = x.detach().cpu()
+    constant.numpy().sum()
+    copy.deepcopy(constant)
+    return x.round(decimals=1)
+
+
 SEEN = {
     "function": lambda x: torch.round(8 * x) / 8,
     "method": lambda x: (8 * x).floor() / 8,
@@ -50,6 +69,8 @@ SEEN = {
     "detached": lambda x: x + ((8 * x).round() / 8 - x).detach(),
     "detached, in place": lambda x: (8 * x).detach().clone().round_() / 8,
     "without grad": without_grad,
+    "without grad, in place": in_place_without_grad,
+    "read": read,
 }
 UNSEEN = {
     "smooth": lambda x: x,
@@ -131,6 +152,43 @@ def test_buffers_get_no_graph(detached):
     model = Counting(detached)
     assert rounds(model, torch.rand(5, 20))
     assert model.mean.any() and not model.mean.requires_grad
+
+
+class Keeping(nn.Module):
+    """Keeps constants, and integers, from one call to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(20))
+        self.net, self.whole = linear(), torch.zeros(1, 20).long()
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        x = self.net((8 * x).round() / 8 - self.mean + 0 * self.whole[:1].float())
+        self.whole, self.last = (8 * self.mean[None]).long(), x.detach()
+        return x
+
+
+def test_what_a_model_keeps_has_no_graph():
+    model, (x, y) = Keeping(), (torch.rand(5, 20), torch.zeros(5).long())
+    assert rounds(model, x)
+    through_attack(model, x, y, ball=L2Ball(0.1), steps=3)
+    for kept in (model.mean, model.last, model.whole):
+        assert kept.any() and not kept.requires_grad and not vars(kept)
+    copy.deepcopy(model)
+
+
+def test_roundings_of_weights_are_none_of_the_model():
+    net = nn.Linear(20, 3)
+    quantized = parametrize.register_parametrization(net, "weight", Rounded())
+    assert quantized.weight.requires_grad and not rounds(quantized, torch.rand(5, 20))
+    assert quantized.parametrizations.weight.original.requires_grad
+
+
+class Rounded(nn.Module):
+    def forward(self, weight):
+        return (8 * weight).round() / 8
 
 
 def test_modules_are_in_eval_mode_and_stay_in_training_mode():

@@ -238,7 +238,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     def _prepared_step(self) -> Callable[[], object] | None:
         """A step as a function of its own, if parameters are finite, for a solver that makes many.
 
-        It gives finite gradients only, and leaves settings as they are.
+        It gives finite gradients only, and adds no hooks meanwhile.
         """
         return None
 

@@ -102,28 +102,27 @@ class GradientMapping(OfSet):
             x, _ = batch_in(param, group, self.param_ndim)
             view, copied = batch_in(grad, group, self.param_ndim)
             batches = (view, x) if average is None else (view, x, average.reshape(x.shape))
-            if view.numel() > BLOCK // 2 and not copied and _are_summed_fast(batches):
+            is_large = view.numel() > BLOCK // 2 and not copied
+            if is_large and self._judges_rows(group) and _are_summed_fast(batches):
                 large.append(batches)
                 continue
             self.map_(view, x, average, group)
             if copied:
                 grad.copy_(view.view(grad.shape))
-        if not large:
-            return
-        judges = self._judges_rows(group)
         columns = [joined(list(column), GROUP) for column in zip(*large, strict=True)]
         for piece in zip(*columns, strict=True):
-            if not (judges and self._map_rows_(*piece, group=group)):
+            if not self._map_rows_(*piece, group=group):
                 for grad, x, *others in zip(*piece, strict=True):
                     self.map_(grad, x, others[0] if others else None, group)
 
     def _judges_rows(self, group: Group) -> bool:
-        """Whether `_map_rows_` fits the settings of a group."""
+        """Whether `_map_rows_`, and `map_` of some rows, fit the settings of a group."""
         as_it_is = group.get(self.grad_scale, 1.0) == 1.0 and group.get(self.grad_bias, 0.0) == 0.0
         return (
             as_it_is
             and self._decay(group) == 0.0
             and self.set_of(group)._dims is None
+            and not self.set_of(group)._tensors  # (which may have one value per row)
             and issubclass(self.inner, ELEMENTWISE)
         )
 

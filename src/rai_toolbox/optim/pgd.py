@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf, isfinite
+from operator import is_
 from typing import Any
 
 import torch
@@ -135,8 +136,11 @@ class PGD(Constrained, ParamTransformingOptimizer):
         super().__init__(**constructor_arguments(locals()))
 
     def _step_alone_(self) -> bool:
-        step, param = self._short_step(), self.inner_opt.param_groups[0]["params"][0]
-        if step is None or not _fits(param.grad, param):
+        step = self._short_step()
+        if step is None:
+            return False
+        param = self.inner_opt.param_groups[0]["params"][0]
+        if not _fits(param.grad, param):
             return False
         # (NaN makes NaN of the product)
         if not isfinite(torch.dot(param.view(-1), param.grad.view(-1)).item()):
@@ -145,15 +149,20 @@ class PGD(Constrained, ParamTransformingOptimizer):
         return True
 
     def _prepared_step(self) -> Callable[[], object] | None:
-        step, group = self._short_step(), self.inner_opt.param_groups[0]
-        return step if step is None or isfinite(group["params"][0].sum().item()) else None
+        step = self._short_step()
+        if step is None or isfinite(self.inner_opt.param_groups[0]["params"][0].sum().item()):
+            return step
+        return None
 
     def _short_step(self) -> Callable[[], object] | None:
         """The step of one plain batch by bare SGD in few calls, with the same bits, or None.
 
-        It may be called as long as settings stay, and batch and gradients are finite.
+        It may be called as long as batch and gradients are finite.
         """
-        inner, group = self.inner_opt, self.inner_opt.param_groups[0]
+        inner, groups = self.inner_opt, self.inner_opt.param_groups
+        if len(groups) != 1 or len(groups[0]["params"]) != 1:
+            return None
+        group = groups[0]
         if (
             type(self) is not PGD
             or plain_step(PGD.step) is not _STEP
@@ -161,13 +170,11 @@ class PGD(Constrained, ParamTransformingOptimizer):
             or "step" in inner.__dict__
             or has_step_hooks(inner)
             or not _HOOKS.isdisjoint(self.__dict__)
-            or len(self.inner_opt.param_groups) != 1
-            or len(group["params"]) != 1
             or not _is_plain_batch(group["params"][0])
             or not _is_simple(group)
         ):
             return None
-        param, constraint = group["params"][0], group["constraint"]
+        param, constraint, settings = group["params"][0], group["constraint"], list(group.values())
         p, rate = _order(constraint), -group["lr"]
         is_bounded = isinstance(constraint, BoundedBall)
         is_short = len(param) == 1 and param.numel() <= BLOCK // 2
@@ -175,7 +182,8 @@ class PGD(Constrained, ParamTransformingOptimizer):
 
         def step() -> None:
             grad = param.grad
-            if not _fits(grad, param):
+            is_same = all(map(is_, group.values(), settings))  # (a model may have a scheduler)
+            if not (is_same and _fits(grad, param)):
                 _STEP(self)
                 return
             if p == inf:

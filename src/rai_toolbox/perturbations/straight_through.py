@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rai_toolbox._torch import eagerly, set_grad_mode
 from rai_toolbox.perturbations import inputs
@@ -29,6 +30,7 @@ _CASTS = {
     getattr(Tensor, name)
     for name in ("to", "type", "byte", "char", "short", "int", "long", "half", "float", "double")
 }
+_COPIES = (Tensor.numpy, Tensor.__array__, Tensor.__deepcopy__)  # which fail for results
 _WIDTHS = (None, 0.5, 0.25, 0.12, 0.06, 0.03)  # of a step; in turns
 
 
@@ -75,16 +77,16 @@ class StraightThrough:
         with eagerly(), mode:
             output = self.model(data)
         self.steps += mode.steps
-        return _differentiable(output)
+        return mode.source_of(output)
 
 
 def rounds(model: Model, data: Tensor) -> bool:
     """Whether there are gradients through roundings of the model; calls it with one example."""
-    through = StraightThrough(model)
     try:
-        with solving(through) as called:
+        with solving(model) as called:  # (not of its copy with gradients: weights are frozen)
+            through = StraightThrough(called)
             example = inputs.as_data(data)[:1].clone().requires_grad_()
-            output = inputs.logits_of(called(example.clone()))
+            output = inputs.logits_of(through(example.clone()))
             (gradient,) = torch.autograd.grad(output.sum(), example, allow_unused=True)
     except Exception:  # a model that cannot do this, or bad input, which others explain
         return False
@@ -94,13 +96,16 @@ def rounds(model: Model, data: Tensor) -> bool:
 class _ThroughSteps(TorchFunctionMode):
     """Context: step functions have gradients, and nothing is a constant that depends on the data.
 
-    What the model takes for a constant remembers the tensor that it is made of, as `through`. That
-    takes its place as an argument of the next function.
+    What the model takes for a constant has a source: the tensor with a graph that it is made of,
+    which takes its place as an argument of the next function. Sources are forgotten with the mode,
+    after one call of the model, which may keep its constants for the next one.
     """
 
     def __init__(self, width: float | None) -> None:
         super().__init__()
         self.width, self.steps = width, 0
+        self.sources = WeakTensorKeyDictionary()  # of constants
+        self.rounded = WeakTensorKeyDictionary()  # what integers are when they are cast back
 
     def __torch_function__(
         self,
@@ -112,11 +117,20 @@ class _ThroughSteps(TorchFunctionMode):
         kwargs, constant = kwargs or {}, not torch.is_grad_enabled()
         if func is set_grad_mode or "out" in kwargs:
             return func(*args, **kwargs)
-        if _is_in_place(func) and (constant or not _differentiable(args[0]).requires_grad):
+        given: Any = args[0] if args else None
+        if func in _COPIES:
+            return func(given.detach(), *args[1:], **kwargs)
+        first = self.source_of(given)
+        if _is_in_place(func) and first is not given:
+            with torch.enable_grad():
+                changed = first.clone()
+                self.__torch_function__(func, types, (changed, *args[1:]), kwargs)
+            self.sources[given] = changed
+            return given.copy_(changed.detach())
+        if _is_in_place(func) and (constant or not getattr(first, "requires_grad", False)):
             return func(*args, **kwargs)  # as buffers of the model are to get no graph
-        args = tuple(map(_differentiable, args))
-        kwargs = {name: _differentiable(arg) for name, arg in kwargs.items()}
-        first: Any = args[0] if args else None
+        args = tuple(map(self.source_of, args))
+        kwargs = {name: self.source_of(arg) for name, arg in kwargs.items()}
         with torch.enable_grad():
             if func in (torch.detach, Tensor.detach):
                 constant, found = True, first
@@ -126,20 +140,26 @@ class _ThroughSteps(TorchFunctionMode):
                 found = first.copy_(self.step(_IN_PLACE[func], first.clone(), *args[1:], **kwargs))
             else:
                 found = func(*args, **kwargs)
-            if func in _CASTS:
+            if func in _CASTS and isinstance(found, Tensor):
                 found = self.cast(first, found)
         if constant and isinstance(found, Tensor) and found.requires_grad:
-            plain: Any = found.detach()
-            plain.through = found
+            plain = found.detach()
+            self.sources[plain] = found
             return plain
         return found
 
+    def source_of(self, arg: Any) -> Any:
+        """An argument, or what it is made of; in lists, too."""
+        if type(arg) in (list, tuple):
+            return type(arg)(map(self.source_of, arg))
+        return self.sources.get(arg, arg) if isinstance(arg, Tensor) and self.sources else arg
+
     def step(self, func: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A step function with a derivative."""
-        value = func(x.detach(), *args, **kwargs)
         if not x.requires_grad:
-            return value
+            return func(x, *args, **kwargs)
         self.steps += 1
+        value = func(x.detach(), *args, **kwargs)
         slope = torch.ones_like(value)
         if self.width is not None:
             h = self.width * 0.1 ** kwargs.get("decimals", 0)
@@ -147,12 +167,12 @@ class _ThroughSteps(TorchFunctionMode):
             slope = 0.5 + torch.sub(*ends) / (4 * h)
         return _with_gradient(value, x, slope)
 
-    def cast(self, x: Any, found: Any) -> Any:
+    def cast(self, x: Tensor, found: Tensor) -> Tensor:
         """Integers remember what they are made of until they are cast back."""
         if inputs.is_index(found.dtype) and x.requires_grad:
-            found.rounded = self.step(torch.trunc, x)
-        elif found.is_floating_point() and hasattr(x, "rounded"):
-            return _with_gradient(found, x.rounded, torch.ones_like(found))
+            self.rounded[found] = self.step(torch.trunc, x)
+        elif found.is_floating_point() and x in self.rounded:
+            return _with_gradient(found, self.rounded[x], torch.ones_like(found))
         return found
 
 
@@ -173,14 +193,8 @@ def _with_gradient(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
     return found
 
 
-def _differentiable(arg: Any) -> Any:
-    """An argument, or what it remembers that it is made of; in lists, too."""
-    if type(arg) in (list, tuple):
-        return type(arg)(map(_differentiable, arg))
-    return getattr(arg, "through", arg) if isinstance(arg, Tensor) else arg
-
-
 def _is_in_place(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     is_operator = name.startswith("__i") or name == "__setitem__"
-    return is_operator or (name.endswith("_") and not name.endswith("__"))
+    is_method = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return is_operator or is_method
