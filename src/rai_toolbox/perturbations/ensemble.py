@@ -369,14 +369,15 @@ def short_ensemble(
             if_masked["BPDA-CE"] = partial(through, **ce)
     if has_steps:
         if_masked["BPDA"] = partial(through, steps=-(-4 * steps // 5))
-    part = -(-steps // 50)
+    # (Saturated models need less than those with steps or without gradients.)
+    part = -(-steps // (100 if has_steps is False else 50))
     if ball.p == 1:  # where wide differences find more, and a longer search
         if_masked["Diff"] = partial(difference_attack, steps=part, narrowed=1.0)
         if_masked["Diff-near"] = partial(difference_attack, steps=3 * part, narrowed=0.1)
-        if_masked["Search"] = partial(square_attack, queries=2 * steps)
+        if_masked["Search"] = partial(square_attack, queries=100 * part)
     else:
         if_masked["Diff"] = partial(difference_attack, steps=6 * part)
-        if_masked["Search"] = partial(square_attack, queries=steps)
+        if_masked["Search"] = partial(square_attack, queries=50 * part)
     found = ensemble(
         model,
         data,

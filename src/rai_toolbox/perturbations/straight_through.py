@@ -80,8 +80,11 @@ class StraightThrough:
         return mode.source_of(output)
 
 
-def rounds(model: Model, data: Tensor) -> bool:
-    """Whether there are gradients through roundings of the model; calls it with one example."""
+def rounds(model: Model, data: Tensor) -> bool | None:
+    """Whether gradients go through roundings of the model; None if there are no gradients.
+
+    Calls it with one example.
+    """
     try:
         with solving(model) as called:  # (not of its copy with gradients: weights are frozen)
             through = StraightThrough(called)
@@ -89,8 +92,8 @@ def rounds(model: Model, data: Tensor) -> bool:
             output = inputs.logits_of(through(example.clone()))
             (gradient,) = torch.autograd.grad(output.sum(), example, allow_unused=True)
     except Exception:  # a model that cannot do this, or bad input, which others explain
-        return False
-    return through.steps > 0 and gradient is not None
+        return None
+    return None if gradient is None else through.steps > 0
 
 
 class _ThroughSteps(TorchFunctionMode):
