@@ -1,6 +1,7 @@
 """Attacks in turn: each on the survivors of those before, with a record of who fooled whom."""
 
 import sys
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.differences import difference_attack
 from rai_toolbox.perturbations.ensemble import BLACK_BOX, ensemble, short_ensemble, standard
 from rai_toolbox.perturbations.evaluation.fingerprint import described, fingerprint
+from rai_toolbox.perturbations.journal import Journal
 from rai_toolbox.perturbations.losses import margin_loss
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning
 from rai_toolbox.perturbations.square import square_attack
@@ -348,3 +350,27 @@ def test_masked_models_are_not_overrated_by_the_short_one(digits, ball):
                     for run in (short_ensemble, standard())
                 )
             assert short >= long - 1
+
+
+class Kept(Journal):
+    """Goes on from a state; keeps the first one."""
+
+    def __init__(self, state=None):
+        self.state, self.first = state or {}, None
+
+    def earlier(self):
+        return self.state
+
+    def keep(self, state):
+        self.first = self.first or deepcopy(state)
+
+
+def test_states_of_version_0_2_can_be_resumed():
+    net, x, y = a_problem((20,))
+    settings = {"ball": L2Ball(0.3), "steps": 5, "journal": Kept()}
+    whole = short_ensemble(net, x, y, **settings)
+    older = settings["journal"].first
+    assert len(older["done"]) == 1
+    del older["unseen"]
+    resumed = short_ensemble(net, x, y, **settings | {"journal": Kept(older)})
+    assert len(resumed.calls) == len(whole.calls)

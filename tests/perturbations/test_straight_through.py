@@ -50,8 +50,12 @@ def read(x):
     """What else is done with constants does not fail."""
     assert x.type() == "torch.FloatTensor"
     constant = x.detach().cpu()
+    assert not any(each.requires_grad for each in (constant, *constant.max(1), constant + 1))
     constant.numpy().sum()
     copy.deepcopy(constant)
+    with torch.enable_grad():
+        inner = constant.clone().requires_grad_()
+        assert inner.requires_grad and torch.autograd.grad((inner**2).sum(), inner)
     return x.round(decimals=1)
 
 
@@ -140,7 +144,8 @@ class Counting(nn.Module):
 
     def forward(self, x):
         if self.detached:
-            self.mean.mul_(0.9).add_(x.mean(0).detach())
+            least, greatest = (x.detach() + 1).aminmax(dim=0)
+            self.mean.mul_(0.9).add_(greatest + least)
         else:
             with torch.no_grad():
                 self.mean.mul_(0.9).add_(x.mean(0))

@@ -176,7 +176,7 @@ def ensemble(
         if earlier:
             best = BestOf(earlier["cost"], earlier["success"], [earlier["data"]])
             zero_gradient, masked = earlier["zero_gradient"], earlier["masked"]
-            unseen = earlier["unseen"]
+            unseen = earlier.get("unseen", masked)  # (files of 0.2 have none)
             fooled_by, calls, done = earlier["fooled_by"], earlier["calls"], earlier["done"]
             model_calls = earlier["model_calls"]
         for name, run in every.items():

@@ -30,7 +30,14 @@ _CASTS = {
     getattr(Tensor, name)
     for name in ("to", "type", "byte", "char", "short", "int", "long", "half", "float", "double")
 }
-_COPIES = (Tensor.numpy, Tensor.__array__, Tensor.__deepcopy__)  # which fail for results
+_AS_IT_IS = {
+    set_grad_mode,
+    Tensor.requires_grad_,
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+}
 _WIDTHS = (None, 0.5, 0.25, 0.12, 0.06, 0.03)  # of a step; in turns
 
 
@@ -58,7 +65,9 @@ class StraightThrough:
     heaviside, as functions, methods and in place, and casts to integers that are cast back at once.
     Gradients that are passed through roundings otherwise, by `detach`, under `no_grad`, or by a
     `torch.autograd.Function` in Python, are replaced by these, too. It does not see comparisons,
-    ``//``, integer arithmetic, and what TorchScript, extensions or NumPy compute.
+    ``//``, integer arithmetic, ``.data``, what inference mode, `torch.func` and `checkpoint` run,
+    and what TorchScript, extensions or NumPy compute. What the model keeps, such as buffers and
+    caches, gets no graph.
 
     Parameters
     ----------
@@ -117,12 +126,11 @@ class _ThroughSteps(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs, constant = kwargs or {}, not torch.is_grad_enabled()
-        if func is set_grad_mode or "out" in kwargs:
+        kwargs = kwargs or {}
+        if func in _AS_IT_IS or "out" in kwargs:
             return func(*args, **kwargs)
+        constant = not (torch.is_grad_enabled() and _has_graph((*args, *kwargs.values())))
         given: Any = args[0] if args else None
-        if func in _COPIES:
-            return func(given.detach(), *args[1:], **kwargs)
         first = self.source_of(given)
         if _is_in_place(func) and first is not given:
             with torch.enable_grad():
@@ -130,7 +138,7 @@ class _ThroughSteps(TorchFunctionMode):
                 self.__torch_function__(func, types, (changed, *args[1:]), kwargs)
             self.sources[given] = changed
             return given.copy_(changed.detach())
-        if _is_in_place(func) and (constant or not getattr(first, "requires_grad", False)):
+        if _is_in_place(func) and (constant or not _has_graph(first)):
             return func(*args, **kwargs)  # as buffers of the model are to get no graph
         args = tuple(map(self.source_of, args))
         kwargs = {name: self.source_of(arg) for name, arg in kwargs.items()}
@@ -145,11 +153,19 @@ class _ThroughSteps(TorchFunctionMode):
                 found = func(*args, **kwargs)
             if func in _CASTS and isinstance(found, Tensor):
                 found = self.cast(first, found)
-        if constant and isinstance(found, Tensor) and found.requires_grad:
-            plain = found.detach()
-            self.sources[plain] = found
-            return plain
-        return found
+        if found is not first and getattr(found, "is_leaf", False):  # made here, as parameters are
+            return found
+        return self.as_constant(found) if constant else found
+
+    def as_constant(self, found: Any) -> Any:
+        """What the model is to get for a result that has a graph only here; in lists, too."""
+        if isinstance(found, (list, tuple)):
+            return type(found)([self.as_constant(each) for each in found])
+        if not isinstance(found, Tensor) or not found.requires_grad:
+            return found
+        plain = found.detach()
+        self.sources[plain] = found
+        return plain
 
     def source_of(self, arg: Any) -> Any:
         """An argument, or what it is made of; in lists, too."""
@@ -196,8 +212,14 @@ def _with_gradient(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
     return found
 
 
+def _has_graph(arg: Any) -> bool:
+    """Whether this is, or a list holds, what depends on the data for the model, too."""
+    if isinstance(arg, (list, tuple)):
+        return any(map(_has_graph, arg))
+    return isinstance(arg, Tensor) and arg.requires_grad
+
+
 def _is_in_place(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     is_operator = name.startswith("__i") or name == "__setitem__"
-    is_method = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return is_operator or is_method
+    return is_operator or (name.endswith("_") and not name.endswith("__"))
