@@ -38,6 +38,8 @@ _AS_IT_IS = {
     Tensor.__array__,
     Tensor.__deepcopy__,
 }
+"""Called with the model's constants, not with what they are made of."""
+
 _WIDTHS = (None, 0.5, 0.25, 0.12, 0.06, 0.03)  # of a step; in turns
 
 
@@ -132,7 +134,7 @@ class _ThroughSteps(TorchFunctionMode):
         constant = not (torch.is_grad_enabled() and _has_graph((*args, *kwargs.values())))
         given: Any = args[0] if args else None
         first = self.source_of(given)
-        if _is_in_place(func) and first is not given:
+        if _is_in_place(func) and first is not given:  # a constant: its source changes with it
             with torch.enable_grad():
                 changed = first.clone()
                 self.__torch_function__(func, types, (changed, *args[1:]), kwargs)
