@@ -28,7 +28,7 @@ Solver = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ZeroGradientWarning(UserWarning):
-    """The gradient of some examples is 0 at the start, so that they were not attacked."""
+    """The gradient of some examples is 0 at the start, so that no attack along it changed them."""
 
 
 def gradient_ascent(
@@ -232,7 +232,7 @@ def warn_of_zero_gradient(zero: Tensor) -> None:
         warnings.warn(
             f"the gradient of {number} of {zero.numel()} examples is 0 at the start (a saturated "
             "loss, a model whose output does not depend on them, or a loss at its minimum, which a "
-            "random start leaves): they were not attacked",
+            "random start leaves): attacks along it did not change them",
             ZeroGradientWarning,
             stacklevel=3,
         )
