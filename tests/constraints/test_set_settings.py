@@ -241,6 +241,19 @@ def test_words_of_unbounded_sets_say_so():
                 getattr(c, word)(torch.ones(2, 3))
 
 
+class Wedge(sets.Intersection):
+    """Bounded, while no member is."""
+
+    bounded = True
+
+
+def test_a_subclass_may_say_that_it_is_bounded():
+    wedge = Wedge(sets.NonNegative(), sets.HalfSpace(1.0, 1.0))
+    for copied in COPIES.values():
+        assert copied(wedge).bounded and wedge.to(torch.float64).bounded
+    assert not sets.Intersection(*wedge.sets).bounded
+
+
 @pytest.mark.parametrize(
     "name", ["L1Ball", "L2Ball", "LinfBall", "Simplex", "MaxNorm", "p=1", "MinMaxNorm", "Masked"]
 )

@@ -109,6 +109,8 @@ class GradientMapping(OfSet):
             self.map_(view, x, average, group)
             if copied:
                 grad.copy_(view.view(grad.shape))
+        if not large:
+            return
         columns = [joined(list(column), GROUP) for column in zip(*large, strict=True)]
         for piece in zip(*columns, strict=True):
             if not self._map_rows_(*piece, group=group):
