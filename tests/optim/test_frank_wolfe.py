@@ -476,6 +476,40 @@ def test_a_replaced_step_of_frank_wolfe_is_called(monkeypatch):
     assert calls == [None]
 
 
+class PassesOn(torch.optim.SGD):
+    """An optimizer with a step of its own that looks like the `FrankWolfe` within it."""
+
+    def __init__(self, params):
+        params = list(params)
+        self.within = FrankWolfe(params)
+        super().__init__(params, lr=1.0)
+
+    number = 0
+
+    def __getattr__(self, name):
+        return getattr(self.within, name)
+
+    def step(self, closure=None):
+        self.number += 1
+
+
+class Mover(torch.optim.SGD):
+    mover = "a name that a user has chosen, too"
+    number = 0
+
+    def step(self, closure=None):
+        self.number += 1
+
+
+@pytest.mark.parametrize("inner", [PassesOn, Mover])
+def test_the_step_of_an_optimizer_of_the_user_is_called(inner):
+    (x,) = tensors(3)
+    start = x.detach().clone()
+    opt = SignedGradientOptim([x], inner)
+    opt.step()
+    assert opt.inner_opt.number == 1 and x.equal(start)
+
+
 def test_a_hook_of_the_inner_optimizer_comes_between_all_transforms_and_all_moves():
     params = tensors(3, 3)
     starts = [x.detach().clone() for x in params]

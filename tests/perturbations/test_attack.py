@@ -301,6 +301,28 @@ def test_without_lr_a_step_of_pgd_fits_the_radius(problem, ball):
     torch.testing.assert_close(each.data[1:], run(optimizer=PGD).data[1:])
 
 
+def test_the_step_of_an_optimizer_around_pgd_is_called(problem):
+    net, x, y = problem
+
+    class PassesOn(SGD):
+        number = 0
+
+        def __init__(self, params, constraint):
+            params = list(params)
+            self.within = PGD(params, constraint=constraint, lr=0.01)
+            super().__init__(params, lr=1.0)
+
+        def __getattr__(self, name):
+            return getattr(self.within, name)
+
+        def step(self, closure=None):
+            PassesOn.number += 1
+            self.within.step()
+
+    attack(net, x, y, ball=LinfBall(0.05), optimizer=PassesOn, steps=4)
+    assert PassesOn.number == 4
+
+
 def test_a_generator_makes_it_reproducible(problem):
     net, x, y = problem
     run = partial(attack, net, x, y, ball=L1Ball(0.5), optimizer=STEP, steps=2, random_start=True)

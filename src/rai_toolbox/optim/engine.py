@@ -15,12 +15,10 @@ from rai_toolbox.checks import check_number
 from rai_toolbox.foreach import cache_sized
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
-from rai_toolbox.optim.own_step import OwnStepOptimizer
+from rai_toolbox.optim.own_step import Move, OwnStepOptimizer
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
-
-Move = Callable[[list[Tensor], Group], object]
 
 SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
@@ -225,8 +223,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._has_initialized = True
             return None
         else:
-            find_mover = getattr(self.inner_opt, "mover", None)
-            if self._pre_step(find_mover() if find_mover and not (compiling or kwargs) else None):
+            inner, move_ = self.inner_opt, None
+            if isinstance(inner, OwnStepOptimizer) and not (compiling or kwargs):
+                move_ = inner.mover()
+            if self._pre_step(move_):
                 self._post_step()
                 return None
             if compiling and self._must_break_graph():

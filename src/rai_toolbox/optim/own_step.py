@@ -16,6 +16,9 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim import settings
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
+Move = Callable[[list[Tensor], Group], object]
+"""A function that moves some parameters of a group by their gradients."""
+
 
 class OwnStepOptimizer(Optimizer):
     """An optimizer whose groups are completed, checked, and saved as plain data.
@@ -55,6 +58,10 @@ class OwnStepOptimizer(Optimizer):
 
     def _check_before_step(self, group: Group) -> None:
         """Raise if a setting that may change from step to step is out of range."""
+
+    def mover(self) -> Move | None:
+        """A function that moves parameters, if calls of it for all of them do what a step does."""
+        return None
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""

@@ -299,7 +299,9 @@ def _step_of(optimizer: Any) -> Callable[[], object]:
         raise wrong("optimizer", rule, type(inner).__name__, TypeError)
     plain = isinstance(optimizer, Optimizer) and "step" not in vars(optimizer)
     if plain and not has_step_hooks(optimizer):
-        prepared = getattr(optimizer, "_prepared_step", lambda: None)()
+        # (of its own class: who passes attributes of another optimizer on has a step of its own)
+        prepare = getattr(type(optimizer), "_prepared_step", None)
+        prepared = None if prepare is None else prepare(optimizer)
         if prepared is not None:
             return prepared
         behind_hooks, bare = unhooked(type(optimizer).step), plain_step(type(optimizer).step)
