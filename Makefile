@@ -39,6 +39,7 @@ bench: .venv/.bench  ## measure the claims of speed; renews docs/speed/
 bench-attacks: .venv/.attacks  ## measure attacks beside other libraries'; renews docs/attacks/
 	$(BIN)/python benchmarks/attacks.py
 	$(BIN)/python benchmarks/standard_attacks.py
+	$(BIN)/python benchmarks/default_ensemble.py
 	$(BIN)/python benchmarks/adversarial_training.py
 
 docs: .venv/.stamp  ## build the documentation into out/docs
