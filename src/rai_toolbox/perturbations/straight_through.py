@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rai_toolbox._torch import eagerly, set_grad_mode
+from rai_toolbox.autograd import with_value
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.inputs import Model
@@ -186,32 +187,15 @@ class _ThroughSteps(TorchFunctionMode):
             h = self.width * 0.1 ** kwargs.get("decimals", 0)
             ends = (func(x.detach() + each, *args, **kwargs) for each in (h, -h))
             slope = 0.5 + torch.sub(*ends) / (4 * h)
-        return _with_gradient(value, x, slope)
+        return with_value(value, slope * x)
 
     def cast(self, x: Tensor, found: Tensor) -> Tensor:
         """Integers remember what they are made of until they are cast back."""
         if inputs.is_index(found.dtype) and x.requires_grad:
             self.rounded[found] = self.step(torch.trunc, x)
         elif found.is_floating_point() and x in self.rounded:
-            return _with_gradient(found, self.rounded[x], torch.ones_like(found))
+            return with_value(found, self.rounded[x])
         return found
-
-
-class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.saved_tensors[0] * grad, None
-
-
-def _with_gradient(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
-    """A value, with the gradient of x times a slope."""
-    found: Tensor = _WithGradient.apply(value, x, slope)  # type: ignore[no-untyped-call]
-    return found
 
 
 def _has_graph(arg: Any) -> bool:
