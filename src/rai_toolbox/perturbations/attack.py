@@ -17,7 +17,7 @@ from rai_toolbox.optim.apgd import APGD
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.best_of import BestOf
-from rai_toolbox.perturbations.feasible_set import FeasibleSet
+from rai_toolbox.perturbations.feasible_set import Change, FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
 from rai_toolbox.perturbations.rivals import ChooseClasses, rival_classes
@@ -174,7 +174,7 @@ def attack(
                 if not len(rows):
                     break
                 part = allowed.rows(rows)
-            perturbation, constraint = part.zero_perturbation(), part.of_perturbations()
+            perturbation, constraint = Change(part), part.of_perturbations()
             if restart or random_start:
                 constraint.sample_(perturbation.delta.detach(), generator)
             optim = make_optimizer([perturbation.delta], constraint=constraint) if steps else None
@@ -193,7 +193,7 @@ def attack(
 
         perturbed = allowed.project(best.tensors[0])
         # Each example's best was found in another batch, on which a model may depend.
-        _, cost, succeeded = objective.evaluate(lambda x: x, perturbed, target, reused=False)
+        cost, succeeded = objective.evaluate(perturbed, target)
     warn_of_zero_gradient(zero_gradient & ~succeeded)
     return Attacked(perturbed, sign * cost, succeeded, zero_gradient, calls + samples)
 

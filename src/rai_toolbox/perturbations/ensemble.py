@@ -161,7 +161,7 @@ def ensemble(
         allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
         checked = inputs.checked(model, target, must_be_classes or may_be_classes)
         objective = Objective(checked, criterion, success=rule)
-        _, cost, success = objective.evaluate(lambda x: x, data, target)
+        cost, success = objective.evaluate(data, target)
         best = BestOf(cost, success, [data])
         zero_gradient, has_gradient = ~success, losses.has_gradient(model, data)
         fooled_by: list[str | None] = [None] * len(data)
@@ -207,7 +207,7 @@ def ensemble(
                 # (copies, as an attack may work in place)
                 found = run(counted, part.data.clone(), target[rows], **settings, **options)
             points = part.feasible(inputs.found_by("attacks", found, part.data))
-            _, cost, success = objective.evaluate(lambda x: x, points, target[rows])
+            cost, success = objective.evaluate(points, target[rows])
             best.update_(cost, success, [data.index_copy(0, rows, points)], rows)
             for row in rows[best.success[rows]].tolist():
                 fooled_by[row] = name
@@ -224,7 +224,7 @@ def ensemble(
             )
         # Each example's best was found in another batch, on which a model may depend.
         perturbed = best.tensors[0]
-        _, cost, success = objective.evaluate(lambda x: x, perturbed, target)
+        cost, success = objective.evaluate(perturbed, target)
     warn_of_zero_gradient(zero_gradient & ~success)
     return Ensembled(perturbed, -cost, success, zero_gradient, model_calls, fooled_by, calls)
 

@@ -80,10 +80,6 @@ class FeasibleSet:
         ball = self.ball._at_rows(self.data, rows)
         return FeasibleSet(self.data[rows], ball, data_range, mask, self.levels)
 
-    def zero_perturbation(self) -> Change:
-        """A perturbation of 0 for each example."""
-        return Change(self)
-
     def on_grid(self, change: Tensor) -> Tensor:
         """The points of the grid nearest to data plus a change that are exactly in the set."""
         ends = None

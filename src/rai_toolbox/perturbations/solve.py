@@ -73,17 +73,11 @@ class Objective:
     samples: int = 1
     success: Rule | None = None
 
-    def evaluate(
-        self,
-        perturbation: Callable[[Tensor], Tensor],
-        data: Tensor,
-        target: Tensor,
-        reused: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The perturbed data, costs and success."""
+    def evaluate(self, points: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The costs and success of perturbed data, which a checked model leaves as they are."""
         with torch.no_grad():
-            perturbed, cost, output = self._evaluate(perturbation, data, target, None, None, reused)
-            return perturbed, cost, self.success_of(cost, output, target)
+            _, cost, output = self._evaluate(lambda x: x, points, target, None, None, False)
+            return cost, self.success_of(cost, output, target)
 
     def _evaluate(
         self,

@@ -122,13 +122,10 @@ def square_attack(
         model = inputs.checked(model, target, must_be_classes or may_be_classes)
         objective = Objective(model, criterion, sign, samples=samples, success=success_of)
 
-        def evaluated(points: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-            return objective.evaluate(lambda x: x, points, goal)[1:]
-
         windows = Windows(data.shape[1:], ball.p, generator)
         skipped = 0 if start is None else max(queries // 9, 1)  # the queries with large windows
         found = data.clone() if start is None else _placed(start, allowed)
-        cost, success = evaluated(found, target)
+        cost, success = objective.evaluate(found, target)
         inputs.check_per_example("criterion", cost, data)
         # The examples that are not fooled: their numbers, sets, best points, costs and targets.
         rows = torch.arange(len(data), device=data.device)
@@ -150,7 +147,7 @@ def square_attack(
                 share = window_share(query + skipped, queries + skipped)
                 change = windows.next(change, radius, share)
             others = part.nearest(change)
-            other_cost, success = evaluated(others, goal)
+            other_cost, success = objective.evaluate(others, goal)
             # Where the output is constant the search wanders. Elsewhere an equal loss is no reason:
             # on rounded data a move of too many entries that do not count undoes the sparse ones.
             constant = constant & (other_cost == cost)
@@ -163,7 +160,7 @@ def square_attack(
             calls += samples
         found[rows] = points
         # Each example's best was found in another batch, on which a model may depend.
-        cost, success = evaluated(found, target)
+        cost, success = objective.evaluate(found, target)
     none = torch.zeros_like(success)
     return Attacked(found, sign * cost, success, none, calls + samples)
 
