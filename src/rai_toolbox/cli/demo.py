@@ -176,9 +176,8 @@ def _check(report: Mapping[str, Any]) -> int:
         violation = run["largest_violation"]
         held[f"the weights of the {name} fit left their L1 ball by {violation:g}"] = violation == 0
     for name, found in report["robustness"].items():
-        held[f"an attack on the {name} net left its ball or the range of pixels"] = found[
-            "feasible"
-        ]
+        failure = f"an attack on the {name} net left its ball or the range of pixels"
+        held[failure] = found["feasible"]
     failures = [failure for failure, fine in held.items() if not fine]
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)

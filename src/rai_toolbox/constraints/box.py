@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.base import Constraint, are_finite
+from rai_toolbox.constraints.kernels.box_hyperplane import corner
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide
 from rai_toolbox.constraints.sampling import uniform
 from rai_toolbox.foreach import clamp_
@@ -85,10 +86,7 @@ class Box(Constraint):
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         lower, upper = (as_wide(bound, gradient) for bound in (self.lower, self.upper))
-        corner = torch.where(gradient > 0, lower, upper)
-        middle = torch.clamp(torch.zeros_like(gradient), lower, upper)
-        corner = torch.where(gradient == 0, middle, corner)
-        return torch.where(gradient.isnan(), gradient, corner)
+        return torch.where(gradient.isnan(), gradient, corner(gradient, lower, upper))
 
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         lower, upper = (as_wide(bound, like) for bound in (self.lower, self.upper))
