@@ -147,25 +147,24 @@ def attack(
     check_count("restarts", restarts, 1)
     check_count("samples", samples, 1)
     inputs.check_generator(generator)
-    must_be_classes = criterion is None or rivals is not None
+    classes = inputs.expects_classes(criterion if rivals is None else None, fooled)
     criterion = losses.criterion_of(criterion, partial(margin_loss, smooth=True), targeted)
     make_optimizer = _optimizer_maker(optimizer or APGD, steps, ball)
     sign = 1.0 if targeted else -1.0
-    success = losses.fooled_rule(fooled, targeted, required=False, classes=must_be_classes)
-    may_be_classes = None if fooled is None else False
+    success = losses.fooled_rule(fooled, targeted, required=False, classes=bool(classes))
     with solving(model) as model:
         data = inputs.as_data(data)
-        target = inputs.as_target(target, data, must_be_classes)
+        target = inputs.as_target(target, data, classes)
         allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
-        model = inputs.checked(model, target, must_be_classes or may_be_classes)
+        model = inputs.checked(model, target, classes)
         objective = Objective(model, criterion, sign, samples=samples, success=success)
         goals, run_objective = [target], objective
         if rivals is not None:
             if targeted:
                 raise wrong("rivals", "be None with `targeted`, whose target is the rival", rivals)
-            classes = rival_classes(rivals, model, allowed, target)
-            goals = [torch.stack([target, rival], 1) for rival in classes.unbind(1)]
-            run_objective = _toward_rivals(objective, classes)
+            others = rival_classes(rivals, model, allowed, target)
+            goals = [torch.stack([target, rival], 1) for rival in others.unbind(1)]
+            run_objective = _toward_rivals(objective, others)
         calls, part, rows = int(rivals is not None), allowed, None
         best: Any = None
         for restart, of_all in product(range(restarts), goals):

@@ -65,14 +65,14 @@ def difference_attack(
     """
     check_count("directions", directions, 1)
     inputs.check_generator(generator)
-    must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
+    classes = inputs.expects_classes(criterion, fooled)
     criterion = losses.criterion_of(criterion, margin_loss, targeted=False)
     rule = losses.fooled_rule(fooled, required=False)
     with solving(model) as model:
         data = inputs.as_data(data)
-        target = inputs.as_target(target, data, must_be_classes)
+        target = inputs.as_target(target, data, classes)
         around = FeasibleSet.around(data, ball, data_range, mask, levels)
-        model = inputs.checked(model, target, must_be_classes or may_be_classes)
+        model = inputs.checked(model, target, classes)
         orthogonal = _Directions(around, directions, generator)
         # (Without a graph several times the data take no more memory than the data with one.)
         together = min(max(BLOCK // max(data.numel(), 1), 1), 8)

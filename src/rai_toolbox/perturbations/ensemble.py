@@ -152,14 +152,14 @@ def ensemble(
         missing = [option for option in options if not inputs.takes(run, option)[0]]
         if missing:
             raise wrong("attacks", f"take `{missing[0]}` where it is given", repr(name), TypeError)
-    must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
+    classes = inputs.expects_classes(criterion, fooled)
     criterion = losses.criterion_of(criterion, margin_loss, targeted=False)
     rule = losses.fooled_rule(fooled, required=False)
     with solving(model) as model, torch.no_grad():
         data = inputs.as_data(data)
-        target = inputs.as_target(target, data, must_be_classes)
+        target = inputs.as_target(target, data, classes)
         allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
-        checked = inputs.checked(model, target, must_be_classes or may_be_classes)
+        checked = inputs.checked(model, target, classes)
         objective = Objective(checked, criterion, success=rule)
         cost, success = objective.evaluate(data, target)
         best = BestOf(cost, success, [data])

@@ -39,7 +39,7 @@ def without_history(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
-def as_target(target: Any, data: Tensor, classes: bool) -> Tensor:
+def as_target(target: Any, data: Tensor, classes: bool | None) -> Tensor:
     """The target of each example, a copy; as indices if these are, or have to be, classes."""
     found: Tensor = torch.as_tensor(target, device=data.device)
     check_target(found, data, classes)
@@ -47,7 +47,12 @@ def as_target(target: Any, data: Tensor, classes: bool) -> Tensor:
     return found.long() if are_classes(found) else found
 
 
-def check_target(target: Tensor, data: Tensor, classes: bool) -> None:
+def expects_classes(criterion: object, fooled: object) -> bool | None:
+    """Whether targets are classes: they must be without a criterion; None if a rule may say."""
+    return criterion is None or (None if fooled is None else False)
+
+
+def check_target(target: Tensor, data: Tensor, classes: bool | None) -> None:
     """Raise unless there is one target for each example, of any shape if they are not classes."""
     if classes:
         check_classes("target", target)
@@ -90,7 +95,7 @@ def check_per_example(name: str, value: Tensor, data: Tensor) -> None:
         raise wrong(name, rule, got)
 
 
-def check_batch(data: Any, target: Any, classes: bool = True) -> None:
+def check_batch(data: Any, target: Any, classes: bool | None = True) -> None:
     """Raise unless these are floating-point data, shape (N, ...), and a target of each example."""
     if not isinstance(data, Tensor) or not isinstance(target, Tensor):
         got = f"{type(data).__name__} and {type(target).__name__} (use `torch.from_numpy`)"
@@ -257,7 +262,7 @@ def takes(call: Callable[..., Any], name: str) -> tuple[bool, bool]:
 
 
 def batches(
-    loader: Iterable[Any], device: torch.device | None, classes: bool = True
+    loader: Iterable[Any], device: torch.device | None, classes: bool | None = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches that hold examples, on the device; None leaves them on their own."""
     for i, batch in enumerate(loader):

@@ -177,10 +177,9 @@ def minimum_norm_attack(
         data = inputs.as_data(data)
         allowed = FeasibleSet.around(data, ball(0.0), data_range, mask, levels)
         limit = _limit(allowed, ball.p, largest)
-        must_be_classes = criterion is None and fooled is None
-        may_be_classes = None if fooled is None else False
-        target = inputs.as_target(target, data, must_be_classes)
-        checked = inputs.checked(model, target, must_be_classes or may_be_classes)
+        classes = fooled is None and inputs.expects_classes(criterion, fooled)
+        target = inputs.as_target(target, data, classes)
+        checked = inputs.checked(model, target, classes)
         best, success = data.clone(), rule(checked(data), target)
         firsts = best.clone()  # what fooled first, mostly by more than a little
         lower, upper = torch.zeros_like(limit), torch.where(success, 0.0, inf).to(limit)

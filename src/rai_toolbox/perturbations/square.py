@@ -111,15 +111,15 @@ def square_attack(
     check_count("queries", queries, 0)
     check_count("samples", samples, 1)
     inputs.check_generator(generator)
-    must_be_classes, may_be_classes = criterion is None, None if fooled is None else False
+    classes = inputs.expects_classes(criterion, fooled)
     criterion = losses.criterion_of(criterion, margin_loss, targeted)
     success_of = losses.fooled_rule(fooled, targeted, required=False)
     sign = 1.0 if targeted else -1.0
     with solving(model) as model, torch.no_grad():
         data = inputs.as_data(data)
-        target = inputs.as_target(target, data, must_be_classes)
+        target = inputs.as_target(target, data, classes)
         allowed = FeasibleSet.around(data, ball, data_range, mask, levels)
-        model = inputs.checked(model, target, must_be_classes or may_be_classes)
+        model = inputs.checked(model, target, classes)
         objective = Objective(model, criterion, sign, samples=samples, success=success_of)
 
         windows = Windows(data.shape[1:], ball.p, generator)

@@ -130,8 +130,7 @@ def universal_perturbation(
     radius = inputs.radius_of(ball)
     maker = partial(PGD, lr=_STEP * radius) if optimizer is None else optimizer
     check_lr(maker)
-    must_be_classes = criterion is None
-    may_be_classes = None if fooled is None else False
+    classes = inputs.expects_classes(criterion, fooled)
     rule = losses.fooled_rule(fooled, targeted, required=False)
     criterion = losses.criterion_of(criterion, cross_entropy, targeted)
     title, work = "universal perturbation", (epochs + 2) * length_hint(loader)
@@ -139,7 +138,7 @@ def universal_perturbation(
         ends = [inputs.without_history(torch.as_tensor(x)) for x in data_range or (-inf, inf)]
 
         def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in inputs.batches(loader, inputs.device_of(model), must_be_classes):
+            for batch in inputs.batches(loader, inputs.device_of(model), classes):
                 yield batch
                 bar.update()
 
@@ -155,7 +154,7 @@ def universal_perturbation(
 
         @torch.no_grad()
         def is_fooled(called: Model, data: Tensor, target: Tensor) -> Tensor:
-            checked = inputs.checked(called, target, must_be_classes or may_be_classes)
+            checked = inputs.checked(called, target, classes)
             return rule(checked(data), target)
 
         before = []
