@@ -12,14 +12,7 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, in_float64
 from rai_toolbox.constraints.box import Box
-from rai_toolbox.constraints.kernels.box_hyperplane import (
-    as_rows,
-    corner,
-    fill_cheapest,
-    nearest_with_sum,
-    outside_bounds,
-    rounded_bounds,
-)
+from rai_toolbox.constraints.kernels import box_hyperplane as kernel
 from rai_toolbox.constraints.kernels.rounding import noise, resolution
 from rai_toolbox.constraints.sampling import uniform
 
@@ -118,20 +111,20 @@ class BoxSection(Constraint):
         off = (terms.sum(1) - total.squeeze(1)).abs()
         right = off <= resolution(terms.abs().sum(1), weight.abs().sum(1), x.shape[1], dtype)
         distance = torch.where(right, 0.0, off / torch.linalg.vector_norm(weight, dim=1))
-        return torch.maximum(distance, outside_bounds(x, lower, upper))
+        return torch.maximum(distance, kernel.outside_bounds(x, lower, upper))
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return nearest_with_sum(x, *self._rows(x, dtype))
+        return kernel.nearest_with_sum(x, *self._rows(x, dtype))
 
     def _minimizer(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         weight, total, lower, upper = self._rows(gradient, dtype)
         # From the least sum, raise the entries that cost least for what they add to the sum.
-        least = corner(torch.where(weight != 0, weight, gradient), lower, upper)
-        most = torch.where(weight != 0, corner(-weight, lower, upper), least)
+        least = kernel.corner(torch.where(weight != 0, weight, gradient), lower, upper)
+        most = torch.where(weight != 0, kernel.corner(-weight, lower, upper), least)
         price = torch.where(weight != 0, gradient / weight, inf)
         missing = (total - (weight * least).sum(1, keepdim=True)).clamp(min=0)
         room = (weight * (most - least)).abs()
-        filled, last = fill_cheapest(price, room, missing)
+        filled, last = kernel.fill_cheapest(price, room, missing)
         point = torch.where(filled < room, least + filled / weight, most)
         # The entry that was filled last makes up for the rounding of the sum.
         left = (weight * point).sum(1, keepdim=True) - total
@@ -142,13 +135,13 @@ class BoxSection(Constraint):
     def _sampled(self, like: Tensor, generator: Generator | None) -> Tensor:
         *_, lower, upper = rows = self._rows(like, like.dtype)
         share = uniform(like, generator)
-        return nearest_with_sum((1 - share) * lower + share * upper, *rows)
+        return kernel.nearest_with_sum((1 - share) * lower + share * upper, *rows)
 
     def _rows(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, total and bounds in float64, with two dims."""
-        weight = as_rows(self.weight, x).expand(-1, x.shape[1])
-        total = as_rows(self.total, x).expand(len(x), 1)
-        return weight, total, *rounded_bounds(self.lower, self.upper, x, dtype)
+        weight = kernel.as_rows(self.weight, x).expand(-1, x.shape[1])
+        total = kernel.as_rows(self.total, x).expand(len(x), 1)
+        return weight, total, *kernel.rounded_bounds(self.lower, self.upper, x, dtype)
 
     def _least_and_most(self) -> tuple[Tensor, Tensor]:
         """The least and the largest that each entry can add to the sum."""

@@ -23,11 +23,7 @@ class Hook(Transform):
     """A user's override of a documented hook, which gets a view of each tensor."""
 
     def __init__(
-        self,
-        owner: Any,
-        hook: str,
-        replaced: tuple[Transform, ...],
-        names: Mapping[str, str],
+        self, owner: Any, hook: str, replaced: tuple[Transform, ...], names: Mapping[str, str]
     ) -> None:
         self.owner = owner  # the optimizer that has it: the one that steps, or a chain's member
         self.hook = hook

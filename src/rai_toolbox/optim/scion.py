@@ -15,12 +15,7 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels import polar
 from rai_toolbox.constraints.sharding import ON_SHARDS, is_sharded
 from rai_toolbox.constraints.spectral import NuclearBall, SpectralBall
-from rai_toolbox.optim.frank_wolfe import (
-    FrankWolfe,
-    check_momentum,
-    check_oracle,
-    interpolate_,
-)
+from rai_toolbox.optim.frank_wolfe import FrankWolfe, check_momentum, check_oracle, interpolate_
 from rai_toolbox.optim.own_step import OwnStepOptimizer, check_lr_value
 from rai_toolbox.optim.wrapper import Group, Params
 

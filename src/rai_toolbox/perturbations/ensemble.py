@@ -20,15 +20,7 @@ from rai_toolbox.perturbations.fab import fab_attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.journal import Journal
-from rai_toolbox.perturbations.losses import (
-    Criterion,
-    Rule,
-    cross_entropy,
-    dlr_loss,
-    gradient_of,
-    margin_loss,
-    most_likely_rivals,
-)
+from rai_toolbox.perturbations.losses import Criterion, Rule, cross_entropy, dlr_loss, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import Objective, solving
 from rai_toolbox.perturbations.solvers import ZeroGradientWarning, warn_of_zero_gradient
@@ -405,7 +397,8 @@ def _without_gradient(
     for points in (allowed.data, allowed.feasible(allowed.data + change)):
         with torch.enable_grad():
             x = points.detach().clone().requires_grad_()
-            gradient = gradient_of(objective.criterion(objective.model(x.clone()), target), x)
+            loss = objective.criterion(objective.model(x.clone()), target)
+            gradient = losses.gradient_of(loss, x)
         zero &= (gradient == 0).flatten(1).all(1)
     return zero
 
@@ -413,7 +406,7 @@ def _without_gradient(
 def likeliest_rivals(model: Model, around: FeasibleSet, target: Tensor, *, number: int) -> Tensor:
     """The most likely other classes, all if there are fewer than this number, shape (N, m)."""
     logits = inputs.logits_of(model(around.data))
-    return most_likely_rivals(logits, target, min(number, logits.shape[1] - 1))
+    return losses.most_likely_rivals(logits, target, min(number, logits.shape[1] - 1))
 
 
 def dlr_or_margin(logits: Tensor, target: Tensor, rival: Tensor | None = None) -> Tensor:

@@ -36,11 +36,7 @@ class FeasibleSet:
 
     @staticmethod
     def around(
-        data: Tensor,
-        ball: Ball,
-        data_range: Range,
-        mask: Tensor | None,
-        levels: int | None = None,
+        data: Tensor, ball: Ball, data_range: Range, mask: Tensor | None, levels: int | None = None
     ) -> FeasibleSet:
         """Check the settings, and expand them to the shape of the data, (N, ...)."""
         check_ball(ball)

@@ -15,10 +15,7 @@ _TOLERANCE = 0.1
 
 
 def model_minimum(
-    x: Tensor,
-    gradient: Tensor,
-    memory: Memory,
-    project_: Callable[[Tensor], Tensor],
+    x: Tensor, gradient: Tensor, memory: Memory, project_: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The minimum over a set of the model ``g (z - x) + (z - x) B (z - x) / 2``, about.
 

@@ -30,11 +30,7 @@ from rai_toolbox.perturbations.evaluation.part_file import PartFile
 from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
-from rai_toolbox.perturbations.evaluation.verification import (
-    VerificationReport,
-    predict,
-    wrong_by,
-)
+from rai_toolbox.perturbations.evaluation.verification import VerificationReport, predict, wrong_by
 from rai_toolbox.perturbations.inputs import Model, Range, wrong
 from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of
 
