@@ -98,7 +98,7 @@ class Constraint(_Immutable):
     _joins_rows: ClassVar[bool] = False  # projects rows of several batches as those of one
     _for_each: ClassVar[tuple[str, ...]] = ()  # settings with one value per sub-tensor
     _is_equation: ClassVar[bool] = False  # no interior, where the projection has derivative 1
-    _fixed: ClassVar[tuple[str, ...]] = ()  # settings that do not broadcast against the batch
+    _unaligned: ClassVar[tuple[str, ...]] = ()  # settings of another shape than the batch has
     _tensors: ClassVar[tuple[str, ...]] = ()  # of each instance: settings that hold tensors
 
     def __init_subclass__(cls) -> None:
@@ -114,7 +114,7 @@ class Constraint(_Immutable):
 
     def __post_init__(self) -> None:
         settings = {field.name: as_plain(getattr(self, field.name)) for field in fields(self)}
-        tensors = (k for k, v in settings.items() if k not in self._fixed and _holds_tensors(v))
+        tensors = (k for k, v in settings.items() if k not in self._unaligned and _holds_tensors(v))
         self.__dict__.update(settings, _tensors=tuple(tensors))
         self.__dict__["_dims"] = as_dims(settings.get("dim"))
         if settings.get("flatten") is not None:

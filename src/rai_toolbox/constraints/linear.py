@@ -163,7 +163,7 @@ class Affine(Constraint):
     """
 
     flat: ClassVar[bool] = True
-    _fixed: ClassVar[tuple[str, ...]] = ("matrix",)
+    _unaligned: ClassVar[tuple[str, ...]] = ("matrix",)
     _is_equation: ClassVar[bool] = True
     _wide: ClassVar[Tensor]  # of each instance: the matrix in float64
     _inverse: ClassVar[Tensor]  # and its pseudoinverse

@@ -107,8 +107,9 @@ class _CompiledStep:
         self.graphs = 0
         self._captures = 0
         self._is_eager = False
-        self._stepped: set[int] = set()  # ids of parameters that have had a gradient
-        self._bare: set[int] = set()  # ids of parameters that had a gradient and no state before
+        # Ids of parameters that have had a gradient; of those that had no state before that step.
+        self._had_gradient: set[int] = set()
+        self._had_no_state: set[int] = set()
         # In the present step: it is to be checked, or a graph has run, so that it must be finished.
         self._may_compile = False
         self._backend = _torch.lookup_backend(backend)
@@ -132,11 +133,11 @@ class _CompiledStep:
     def _creates_state(self) -> bool:
         """Whether a parameter may get its first state, or again after that was cleared."""
         params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        bare = {id(param) for param in params if param not in self.optimizer.state}
+        stateless = {id(param) for param in params if param not in self.optimizer.state}
         ids = set(map(id, params))
-        creates_state = not (ids and ids <= self._stepped and bare <= self._bare)
-        self._stepped |= ids
-        self._bare = (self._bare - ids) | bare
+        creates_state = not (ids and ids <= self._had_gradient and stateless <= self._had_no_state)
+        self._had_gradient |= ids
+        self._had_no_state = (self._had_no_state - ids) | stateless
         return creates_state
 
     def _can_be_compiled(self) -> bool:

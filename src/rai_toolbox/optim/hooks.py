@@ -85,6 +85,7 @@ class Hook(Transform):
             transform.count_step(group)
 
     def _call(self, tensors: list[Tensor], params: list[Tensor], group: Group) -> None:
+        """Show the hook a view of each tensor, into which it writes."""
         for tensor, param in zip(tensors, params, strict=True):
             view, copied = batch_in(tensor, group)
             shown = view
@@ -93,23 +94,7 @@ class Hook(Transform):
                 if tensor.dtype != param.dtype:
                     set_grad_dtype(shown, tensor.dtype)
                 shown.grad = view
-            outer = self.owner._viewed  # set if `param` is a view that a hook of a chain got
-            viewed, states = param if outer is None else outer, self.owner.state
-            state = states.get(viewed) or self.owner._new_state.setdefault(viewed, {})
-            own_state = state.get(self.owner._prefix, {}) if self.owner._prefix else state
-            before = states.get(shown)
-            try:
-                self.owner._viewed = viewed
-                states[shown] = own_state
-                getattr(self.owner, self.hook)(shown, optim_group=group)
-            finally:
-                self.owner._viewed = outer
-                if before is None:
-                    del states[shown]
-                else:
-                    states[shown] = before
-                if own_state is not state and own_state:  # that of a chain's member
-                    state[self.owner._prefix] = own_state
+            self._call_with_state(shown, param, group)
             if self.hook == GRADIENT_HOOK and shown.grad is not view:
                 raise ValueError(
                     f"{type(self.owner).__name__}.{self.hook} must write into `param.grad` in "
@@ -119,6 +104,27 @@ class Hook(Transform):
             # (`view.data = ...` gives a view data that the tensor does not get)
             if copied or (is_view and not share_memory(view, tensor)):
                 tensor.copy_(view.view(tensor.shape))
+
+    def _call_with_state(self, shown: Tensor, param: Tensor, group: Group) -> None:
+        """Call the hook, which meanwhile finds the parameter's state as that of what is shown."""
+        owner = self.owner
+        outer = owner._viewed  # set if `param` is a view that a hook of a chain got
+        viewed, states = param if outer is None else outer, owner.state
+        state = states.get(viewed) or owner._new_state.setdefault(viewed, {})
+        own_state = state.get(owner._prefix, {}) if owner._prefix else state
+        before = states.get(shown)
+        try:
+            owner._viewed = viewed
+            states[shown] = own_state
+            getattr(owner, self.hook)(shown, optim_group=group)
+        finally:
+            owner._viewed = outer
+            if before is None:
+                del states[shown]
+            else:
+                states[shown] = before
+            if own_state is not state and own_state:  # that of a chain's member
+                state[owner._prefix] = own_state
 
 
 def without_hooks(transforms: Iterable[Transform]) -> Iterator[Transform]:

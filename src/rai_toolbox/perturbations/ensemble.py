@@ -162,13 +162,14 @@ def ensemble(
         if if_masked is not None and has_gradient:
             masked = _without_gradient(objective, allowed, target, generator)
             model_calls += 2
-        unseen = masked.clone()  # without a gradient in `if_masked`, too
+        # Whose gradients the attacks of `if_masked` find to be 0, too.
+        still_masked = masked.clone()
         journal, done = journal or Journal(), list[str]()
         earlier = journal.earlier()
         if earlier:
             best = BestOf(earlier["cost"], earlier["success"], [earlier["data"]])
             zero_gradient, masked = earlier["zero_gradient"], earlier["masked"]
-            unseen = earlier.get("unseen", masked)  # (files of 0.2 have none)
+            still_masked = earlier.get("unseen", masked)  # (files of 0.2 have none)
             fooled_by, calls, done = earlier["fooled_by"], earlier["calls"], earlier["done"]
             model_calls = earlier["model_calls"]
         for name, run in every.items():
@@ -181,7 +182,7 @@ def ensemble(
             elif name in attacks:
                 left &= ~masked
             elif "Square" not in fooled_by:
-                left &= masked if uses_gradient else unseen
+                left &= masked if uses_gradient else still_masked
             rows = left.nonzero().squeeze(1)
             if not len(rows):
                 continue
@@ -204,14 +205,14 @@ def ensemble(
             for row in rows[best.success[rows]].tolist():
                 fooled_by[row] = name
             if uses_gradient:
-                zero = zero_gradient if name in attacks else unseen
+                zero = zero_gradient if name in attacks else still_masked
                 zero[rows] &= getattr(found, "zero_gradient", torch.tensor(False))
             calls[name] = counted.examples
             model_calls += counted.calls + 1
             done.append(name)
             journal.keep(
                 {"cost": best.cost, "success": best.success, "data": best.tensors[0]}
-                | {"zero_gradient": zero_gradient, "masked": masked, "unseen": unseen}
+                | {"zero_gradient": zero_gradient, "masked": masked, "unseen": still_masked}
                 | {"model_calls": model_calls, "fooled_by": fooled_by, "calls": calls, "done": done}
             )
         # Each example's best was found in another batch, on which a model may depend.

@@ -94,7 +94,7 @@ class Batch:
                 data, target = self.data[rows], self.target[rows]
                 perturbed, *_ = self._perturb(data, target, ball, Bar(), PartFile(None, ""))
                 after = self.predict(self.model, perturbed, target, gradient=False)
-                kept = (data, perturbed, target, after.reading, after.misclassified)
+                kept = (data, perturbed, target, after.predicted, after.misclassified)
                 found.append(Examples(norm, float(ball.epsilon), *(each.cpu() for each in kept)))
         return found
 

@@ -186,12 +186,12 @@ class RobustnessReport:
         radii = [radius for name, radius in by if name == attack]
         return [radii.count(radius) for radius in range(len(self.epsilons[norm]))]
 
-    def _doubt(self, norm: str, radii: int) -> str:
+    def _doubt(self, norm: str, number: int) -> str:
         """Why the robust accuracy after a number of radii is unreliable; empty if it may not be."""
-        checks, reasons = self.checks[norm][:radii], []
+        checks, reasons = self.checks[norm][:number], []
         if any(check.zero_gradient for check in checks):
             reasons.append("gradients are 0")
-        blind = sum(sum(self._fooled_by(norm, name)[:radii]) for name in BLACK_BOX)
+        blind = sum(sum(self._fooled_by(norm, name)[:number]) for name in BLACK_BOX)
         if blind > _FEW * len(self):
             reasons.append("the black box finds more than gradients")
         return ", ".join(reasons)

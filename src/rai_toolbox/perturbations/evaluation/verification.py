@@ -114,13 +114,13 @@ class VerificationReport:
 class Prediction(NamedTuple):
     """Data, shape (N, ...), and what a model predicts for each example, shape (N,) each.
 
-    Losses are NaN where no loss is known. `reading` is the class; with a rule it is the output, or
+    Losses are NaN where no loss is known. `predicted` is the class; with a rule the output, or
     whether that is wrong if it has not one entry per example.
     """
 
     data: Tensor
     losses: Tensor
-    reading: Tensor
+    predicted: Tensor
     misclassified: Tensor
     zero_gradient: Tensor
     finite: Tensor
@@ -177,13 +177,13 @@ def predict(
         slope = gradient_of(losses, x)
     with torch.no_grad():
         misclassified = wrong_by(correct)(output, target)
-        reading = output.argmax(1) if correct is None else output
-    if not isinstance(reading, Tensor) or reading.shape[:1] != data.shape[:1]:
-        reading = misclassified
+        predicted = output.argmax(1) if correct is None else output
+    if not isinstance(predicted, Tensor) or predicted.shape[:1] != data.shape[:1]:
+        predicted = misclassified
     losses, is_known = losses.detach(), loss is not None
     finite = (losses.isfinite() | (not is_known)) & slope.isfinite().flatten(1).all(1)
     zero_gradient = (slope == 0).flatten(1).all(1) & finite & (gradient and is_known)
-    return Prediction(data, losses, reading.detach(), misclassified, zero_gradient, finite)
+    return Prediction(data, losses, predicted.detach(), misclassified, zero_gradient, finite)
 
 
 def compare(
