@@ -254,6 +254,21 @@ def test_a_subclass_may_say_that_it_is_bounded():
     assert not sets.Intersection(*wedge.sets).bounded
 
 
+class Open(sets.MaxNorm):
+    """Neither bounded nor convex, whatever its settings say."""
+
+    bounded = convex = False
+
+
+def test_a_subclass_may_say_that_it_is_not():
+    for copied in COPIES.values():
+        less = copied(Open(1.0))
+        assert not (less.bounded or less.convex)
+    assert sets.MaxNorm(1.0).bounded and sets.MaxNorm(1.0).convex
+    with pytest.raises(ValueError, match="`lmo` needs a bounded set, got Open"):
+        less.lmo(torch.ones(2, 3))
+
+
 @pytest.mark.parametrize(
     "name", ["L1Ball", "L2Ball", "LinfBall", "Simplex", "MaxNorm", "p=1", "MinMaxNorm", "Masked"]
 )

@@ -184,6 +184,21 @@ def test_sparse_gradients_that_would_become_dense(make, why):
     assert torch.equal(embedding.grad.to_dense(), sparse(False).to_dense())
 
 
+def test_sparse_gradients_of_views():
+    """Torch adds coalesced ones without dense dims outside of a view, as plain SGD does."""
+    buffer = torch.zeros(7)
+    x = buffer[2:5].detach().requires_grad_()
+    grad = torch.sparse_coo_tensor([[1, 2, 1]], [2.0, -3.0, 2.0], (3,), check_invariants=True)
+    x.grad = grad
+    with pytest.raises(ValueError, match=r"got storage_offset\(\) = 2 for parameter 'x'"):
+        optim.SignedGradientOptim([("x", x)], lr=1.0).step()
+    assert x.grad is grad and not buffer.any()
+    rows = buffer[1:].view(3, 2).detach().requires_grad_()
+    rows.grad = torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 2), (3, 2), check_invariants=True)
+    optim.SignedGradientOptim([rows], lr=1.0).step()
+    assert buffer.tolist() == [0, -1, -1, 0, 0, -1, -1]
+
+
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.SparseAdam])
 def test_sparse_embedding(inner):
     """The real source of sparse gradients: as the same training with the transform by hand."""

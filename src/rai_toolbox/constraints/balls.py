@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,10 @@ class _Ball(Constraint):
         check_setting("epsilon", self.epsilon, least=0, finite=False)
         if self.center is not None:
             check_setting("center", self.center)
-        self.__dict__["bounded"] = are_finite(self.epsilon)
+
+    @cached_property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return are_finite(self.epsilon)
 
     def _at(self, x: Tensor, dtype: torch.dtype) -> float | Tensor:
         """The center as it counts: rounded to the dtype; in float64."""

@@ -120,8 +120,7 @@ class Constraint(_Immutable):
         if settings.get("flatten") is not None:
             check_count("flatten", settings["flatten"], 1)
         self._check_settings()
-        if type(self).bounded:  # a subclass may know more than what follows from the settings
-            self.__dict__.pop("bounded", None)
+        _ = self.convex, self.bounded  # read tensors now, not in a step
 
     def coupled_dims(self, ndim: int) -> tuple[int, ...]:
         """The dims of a batch of `ndim` dims along which the set may couple the elements."""

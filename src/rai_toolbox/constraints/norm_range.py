@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -87,8 +87,14 @@ class MinMaxNorm(Constraint):
         check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
         if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
-        self.__dict__["convex"] = not torch.as_tensor(self.min_norm, dtype=torch.float64).any()
-        self.__dict__["bounded"] = are_finite(self.max_norm)
+
+    @cached_property
+    def convex(self) -> bool:  # type: ignore[override]  # noqa: D102
+        return not torch.as_tensor(self.min_norm, dtype=torch.float64).any()
+
+    @cached_property
+    def bounded(self) -> bool:  # type: ignore[override]  # noqa: D102
+        return are_finite(self.max_norm)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)

@@ -363,13 +363,21 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]
     ) -> Tensor:
         keep_zero = all(transform.keeps_zero(group) for transform in transforms)
+        wrong = ""
         if grad.layout is not torch.sparse_coo or not keep_zero:
-            label = labels(group)[next(i for i, p in enumerate(group["params"]) if p is param)]
-            raise ValueError(
-                f"{type(self).__name__} needs dense gradients (embeddings: `sparse=False`; only "
-                f"elementwise transforms that map 0 to 0 support sparse COO), got {grad.layout} "
-                f"for {label}"
+            wrong = (
+                "needs dense gradients (embeddings: `sparse=False`; only elementwise transforms "
+                f"that map 0 to 0 support sparse COO), got {grad.layout}"
             )
+        elif param.is_cpu and param.storage_offset() and not grad.dense_dim():
+            # Torch 2.13 adds coalesced ones at twice the offset, even beyond the storage.
+            wrong = (
+                "supports sparse gradients without dense dims only for parameters that start "
+                f"where their storage does, got storage_offset() = {param.storage_offset()}"
+            )
+        if wrong:
+            label = labels(group)[next(i for i, p in enumerate(group["params"]) if p is param)]
+            raise ValueError(f"{type(self).__name__} {wrong} for {label}")
         param.grad = grad.coalesce()
         return param.grad._values()
 

@@ -41,7 +41,7 @@ class _ClampingOptimizer(ParamTransformingOptimizer):
     ) -> None:
         arguments = constructor_arguments(locals())
         inner = optimizer_class(InnerOpt)
-        if isinstance(self, ClampedParameterOptimizer) and not issubclass(inner, ELEMENTWISE):
+        if self._after and not issubclass(inner, ELEMENTWISE):  # (not if it clamps gradients)
             self._before = (*self._before, ClampMapping(inner))
         super().__init__(**arguments)
 

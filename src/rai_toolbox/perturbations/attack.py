@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.optim.apgd import APGD
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import Change, FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
 from rai_toolbox.perturbations.rivals import ChooseClasses, rival_classes
 from rai_toolbox.perturbations.solve import Attacked, Objective, solve, solving

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rai_toolbox.checks import check_setting
-from rai_toolbox.perturbations.inputs import Model, wrong
+from rai_toolbox.checks import check_setting, wrong
+from rai_toolbox.perturbations.inputs import Model
 
 
 def classifier(

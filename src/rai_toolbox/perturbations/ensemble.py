@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
@@ -18,7 +18,7 @@ from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.differences import difference_attack
 from rai_toolbox.perturbations.fab import fab_attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.journal import Journal
 from rai_toolbox.perturbations.losses import Criterion, Rule, cross_entropy, dlr_loss, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals

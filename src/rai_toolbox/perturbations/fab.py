@@ -8,13 +8,13 @@ from math import inf
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.kernels.box_hyperplane import moved_to_sum
 from rai_toolbox.constraints.kernels.rounding import as_wide
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import gradient_of, is_fooled, margin_loss, most_likely_rivals
 from rai_toolbox.perturbations.rivals import ChooseClasses, rival_classes
 from rai_toolbox.perturbations.solve import Attacked, solving

@@ -10,13 +10,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints import BoundedBall, LinfBall
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import BLOCK, row_blocks
 from rai_toolbox.constraints.kernels.rounding import as_wide, is_farther, noise
 from rai_toolbox.perturbations.grid import Grid
-from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded, wrong
+from rai_toolbox.perturbations.inputs import Range, bounds_of, check_ball, expanded
 from rai_toolbox.perturbations.models.additive import check_mask
 
 

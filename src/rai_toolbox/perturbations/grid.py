@@ -8,9 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.kernels.rounding import noise
-from rai_toolbox.perturbations.inputs import wrong
 
 
 @dataclass(frozen=True)

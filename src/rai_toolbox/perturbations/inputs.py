@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_order, parameters_of
-from rai_toolbox.checks import wrong as wrong
+from rai_toolbox.checks import check_order, parameters_of, wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.modules import modules_in

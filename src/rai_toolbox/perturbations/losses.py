@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rai_toolbox.perturbations.inputs import are_classes, are_logits, is_index, logits_of, wrong
+from rai_toolbox.checks import wrong
+from rai_toolbox.perturbations.inputs import are_classes, are_logits, is_index, logits_of
 
 Criterion = Callable[[Any, Tensor], Tensor]
 """From the output of a model and the target to the loss of each example, shape (N,)."""

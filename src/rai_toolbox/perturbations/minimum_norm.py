@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_count, check_number
+from rai_toolbox.checks import check_count, check_number, wrong
 from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.fab import DUAL, fab_attack
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import Criterion, Rule, gradient_of, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
 from rai_toolbox.perturbations.solve import NotFiniteWarning, solving

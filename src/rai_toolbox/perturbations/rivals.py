@@ -8,9 +8,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, check_classes, logits_of, wrong
+from rai_toolbox.perturbations.inputs import Model, check_classes, logits_of
 from rai_toolbox.perturbations.losses import gradient_of, margin_loss, most_likely_rivals
 
 ChooseClasses = Callable[[Model, FeasibleSet, Tensor], Tensor]

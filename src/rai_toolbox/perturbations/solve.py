@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rai_toolbox._torch import backward, has_step_hooks, plain_step, set_grad_mode, unhooked
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
 from rai_toolbox.perturbations.feasible_set import Change
-from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes, wrong
+from rai_toolbox.perturbations.inputs import Model, check_per_example, logits_of, takes
 from rai_toolbox.perturbations.losses import Criterion, Rule, rule_of_stack
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import InitializedModel, PerturbationModel

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.perturbations import inputs
 from rai_toolbox.perturbations.best_of import BestOf
-from rai_toolbox.perturbations.inputs import Model, wrong
+from rai_toolbox.perturbations.inputs import Model
 from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.models.base import PerturbationModel

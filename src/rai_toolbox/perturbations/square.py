@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.kernels.rounding import as_wide
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.feasible_set import FeasibleSet
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import Criterion, Rule, margin_loss
 from rai_toolbox.perturbations.solve import Attacked, Objective, solving
 from rai_toolbox.perturbations.windows import Windows, window_share

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.extras import progress as progress_bar
 from rai_toolbox.optim.pgd import PGD
 from rai_toolbox.perturbations import inputs, losses
-from rai_toolbox.perturbations.inputs import Model, Range, check_lr, logits_of, wrong
+from rai_toolbox.perturbations.inputs import Model, Range, check_lr, logits_of
 from rai_toolbox.perturbations.losses import Criterion, Rule, cross_entropy
 from rai_toolbox.perturbations.models.additive import AdditivePerturbation
 from rai_toolbox.perturbations.solve import solving, warn_of_not_finite

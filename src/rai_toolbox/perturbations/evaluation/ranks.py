@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from rai_toolbox.perturbations.inputs import wrong
+from rai_toolbox.checks import wrong
 
 T = TypeVar("T")
 

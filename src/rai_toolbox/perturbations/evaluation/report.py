@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations.ensemble import BLACK_BOX
 from rai_toolbox.perturbations.evaluation.plot import draw_report
@@ -24,7 +25,7 @@ from rai_toolbox.perturbations.evaluation.rows import (
     wilson_interval,
 )
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport
-from rai_toolbox.perturbations.inputs import check_ball, wrong
+from rai_toolbox.perturbations.inputs import check_ball
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rai_toolbox import extras
-from rai_toolbox.checks import check_count
+from rai_toolbox.checks import check_count, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.sharding import is_sharded
 from rai_toolbox.modules import modules_in
@@ -31,7 +31,7 @@ from rai_toolbox.perturbations.evaluation.ranks import Ranks
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport, RobustnessWarning
 from rai_toolbox.perturbations.evaluation.state_file import StateFile
 from rai_toolbox.perturbations.evaluation.verification import VerificationReport, predict, wrong_by
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import Criterion, Rule, criterion_of
 
 

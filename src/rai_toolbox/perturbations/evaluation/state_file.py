@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rai_toolbox.checks import wrong
 from rai_toolbox.perturbations.evaluation.report import RobustnessReport
-from rai_toolbox.perturbations.inputs import wrong
 
 FORMAT = "rai_toolbox evaluation 2"
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.perturbations import inputs
-from rai_toolbox.perturbations.inputs import Model, Range, wrong
+from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import (
     Criterion,
     Rule,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rai_toolbox.batch import sub_ndim
-from rai_toolbox.perturbations.inputs import without_history, wrong
+from rai_toolbox.checks import wrong
+from rai_toolbox.perturbations.inputs import without_history
 from rai_toolbox.perturbations.models.base import InitializedModel
 
 

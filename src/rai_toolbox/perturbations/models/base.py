@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rai_toolbox.checks import check_finite
-from rai_toolbox.perturbations.inputs import FLOATING, wrong
+from rai_toolbox.checks import check_finite, wrong
+from rai_toolbox.perturbations.inputs import FLOATING
 
 
 @runtime_checkable

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_setting
-from rai_toolbox.perturbations.inputs import bounds_of, wrong
+from rai_toolbox.checks import check_setting, wrong
+from rai_toolbox.perturbations.inputs import bounds_of
 from rai_toolbox.perturbations.models.base import ImagePerturbation
 
 
