@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, overload
 
@@ -17,10 +17,9 @@ from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.inner import step_inner, with_iterates
 from rai_toolbox.optim.own_step import Move, OwnStepOptimizer
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
-from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
+from rai_toolbox.optim.short_step import short_step
+from rai_toolbox.optim.transforms import SCALE, SHIFT, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
-
-SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
 
 class ParamTransformingOptimizer(OptimizerWrapper):
@@ -93,8 +92,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
 
-    _step_alone_: Callable[[], bool] | None = None
-    """Make a step in fewer calls, with the same results, if a subclass has one that fits."""
+    _short_step: Callable[[], bool] | None = None
+    """A step in few calls, which returns whether it fits, from a step before."""
 
     _has_initialized = False
     """Whether a distributed checkpoint may have made its step."""
@@ -208,8 +207,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
         if closure is None and not (compiling or kwargs):
-            if self._step_alone_ is not None and self._step_alone_():
+            if self._short_step is not None and self._short_step():
                 return None
+            self._short_step = self._make_short_step()
         self._new_state.clear()  # what a step that failed has left
         if closure is not None:
             closure = partial(self._evaluated, closure)
@@ -234,6 +234,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         loss: float | None = step_inner(self.inner_opt, closure, kwargs)
         self._post_step()
         return loss
+
+    def _make_short_step(self) -> Callable[[], bool] | None:
+        """A step in few calls, with the same results, for settings as they are, if there is one."""
+        return short_step(self)
 
     def _prepared_step(self) -> Callable[[], object] | None:
         """A step as a function of its own, if parameters are finite, for a solver that makes many.
@@ -269,15 +273,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         todo: list[tuple[Any, ...]] = []
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
-            active, by_parts = [], move_ is not None or len(group["params"]) > 1
-            for transform in transforms:
-                if transform.is_active(group):
-                    active.append(transform)
-                    by_parts = by_parts and transform.by_parts(group)
-            if group["grad_scale"] != 1:
-                active.append(SCALE)
-            if group["grad_bias"] != 0:
-                active.append(SHIFT)
+            active = self._active(group, transforms)
+            by_parts = move_ is not None or len(group["params"]) > 1
+            by_parts = by_parts and all(transform.by_parts(group) for transform in active)
             if not by_parts:
                 move_ = None
             if active:
@@ -297,6 +295,15 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 if move_ is not None:
                     move_(some, group)
         return move_ is not None
+
+    def _active(self, group: Group, transforms: Iterable[Transform]) -> list[Transform]:
+        """What changes the gradients of a group, of transforms and of the group's own scaling."""
+        active = [transform for transform in transforms if transform.is_active(group)]
+        if group["grad_scale"] != 1:
+            active.append(SCALE)
+        if group["grad_bias"] != 0:
+            active.append(SHIFT)
+        return active
 
     def _post_step(self, is_step: bool = True) -> None:
         if self._new_state:
