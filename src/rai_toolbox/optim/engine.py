@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Generator, Tensor
+from torch.optim import SGD
 
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
@@ -209,7 +210,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if closure is None and not (compiling or kwargs):
             if self._short_step is not None and self._short_step():
                 return None
-            self._short_step = self._make_short_step()
+            few = len(self.inner_opt.param_groups) == 1  # (or asked each time in vain)
+            if few and isinstance(self.inner_opt, (SGD, OwnStepOptimizer)):
+                self._short_step = self._make_short_step()
         self._new_state.clear()  # what a step that failed has left
         if closure is not None:
             closure = partial(self._evaluated, closure)
@@ -273,9 +276,15 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         todo: list[tuple[Any, ...]] = []
         seen: set[int] = set()
         for group in self.inner_opt.param_groups:
-            active = self._active(group, transforms)
-            by_parts = move_ is not None or len(group["params"]) > 1
-            by_parts = by_parts and all(transform.by_parts(group) for transform in active)
+            active, by_parts = [], move_ is not None or len(group["params"]) > 1
+            for transform in transforms:
+                if transform.is_active(group):
+                    active.append(transform)
+                    by_parts = by_parts and transform.by_parts(group)
+            if group["grad_scale"] != 1:
+                active.append(SCALE)
+            if group["grad_bias"] != 0:
+                active.append(SHIFT)
             if not by_parts:
                 move_ = None
             if active:
@@ -295,15 +304,6 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 if move_ is not None:
                     move_(some, group)
         return move_ is not None
-
-    def _active(self, group: Group, transforms: Iterable[Transform]) -> list[Transform]:
-        """What changes the gradients of a group, of transforms and of the group's own scaling."""
-        active = [transform for transform in transforms if transform.is_active(group)]
-        if group["grad_scale"] != 1:
-            active.append(SCALE)
-        if group["grad_bias"] != 0:
-            active.append(SHIFT)
-        return active
 
     def _post_step(self, is_step: bool = True) -> None:
         if self._new_state:

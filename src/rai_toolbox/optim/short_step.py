@@ -18,7 +18,7 @@ from rai_toolbox.constraints.kernels.blocks import in_blocks
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.sgd import can_step, step_of_one
-from rai_toolbox.optim.transforms import each_for_one
+from rai_toolbox.optim.transforms import SCALE, SHIFT, each_for_one
 
 _HOOKS = {GRADIENT_HOOK, PARAMETER_HOOK}
 _REPLACED = {"step", "grad_scale", "found_inf"}  # what a user or a GradScaler sets on an optimizer
@@ -38,7 +38,8 @@ def short_step(optimizer: Any) -> Callable[[], bool] | None:
         return None
     inner, (group,) = optimizer.inner_opt, optimizer.inner_opt.param_groups
     (param,) = params = list(group["params"])
-    active = optimizer._active(group, optimizer._before)
+    declared = (*optimizer._before, SCALE, SHIFT)
+    active = [transform for transform in declared if transform.is_active(group)]
     before = each_for_one(active, param, group, optimizer)
     after = optimizer._after
     move_ = step_of_one(inner, param) if type(inner) is SGD else inner.step_of_one(param)

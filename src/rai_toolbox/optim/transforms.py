@@ -210,6 +210,9 @@ class Scale(_OfSetting):
 class Shift(_OfSetting):
     """``g + setting``."""
 
+    def is_active(self, group: Group) -> bool:
+        return bool(group[self.setting] != 0.0)
+
     def keeps_zero(self, group: Group) -> bool:
         return bool(group[self.setting] == 0.0)
 
