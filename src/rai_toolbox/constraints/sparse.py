@@ -88,11 +88,30 @@ def _keep_largest_(rows: Tensor, k: int) -> None:
     rows.masked_fill_(~are_largest(rows, k), 0.0)
 
 
-def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Integers in the order of magnitudes, with NaN on top; the `k`-th largest of each row."""
+def keep_largest_of_row_(row: Tensor, k: int) -> bool:
+    """`keep_largest_`, for a plain batch (1, n) of one row and 0 < k < n.
+
+    Returns whether k entries are not 0, if there is no NaN.
+    """
+    largest = row.abs().topk(k + 1, dim=1).values
+    least, next_one = largest[0, k - 1 :].tolist()
+    if least > next_one:
+        row.copy_(torch.hardshrink(row, next_one))
+        return True
+    row.masked_fill_(~are_largest(row, k), 0.0)  # there are ties, or NaN
+    return False
+
+
+def _order(rows: Tensor) -> Tensor:
+    """Integers in the order of magnitudes, with NaN on top."""
     # The bits of a magnitude, read as an integer, have the order of magnitudes.
     sizes = rows.abs()
-    order = sizes.view(_INTEGERS[sizes.element_size()])
+    return sizes.view(_INTEGERS[sizes.element_size()])
+
+
+def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `_order` of rows, and the `k`-th largest integer of each row."""
+    order = _order(rows)
     return order, order.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox.checks import wrong
-from rai_toolbox.optim.engine import SCALE, SHIFT, ParamTransformingOptimizer
+from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK
 from rai_toolbox.optim.settings import base_name
+from rai_toolbox.optim.transforms import SCALE, SHIFT
 from rai_toolbox.optim.wrapper import MEMBER, Group, Params, checked_group
 
 # Settings that the chain has itself: without a number they are the chain's. A member scales and

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Generator, Tensor
+from torch.optim import SGD
 
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
@@ -17,10 +18,9 @@ from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.inner import step_inner, with_iterates
 from rai_toolbox.optim.own_step import Move, OwnStepOptimizer
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
-from rai_toolbox.optim.transforms import Scale, Shift, TopQ, Transform
+from rai_toolbox.optim.short_step import short_step
+from rai_toolbox.optim.transforms import SCALE, SHIFT, TopQ, Transform
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, checked_group
-
-SCALE, SHIFT = Scale("grad_scale"), Shift("grad_bias")
 
 
 class ParamTransformingOptimizer(OptimizerWrapper):
@@ -93,8 +93,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
 
-    _step_alone_: Callable[[], bool] | None = None
-    """Make a step in fewer calls, with the same results, if a subclass has one that fits."""
+    _short_step: Callable[[], bool] | None = None
+    """A step in few calls, which returns whether it fits, from a step before."""
 
     _has_initialized = False
     """Whether a distributed checkpoint may have made its step."""
@@ -208,8 +208,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
         if closure is None and not (compiling or kwargs):
-            if self._step_alone_ is not None and self._step_alone_():
+            if self._short_step is not None and self._short_step():
                 return None
+            few = len(self.inner_opt.param_groups) == 1  # (or asked each time in vain)
+            if few and isinstance(self.inner_opt, (SGD, OwnStepOptimizer)):
+                self._short_step = self._make_short_step()
         self._new_state.clear()  # what a step that failed has left
         if closure is not None:
             closure = partial(self._evaluated, closure)
@@ -234,6 +237,10 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         loss: float | None = step_inner(self.inner_opt, closure, kwargs)
         self._post_step()
         return loss
+
+    def _make_short_step(self) -> Callable[[], bool] | None:
+        """A step in few calls, with the same results, for settings as they are, if there is one."""
+        return short_step(self)
 
     def _prepared_step(self) -> Callable[[], object] | None:
         """A step as a function of its own, if parameters are finite, for a solver that makes many.

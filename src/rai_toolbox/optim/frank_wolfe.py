@@ -220,10 +220,7 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         or a scheduler has a part in the step, where groups have constraints, or where tensors share
         memory. Groups are checked as a step does.
         """
-        step = type(self).step
-        is_replaced = type(step) is not FunctionType or known_plain_step(step) is not _STEP
-        is_replaced = is_replaced or "step" in self.__dict__
-        if type(self) is not FrankWolfe or is_replaced or has_own_step_hooks(self):
+        if not self._has_own_step() or "step" in self.__dict__ or has_own_step_hooks(self):
             return None
         params: list[Tensor] = []
         for group in self.param_groups:
@@ -232,6 +229,18 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
                 return None
             params += group["params"]
         return self._mover_of(params) if len(params) > 1 else self._move_each_
+
+    def step_of_one(self, param: Tensor) -> Callable[[Tensor], object] | None:  # noqa: D102
+        (group,) = self.param_groups
+        if not self._has_own_step() or group["constraint"] is not None:
+            return None
+        return lambda grad: self._move_(param, group)
+
+    def _has_own_step(self) -> bool:
+        """Whether its step is the one defined here."""
+        step = type(self).step
+        is_own = type(step) is FunctionType and known_plain_step(step) is _STEP
+        return is_own and type(self) is FrankWolfe
 
     def _mover_of(self, params: list[Tensor]) -> Move | None:
         """A function that moves those that have gradients, unless any share memory."""
@@ -247,9 +256,12 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
                 self._started(param, group)
             return
         for param in params:
-            step = self._started(param, group)["step"]
-            _add_(param, _fraction(step.item(), group), group["lmo_scaling_factor"])
-            step.add_(one_like(step))  # (a number would be made a tensor each time)
+            self._move_(param, group)
+
+    def _move_(self, param: Tensor, group: Group) -> None:
+        step = self._started(param, group)["step"]
+        _add_(param, _fraction(step.item(), group), group["lmo_scaling_factor"])
+        step.add_(one_like(step))  # (a number would be made a tensor each time)
 
     def _move_together_(self, params: list[Tensor], group: Group) -> None:
         if isinstance(group["lr"], Tensor) or group["lr"] == 0:

@@ -94,6 +94,6 @@ def own_state(optimizer: Optimizer) -> dict[str, Any]:
     return {
         name: value
         for name, value in optimizer.__dict__.items()
-        if name not in ("step", "_opt_called")
+        if name not in ("step", "_opt_called", "_short_step")
         and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
     }

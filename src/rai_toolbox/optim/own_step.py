@@ -63,6 +63,10 @@ class OwnStepOptimizer(Optimizer):
         """A function that moves parameters, if calls of it for all of them do what a step does."""
         return None
 
+    def step_of_one(self, param: Tensor) -> Callable[[Tensor], object] | None:
+        """A step of the only parameter, by its gradient, as long as its settings are the same."""
+        return None
+
     def _check_groups(self, groups: Sequence[Group]) -> None:
         """Raise if a setting of any group breaks its rule."""
         for group in groups:

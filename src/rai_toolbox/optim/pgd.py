@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf, isfinite
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from rai_toolbox._torch import has_step_hooks, plain_step
+from rai_toolbox._torch import plain_step
 from rai_toolbox.checks import check_fraction
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
 from rai_toolbox.constraints.kernels import directions
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
-from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
-from rai_toolbox.optim.sgd import can_step
+from rai_toolbox.optim.short_step import short_step, unchanged
 from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
@@ -135,64 +133,63 @@ class PGD(Constrained, ParamTransformingOptimizer):
             lr = InnerOpt.keywords.get("lr", lr)
         super().__init__(**constructor_arguments(locals()))
 
-    def _step_alone_(self) -> bool:
-        step = self._short_step()
-        if step is None:
-            return False
-        param = self.inner_opt.param_groups[0]["params"][0]
-        if not _fits(param.grad, param):
-            return False
-        # (NaN makes NaN of the product)
-        if not isfinite(torch.dot(param.view(-1), param.grad.view(-1)).item()):
-            return False
-        step()
-        return True
+    def _make_short_step(self) -> Callable[[], bool] | None:
+        gradient = unchanged(self)
+        move_ = gradient and self._short_move()
+        if gradient is None or move_ is None:
+            return short_step(self)
+        (param,) = self.inner_opt.param_groups[0]["params"]
+
+        def step() -> bool:
+            grad = gradient()
+            if grad is None or not _is_plain_batch(param):
+                return False
+            # (NaN makes NaN of the product)
+            if not isfinite(torch.dot(param.view(-1), grad.view(-1)).item()):
+                return False
+            move_(grad)
+            return True
+
+        return step
 
     def _prepared_step(self) -> Callable[[], object] | None:
-        step = self._short_step()
-        if step is None or isfinite(self.inner_opt.param_groups[0]["params"][0].sum().item()):
-            return step
-        return None
-
-    def _short_step(self) -> Callable[[], object] | None:
-        """The step of one plain batch by bare SGD in few calls, with the same bits, or None.
-
-        It may be called as long as batch and gradients are finite.
-        """
-        inner, groups = self.inner_opt, self.inner_opt.param_groups
-        if len(groups) != 1 or len(groups[0]["params"]) != 1:
+        gradient = unchanged(self)
+        move_ = gradient and self._short_move()
+        if gradient is None or move_ is None:
             return None
-        group = groups[0]
-        if (
-            type(self) is not PGD
-            or plain_step(PGD.step) is not _STEP
-            or not can_step(inner, plain_step(type(inner).step))
-            or "step" in inner.__dict__
-            or has_step_hooks(inner)
-            or not _HOOKS.isdisjoint(self.__dict__)
-            or not _is_plain_batch(group["params"][0])
-            or not _is_simple(group)
-        ):
+        (param,) = self.inner_opt.param_groups[0]["params"]
+        if not isfinite(param.sum().item()):
             return None
-        param, constraint, settings = group["params"][0], group["constraint"], list(group.values())
-        p, rate = _order(constraint), -group["lr"]
+
+        def step() -> None:
+            grad = gradient(could_replace=False)
+            if grad is None:  # (a model may have a scheduler)
+                _STEP(self)
+            else:
+                move_(grad)
+
+        return step
+
+    def _short_move(self) -> Callable[[Tensor], object] | None:
+        """What moves one plain batch by its finite gradient, with the bits of the step, or None."""
+        (group,) = self.inner_opt.param_groups
+        (param,) = group["params"]
+        is_known = type(self) is PGD and plain_step(PGD.step) is _STEP
+        if not (is_known and _is_plain_batch(param) and _is_simple(group)):
+            return None
+        constraint, p = group["constraint"], _order(group["constraint"])
         is_bounded = isinstance(constraint, BoundedBall)
         is_short = len(param) == 1 and param.numel() <= BLOCK // 2
         project_ = constraint.projection_like(param) if is_bounded else constraint.project_
 
-        def step() -> None:
-            grad = param.grad
-            is_same = all(map(is_, group.values(), settings))  # (a model may have a scheduler)
-            if not (is_same and _fits(grad, param)):
-                _STEP(self)
-                return
+        def move_(grad: Tensor) -> None:
             if p == inf:
                 grad.sign_()
             elif p == 1 or not (is_short and directions.normalize_row_(grad, p)):
                 self._before[0].apply_([grad], [param], group, self)
-            project_(param.add_(grad, alpha=rate))
+            project_(param.add_(grad, alpha=-group["lr"]))
 
-        return step
+        return move_
 
 
 _STEP = plain_step(PGD.step)
@@ -206,12 +203,7 @@ def _order(constraint: Any) -> float:
 
 def _is_simple(group: Group) -> bool:
     """Whether settings of SGD and of the wrapper have no effect, but for a positive `lr`."""
-    lr = group["lr"]
-    return (
-        type(lr) is float
-        and 0.0 < lr <= _LONGEST
-        and all(group.get(name) == value for name, value in _WITHOUT_EFFECT.items())
-    )
+    return all(group.get(name) == value for name, value in _WITHOUT_EFFECT.items())
 
 
 def _is_plain_batch(param: Tensor) -> bool:
@@ -225,19 +217,6 @@ def _is_plain_batch(param: Tensor) -> bool:
     )
 
 
-def _fits(grad: Tensor | None, param: Tensor) -> bool:
-    """Whether there is a gradient that operators may change as they change such a parameter."""
-    return (
-        grad is not None
-        and is_plain(grad)
-        and grad.dtype == param.dtype
-        and grad.layout is torch.strided
-        and grad.is_contiguous()
-    )
-
-
-_LONGEST = 1e30  # what is less than a rounding of the largest numbers, so that no step is infinite
-_HOOKS = {GRADIENT_HOOK, PARAMETER_HOOK}
 _WITHOUT_EFFECT = {
     **{"momentum": 0, "weight_decay": 0, "nesterov": False, "maximize": False},
     **{"foreach": None, "differentiable": False, "fused": None},

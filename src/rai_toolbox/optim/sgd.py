@@ -60,19 +60,46 @@ def step_sgd(inner: SGD) -> None:
             _STEP(stand_in)
 
 
+def step_of_one(inner: SGD, param: Tensor) -> Callable[[Tensor], object]:
+    """`step_sgd` for the only parameter, a plain one on the CPU, by its gradient.
+
+    It serves as long as the settings, except for `lr`, stay what they are, and `can_step`.
+    """
+    (group,) = inner.param_groups
+    momentum, share = group["momentum"], 1 - group["dampening"]
+    is_short = not (group["weight_decay"] or group["nesterov"] or group["maximize"])
+    if not (is_short and _is_usual(group)) or (momentum and param.numel() > _SMALL):
+        return lambda grad: step_sgd(inner)
+
+    def step(grad: Tensor) -> None:  # as torch's own loop
+        if momentum:
+            average = inner.state.get(param, {}).get("momentum_buffer")
+            if average is None:
+                step_sgd(inner)
+                return
+            grad = average.mul_(momentum).add_(grad, alpha=share)
+        param.add_(grad, alpha=-group["lr"])
+
+    return step
+
+
+def _is_usual(group: Mapping[str, Any]) -> bool:
+    """Whether numbers are numbers, and nobody has chosen how to step."""
+    return (
+        group["foreach"] is None
+        and group["fused"] is None
+        and group["differentiable"] is False
+        and type(group["lr"]) is float
+        and {type(group[name]) for name in ("momentum", "dampening", "weight_decay")} <= _REAL
+        and type(group["nesterov"]) is type(group["maximize"]) is bool
+    )
+
+
 def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[str, Any]]:
     """Step what can be stepped faster; the rest of the group, if any."""
     lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
     decay, nesterov, maximize = group["weight_decay"], group["nesterov"], group["maximize"]
-    is_usual = (
-        group["foreach"] is None
-        and group["fused"] is None
-        and group["differentiable"] is False
-        and type(lr) is float
-        and {type(momentum), type(dampening), type(decay)} <= _REAL
-        and type(nesterov) is type(maximize) is bool
-    )
-    if not is_usual:
+    if not _is_usual(group):
         return [group]
     params = [param for param in group["params"] if param.grad is not None]
     grads: list[Any] = [param.grad for param in params]

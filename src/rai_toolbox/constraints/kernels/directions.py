@@ -41,10 +41,8 @@ def sign_(tensors: list[Tensor]) -> None:
     A zero may lose its sign.
     """
     if len(tensors) == 1:
-        x = tensors[0]
-        is_small = x.numel() <= _SMALL and in_blocks(x) and not torch.is_grad_enabled()
-        if is_small and x.equal(x) and not x.is_complex():  # (NaN is not equal)
-            x.sgn_()
+        if is_small(tensors[0]) and not torch.is_grad_enabled():
+            sign_small_(tensors[0])
         else:
             _sign_alike_(tensors)
         return
@@ -54,6 +52,19 @@ def sign_(tensors: list[Tensor]) -> None:
         alike.setdefault(kind, []).append(x)
     for some in alike.values():
         _sign_alike_(some)
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether `sign_small_` is for a tensor."""
+    return x.numel() <= _SMALL and in_blocks(x) and not x.is_complex()
+
+
+def sign_small_(x: Tensor) -> None:
+    """`sign_` of a small plain tensor that is not recorded by autograd."""
+    if x.equal(x):  # (NaN is not equal)
+        x.sgn_()
+    else:
+        _sign_alike_([x])
 
 
 def _sign_alike_(tensors: list[Tensor]) -> None:
@@ -75,7 +86,7 @@ def _sign_alike_(tensors: list[Tensor]) -> None:
             _sign_plain_(tensor)
     elif x.numel() > 0:
         for chunk in foreach.in_chunks(tensors, BLOCK // x.numel()):
-            _sign_small_(chunk)
+            _sign_chunk_(chunk)
 
 
 def _sign_plain_(x: Tensor) -> None:
@@ -85,7 +96,7 @@ def _sign_plain_(x: Tensor) -> None:
         part.addcmul_(part, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
 
 
-def _sign_small_(tensors: list[Tensor]) -> None:
+def _sign_chunk_(tensors: list[Tensor]) -> None:
     if isfinite(torch.stack(tensors).sum().item()):
         foreach_sign_(tensors)
     else:  # there may be a NaN, which `torch.sign` would hide
@@ -183,3 +194,12 @@ def largest_sign_(rows: Tensor) -> Tensor:
     kept = readable(rows).gather(1, index)
     sign_([kept])
     return rows.zero_().scatter_(1, index, kept)
+
+
+def largest_sign_of_row_(row: Tensor) -> None:
+    """`largest_sign_` of one dense plain row that has entries, of any shape."""
+    entries = row.view(-1)
+    largest = entries[int(entries.abs().argmax())]
+    sign = 1.0 if (value := largest.item()) > 0 else -1.0 if value < 0 else value
+    entries.zero_()
+    largest.fill_(sign)
