@@ -117,21 +117,15 @@ class MinMaxNorm(Constraint):
             self._scale_each_(batches)
 
     def _scale_each_(self, batches: list[Tensor]) -> None:
-        """Project each while it is in cache; rows that no factor fits then once more."""
-        dtype = scale_dtype(batches[0])
-        least, most = self._fitting(dtype)
-        if not least < self.min_norm:  # (else factors lengthen what is too short: without loss)
+        """Project by a factor for each row, or one by one if no factor fits some row."""
+        factor = self._factors(wide_norms(batches), batches[0])
+        if factor is None:
             for x in batches:
                 self._scale_(x)
             return
-        length = wide_norms(batches)
-        factor = self._factor(length, length.clamp(least, most), batches[0]).to(dtype)
-        for x, some in zip(batches, for_each(factor, batches), strict=True):
+        of_rows = for_each(factor.to(scale_dtype(batches[0])), batches)
+        for x, some in zip(batches, of_rows, strict=True):
             x.mul_(some)
-        shortest, longest = least_and_most(length)
-        if not (least < shortest and longest < most):
-            for x in batches:
-                self._scale_(x)  # (rows that are right stay as they are)
 
     def _fitting(self, dtype: torch.dtype) -> tuple[float, float]:
         """Norms between which a factor, to the bounds, is a normal number: others are imprecise."""

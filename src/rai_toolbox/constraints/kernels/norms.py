@@ -134,31 +134,26 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
 def wide_norms(batches: list[Tensor]) -> Tensor:
     """Euclidean norms of all rows of some plain batches (N, ...) in float64, shape (N,).
 
-    Wide copies of large batches share memory, for new memory is slow to touch: at most as much as
-    a batch has. Of each copied piece, every thread gets rows that it had in the whole batch, which
-    are in its cache.
+    Large ones go by equal pieces, whose wide copies share memory, for new memory is slow to touch:
+    at most as much as a batch has.
     """
-    if len(batches) == 1 and batches[0].numel() <= BLOCK:  # in fewer calls
-        return norm(batches[0], 2, batches[0].ndim - 1).view(-1)
-    threads, memory = torch.get_num_threads(), batches[0].new_empty(0)
-    heights = [x.shape[0] for x in batches]  # (`len` of a tensor takes a microsecond)
-    found = memory.new_empty(sum(heights), dtype=torch.float64)
-    for x, height, lengths in zip(batches, heights, found.split(heights), strict=True):
-        own = height // threads
-        at_once = min(own, min(_MOST, x.nbytes // 8) * height // (x.numel() * threads))
-        apart = own * threads if x.numel() > BLOCK and x.dtype != torch.float64 and at_once else 0
-        if apart:
-            shape = (threads, at_once, *x.shape[1:])
-            if memory.shape != shape:
-                memory = x.new_empty(shape, dtype=torch.float64)
-            pieces = x[:apart].view(threads, own, *x.shape[1:]).split(at_once, 1)
-            of_pieces = lengths[:apart].view(threads, own).split(at_once, 1)
-            for piece, of_piece in zip(pieces, of_pieces, strict=True):
-                wide = memory[:, : piece.shape[1]].copy_(piece)
-                vector_norm(wide, 2, tuple(range(2, wide.ndim)), out=of_piece)
-        if apart < height:
-            lengths[apart:] = norm(x[apart:], 2, x.ndim - 1).view(-1)
-    return found
+    memory, lengths = batches[0].new_empty(0), []
+    for x in batches:
+        size, height = x.numel(), x.shape[0]
+        number = max(8 // x.element_size(), math.ceil(size / _MOST))
+        if x.dtype == torch.float64 or size <= BLOCK or height < number:
+            lengths.append(norm(x, 2, x.ndim - 1).view(-1))
+            continue
+        dims = tuple(range(1, x.ndim))
+        for part in x.split(math.ceil(height / number)):
+            wide = memory
+            if memory.shape[1:] != part.shape[1:] or memory.shape[0] < part.shape[0]:
+                del memory, wide  # (before the next one is there)
+                wide = memory = torch.empty_like(part, dtype=torch.float64)
+            elif memory.shape != part.shape:
+                wide = memory[: part.shape[0]]
+            lengths.append(vector_norm(wide.copy_(part), 2, dims))
+    return _joined(lengths)
 
 
 def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
