@@ -143,6 +143,28 @@ def test_grouped_l1_balls_are_one_by_one(radius, dtype):
     assert alone[1][0].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("total", [1e-3, 15.0])
+def test_grouped_simplices_are_one_by_one(total, dtype):
+    """Also rows that are inside, have the right sum but are not, or are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [*SHAPES, (200, 250), (50, 10, 100)]
+    together = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    large = together[-2]
+    inside = sets.Simplex(total).project(large[:1])[0]
+    large[3], large[4] = inside, inside.index_add(0, torch.arange(2), inside.new_tensor([2.0, -2]))
+    large[1, 2], large[0, 0], together[0][1, 2] = torch.nan, torch.inf, torch.nan
+    alone = [
+        torch.cat([sets.Simplex(total).project(row[None]) for row in x]) for x in together if len(x)
+    ]
+    sets.Simplex(total).project_each_(together)
+    for ours, theirs in zip(filter(len, together), alone, strict=True):
+        rtol = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=2e-7 * total, equal_nan=True)
+    assert torch.equal(large[3], inside)
+    assert (sets.Simplex(total).violation(large)[2:] == 0).all()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own first use
 def test_forward_mode_goes_through_rows_of_float32():
     x = torch.tensor([[3.0, 1.0, -0.5]])

@@ -10,10 +10,10 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_count, check_setting
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, can_judge, row_blocks
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, can_judge, joined
 from rai_toolbox.constraints.kernels.l1 import FAR
 from rai_toolbox.constraints.kernels.rounding import resolution
-from rai_toolbox.constraints.kernels.threshold import lower_, lowered
+from rai_toolbox.constraints.kernels.threshold import in_one_memory, lower_, lowered
 from rai_toolbox.constraints.sampling import exponential, uniform
 
 
@@ -53,6 +53,7 @@ class Simplex(Constraint):
     bounded: ClassVar[bool] = True
     _for_each: ClassVar[tuple[str, ...]] = ("total",)
     _is_equation: ClassVar[bool] = True
+    _joins_rows: ClassVar[bool] = True
 
     total: float | Tensor = 1.0
     dim: int | tuple[int, ...] | None = field(default=None, kw_only=True)
@@ -61,21 +62,39 @@ class Simplex(Constraint):
         check_setting("total", self.total, least=0)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        is_narrow = x.dtype == torch.float32 and x.numel() > BLOCK // 8 and x.is_contiguous()
-        if not (is_narrow and can_judge(x, self.total) and 1 / FAR < self.total < FAR):
+        is_large = x.numel() > BLOCK // 8 and x.is_contiguous()
+        if not (is_large and x.dtype == torch.float32 and can_judge(x, self.total)):
             return super().project_(x)
         self._check_batch(x)
-        for rows in row_blocks(x, MANY // 2):
-            self._project_rows_(x[rows].view(-1, x.shape[1:].numel()))
+        self._project_rows_each_([x])
         return x
 
-    def _project_rows_(self, rows: Tensor) -> None:
-        """In float32, if all of them are surely outside and finite."""
-        outside = (rows.amin(1) < 0) & rows.sum(1).isfinite()
-        if bool(outside.all()):
-            lower_(rows, self.total, torch.empty_like(rows))
-        else:
-            super().project_(rows)
+    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+        if batches[0].dtype != torch.float32 or not 1 / FAR < self.total < FAR:
+            for x in batches:
+                super().project_(x)
+            return
+        memory = torch.empty(0)
+        for piece in joined(batches, MANY):
+            memory, parts, rows, buffer = in_one_memory(piece, torch.float32, memory)
+            for x, part in zip(piece, parts, strict=True):
+                part.view(x.shape).copy_(x)
+            self._project_narrow_(rows, buffer)
+            for x, part in zip(piece, parts, strict=True):
+                x.copy_(part.view(x.shape))
+
+    def _project_narrow_(self, rows: Tensor, buffer: Tensor) -> None:
+        """In float32, but for rows that are not surely outside, or not finite."""
+        sums, error = rows.sum(1), (rows.shape[1] + 4) * torch.finfo(rows.dtype).eps
+        outside = (sums - self.total).abs() > error * self.total
+        if not bool(outside.all()):
+            outside |= rows.amin(1) < 0
+        others = (outside & sums.isfinite()).logical_not_().nonzero().view(-1)
+        exact = super().project_(rows[others]) if len(others) > 0 else None
+        if len(others) < len(rows):
+            lower_(rows, self.total, buffer)
+        if exact is not None:
+            rows[others] = exact
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return _off_simplex(x, self.total, dtype)

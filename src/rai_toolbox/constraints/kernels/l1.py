@@ -16,7 +16,7 @@ from rai_toolbox.constraints.kernels.blocks import (
 )
 from rai_toolbox.constraints.kernels.norms import least_and_most
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
-from rai_toolbox.constraints.kernels.threshold import lower_, lowered, wide_sum
+from rai_toolbox.constraints.kernels.threshold import in_one_memory, lower_, lowered, wide_sum
 
 FAR = 2.0**100
 """Radii from 1 / FAR to FAR are well within the range of float32."""
@@ -41,20 +41,11 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
 
 
 def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
-    """`project_l1_rows`, in place, of plain batches (N, ...) on the CPU.
-
-    Batches of the same kind are joined up to `MANY` elements, for which small operators cost
-    little. All pieces use the same memory, because new memory is slow to touch.
-    """
+    """`project_l1_rows`, in place, of plain batches (N, ...) on the CPU."""
     memory = torch.empty(0)
     for piece in [batches] if isinstance(epsilon, Tensor) else joined(batches, MANY):
         dtype = _working_dtype(piece[0], epsilon)
-        heights = list(map(len, piece))
-        size = sum(map(Tensor.numel, piece))
-        if memory.dtype != dtype or len(memory) < 2 * size:
-            memory = piece[0].new_empty(2 * size, dtype=dtype)
-        values, buffer = memory[: 2 * size].view(2, sum(heights), -1)
-        parts = values.split(heights)
+        memory, parts, values, buffer = in_one_memory(piece, dtype, memory)
         for x, part in zip(piece, parts, strict=True):
             if x.dtype == dtype:
                 torch.abs(x, out=part.view(x.shape))

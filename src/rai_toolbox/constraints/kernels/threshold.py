@@ -46,7 +46,9 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
 def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
     """`lowered`, in place, of a plain tensor on the CPU; `buffer` is memory in the shape of v."""
     goal = torch.as_tensor(total, dtype=v.dtype, device=v.device).expand(len(v), 1)
-    t, number = _settled(v, _start(v, goal, buffer), goal, buffer)
+    v.sub_(v.amax(1, keepdim=True))
+    t = _near(v, goal, buffer) if v.shape[1] >= _WIDE else _least(v, goal)
+    t, number = _settled(v, t, goal, buffer)
     over = v.sub_(t)
     missed = total - wide_sum(torch.clamp(over, min=0, out=buffer))
     over.add_((missed / number.clamp(min=1)).to(v.dtype)).relu_()
@@ -54,6 +56,21 @@ def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
     kept = torch.gt(over, v.new_zeros(()), out=buffer).sum(1, keepdim=True)
     right = (kept == number) & (missed.abs() <= goal)
     return v if bool(right.all()) else v.mul_(_last_factor(v, total).masked_fill_(right, 1.0))
+
+
+def in_one_memory(
+    piece: list[Tensor], dtype: torch.dtype, memory: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+    """Memory for the rows of several batches: for those of each, for all of them, and a buffer.
+
+    Batches are joined up to `MANY` elements, for which small operators cost little. All pieces use
+    the same memory, which comes first, because new memory is slow to touch.
+    """
+    heights, size = list(map(len, piece)), sum(map(Tensor.numel, piece))
+    if memory.dtype != dtype or len(memory) < 2 * size:
+        memory = piece[0].new_empty(2 * size, dtype=dtype)
+    rows, buffer = memory[: 2 * size].view(2, sum(heights), -1)
+    return memory, rows.split(heights), rows, buffer
 
 
 @torch.no_grad()
@@ -78,23 +95,14 @@ def _least(below: Tensor, goal: float | Tensor) -> Tensor:
     return torch.maximum(mean - goal / below.shape[1], torch.zeros_like(mean) - goal)
 
 
-def _start(v: Tensor, goal: Tensor, buffer: Tensor) -> Tensor:
-    """Take the maximum off each row, in place; a threshold that is not above the right one."""
+def _near(v: Tensor, goal: Tensor, buffer: Tensor) -> Tensor:
+    """A threshold that is not above the right one: that of the largest of every four entries."""
     width = v.shape[1] // 4
-    if 4 * width < _WIDE:
-        return _least(v.sub_(v.amax(1, keepdim=True)), goal)
-    # The threshold of some entries is never above that of all: of the largest of every four.
-    parts = buffer.view(-1)[: 4 * width * len(v)].view(4, len(v), width)
-    halves = parts[:2].view(len(v), 2 * width)
-    torch.maximum(v[:, : 2 * width], v[:, 2 * width : 4 * width], out=halves)
-    some = torch.maximum(halves[:, :width], halves[:, width:], out=parts[2])
-    top = some.amax(1, keepdim=True)
-    if 4 * width < v.shape[1]:
-        top = top.maximum(v[:, 4 * width :].amax(1, keepdim=True))
-    v.sub_(top)
-    t = _least(some.sub_(top), goal)
+    some, buffer = buffer.view(-1)[: 2 * width * len(v)].view(2, len(v), width)
+    torch.amax(v[:, : 4 * width].unflatten(1, (4, width)), 1, out=some)
+    t = _least(some, goal)
     for _ in range(_FIRST_STEPS):
-        t, _ = _stepped(some, t, goal, parts[3])
+        t, _ = _stepped(some, t, goal, buffer)
     return t
 
 
