@@ -43,6 +43,13 @@ def together(tensors: list[Tensor]) -> bool:
     return not alone and are_plain(tensors)
 
 
+def with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have gradients, and these."""
+    grads = [param.grad for param in params]  # (each look takes as long as a short loop)
+    moving = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+    return moving, [grad for grad in grads if grad is not None]
+
+
 def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
     """Yield the list in pieces that stay in cache between two passes."""
     for start in range(0, len(tensors), size):

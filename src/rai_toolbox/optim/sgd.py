@@ -74,8 +74,7 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
     )
     if not is_usual:
         return [group]
-    params = [param for param in group["params"] if param.grad is not None]
-    grads: list[Any] = [param.grad for param in params]
+    params, grads = foreach.with_gradients(group["params"])
     if not foreach.are_plain([*params, *grads]) or any(map(Tensor.is_neg, [*params, *grads])):
         return [group]
     is_short = not (decay or nesterov or maximize)
