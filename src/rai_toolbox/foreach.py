@@ -45,9 +45,14 @@ def together(tensors: list[Tensor]) -> bool:
 
 def with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters that have gradients, and these."""
-    grads = [param.grad for param in params]  # (each look takes as long as a short loop)
-    moving = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-    return moving, [grad for grad in grads if grad is not None]
+    moving: list[Tensor] = []
+    grads: list[Tensor] = []
+    for param in params:
+        grad = param.grad  # (a look that takes as long as the rest)
+        if grad is not None:
+            moving.append(param)
+            grads.append(grad)
+    return moving, grads
 
 
 def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:

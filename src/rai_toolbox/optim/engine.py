@@ -333,15 +333,16 @@ class ParamTransformingOptimizer(OptimizerWrapper):
 
         Parameters may share a gradient, which is transformed once: `seen` holds those before.
         """
-        params, grads = with_gradients(group["params"])
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        if not compiling:
-            ids = set(map(id, grads))
-            if len(ids) < len(grads) or not seen.isdisjoint(ids):
-                firsts = {id(grad): at for at, grad in reversed([*enumerate(grads)])}
-                places = sorted(at for key, at in firsts.items() if key not in seen)
-                params, grads = [params[at] for at in places], [grads[at] for at in places]
-            seen |= ids
+        for param in group["params"]:
+            grad = param.grad
+            if grad is not None and (compiling or id(grad) not in seen):
+                params.append(param)
+                grads.append(grad)
+                if not compiling:
+                    seen.add(id(grad))
         are_usual = (
             not (compiling or recording)
             and all(map(Tensor.is_contiguous, grads))  # (sparse tensors are not)

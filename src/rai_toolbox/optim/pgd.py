@@ -166,7 +166,7 @@ class PGD(Constrained, ParamTransformingOptimizer):
         if (
             type(self) is not PGD
             or plain_step(PGD.step) is not _STEP
-            or not can_step(inner, plain_step(type(inner).step))
+            or not (isinstance(inner, SGD) and can_step(inner, plain_step(type(inner).step)))
             or "step" in inner.__dict__
             or has_step_hooks(inner)
             or not _HOOKS.isdisjoint(self.__dict__)
