@@ -165,8 +165,17 @@ foreach_addcmul_: Callable[..., Any] = torch._foreach_addcmul_
 foreach_clamp_max_: Callable[..., Any] = torch._foreach_clamp_max_
 foreach_clamp_min_: Callable[..., Any] = torch._foreach_clamp_min_
 foreach_copy_: Callable[..., Any] = torch._foreach_copy_
+foreach_lerp_: Callable[..., Any] = torch._foreach_lerp_
 foreach_mul_: Callable[..., Any] = torch._foreach_mul_
 foreach_sign_: Callable[..., Any] = torch._foreach_sign_
+_foreach_check_and_scale_: Callable[..., Any] = torch._amp_foreach_non_finite_check_and_unscale_
+
+
+def foreach_finite(tensors: list[Tensor]) -> bool:
+    """Whether all entries of plain tensors of real numbers on the CPU are finite."""
+    found, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+    _foreach_check_and_scale_(tensors, found, one)  # (by 1: it only looks)
+    return found.item() == 0
 
 
 share_memory: Callable[[Tensor, Tensor], bool] = getattr(

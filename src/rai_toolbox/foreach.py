@@ -43,6 +43,18 @@ def together(tensors: list[Tensor]) -> bool:
     return not alone and are_plain(tensors)
 
 
+def with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that have gradients, and these."""
+    moving: list[Tensor] = []
+    grads: list[Tensor] = []
+    for param in params:
+        grad = param.grad  # (a look that takes as long as the rest)
+        if grad is not None:
+            moving.append(param)
+            grads.append(grad)
+    return moving, grads
+
+
 def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
     """Yield the list in pieces that stay in cache between two passes."""
     for start in range(0, len(tensors), size):

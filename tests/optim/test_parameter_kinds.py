@@ -288,6 +288,22 @@ def test_conjugated_gradient(name):
     assert equal_bits(param, alone)
 
 
+@of_each_class
+def test_negated_gradients(name):
+    """Views of complex numbers, which torch refuses to change in a list."""
+    case, (data, grad) = CASES[name], data_and_grad()
+    params = [leaf(data), leaf(data)]
+    for param in params:
+        param.grad = torch.complex(grad, -grad).conj().imag
+        assert param.grad.is_neg()
+    alone = leaf(data, grad.clone())
+    for each in (params, [alone]):
+        scaled(case, each, 0.5).step()
+    for param in params:
+        assert equal_bits(param.grad, alone.grad)
+        assert equal_bits(param, alone)
+
+
 # ------------------------------------------------------- which parameters move
 
 

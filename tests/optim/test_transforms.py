@@ -157,6 +157,18 @@ def test_a_nan_in_one_small_tensor_is_not_hidden(at):
 
 
 @in_each_dtype
+@torch.no_grad()
+def test_a_nan_at_any_place_of_many_small_tensors_is_not_hidden(dtype):
+    for size in (1, 9, 67):  # in vectors, and what is left over
+        for at in range(size):
+            xs = [random((size,), dtype, seed) for seed in range(3)]
+            xs[1][at] = math.nan
+            expected = [torch.where(x.isnan(), x, x.sign()) for x in xs]
+            sign_(xs)
+            torch.testing.assert_close(xs, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@in_each_dtype
 def test_sign_at_the_ends_of_the_range(dtype):
     info = torch.finfo(dtype)
     least = info.smallest_normal * info.eps

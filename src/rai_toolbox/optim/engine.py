@@ -13,7 +13,7 @@ from torch.optim import SGD
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
-from rai_toolbox.foreach import cache_sized
+from rai_toolbox.foreach import cache_sized, with_gradients
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
 from rai_toolbox.optim.own_step import Move, OwnStepOptimizer
@@ -290,8 +290,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             if active:
                 todo.append((active, by_parts, *self._gradients(group, active, seen), group))
             elif move_ is not None:
-                moving = [param for param in group["params"] if param.grad is not None]
-                todo.append((active, True, moving, [param.grad for param in moving], group))
+                todo.append((active, True, *with_gradients(group["params"]), group))
         for active, by_parts, params, grads, group in todo:  # all have been checked
             several = len(params) > 1 and (move_ is not None or len(active) > 1)
             if several and by_parts and grads[0].is_cpu:
@@ -345,25 +344,29 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         grads: list[Tensor] = []
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
         for param in group["params"]:
-            grad: Any = param.grad
-            if grad is None:
-                continue
-            if not compiling:
-                if id(grad) in seen:
-                    continue
-                seen.add(id(grad))
-            if not (recording or compiling) and grad.is_contiguous() and not grad.is_conj():
-                pass  # (as it is mostly; sparse tensors are not contiguous)
-            elif grad.layout is not torch.strided:
-                grad = self._sparse_values(param, grad, group, transforms)
-            elif (
-                recording  # differentiable steps leave tensors of the graph alone
-                or 0 in grad.stride()  # an expanded view
-                or (grad.is_complex() and grad.is_conj())
-            ):
-                grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
-            params.append(param)
-            grads.append(grad)
+            grad = param.grad
+            if grad is not None and (compiling or id(grad) not in seen):
+                params.append(param)
+                grads.append(grad)
+                if not compiling:
+                    seen.add(id(grad))
+        are_usual = (
+            not (compiling or recording)
+            and all(map(Tensor.is_contiguous, grads))  # (sparse tensors are not)
+            and not any(map(Tensor.is_conj, grads))
+            and not any(map(Tensor.is_neg, grads))
+        )
+        if not are_usual:
+            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                if grad.layout is not torch.strided:
+                    grads[i] = self._sparse_values(param, grad, group, transforms)
+                elif (
+                    recording  # differentiable steps leave tensors of the graph alone
+                    or (0 in grad.stride() and not grad.is_contiguous())  # an expanded view
+                    or (grad.is_complex() and grad.is_conj())
+                    or (not compiling and grad.is_neg())
+                ):
+                    grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
         return params, grads
 
     def _sparse_values(

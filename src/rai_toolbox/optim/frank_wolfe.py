@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from math import isfinite
 from operator import attrgetter
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rai_toolbox import checks, foreach
 from rai_toolbox._torch import (
+    foreach_add_,
     foreach_addcmul_,
     get_value,
     has_own_step_hooks,
@@ -22,7 +24,7 @@ from rai_toolbox._torch import (
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.kernels.blocks import are_apart, one_like, widened
 from rai_toolbox.constraints.sharding import complete
-from rai_toolbox.foreach import cache_sized
+from rai_toolbox.foreach import cache_sized, with_gradients
 from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
 from rai_toolbox.optim.own_step import (
     Move,
@@ -46,6 +48,7 @@ _LARGEST = torch.finfo(torch.float64).max
 
 _STEP = plain_step(OwnStepOptimizer.step)
 _STRIDED = {torch.strided}
+_DTYPE = attrgetter("dtype")
 
 
 class FrankWolfe(Constrained, OwnStepOptimizer):
@@ -244,7 +247,8 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
 
     def _mover_of(self, params: list[Tensor]) -> Move | None:
         """A function that moves those that have gradients, unless any share memory."""
-        both = [x for param in params if param.grad is not None for x in (param, param.grad)]
+        moving, grads = with_gradients(params)
+        both = [*moving, *grads]  # (two lists that may be sorted by address already)
         is_dense = _STRIDED.issuperset(map(attrgetter("layout"), both))
         if not (is_dense and foreach.are_plain(both) and are_apart(both)):
             return None
@@ -268,18 +272,18 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
             self._move_each_(params, group)
             return
         for part in cache_sized(params, _TOGETHER):
-            alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Any]]] = {}
-            for param in params[part]:
-                step, grad = self._started(param, group)["step"], cast(Tensor, param.grad)
-                kind = (step.item(), param.dtype, grad.dtype)
-                some, grads = alike.setdefault(kind, ([], []))
-                some.append(param)
-                grads.append(grad)
-                step.add_(one_like(step))
-            for (count, *_), (some, grads) in alike.items():  # as `_add_`
-                a, ones = _fraction(count, group), [one_like(some[0])] * len(some)
-                foreach_addcmul_(some, some, ones, value=-a)
-                foreach_addcmul_(some, grads, ones, value=-a * group["lmo_scaling_factor"])
+            some, grads = with_gradients(params[part])
+            steps = [self._started(param, group)["step"] for param in some]
+            rows = (some, grads, steps)
+            dtypes = (map(_DTYPE, row) for row in rows)
+            kinds = list(zip(map(Tensor.item, steps), *dtypes, strict=True))
+            for kind in set(kinds):  # mostly one
+                are_alike = [each == kind for each in kinds]
+                xs, gs, counts = (list(compress(row, are_alike)) for row in rows)
+                a, ones = _fraction(kind[0], group), [one_like(xs[0])] * len(xs)
+                foreach_addcmul_(xs, xs, ones, value=-a)  # as `_add_`
+                foreach_addcmul_(xs, gs, ones, value=-a * group["lmo_scaling_factor"])
+                foreach_add_(counts, one_like(counts[0]), alpha=1)  # (one that is a tensor)
 
     def _step_group_(self, group: Group) -> None:
         constraint = group["constraint"]

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rai_toolbox._torch import is_wrapped_by_scheduler, known_plain_step, mark_stepped, plain_step
 from rai_toolbox.checks import wrong
+from rai_toolbox.optim.adam import step_adam
 from rai_toolbox.optim.settings import trained
 from rai_toolbox.optim.sgd import can_step, step_sgd
 
@@ -54,9 +55,13 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
-    if isinstance(inner, SGD) and args == (inner,) and not kwargs and can_step(inner, step):
+    is_bare = args == (inner,) and not kwargs
+    is_adam = isinstance(inner, (Adam, AdamW)) and len(inner.state) > 1  # (with state for several)
+    result = None
+    if is_bare and isinstance(inner, SGD) and can_step(inner, step):
         step_sgd(inner)
-        result = None
+    elif is_bare and is_adam and can_step(inner, step):
+        step_adam(inner, step)
     else:
         result = step(*args, **kwargs)
     for post_hook in getattr(inner, "_optimizer_step_post_hooks", {}).values():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.sgd import sgd
 
 from rai_toolbox import foreach
@@ -21,24 +21,24 @@ from rai_toolbox._torch import (
 from rai_toolbox.constraints.kernels.blocks import are_apart
 
 _LANES = 8  # numbers that the fused kernel updates at once; it rounds those left over otherwise
-_SMALL = 2**15  # elements of a tensor up to which a call costs more than its arithmetic
+SMALL = 2**15  # elements of a tensor up to which a call costs more than its arithmetic
 _EXACT = ({torch.float32}, {torch.float64})  # in which operators on lists round as single ones
 _SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _LARGEST = torch.finfo(torch.float32).max  # torch refuses larger settings, but not the fused kernel
 _REAL = {float, int}
 _SCALING = {"grad_scale", "found_inf"}  # what a GradScaler sets on optimizers that read it
 
-_STEP = plain_step(SGD.step)
-_IS_TORCHS = _STEP.__module__ == SGD.__module__  # else somebody has replaced it
+_STEPS: dict[type, Callable[..., object]] = {
+    kind: plain_step(kind.step) for kind in (SGD, Adam, AdamW)
+}
 
 
 def can_step(inner: Optimizer, step: Callable[..., object]) -> bool:
-    """Whether `step_sgd` may replace a step: that of SGD itself, of plain values."""
+    """Whether another function may replace a step: that of the class itself, of plain values."""
     return (
-        type(inner) is SGD
-        and step is _STEP
-        and _IS_TORCHS
-        and not torch.compiler.is_compiling()  # a compiler fuses on its own
+        not torch.compiler.is_compiling()  # a compiler fuses on its own
+        and step is _STEPS.get(type(inner))
+        and step.__module__.startswith("torch.optim.")  # else somebody has replaced it
         and not torch.is_grad_enabled()
         and not function_transforms_active()
         and forward_ad_level() < 0
@@ -57,7 +57,7 @@ def step_sgd(inner: SGD) -> None:
         if rest:
             stand_in = SGD.__new__(SGD)  # others may read the groups of `inner` meanwhile
             stand_in.__dict__ = {**inner.__dict__, "param_groups": rest}
-            _STEP(stand_in)
+            _STEPS[SGD](stand_in)
 
 
 def step_of_one(inner: SGD, param: Tensor) -> Callable[[Tensor], object]:
@@ -68,7 +68,7 @@ def step_of_one(inner: SGD, param: Tensor) -> Callable[[Tensor], object]:
     (group,) = inner.param_groups
     momentum, share = group["momentum"], 1 - group["dampening"]
     is_short = not (group["weight_decay"] or group["nesterov"] or group["maximize"])
-    if not (is_short and _is_usual(group)) or (momentum and param.numel() > _SMALL):
+    if not (is_short and _is_usual(group)) or (momentum and param.numel() > SMALL):
         return lambda grad: step_sgd(inner)
 
     def step(grad: Tensor) -> None:  # as torch's own loop
@@ -101,8 +101,7 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
     decay, nesterov, maximize = group["weight_decay"], group["nesterov"], group["maximize"]
     if not _is_usual(group):
         return [group]
-    params = [param for param in group["params"] if param.grad is not None]
-    grads: list[Any] = [param.grad for param in params]
+    params, grads = foreach.with_gradients(group["params"])
     if not foreach.are_plain([*params, *grads]) or any(map(Tensor.is_neg, [*params, *grads])):
         return [group]
     is_short = not (decay or nesterov or maximize)
@@ -114,7 +113,7 @@ def _left_over(group: dict[str, Any], state: Mapping[Tensor, Any]) -> list[dict[
         averages = [state.get(param, {}).get("momentum_buffer") for param in params]
     if not _can_go_together(params, grads, averages):
         return [group]
-    is_short = is_short and max(map(Tensor.numel, params)) <= _SMALL
+    is_short = is_short and max(map(Tensor.numel, params)) <= SMALL
     several = len(params) > 1
     if (several or not is_short) and not are_apart([*params, *grads, *averages]):
         return [group]

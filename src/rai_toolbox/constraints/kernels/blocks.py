@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from operator import add, attrgetter, le
 
 import torch
 from torch import Tensor
@@ -164,17 +164,22 @@ def in_groups(
 
 def are_apart(tensors: list[Tensor]) -> bool:
     """Whether no two tensors share memory: of these, one must see the other's change."""
-    spans = sorted(map(_span, tensors))
-    return all(end <= start for (_, end), (start, _) in pairwise(spans))
+    starts = list(map(Tensor.data_ptr, tensors))
+    if all(map(Tensor.is_contiguous, tensors)):
+        ends = list(map(add, starts, map(attrgetter("nbytes"), tensors)))
+    else:
+        ends = list(map(_end, tensors))
+    starts.sort()
+    ends.sort()
+    return all(map(le, ends, starts[1:]))
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses from and up to which a tensor lies."""
-    start, nbytes = x.data_ptr(), x.nbytes
-    if nbytes and not x.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        nbytes = (last + 1) * x.element_size()
-    return start, start + nbytes
+def _end(x: Tensor) -> int:
+    """The address up to which a tensor lies."""
+    if x.is_contiguous():
+        return x.data_ptr() + x.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _in_parts(x: Tensor, act_: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:

@@ -6,14 +6,14 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
-from math import isfinite
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from rai_toolbox import foreach
-from rai_toolbox._torch import foreach_sign_
+from rai_toolbox._torch import foreach_finite, foreach_sign_
 from rai_toolbox.autograd import readable
 from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
@@ -40,18 +40,37 @@ def sign_(tensors: list[Tensor]) -> None:
 
     A zero may lose its sign.
     """
+    x, recording = tensors[0], torch.is_grad_enabled()
     if len(tensors) == 1:
-        if is_small(tensors[0]) and not torch.is_grad_enabled():
-            sign_small_(tensors[0])
+        if is_small(x) and not recording:
+            sign_small_(x)
         else:
             _sign_alike_(tensors)
-        return
-    alike: dict[tuple[object, ...], list[Tensor]] = {}
-    for x in tensors:
-        kind = (x.dtype, x.shape) if x.is_cpu else (x.dtype, x.device)
-        alike.setdefault(kind, []).append(x)
-    for some in alike.values():
-        _sign_alike_(some)
+    elif in_blocks(x) and not recording and _are_plain_floats(tensors):
+        small = [x for x in tensors if x.numel() <= _SMALL]
+        for chunk in foreach.in_chunks(small):
+            if foreach_finite(chunk):
+                foreach_sign_(chunk)
+            else:  # there may be a NaN, which `torch.sign` would hide
+                for x in chunk:
+                    sign_([x])
+        if len(small) < len(tensors):
+            for x in tensors:
+                if x.numel() > _SMALL:
+                    _sign_plain_(x)
+    else:
+        alike: dict[tuple[object, ...], list[Tensor]] = {}
+        for x in tensors:
+            alike.setdefault((x.dtype, x.device), []).append(x)
+        for some in alike.values():
+            _sign_alike_(some)
+
+
+def _are_plain_floats(tensors: list[Tensor]) -> bool:
+    """Whether tensors are plain ones on the CPU, of usual real dtypes."""
+    dtypes = set(map(attrgetter("dtype"), tensors))
+    on_cpu = all(map(attrgetter("is_cpu"), tensors))
+    return on_cpu and dtypes <= _LARGEST.keys() and foreach.are_plain(tensors)
 
 
 def is_small(x: Tensor) -> bool:
@@ -68,8 +87,8 @@ def sign_small_(x: Tensor) -> None:
 
 
 def _sign_alike_(tensors: list[Tensor]) -> None:
-    """Of tensors of one device and dtype, and of one shape on the CPU."""
-    x, number = tensors[0], len(tensors)
+    """Of tensors of one device and dtype."""
+    x = tensors[0]
     if x.is_complex():
         for tensor in tensors:
             _sign_complex_(tensor)
@@ -79,14 +98,10 @@ def _sign_alike_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    elif not (in_blocks(x) and (number == 1 or foreach.are_plain(tensors))):
+    elif len(tensors) == 1 and in_blocks(x):
+        _sign_plain_(x)
+    else:
         _lift_and_clamp_(tensors)
-    elif number == 1 or x.numel() > _SMALL:
-        for tensor in tensors:
-            _sign_plain_(tensor)
-    elif x.numel() > 0:
-        for chunk in foreach.in_chunks(tensors, BLOCK // x.numel()):
-            _sign_chunk_(chunk)
 
 
 def _sign_plain_(x: Tensor) -> None:
@@ -94,13 +109,6 @@ def _sign_plain_(x: Tensor) -> None:
     is_large = x.numel() > GROUP and x.is_contiguous()
     for part in x.view(-1).split(MANY) if is_large else [x]:
         part.addcmul_(part, _LARGEST[x.dtype], value=largest).clamp_(-1.0, 1.0)
-
-
-def _sign_chunk_(tensors: list[Tensor]) -> None:
-    if isfinite(torch.stack(tensors).sum().item()):
-        foreach_sign_(tensors)
-    else:  # there may be a NaN, which `torch.sign` would hide
-        _lift_and_clamp_(tensors)
 
 
 def _lift_and_clamp_(tensors: list[Tensor]) -> None:
