@@ -33,6 +33,7 @@ from attacks_tables import (
     FLOOR_FOUND,
     OURS,
     PYAUTOATTACK,
+    RANDOM_START,
     SPELLED,
     STOPPING,
     Report,
@@ -185,22 +186,26 @@ def linear(p: float, epsilon: float, size: Size) -> Report:
 
 
 def auto_pgd(net: str, problem: Problem, p: float, epsilon: float, size: Size) -> Report:
-    """The share fooled by Auto-PGD, ours and pyautoattack's, with equal numbers of model calls."""
+    """The share fooled by Auto-PGD, ours and pyautoattack's, with equal numbers of model calls.
+
+    Pyautoattack starts at random points; ours at the data, unless it is told to do the same.
+    """
     steps = 100 if size.steps >= 40 else size.steps
 
-    def by_ours(seed: int, steps: int) -> Solver:
-        return lambda: ours.apgd(
-            problem, p, epsilon, steps, generator=torch.Generator().manual_seed(seed)
-        )()
+    def by_ours(seed: int, steps: int, random_start: bool) -> Solver:
+        generator = torch.Generator().manual_seed(seed)
+        options = {"random_start": random_start, "generator": generator}
+        return ours.apgd(problem, p, epsilon, steps, **options)
 
     def by_theirs(seed: int, larger_first: bool) -> Solver:
         return peers.pyautoattack(problem, p, epsilon, steps, seed=seed, larger_first=larger_first)
 
     # as many steps as make no more calls than theirs
     calls = judged(problem, by_theirs(0, False), p, epsilon)["calls"]
-    extra = judged(problem, by_ours(0, steps), p, epsilon)["calls"] - steps
+    extra = judged(problem, by_ours(0, steps, False), p, epsilon)["calls"] - steps
     kinds: dict[str, Callable[[int], Solver]] = {
-        OURS: lambda seed: by_ours(seed, calls - extra),
+        OURS: lambda seed: by_ours(seed, calls - extra, False),
+        RANDOM_START: lambda seed: by_ours(seed, calls - extra, True),
         PYAUTOATTACK: lambda seed: by_theirs(seed, False),
     }
     if p == 1.0:  # as its authors recommend for L1

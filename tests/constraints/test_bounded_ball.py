@@ -209,6 +209,26 @@ def test_inside_stays_bitwise(ball):
     assert torch.equal(c.project(x).view(torch.int32), x.view(torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@with_each_ball
+def test_rows_inside_beside_rows_slightly_and_far_outside(ball, dtype):
+    n, eps = 200, torch.finfo(dtype).eps
+    c = bounded(ball, n, dtype=dtype)
+    boundary = c.project(randn(1, n, seed=5).to(dtype) * 5)
+    inside = boundary / 2
+    inside[0, ::2] = -0.0
+    far = 100 * randn(1, n, seed=6).to(dtype)  # all or most entries are cut off by the bounds,
+    mixed = far.clone()  # so that a tangent there leads beyond 0
+    mixed[0, ::2] /= 1e5
+    x = torch.cat([inside, boundary, boundary * (1 + 4 * eps), boundary * 1.05, far, mixed])
+    assert (c.violation(x[3:]) > 0).all()
+    found = c.project(x)
+    assert torch.equal(found[:2].view(torch.uint8), x[:2].view(torch.uint8))
+    assert (c.violation(found) == 0).all()
+    reference = Constraint.project_(c, x.clone())  # in float64
+    torch.testing.assert_close(found, reference, rtol=100 * eps, atol=100 * eps)
+
+
 @with_each_ball
 @pytest.mark.parametrize("where", CENTERS)
 def test_batched_as_one_by_one_in_any_layout(ball, where):

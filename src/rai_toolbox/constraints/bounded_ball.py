@@ -210,7 +210,7 @@ class BoundedBall(Constraint):
         if unsettled is not None:
             at = unsettled.view(-1).nonzero().view(-1)
             nearest.index_copy_(0, at, Constraint.project_(self._at_rows(x, at), x[at]))
-        return x.copy_(nearest)
+        return torch.copysign(nearest, x, out=x)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         outside: Tensor = self.ball._excess(x, dtype)

@@ -1,9 +1,9 @@
-"""Projection of batches onto balls around 0 within bounds, in few passes and without wide copies.
+"""Projection of batches onto balls around 0 within bounds, in few passes.
 
 The nearest point has the signs of x, and magnitudes between 0 and those of x within the bounds,
-`most`. For the L2 ball they are ``min(t |x|, most)``, for the L1 ball ``min(max(|x| - t, 0),
-most)``, with the t that makes them as long as epsilon; inside, these forms are x itself. What is
-told of sub-tensors is a column: of shape (N, 1, ...), in float64.
+`most`. For the L2 ball it is ``clamp(t x, lower, upper)``, for the L1 ball the magnitudes are
+``min(max(|x| - t, 0), most)``, with the t that makes them as long as epsilon; inside, these forms
+are x itself. What is told of sub-tensors is a column: of shape (N, 1, ...), in float64.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from rai_toolbox.constraints.kernels.norms import least_and_most, norm, row_norm
+from rai_toolbox.constraints.kernels.norms import least_and_most, row_norm, wide_norm
 from rai_toolbox.constraints.kernels.rounding import noise
 
 # Passes at most. Where reading a value is free they end as soon as all rows have settled.
@@ -29,25 +30,28 @@ def nearest_in_ball_and_box(
 ) -> tuple[Tensor, Tensor | None]:
     """Project float32 or float64 sub-tensors; also returns which of them are not settled.
 
-    None stands for no sub-tensor, or for none that is known without reading values. The bounds are
-    two numbers or two tensors of the dtype of x, and hold 0. Results that are not settled are in
-    the set, but not nearest: where numbers are too large or too small beside epsilon. `radius` is
-    that and its `all_fit`; `eager` means that values may be read.
+    The signs, also of zeros, are to be copied from x. None stands for no sub-tensor, or for none
+    that is known without reading values. The bounds are two numbers or two tensors of the dtype of
+    x, and hold 0. Results that are not settled are in the set, but not nearest: where numbers are
+    too large or too small beside epsilon. `radius` is that and its `all_fit`; `eager` means that
+    values may be read.
     """
-    (epsilon, fits), eps, ndim = radius, torch.finfo(x.dtype).eps, x.ndim - 1
+    (epsilon, fits), eps, dims = radius, torch.finfo(x.dtype).eps, tuple(range(1, x.ndim))
     safe = epsilon * (1 - 8 * noise(x[0].numel())) if x.dtype == torch.float64 else epsilon
     within = x.clamp(lower, upper)
-    inside = norm(within, p, ndim) <= epsilon
+    length = wide_norm(within, p, dims)
+    inside = length <= epsilon
     if eager and bool(inside.all()):
-        return torch.copysign(within, x, out=within), None  # a zero keeps its sign
+        return within, None
     aim = (safe * (1 - 2 * eps)).clamp(min=_LEAST_AIM)
-    search = _scaled if p == 2 else _lowered
-    found = search(x.abs(), within.abs_(), aim, inside, eager)
-    ratio = torch.where(inside, 1.0, aim / norm(found, p, ndim))
+    if p == 2:
+        found = _scaled(x, within, length, lower, upper, aim, inside, eager)
+    else:
+        found = _lowered(x.abs(), within.abs_(), aim, inside, eager)
+    ratio = torch.where(inside, 1.0, aim / wide_norm(found, p, dims))
     least, most = least_and_most(ratio) if eager else (0.0, 1.0)
     if not least >= 1 - 2 * eps:  # some are too long, by rounding
         found.mul_(torch.where(ratio >= 1 - 2 * eps, 1.0, ratio).to(x.dtype))
-    torch.copysign(found, x, out=found)
     if not eager or (fits and least >= 1 - 32 * eps and most <= 1 + 32 * eps):
         return found, None
     fit = (epsilon > _RADII[0]) & (epsilon < _RADII[1])
@@ -85,28 +89,37 @@ def all_fit(epsilon: Tensor) -> bool:
     return bool(((epsilon > _RADII[0]) & (epsilon < _RADII[1])).all())
 
 
-def _scaled(size: Tensor, most: Tensor, aim: Tensor, inside: Tensor, eager: bool) -> Tensor:
-    """``min(t size, most)`` of L2 norm `aim`, or with t = 1 where it is inside.
+def _scaled(
+    x: Tensor,
+    found: Tensor,
+    length: Tensor,
+    lower: Any,
+    upper: Any,
+    aim: Tensor,
+    inside: Tensor,
+    eager: bool,
+) -> Tensor:
+    """``clamp(t x, lower, upper)`` of L2 norm `aim`; of rows that are inside, it is `found`.
 
-    The square of the norm is a concave function of t^2: Newton's method stays on the near side of
-    the root where it starts there, and may end at any time.
+    The square of the norm is a concave function of t^2: the step of Newton's method from t = 1,
+    where it is `found` and has that `length`, ends on the near side of the root, or is cut at 0.
+    There the method stays, and may end at any time.
     """
-    dims, close = tuple(range(1, size.ndim)), 4 * torch.finfo(size.dtype).eps
-    norm_of = partial(torch.linalg.vector_norm, dim=dims, keepdim=True)  # (in that dtype)
-    aim = aim.to(size.dtype)
-    t = torch.where(inside, 1.0, (aim / norm_of(size)).clamp_(max=1))
-    aim = torch.where(inside, 0.0, aim)
-    enough, buffer = aim * (1 - close), torch.empty_like(size)
+    dims, info = tuple(range(1, x.ndim)), torch.finfo(x.dtype)
+    norm_of = partial(vector_norm, dim=dims, keepdim=True)  # (in that dtype)
+    aim, length = aim.to(x.dtype), length.to(x.dtype).clamp_(max=info.max / 4)
+    enough = torch.where(inside, 0.0, aim * (1 - 4 * info.eps))
+    t, going, moved, buffer = torch.ones_like(aim), ~inside, x, torch.empty_like(x)
     for _ in range(_FROM_ONE_SIDE):
-        moved = size * t
-        found = torch.minimum(moved, most, out=buffer)
-        length = norm_of(found)
-        short = length < enough
-        if eager and not bool(short.any()):
-            break
-        slope = norm_of(torch.lt(moved, most, out=moved).mul_(size))
+        slope = norm_of(torch.eq(found, moved, out=buffer).mul_(x))
         gain = (aim - length).div_(slope) * (aim + length).div_(slope)
-        t = torch.where(short, gain.addcmul_(t, t).sqrt_().clamp_(max=1), t)
+        t = torch.where(going, gain.addcmul_(t, t).clamp_(0, 1).sqrt_(), t)
+        moved = torch.mul(x, t, out=buffer)
+        torch.clamp(moved, lower, upper, out=found)
+        length = norm_of(found)
+        going = length < enough
+        if eager and not bool(going.any()):
+            break
     return found
 
 

@@ -58,13 +58,13 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     split = x.ndim - ndim
     dims = tuple(range(split, x.ndim))
     if x.numel() <= BLOCK or not in_blocks(x):
-        return _wide_norm(x, p, dims)
+        return wide_norm(x, p, dims)
     piece = max(BLOCK, min(_MOST, x.numel() // 8))  # in float64, a quarter of float32 `x`
     rows_fit = split > 0 and x.numel() <= piece * len(x)
     dim = 0 if rows_fit else max(range(x.ndim), key=lambda dim: x.shape[dim])
     height = max(1, piece * x.shape[dim] // x.numel())
-    lengths = torch.cat([_wide_norm(part, p, dims) for part in x.split(height, dim)], dim)
-    return lengths if dim < split else _wide_norm(lengths, p, dims)
+    lengths = torch.cat([wide_norm(part, p, dims) for part in x.split(height, dim)], dim)
+    return lengths if dim < split else wide_norm(lengths, p, dims)
 
 
 def row_norm(x: Tensor, p: float) -> float:
@@ -203,7 +203,8 @@ def sum_error(size: int) -> float:
     return (size / _LANES + 32) * torch.finfo(torch.float32).eps / 4
 
 
-def _wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
+def wide_norm(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
+    """`norm` over some dims in one call, which takes a wide copy."""
     if p == 2 and x.dtype == torch.float32 and x.is_cpu:  # as below, in fewer calls
         return vector_norm(x, 2, dims, keepdim=True, dtype=torch.float64)
     dtype = wide_dtype(x)
