@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -41,10 +40,7 @@ class _Ball(Constraint):
         check_setting("epsilon", self.epsilon, least=0, finite=False)
         if self.center is not None:
             check_setting("center", self.center)
-
-    @cached_property
-    def bounded(self) -> bool:  # type: ignore[override]
-        return are_finite(self.epsilon)
+        self._derive(bounded=are_finite(self.epsilon))
 
     def _at(self, x: Tensor, dtype: torch.dtype) -> float | Tensor:
         """The center as it counts: rounded to the dtype; in float64."""

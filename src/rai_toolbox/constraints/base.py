@@ -120,7 +120,12 @@ class Constraint(_Immutable):
         if settings.get("flatten") is not None:
             check_count("flatten", settings["flatten"], 1)
         self._check_settings()
-        _ = self.convex, self.bounded  # read tensors now, not in a step
+
+    def _derive(self, **facts: bool) -> None:
+        """Set `bounded` or `convex` from the settings, unless a subclass says it."""
+        for name, fact in facts.items():
+            if next(cls for cls in type(self).__mro__ if name in vars(cls)) is Constraint:
+                self.__dict__[name] = fact
 
     def coupled_dims(self, ndim: int) -> tuple[int, ...]:
         """The dims of a batch of `ndim` dims along which the set may couple the elements."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import inf
 from typing import Any, ClassVar
 
@@ -56,10 +55,7 @@ class Box(Constraint):
         if self.lower is None and self.upper is None:
             raise ValueError("`lower` or `upper` must be given, got lower=None and upper=None")
         check_order("lower", self.lower, "upper", self.upper)
-
-    @cached_property
-    def bounded(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return are_finite(self.lower, self.upper)
+        self._derive(bounded=are_finite(self.lower, self.upper))
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import inf
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting, wrong
-from rai_toolbox.constraints.base import Constraint, are_finite, in_float64
+from rai_toolbox.constraints.base import Constraint, in_float64
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels import box_hyperplane as kernel
 from rai_toolbox.constraints.kernels.rounding import noise, resolution
@@ -68,17 +67,13 @@ class BoxSection(Constraint):
     def _check_settings(self) -> None:
         check_setting("weight", self.weight)
         check_setting("total", self.total)
-        if self.lower is not None or self.upper is not None:
-            Box(self.lower, self.upper)  # checks
+        is_open = self.lower is None and self.upper is None
+        self._derive(bounded=not is_open and Box(self.lower, self.upper).bounded)  # checks
         self.__dict__["_feasible"] = set()
         least, most = self._least_and_most()
         if least.ndim < 2:  # a row, which a sub-tensor may hold more than once
             coarsest = torch.finfo(torch.bfloat16).eps  # that a batch may have
             self._check_total(least.reshape(1, -1), most.reshape(1, -1), coarsest, repeated=True)
-
-    @cached_property
-    def bounded(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return are_finite(self.lower, self.upper)
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -100,10 +99,7 @@ class Intersection(Constraint):
         if not 0 < check_number("tolerance", self.tolerance) < 1:
             raise wrong("tolerance", "be in (0, 1)", self.tolerance)
         check_count("max_iterations", self.max_iterations, 1)
-
-    @cached_property
-    def bounded(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return any(member.bounded for member in self.sets)
+        self._derive(bounded=any(member.bounded for member in self.sets))
 
     def _check_batch(self, x: Tensor) -> None:
         super()._check_batch(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -87,14 +87,8 @@ class MinMaxNorm(Constraint):
         check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
         if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
-
-    @cached_property
-    def convex(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return not torch.as_tensor(self.min_norm, dtype=torch.float64).any()
-
-    @cached_property
-    def bounded(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return are_finite(self.max_norm)
+        has_hole = bool(torch.as_tensor(self.min_norm, dtype=torch.float64).any())
+        self._derive(convex=not has_hole, bounded=are_finite(self.max_norm))
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
