@@ -664,3 +664,12 @@ def test_the_step_of_an_inner_class_may_have_no_hash(inner):
     opt.inner_opt.__class__ = type("Own", (inner,), {"step": Step()})
     opt.step()
     assert type(opt.inner_opt).step.calls == 1
+
+
+def test_a_sparse_gradient_of_a_view():
+    """Torch would add it to another place of the buffer."""
+    buffer = torch.zeros(7)
+    x = buffer[2:5].detach().requires_grad_()
+    x.grad = torch.sparse_coo_tensor([[1]], [-3.0], (3,)).coalesce()
+    FrankWolfe([x]).step()
+    assert buffer.tolist() == [0, 0, 0, 3, 0, 0, 0]

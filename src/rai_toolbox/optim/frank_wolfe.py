@@ -394,13 +394,12 @@ def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:
     if isinstance(a, Tensor):
         param.mul_(1 - a)
         param.add_(grad * (-a * scaling))
-    elif grad.layout is torch.strided:  # rounds alike whatever the strides, unlike add_
+    else:  # rounds alike whatever the strides, unlike add_
+        if grad.layout is not torch.strided:
+            grad = grad.to_dense()  # (torch adds a sparse one to a wrong place in a view)
         one = one_like(param)
         param.addcmul_(param, one, value=-a)  # (in half the time of mul_, which wraps its factor)
         param.addcmul_(grad, one, value=-a * scaling)
-    else:
-        param.mul_(1 - a)
-        param.add_(grad, alpha=-a * scaling)
 
 
 def interpolate_(param: Tensor, start: Tensor, end: Tensor, a: float | Tensor) -> None:
