@@ -670,6 +670,6 @@ def test_a_sparse_gradient_of_a_view():
     """Torch would add it to another place of the buffer."""
     buffer = torch.zeros(7)
     x = buffer[2:5].detach().requires_grad_()
-    x.grad = torch.sparse_coo_tensor([[1]], [-3.0], (3,)).coalesce()
+    x.grad = torch.sparse_coo_tensor([[1]], [-3.0], (3,), check_invariants=True).coalesce()
     FrankWolfe([x]).step()
     assert buffer.tolist() == [0, 0, 0, 3, 0, 0, 0]
