@@ -173,6 +173,11 @@ def without(name):
     return lambda opt, _: opt.param_groups[0].__delitem__(name)
 
 
+def without_dq_and_gradient(opt, _):
+    opt.param_groups[0].pop("dq", None)
+    opt.param_groups[0]["params"][0].grad = None
+
+
 def other_data(shape=(1, 60), dtype=torch.float32):
     def change(opt, _):
         (x,) = opt.param_groups[0]["params"]
@@ -258,6 +263,7 @@ CHANGES = {
     "other shape than the gradient": other_shape_than_gradient,
     "no lr": without("lr"),
     "no bias": without("grad_bias"),
+    "no dq, no gradient": without_dq_and_gradient,
     "dampening": settings(dampening=None),
     "scale of several": settings(grad_scale=torch.full((2,), 2.0)),
     "scale of one tensor": settings(grad_scale=torch.tensor(2.0)),

@@ -40,6 +40,8 @@ def short_step(optimizer: Any) -> Callable[[Any], bool] | None:
         return None
     inner, (group,) = optimizer.inner_opt, optimizer.inner_opt.param_groups
     (param,) = params = list(group["params"])
+    if param.grad is None:  # the step before has not read all settings
+        return None
     declared = (*optimizer._before, SCALE, SHIFT)
     active = [transform for transform in declared if transform.is_active(group)]
     weak: Any = proxy(optimizer)
