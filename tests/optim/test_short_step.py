@@ -343,6 +343,19 @@ def test_is_freed_without_the_garbage_collector(name):
         gc.enable()
 
 
+def test_a_copy_of_attributes_has_a_short_step_of_its_own():
+    (x,) = params = [torch.zeros(4, 15, requires_grad=True)]
+    opt = optim.ClampedGradientOptimizer(params, lr=1.0, clamp_max=0.25)
+    copied = object.__new__(type(opt))  # as trainers make it
+    for step in range(4):
+        x.grad = torch.ones(4, 15)
+        if step == 2:
+            copied.__dict__.update(opt.__dict__)
+            del opt
+        (opt if step < 2 else copied).step()
+    assert (x == -1).all()
+
+
 def test_conjugate_gradients_stay_as_they_are():
     x = torch.ones(1, 3, dtype=torch.complex64, requires_grad=True)
     opt = SignedGradientOptim([x], lr=0.1)

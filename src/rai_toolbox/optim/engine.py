@@ -207,8 +207,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
-        short_step, is_plain = self._short_step, closure is None and not (compiling or kwargs)
-        if is_plain and short_step is not None and short_step(self):
+        is_plain = closure is None and not (compiling or kwargs)
+        if is_plain and self._short_step is not None and self._short_step(self):
             return None
         self._new_state.clear()  # what a step that failed has left
         is_done = False

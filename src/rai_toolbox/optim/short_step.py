@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import is_
 from typing import Any
-from weakref import proxy
+from weakref import proxy, ref
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ def unchanged(optimizer: Any) -> Callable[..., Tensor | None] | None:
         or param.is_complex()
     ):
         return None
+    owner: Any = ref(optimizer)
     shape, dtype, at_lr = param.shape, param.dtype, list(group).index("lr")
 
     def has_settings() -> bool:
@@ -127,6 +128,7 @@ def unchanged(optimizer: Any) -> Callable[..., Tensor | None] | None:
             len(groups) == 1
             and groups[0] is group
             and not torch.is_grad_enabled()
+            and owner() is optimizer  # not a copy, as trainers make, that has its attributes
             and optimizer.inner_opt is inner
             and not optimizer._new_state
             and kinds == _kinds(optimizer, inner)
