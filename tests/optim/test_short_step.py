@@ -1,9 +1,11 @@
 """Steps of one parameter in few calls: the same bits as the general step, whatever a user does."""
 
 import copy
+import gc
 import math
 import pickle
 from functools import partial
+from weakref import ref
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 from rai_toolbox import optim
-from rai_toolbox.constraints import Simplex, UnitNorm
-from rai_toolbox.optim import ParamTransformingOptimizer, SignedGradientOptim
+from rai_toolbox.constraints import BoundedBall, LinfBall, Simplex, UnitNorm
+from rai_toolbox.optim import SignedGradientOptim
 
 SHAPES = [(1, 60), (60,), (4, 15), (2, 3, 4), (), (1, 1), (0, 3), (1, 5_000), (300, 200)]
 KINDS = [(shape, torch.float32) for shape in SHAPES] + [
@@ -61,6 +63,8 @@ def gradient(x, step):
         grad.zero_()
     if step == 6:
         flat[:1] = torch.finfo(x.dtype).max
+    if step == 7:
+        grad.fill_(-0.0)
     if step == 8:
         flat[-1:] = math.nan
     if step == 9:
@@ -71,17 +75,16 @@ def gradient(x, step):
 def run(make, is_short, monkeypatch, *, shape=(1, 60), dtype=torch.float32, change=None, steps=10):
     """Where steps lead, with changes before the fourth; and what each short step has returned."""
     torch.manual_seed(0)
-    made, returned = ParamTransformingOptimizer._make_short_step, []
+    x, returned, ends = torch.rand(shape).to(dtype).requires_grad_(), [], []
+    opt = make([x], **({"param_ndim": None} if len(shape) < 2 else {}))
+    made = type(opt)._make_short_step
 
     def make_short_step(opt):
         step = made(opt) if is_short else None
-        return step and (lambda: returned.append(step()) or returned[-1])
+        return step and (lambda opt: returned.append(step(opt)) or returned[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(ParamTransformingOptimizer, "_make_short_step", make_short_step)
-        x = torch.rand(shape).to(dtype).requires_grad_()
-        kwargs = {"param_ndim": None} if len(shape) < 2 else {}
-        opt, ends = make([x], **kwargs), []
+        patch.setattr(type(opt), "_make_short_step", make_short_step)
         for step in range(steps):
             x.grad = gradient(x, step)
             if change is not None and step == 4:
@@ -90,8 +93,8 @@ def run(make, is_short, monkeypatch, *, shape=(1, 60), dtype=torch.float32, chan
             failed = None
             try:
                 opt.step()
-            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-                failed = str(error)
+            except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                failed = repr(error)
             params = [param for group in opt.param_groups for param in group["params"]]
             params = list(dict.fromkeys([*params, *opt.state]))
             ends.append((snapshot(params, opt), failed))
@@ -124,8 +127,8 @@ def test_has_the_bits_of_the_general_step(name, shape, dtype, monkeypatch):
         for is_short in (True, False)
     ]
     assert same_ends(both[0][0], both[1][0])
-    counts = name in ("Warmup", "Signed Adam")  # settings that change, another inner optimizer
-    assert both[0][1].count(True) == (0 if counts else 9)
+    # (a count is a setting that each step changes; Adam is another inner optimizer)
+    assert both[0][1].count(True) == {"Warmup": 5, "Signed Adam": 0}.get(name, 9)
 
 
 def settings(**new):
@@ -133,8 +136,8 @@ def settings(**new):
 
 
 def other_group(opt, _):
-    other = torch.ones(2, 3, requires_grad=True)
-    other.grad = torch.ones(2, 3)
+    other = torch.ones(2, 60, requires_grad=True)
+    other.grad = torch.ones(2, 60)
     opt.add_param_group({"params": [other], "param_ndim": None})
 
 
@@ -166,10 +169,26 @@ def another_inner(opt, _):
     opt.inner_opt = inner
 
 
-def other_data(opt, _):
-    (x,) = opt.param_groups[0]["params"]
-    x.data, x.grad = torch.rand(4, 15), None
-    x.grad = torch.ones(4, 15)
+def without(name):
+    return lambda opt, _: opt.param_groups[0].__delitem__(name)
+
+
+def without_dq_and_gradient(opt, _):
+    opt.param_groups[0].pop("dq", None)
+    opt.param_groups[0]["params"][0].grad = None
+
+
+def other_data(shape=(1, 60), dtype=torch.float32):
+    def change(opt, _):
+        (x,) = opt.param_groups[0]["params"]
+        x.data, x.grad = torch.full(shape, 0.3, dtype=dtype), None
+        x.grad = torch.full(shape, -3.0, dtype=dtype)
+
+    return change
+
+
+def other_shape_than_gradient(opt, _):
+    opt.param_groups[0]["params"][0].data = torch.rand(4, 60)
 
 
 def of_inner(**new):
@@ -238,7 +257,18 @@ CHANGES = {
     "loaded": loaded,
     "copied": lambda opt, _: copy.deepcopy(opt),
     "pickled": lambda opt, _: pickle.loads(pickle.dumps(opt)),
-    "other data": other_data,
+    "other data": other_data((4, 15)),
+    "other dtype": other_data(dtype=torch.float64),
+    "complex data": other_data(dtype=torch.complex64),
+    "other shape than the gradient": other_shape_than_gradient,
+    "no lr": without("lr"),
+    "no bias": without("grad_bias"),
+    "no dq, no gradient": without_dq_and_gradient,
+    "dampening": settings(dampening=None),
+    "scale of several": settings(grad_scale=torch.full((2,), 2.0)),
+    "scale of one tensor": settings(grad_scale=torch.tensor(2.0)),
+    "q": settings(q="a"),
+    "eps": settings(div_by_zero_eps=None),
     "class hook": class_hook,
     "own hook": own_hook,
     "replaced step": replaced_step,
@@ -253,17 +283,77 @@ CHANGES = {
     "another param": another_param,
     "another inner": another_inner,
 }
-CHANGED = ("ClampedParameter", "L2Projected", "L1qNormed", "LinfFrankWolfe", "Signed momentum")
+_BOUNDED = BoundedBall(LinfBall(0.3), -0.1, torch.linspace(0.5, 0.9, 60))
+CHANGED = {
+    "PGD": partial(optim.PGD, constraint=_BOUNDED, lr=0.1),
+    "Signed SGD": OPTIMIZERS["Signed SGD"],
+    **{name: OPTIMIZERS[name] for name in ("ClampedParameter", "L2Projected", "L1qNormed")},
+    **{name: OPTIMIZERS[name] for name in (*FRANK_WOLFE, "Signed momentum")},
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CHANGED)
 def test_follows_what_has_changed(name, change, monkeypatch):
     ends = [
-        run(OPTIMIZERS[name], is_short, monkeypatch, change=CHANGES[change])[0]
+        run(CHANGED[name], is_short, monkeypatch, change=CHANGES[change])[0]
         for is_short in (True, False)
     ]
     assert same_ends(*ends)
+
+
+def test_members_of_a_chain_have_sub_tensors_of_their_own():
+    x = torch.zeros(60, requires_grad=True)
+    members = [
+        partial(optim.TopQGradientOptimizer, q=0.5),
+        SignedGradientOptim,
+        partial(optim.L1NormedGradientOptim, param_ndim=0),
+    ]
+    opt = optim.ChainedParamTransformingOptimizer(*members, params=[x], lr=1.0, param_ndim=None)
+    for step in range(3):
+        x.grad = gradient(x, step)
+        opt.step()
+        assert x.grad.abs().sum() == 30
+
+
+def test_default_device():
+    x = torch.zeros(1, 60, requires_grad=True)
+    opt = optim.L1qNormedGradientOptim([x], q=0.5, lr=1.0)
+    for step in range(3):
+        x.grad = gradient(x, step)
+        with torch.device("meta"):
+            opt.step()
+        assert x.grad.norm(p=1).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["PGD", "L1qNormed", "ClampedParameter", "LinfFrankWolfe"])
+def test_is_freed_without_the_garbage_collector(name):
+    x = torch.zeros(1, 60, requires_grad=True)
+    opt = CHANGED[name]([x])
+    for step in range(3):
+        x.grad = gradient(x, step)
+        opt.step()
+    assert opt._short_step is not None
+    weak = ref(opt)
+    gc.disable()
+    try:
+        del opt
+        assert weak() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_of_attributes_has_a_short_step_of_its_own():
+    (x,) = params = [torch.zeros(4, 15, requires_grad=True)]
+    opt = optim.ClampedGradientOptimizer(params, lr=1.0, clamp_max=0.25)
+    copied = object.__new__(type(opt))  # as trainers make it
+    for step in range(4):
+        x.grad = torch.ones(4, 15)
+        if step == 2:
+            copied.__dict__.update(opt.__dict__)
+            del opt
+        (opt if step < 2 else copied).step()
+    assert (x == -1).all()
 
 
 def test_conjugate_gradients_stay_as_they_are():

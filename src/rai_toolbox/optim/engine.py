@@ -93,8 +93,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
     _after: tuple[Transform, ...] = ()
     """What a subclass does to parameters, after the inner step."""
 
-    _short_step: Callable[[], bool] | None = None
-    """A step in few calls, which returns whether it fits, from a step before."""
+    _short_step: Callable[[Any], bool] | None = None
+    """A step in few calls, made after a step; it returns whether it fits this optimizer."""
 
     _has_initialized = False
     """Whether a distributed checkpoint may have made its step."""
@@ -207,13 +207,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         """
         # (Dynamo traces only frames that name torch, or hold a tensor: do not move this call.)
         compiling = torch.compiler.is_compiling()
-        if closure is None and not (compiling or kwargs):
-            if self._short_step is not None and self._short_step():
-                return None
-            few = len(self.inner_opt.param_groups) == 1  # (or asked each time in vain)
-            if few and isinstance(self.inner_opt, (SGD, OwnStepOptimizer)):
-                self._short_step = self._make_short_step()
+        is_plain = closure is None and not (compiling or kwargs)
+        if is_plain and self._short_step is not None and self._short_step(self):
+            return None
         self._new_state.clear()  # what a step that failed has left
+        is_done = False
         if closure is not None:
             closure = partial(self._evaluated, closure)
         elif not (compiling or self.inner_opt.state) and self._initializes_state():
@@ -227,19 +225,26 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return None
         else:
             inner, move_ = self.inner_opt, None
-            if isinstance(inner, OwnStepOptimizer) and not (compiling or kwargs):
+            if isinstance(inner, OwnStepOptimizer) and is_plain:
                 move_ = inner.mover()
-            if self._pre_step(move_):
-                self._post_step()
-                return None
+            is_done = self._pre_step(move_)
             if compiling and self._must_break_graph():
                 graph_break()
-        loss: float | None = step_inner(self.inner_opt, closure, kwargs)
+        loss: float | None = None
+        if not is_done:
+            loss = step_inner(self.inner_opt, closure, kwargs)
         self._post_step()
+        if is_plain:  # (settings that this step took)
+            few = len(self.inner_opt.param_groups) == 1  # (or asked each time in vain)
+            few = few and isinstance(self.inner_opt, (SGD, OwnStepOptimizer))
+            self._short_step = self._make_short_step() if few else None
         return loss
 
-    def _make_short_step(self) -> Callable[[], bool] | None:
-        """A step in few calls, with the same results, for settings as they are, if there is one."""
+    def _make_short_step(self) -> Callable[[Any], bool] | None:
+        """A step in few calls, with the same results, for settings as they are, if there is one.
+
+        It must not hold the optimizer: each would keep the other, and all tensors, in memory.
+        """
         return short_step(self)
 
     def _prepared_step(self) -> Callable[[], object] | None:

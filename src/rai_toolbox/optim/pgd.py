@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf, isfinite
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -133,16 +134,16 @@ class PGD(Constrained, ParamTransformingOptimizer):
             lr = InnerOpt.keywords.get("lr", lr)
         super().__init__(**constructor_arguments(locals()))
 
-    def _make_short_step(self) -> Callable[[], bool] | None:
+    def _make_short_step(self) -> Callable[[Any], bool] | None:
         gradient = unchanged(self)
         move_ = gradient and self._short_move()
         if gradient is None or move_ is None:
             return short_step(self)
         (param,) = self.inner_opt.param_groups[0]["params"]
 
-        def step() -> bool:
-            grad = gradient()
-            if grad is None or not _is_plain_batch(param):
+        def step(optimizer: Any) -> bool:
+            grad = gradient(optimizer)
+            if grad is None or grad.shape != param.shape or not _is_plain_batch(param):
                 return False
             # (NaN makes NaN of the product)
             if not isfinite(torch.dot(param.view(-1), grad.view(-1)).item()):
@@ -162,7 +163,7 @@ class PGD(Constrained, ParamTransformingOptimizer):
             return None
 
         def step() -> None:
-            grad = gradient(could_replace=False)
+            grad = gradient(self, could_replace=False)
             if grad is None:  # (a model may have a scheduler)
                 _STEP(self)
             else:
@@ -181,12 +182,13 @@ class PGD(Constrained, ParamTransformingOptimizer):
         is_bounded = isinstance(constraint, BoundedBall)
         is_short = len(param) == 1 and param.numel() <= BLOCK // 2
         project_ = constraint.projection_like(param) if is_bounded else constraint.project_
+        direction, weak = self._before[0], proxy(self)
 
         def move_(grad: Tensor) -> None:
             if p == inf:
                 grad.sign_()
             elif p == 1 or not (is_short and directions.normalize_row_(grad, p)):
-                self._before[0].apply_([grad], [param], group, self)
+                direction.apply_([grad], [param], group, weak)
             project_(param.add_(grad, alpha=-group["lr"]))
 
         return move_

@@ -66,10 +66,11 @@ def step_of_one(inner: SGD, param: Tensor) -> Callable[[Tensor], object]:
     It serves as long as the settings, except for `lr`, stay what they are, and `can_step`.
     """
     (group,) = inner.param_groups
-    momentum, share = group["momentum"], 1 - group["dampening"]
+    momentum, dampening = group["momentum"], group["dampening"]
     is_short = not (group["weight_decay"] or group["nesterov"] or group["maximize"])
     if not (is_short and _is_usual(group)) or (momentum and param.numel() > SMALL):
         return lambda grad: step_sgd(inner)
+    share = 1 - dampening
 
     def step(grad: Tensor) -> None:  # as torch's own loop
         if momentum:

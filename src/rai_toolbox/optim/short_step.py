@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import is_
 from typing import Any
+from weakref import proxy, ref
 
 import torch
 from torch import Tensor
@@ -28,26 +29,30 @@ _LONGEST = 1e30  # what is less than a rounding of the largest numbers, so that 
 _Kinds = tuple[type[Optimizer], Any, Any, Any]
 
 
-def short_step(optimizer: Any) -> Callable[[], bool] | None:
+def short_step(optimizer: Any) -> Callable[[Any], bool] | None:
     """A step that does what `step` does without a closure, for the only parameter, or None.
 
     It returns whether it could: where anything has changed, it does nothing, and is of no more use.
+    Settings are those that a step has just taken.
     """
     gradient = unchanged(optimizer)
     if gradient is None:
         return None
     inner, (group,) = optimizer.inner_opt, optimizer.inner_opt.param_groups
     (param,) = params = list(group["params"])
+    if param.grad is None:  # the step before has not read all settings
+        return None
     declared = (*optimizer._before, SCALE, SHIFT)
     active = [transform for transform in declared if transform.is_active(group)]
-    before = each_for_one(active, param, group, optimizer)
+    weak: Any = proxy(optimizer)
+    before = each_for_one(active, param, group, weak)
     after = optimizer._after
     move_ = step_of_one(inner, param) if type(inner) is SGD else inner.step_of_one(param)
     if move_ is None:
         return None
 
-    def step() -> bool:
-        grad = gradient()
+    def step(optimizer: Any) -> bool:
+        grad = gradient(optimizer)
         if grad is None:
             return False
         for change_ in before:
@@ -77,25 +82,26 @@ def unchanged(optimizer: Any) -> Callable[..., Tensor | None] | None:
     group = groups[0]
     (param,), settings = group["params"], list(group.values())
     kinds, is_sgd = _kinds(optimizer, inner), type(inner) is SGD
-    own, of_inner = optimizer.__dict__, inner.__dict__
     declared = (*optimizer._transforms(GRADIENT_HOOK), *optimizer._transforms(PARAMETER_HOOK))
     if (
         not (is_sgd or isinstance(inner, OwnStepOptimizer))
         or (is_sgd and not can_step(inner, known_plain_step(type(inner).step)))
         or any(isinstance(transform, Hook) for transform in declared)
+        or any(isinstance(setting, Tensor) for setting in settings)
         or param.is_complex()
     ):
         return None
-    shape, at_lr = param.shape, list(group).index("lr")
+    owner: Any = ref(optimizer)
+    shape, dtype, at_lr = param.shape, param.dtype, list(group).index("lr")
 
     def has_settings() -> bool:
         """Whether all are what they were; the learning rate may be another positive number."""
         if all(map(is_, group.values(), settings)):
             return len(group) == len(settings)
-        settings[at_lr] = group["lr"]
+        settings[at_lr] = group.get("lr")
         return len(group) == len(settings) and all(map(is_, group.values(), settings))
 
-    def gradient(could_replace: bool = True) -> Tensor | None:
+    def gradient(optimizer: Any, could_replace: bool = True) -> Tensor | None:
         params, grad = group["params"], param.grad
         is_same = (
             grad is not None
@@ -105,28 +111,29 @@ def unchanged(optimizer: Any) -> Callable[..., Tensor | None] | None:
             and type(lr := group["lr"]) is float
             and 0.0 < lr <= _LONGEST
             and in_blocks(grad)
-            and grad.dtype == param.dtype
+            and grad.dtype == param.dtype == dtype
             and grad.shape == shape
             and grad.is_contiguous()
         )
-        if not is_same or (could_replace and not has_parts()):
+        if not is_same or (could_replace and not has_parts(optimizer)):
             return None
         if not is_sgd:
             inner._check_before_step(group)
         return grad
 
-    def has_parts() -> bool:
+    def has_parts(optimizer: Any) -> bool:
         """Whether nobody has replaced a part of the optimizers, or added one."""
         groups = inner.param_groups
         return (
             len(groups) == 1
             and groups[0] is group
             and not torch.is_grad_enabled()
+            and owner() is optimizer  # not a copy, as trainers make, that has its attributes
             and optimizer.inner_opt is inner
             and not optimizer._new_state
             and kinds == _kinds(optimizer, inner)
-            and _HOOKS.isdisjoint(own)
-            and _REPLACED.isdisjoint(of_inner)
+            and _HOOKS.isdisjoint(optimizer.__dict__)
+            and _REPLACED.isdisjoint(inner.__dict__)
             and not has_own_step_hooks(inner)
         )
 

@@ -392,8 +392,9 @@ def each_for_one(
     match list(transforms):
         case [TopQ() as top_q, Sign(), Normalize(p=1) as normalize, *_]:
             keep = top_q.kept_of_row(param, group)
-            if keep is not None and group[normalize.div_by_zero_eps] < keep:
-                number = torch.full((), keep, dtype=torch.float64)
+            is_row = _is_one_row([param], group[normalize.param_ndim])
+            if keep is not None and is_row and group[normalize.div_by_zero_eps] < keep:
+                number = torch.full((), keep, dtype=torch.float64, device="cpu")
                 sign_, normalize_ = functions[1:3]
 
                 def sparse_signs_(x: Tensor) -> None:

@@ -208,6 +208,7 @@ def largest_sign_of_row_(row: Tensor) -> None:
     """`largest_sign_` of one dense plain row that has entries, of any shape."""
     entries = row.view(-1)
     largest = entries[int(entries.abs().argmax())]
-    sign = 1.0 if (value := largest.item()) > 0 else -1.0 if value < 0 else value
+    value = largest.item()
+    sign = 1.0 if value > 0 else -1.0 if value < 0 else value + 0.0  # (not -0.0)
     entries.zero_()
     largest.fill_(sign)
