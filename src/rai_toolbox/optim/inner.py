@@ -47,7 +47,8 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
         mark_stepped(inner)  # as the scheduler's wrapper does
     # (Without torch's decorator that switches grad mode: it would switch to the present one.)
     step: Any = type(inner).step
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         step = plain_step(step)
         step = getattr(step, "__wrapped__", step)  # (one breaks the graph, whosever it is)
     else:  # (a user's callable may have no hash)
@@ -55,12 +56,12 @@ def step_inner(inner: Optimizer, closure: Callable[[], Any] | None, kwargs: dict
     args = (inner, *args)
     for pre_hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
         args, kwargs = pre_hook(inner, args, kwargs) or (args, kwargs)
-    is_bare = args == (inner,) and not kwargs
-    is_adam = isinstance(inner, (Adam, AdamW)) and len(inner.state) > 1  # (with state for several)
+    is_bare = args == (inner,) and not kwargs and not compiling  # (nor looks at empty state then)
+    is_adam = is_bare and isinstance(inner, (Adam, AdamW)) and len(inner.state) > 1
     result = None
     if is_bare and isinstance(inner, SGD) and can_step(inner, step):
         step_sgd(inner)
-    elif is_bare and is_adam and can_step(inner, step):
+    elif is_adam and can_step(inner, step):
         step_adam(inner, step)
     else:
         result = step(*args, **kwargs)
