@@ -173,7 +173,8 @@ _foreach_check_and_scale_: Callable[..., Any] = torch._amp_foreach_non_finite_ch
 
 def foreach_finite(tensors: list[Tensor]) -> bool:
     """Whether all entries of plain tensors of real numbers on the CPU are finite."""
-    found, one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+    found = torch.zeros((), dtype=torch.float32, device="cpu")
+    one = torch.ones((), dtype=torch.float32, device="cpu")
     _foreach_check_and_scale_(tensors, found, one)  # (by 1: it only looks)
     return found.item() == 0
 

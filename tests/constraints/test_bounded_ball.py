@@ -14,6 +14,7 @@ from rai_toolbox.constraints import Constraint
 from rai_toolbox.constraints.balls import L1Ball, L2Ball, LinfBall
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of
 from rai_toolbox.constraints.box import Box
+from rai_toolbox.constraints.kernels.ball_in_box import nearest_in_ball_and_box
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BALLS = {LinfBall: math.inf, L2Ball: 2, L1Ball: 1}
@@ -225,6 +226,18 @@ def test_rows_inside_beside_rows_slightly_and_far_outside(ball, dtype):
     found = c.project(x)
     assert torch.equal(found[:2].view(torch.uint8), x[:2].view(torch.uint8))
     assert (c.violation(found) == 0).all()
+    reference = Constraint.project_(c, x.clone())  # in float64
+    torch.testing.assert_close(found, reference, rtol=100 * eps, atol=100 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_far_outside_where_values_are_not_read(dtype):
+    n, eps = 200, torch.finfo(dtype).eps
+    sizes = 10.0 ** torch.arange(9, dtype=dtype).unsqueeze(1)
+    x = torch.nn.functional.normalize(randn(9, n, seed=7).to(dtype)) * sizes
+    c = BoundedBall(L2Ball(1.0), None, 0.02)  # (what is below 0 is as long as it was)
+    radius = torch.ones((), dtype=torch.float64), True
+    found, _ = nearest_in_ball_and_box(x, 2, radius, -math.inf, 0.02, False)
     reference = Constraint.project_(c, x.clone())  # in float64
     torch.testing.assert_close(found, reference, rtol=100 * eps, atol=100 * eps)
 

@@ -65,6 +65,19 @@ def test_what_shares_memory_has_the_bits_of_torch(kind, kind_of_memory):
     assert same_bits([x.detach() for x in ours], [x.detach() for x in theirs])
 
 
+@both_kinds
+def test_steps_that_share_memory_have_the_bits_of_torch(kind):
+    ours, theirs = (with_gradients([torch.ones(4), torch.ones(5)]) for _ in range(2))
+    opt, bare = unbounded(ours, kind), kind(theirs)
+    for made, inner, params in ((opt, opt.inner_opt, ours), (bare, bare, theirs)):
+        made.step()
+        count = torch.tensor(5.0)
+        for x in params:
+            inner.state[x]["step"] = count.view(())  # another tensor each time
+        made.step()
+    assert same_bits([x.detach() for x in ours], [x.detach() for x in theirs])
+
+
 @pytest.mark.parametrize(
     ("settings", "together"),
     [({}, True), ({"lr": torch.tensor(0.1)}, False), ({"foreach": False}, False)],

@@ -673,3 +673,15 @@ def test_a_sparse_gradient_of_a_view():
     x.grad = torch.sparse_coo_tensor([[1]], [-3.0], (3,), check_invariants=True).coalesce()
     FrankWolfe([x]).step()
     assert buffer.tolist() == [0, 0, 0, 3, 0, 0, 0]
+
+
+def test_a_step_that_parameters_share_counts_each_of_them():
+    params = [torch.ones(2, 3), torch.ones(2, 3)]
+    opt = FrankWolfe(params)
+    count = torch.tensor(4.0)
+    for x in params:
+        opt.state[x]["step"] = count
+        x.grad = torch.zeros_like(x)
+    with torch.no_grad():
+        opt._move_together_(params, opt.param_groups[0])
+    assert [x[0, 0].item() for x in params] == pytest.approx([2 / 3, 5 / 7])

@@ -145,6 +145,19 @@ def test_sign_of_every_number(dtype):
         x, expected = x[64:], expected[64:]
 
 
+@torch.no_grad()
+def test_signs_whatever_the_default_dtype_is():
+    expected = torch.tensor([1.0, -1.0, math.nan])
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            parts = [2 * expected, 3 * expected]
+            sign_(parts)
+            assert equal_bits(parts[0], expected) and equal_bits(parts[1], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("at", [0, 783, 500])
 @torch.no_grad()
 def test_a_nan_in_one_small_tensor_is_not_hidden(at):

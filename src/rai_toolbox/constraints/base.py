@@ -104,6 +104,8 @@ class Constraint(_Immutable):
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
             _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
+        if "project_" in vars(cls) and "_joins_rows" not in vars(cls):
+            cls._joins_rows = False  # what a class above it does to several batches is not that
         for name in ON_SHARDS:
             if name in cls.__dict__:
                 setattr(cls, name, _of_any_batch(cls.__dict__[name]))

@@ -61,10 +61,9 @@ def _step_together_(group: dict[str, Any], state: Mapping[Tensor, Any]) -> bool:
         and set(map(attrgetter("layout"), tensors)) == {torch.strided}
         and set(map(attrgetter("dtype"), tensors)) == {torch.float32}
         and len(set(map(attrgetter("dtype"), steps))) == 1
-        and len(set(map(id, steps))) == len(steps)
         and all(map(attrgetter("is_cpu"), [*tensors, *steps]))
         and not any(map(Tensor.is_neg, tensors))
-        and are_apart(tensors)
+        and are_apart([*tensors, *steps])
     )
     if not can_go_together:
         return False

@@ -274,6 +274,9 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         for part in cache_sized(params, _TOGETHER):
             some, grads = with_gradients(params[part])
             steps = [self._started(param, group)["step"] for param in some]
+            if not are_apart(steps):  # one that is shared counts each
+                self._move_each_(some, group)
+                continue
             rows = (some, grads, steps)
             dtypes = (map(_DTYPE, row) for row in rows)
             kinds = list(zip(map(Tensor.item, steps), *dtypes, strict=True))

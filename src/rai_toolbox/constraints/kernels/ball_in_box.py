@@ -9,6 +9,7 @@ are x itself. What is told of sub-tensors is a column: of shape (N, 1, ...), in 
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -103,12 +104,13 @@ def _scaled(
 
     The square of the norm is a concave function of t^2: the step of Newton's method from t = 1,
     where it is `found` and has that `length`, ends on the near side of the root, or is cut at 0.
-    There the method stays, and may end at any time.
+    There the method stays, and may end at any time. Where t is small beside 1, rounding may leave
+    that first step beyond the root: then the next one is taken from there.
     """
     dims, info = tuple(range(1, x.ndim)), torch.finfo(x.dtype)
     norm_of = partial(vector_norm, dim=dims, keepdim=True)  # (in that dtype)
     aim, length = aim.to(x.dtype), length.to(x.dtype).clamp_(max=info.max / 4)
-    enough = torch.where(inside, 0.0, aim * (1 - 4 * info.eps))
+    middle, slack = aim * (1 + 6 * info.eps), torch.where(inside, inf, aim * (10 * info.eps))
     t, going, moved, buffer = torch.ones_like(aim), ~inside, x, torch.empty_like(x)
     for _ in range(_FROM_ONE_SIDE):
         slope = norm_of(torch.eq(found, moved, out=buffer).mul_(x))
@@ -117,7 +119,7 @@ def _scaled(
         moved = torch.mul(x, t, out=buffer)
         torch.clamp(moved, lower, upper, out=found)
         length = norm_of(found)
-        going = length < enough
+        going = (length - middle).abs_() > slack
         if eager and not bool(going.any()):
             break
     return found
