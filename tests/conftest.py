@@ -51,5 +51,5 @@ def collected(pytestconfig):
 def as_on_a_device(monkeypatch):
     """As where reading a value would wait: no loop ends early, none goes by pieces of a cache."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("rai_toolbox.") and hasattr(module, "in_blocks"):
-            monkeypatch.setattr(module, "in_blocks", lambda x: False)
+        if name.startswith("rai_toolbox.") and hasattr(module, "is_eager"):
+            monkeypatch.setattr(module, "is_eager", lambda x: False)

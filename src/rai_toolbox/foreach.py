@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rai_toolbox._torch import (
-    foreach_add_,
-    foreach_clamp_max_,
-    foreach_clamp_min_,
-    foreach_mul_,
-)
+from rai_toolbox._torch import foreach_add_, foreach_clamp_max_, foreach_clamp_min_, foreach_mul_
 from rai_toolbox.autograd import below_autograd
 
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}

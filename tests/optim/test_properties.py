@@ -139,7 +139,7 @@ def test_overridden_hooks_that_call_super_change_nothing(name, case_tensors, lay
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @of_each_with_hooks
-def test_large_tensors_in_blocks_or_not(name, dtype):
+def test_large_tensors_by_pieces_or_whole(name, dtype):
     """Norms go block by block there: the batch view sums alike, other strides to rounding."""
     case = CASES[name]
     generator = torch.Generator().manual_seed(0)

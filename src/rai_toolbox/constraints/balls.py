@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import can_read, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, shrinking
@@ -171,7 +171,7 @@ class L2Ball(_Ball):
         return project_l2_ball_(x, self.epsilon, x.ndim - 1)
 
     def _scaling(self, length: Tensor, x: Tensor) -> Any:
-        if self.center is None and can_judge(x, self.epsilon):
+        if self.center is None and can_read(x, self.epsilon):
             return shrinking(length, self.epsilon)
         return super()._scaling(length, x)
 
@@ -227,7 +227,7 @@ class L1Ball(_Ball):
         joins = self.center is None and self._dims is None and not isinstance(self.epsilon, Tensor)
         plain = []
         for x in batches:
-            if joins and in_blocks(x) and not needs_grad(x):
+            if joins and is_eager(x) and not needs_grad(x):
                 plain.append(x)
             else:
                 super().project_(x)

@@ -18,12 +18,8 @@ from rai_toolbox.constraints.base import Constraint, in_float64
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.constraints.kernels import ball_in_box as fast
 from rai_toolbox.constraints.kernels import ball_in_box_float64 as exact
-from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, in_blocks, row_blocks
-from rai_toolbox.constraints.kernels.box_hyperplane import (
-    as_rows,
-    outside_bounds,
-    rounded_bounds,
-)
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, is_eager, row_blocks
+from rai_toolbox.constraints.kernels.box_hyperplane import as_rows, outside_bounds, rounded_bounds
 from rai_toolbox.constraints.kernels.rounding import as_rounded, as_wide, noise, offset_from
 from rai_toolbox.constraints.sharding import PLAIN
 from rai_toolbox.foreach import in_dtype
@@ -124,7 +120,7 @@ class BoundedBall(Constraint):
         return epsilon, torch.maximum(lower - center, center - upper).clamp(min=0)
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        eager = in_blocks(x)
+        eager = is_eager(x)
         if (
             not self._is_around_0(x)
             or (x.requires_grad and torch.is_grad_enabled())

@@ -14,15 +14,10 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import can_judge, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import can_read, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
-from rai_toolbox.constraints.kernels.l2 import (
-    project_l2_ball_,
-    project_l2_each_,
-    scale_,
-    shrinking,
-)
+from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, scale_, shrinking
 from rai_toolbox.constraints.kernels.norms import (
     LEAST,
     for_each,
@@ -92,7 +87,7 @@ class MinMaxNorm(Constraint):
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
-        if self.p == 2 and can_judge(x, self.min_norm, self.max_norm):
+        if self.p == 2 and can_read(x, self.min_norm, self.max_norm):
             self._project_rows_each_([x])
             return x
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
@@ -128,7 +123,7 @@ class MinMaxNorm(Constraint):
         return max(least, LEAST[torch.float32]), min(most, sys.float_info.max)
 
     def _scaling(self, length: Tensor, x: Tensor) -> Any:
-        if self.p != 2 or not can_judge(x, self.min_norm, self.max_norm):
+        if self.p != 2 or not can_read(x, self.min_norm, self.max_norm):
             return super()._scaling(length, x)
         if self.min_norm == 0:
             return shrinking(length, self.max_norm)
@@ -146,7 +141,7 @@ class MinMaxNorm(Constraint):
         length = norm(x, 2, x.ndim - 1)
         still = length == 0
         factor = self._factor(length, torch.where(still, 1.0, length), x)
-        if in_blocks(x):
+        if is_eager(x):
             info = torch.finfo(scale_dtype(x))
             normal = (factor >= info.smallest_normal) & (factor <= info.max)
             short = length < torch.finfo(length.dtype).smallest_normal  # of few digits, if not 0
@@ -166,11 +161,11 @@ class MinMaxNorm(Constraint):
     def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
         """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
         least, most, size = self.min_norm, self.max_norm, x[0].numel()
-        if not in_blocks(x) or isinstance(least, Tensor) or isinstance(most, Tensor):
+        if not is_eager(x) or isinstance(least, Tensor) or isinstance(most, Tensor):
             low, high, missed = self._range(x, size, x.dtype)
         else:
             low, high, missed = _range_of_numbers(least, most, self.p, size, x.dtype)
-        if can_judge(x, least, most) and low == high:  # in fewer calls
+        if can_read(x, least, most) and low == high:  # in fewer calls
             off = (length - (least + most) / 2).abs_()
             return (low / divisor).masked_fill_(off <= (most - least) / 2 + missed, 1.0)
         off = torch.maximum(length - most, least - length)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_count, check_setting
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, can_judge, joined
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, can_read, joined
 from rai_toolbox.constraints.kernels.l1 import FAR
 from rai_toolbox.constraints.kernels.rounding import resolution
 from rai_toolbox.constraints.kernels.threshold import in_one_memory, lower_, lowered
@@ -63,7 +63,7 @@ class Simplex(Constraint):
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         is_large = x.numel() > BLOCK // 8 and x.is_contiguous()
-        if not (is_large and x.dtype == torch.float32 and can_judge(x, self.total)):
+        if not (is_large and x.dtype == torch.float32 and can_read(x, self.total)):
             return super().project_(x)
         self._check_batch(x)
         self._project_rows_each_([x])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rai_toolbox.checks import check_non_negative
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import in_blocks, needs_grad, row_halves
+from rai_toolbox.constraints.kernels.blocks import is_eager, needs_grad, row_halves
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an entry, in bytes
 
@@ -79,7 +79,7 @@ def keep_largest_(rows: Tensor, k: int) -> Tensor:
 
 
 def _keep_largest_(rows: Tensor, k: int) -> None:
-    if 0 < k < rows.shape[1] and in_blocks(rows) and not needs_grad(rows):
+    if 0 < k < rows.shape[1] and is_eager(rows) and not needs_grad(rows):
         order, least = _order_and_least(rows, k)
         smaller = order < least
         if int(smaller.count_nonzero()) == rows.numel() - k * len(rows):  # there are no ties

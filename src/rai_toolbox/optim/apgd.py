@@ -17,7 +17,7 @@ from rai_toolbox._torch import not_compiled
 from rai_toolbox.checks import check_count, check_fraction, wrong
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
-from rai_toolbox.constraints.kernels.blocks import in_blocks, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import is_eager, wide_dtype
 from rai_toolbox.constraints.kernels.directions import normalize_, sign_
 from rai_toolbox.constraints.kernels.rounding import as_rounded
 from rai_toolbox.optim.diagnosis import Constrained
@@ -336,7 +336,7 @@ def _sparse_(gradient: Tensor, share: Tensor) -> Tensor:
     rows = gradient.view(len(gradient), -1)
     size = rows.abs()
     rank = (share.view(-1, 1) * rows.shape[1]).long().clamp(1, rows.shape[1])
-    if in_blocks(rows):
+    if is_eager(rows):
         largest = size.topk(int(rank.max()), dim=1).values  # which is quicker
     else:
         largest = size.sort(dim=1, descending=True).values

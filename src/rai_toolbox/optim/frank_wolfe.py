@@ -26,13 +26,7 @@ from rai_toolbox.constraints.kernels.blocks import are_apart, one_like, widened
 from rai_toolbox.constraints.sharding import complete
 from rai_toolbox.foreach import cache_sized, with_gradients
 from rai_toolbox.optim.diagnosis import Constrained, frank_wolfe_gap, totals
-from rai_toolbox.optim.own_step import (
-    Move,
-    OwnStepOptimizer,
-    as_batches,
-    check_lr_value,
-    evaluated,
-)
+from rai_toolbox.optim.own_step import Move, OwnStepOptimizer, as_batches, check_lr_value, evaluated
 from rai_toolbox.optim.settings import TINY, check_constraint, is_zero_on_host
 from rai_toolbox.optim.transforms import Projection
 from rai_toolbox.optim.wrapper import Group, Params

@@ -18,7 +18,7 @@ from rai_toolbox.constraints.box import OPEN, checked_box
 from rai_toolbox.constraints.kernels.blocks import (
     BLOCK,
     GROUP,
-    can_judge,
+    can_read,
     joined,
     needs_grad,
     wide_dtype,
@@ -191,7 +191,7 @@ class GradientMapping(OfSet):
         y = torch.addcmul(x, e, followed[-1], value=-1)
         factor = NotImplemented
         scales = type(constraint)._scaling is not Constraint._scaling
-        if scales and constraint._dims is None and can_judge(y):
+        if scales and constraint._dims is None and can_read(y):
             fast = sums_fast([y], EXACT_CHUNK)
             length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y])
             error = sum_error(EXACT_CHUNK) if fast else 0.0

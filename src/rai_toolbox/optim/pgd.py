@@ -18,7 +18,7 @@ from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.constraints.bounded_ball import BoundedBall, norm_ball_of, zero_outward_
 from rai_toolbox.constraints.kernels import directions
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks
+from rai_toolbox.constraints.kernels.blocks import BLOCK, is_eager
 from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
@@ -211,7 +211,7 @@ def _is_simple(group: Group) -> bool:
 def _is_plain_batch(param: Tensor) -> bool:
     """Whether it is a batch that one call of each operator may change."""
     return (
-        in_blocks(param)
+        is_eager(param)
         and param.ndim > 1
         and param.numel() > 0
         and param.dtype in _DTYPES

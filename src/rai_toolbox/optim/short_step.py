@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import has_own_step_hooks, known_plain_step
-from rai_toolbox.constraints.kernels.blocks import in_blocks
+from rai_toolbox.constraints.kernels.blocks import is_eager
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.sgd import can_step, step_of_one
@@ -110,7 +110,7 @@ def unchanged(optimizer: Any) -> Callable[..., Tensor | None] | None:
             and has_settings()
             and type(lr := group["lr"]) is float
             and 0.0 < lr <= _LONGEST
-            and in_blocks(grad)
+            and is_eager(grad)
             and grad.dtype == param.dtype == dtype
             and grad.shape == shape
             and grad.is_contiguous()

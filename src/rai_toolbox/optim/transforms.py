@@ -22,7 +22,7 @@ from rai_toolbox.batch import batch_shape, sub_ndim
 from rai_toolbox.checks import check_fraction, check_non_negative, check_order
 from rai_toolbox.constraints.box import checked_box
 from rai_toolbox.constraints.kernels import directions
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, in_groups
+from rai_toolbox.constraints.kernels.blocks import BLOCK, in_groups, is_eager
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
 from rai_toolbox.constraints.sparse import keep_largest_, keep_largest_of_row_
@@ -449,7 +449,7 @@ def _is_one_row(tensors: list[Tensor], param_ndim: int | None) -> bool:
         return False
     x = tensors[0]
     return (
-        in_blocks(x)
+        is_eager(x)
         and (param_ndim is None or (param_ndim == -1 and x.shape[:1] == (1,)))
         and x.ndim > 0
         and 0 < x.numel() <= BLOCK // 2

@@ -51,10 +51,11 @@ def one_like(x: Tensor) -> Tensor:
     return _ONES[x.dtype] if is_usual and x.dtype in _ONES else x.new_ones(())
 
 
-def in_blocks(x: Tensor) -> bool:
-    """Whether to go by pieces and to read values: a plain CPU tensor, in eager mode.
+def is_eager(x: Tensor) -> bool:
+    """Whether x is a plain CPU tensor in eager mode.
 
-    A compiler fuses.
+    Then reading a value does not synchronize with a device, and large tensors are faster by pieces
+    that stay in cache: a compiler would fuse the operators instead.
     """
     return (
         type(x) in PLAIN
@@ -70,10 +71,10 @@ def needs_grad(*values: object) -> bool:
     return torch.is_grad_enabled() and any(getattr(value, "requires_grad", 0) for value in values)
 
 
-def can_judge(x: Tensor, *settings: float | Tensor) -> bool:
+def can_read(x: Tensor, *settings: float | Tensor) -> bool:
     """Whether a batch has values to be read, and settings are numbers."""
     numbers = not any(isinstance(setting, Tensor) for setting in settings)
-    return numbers and x.numel() > 0 and in_blocks(x) and not needs_grad(x)
+    return numbers and x.numel() > 0 and is_eager(x) and not needs_grad(x)
 
 
 def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
@@ -82,7 +83,7 @@ def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
     By default they have `BLOCK` elements per thread.
     """
     height = len(x)
-    if in_blocks(x) and not needs_grad(x):
+    if is_eager(x) and not needs_grad(x):
         size = torch.get_num_threads() * BLOCK if size is None else size
         height = max(1, size * len(x) // max(1, x.numel()))
     for start in range(0, len(x), max(1, height)):
@@ -91,7 +92,7 @@ def row_blocks(x: Tensor, size: int | None = None) -> Iterator[slice]:
 
 def row_halves(x: Tensor) -> tuple[Tensor, ...]:
     """The two halves of the rows of a large tensor, so that temporaries take half the memory."""
-    if x.numel() <= BLOCK or len(x) < 2 or not in_blocks(x) or needs_grad(x):
+    if x.numel() <= BLOCK or len(x) < 2 or not is_eager(x) or needs_grad(x):
         return (x,)
     middle = (len(x) + 1) // 2
     return x[:middle], x[middle:]
@@ -134,7 +135,7 @@ def in_groups(
     if alone and (x.numel() <= BLOCK // 2 or not act_each_):
         _in_parts(x, act_, shape_of(x.shape))
         return
-    plain = in_blocks(x) and not torch.is_grad_enabled()
+    plain = is_eager(x) and not torch.is_grad_enabled()
     joins = plain and not alone
     alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
     large = []
@@ -186,7 +187,7 @@ def _in_parts(x: Tensor, act_: Callable[[Tensor], object], shape: tuple[int, ...
     batch, copied = view_or_copy(x, shape)
     if x.numel() == 0:
         return
-    if x.numel() <= GROUP or not in_blocks(x) or needs_grad(x):
+    if x.numel() <= GROUP or not is_eager(x) or needs_grad(x):
         act_(batch)
     else:
         for rows in row_blocks(batch, MANY):

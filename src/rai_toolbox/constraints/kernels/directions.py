@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 from rai_toolbox import foreach
 from rai_toolbox._torch import foreach_finite, foreach_sign_
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, in_blocks, needs_grad
+from rai_toolbox.constraints.kernels.blocks import BLOCK, GROUP, MANY, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.norms import (
     HELD,
     LEAST,
@@ -46,7 +46,7 @@ def sign_(tensors: list[Tensor]) -> None:
             sign_small_(x)
         else:
             _sign_alike_(tensors)
-    elif in_blocks(x) and not recording and _are_plain_floats(tensors):
+    elif is_eager(x) and not recording and _are_plain_floats(tensors):
         small = [x for x in tensors if x.numel() <= _SMALL]
         for chunk in foreach.in_chunks(small):
             if foreach_finite(chunk):
@@ -75,7 +75,7 @@ def _are_plain_floats(tensors: list[Tensor]) -> bool:
 
 def is_small(x: Tensor) -> bool:
     """Whether `sign_small_` is for a tensor."""
-    return x.numel() <= _SMALL and in_blocks(x) and not x.is_complex()
+    return x.numel() <= _SMALL and is_eager(x) and not x.is_complex()
 
 
 def sign_small_(x: Tensor) -> None:
@@ -98,7 +98,7 @@ def _sign_alike_(tensors: list[Tensor]) -> None:
             with torch.no_grad():
                 sign_([signs])
             tensor.copy_(signs)
-    elif len(tensors) == 1 and in_blocks(x):
+    elif len(tensors) == 1 and is_eager(x):
         _sign_plain_(x)
     else:
         _lift_and_clamp_(tensors)
@@ -131,7 +131,7 @@ def normalize_(x: Tensor, p: float, ndim: int, div_by_zero_eps: float = 0.0) -> 
     if ndim == 0:
         normalize_(x.unsqueeze(-1), p, 1, div_by_zero_eps)
         return x
-    if ndim == x.ndim - 1 and x.numel() > 0 and in_blocks(x) and not needs_grad(x):
+    if ndim == x.ndim - 1 and x.numel() > 0 and is_eager(x) and not needs_grad(x):
         is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
         if not (is_row and normalize_row_(x, p, div_by_zero_eps)):
             normalize_each_([x], p, div_by_zero_eps)

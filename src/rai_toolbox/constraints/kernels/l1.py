@@ -7,13 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import (
-    MANY,
-    in_blocks,
-    joined,
-    needs_grad,
-    wide_dtype,
-)
+from rai_toolbox.constraints.kernels.blocks import MANY, is_eager, joined, needs_grad, wide_dtype
 from rai_toolbox.constraints.kernels.norms import least_and_most
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
 from rai_toolbox.constraints.kernels.threshold import in_one_memory, lower_, lowered, wide_sum
@@ -28,7 +22,7 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
     Rows that are inside stay as they are, bit for bit; the others are inside after rounding, in
     exact arithmetic. Rows that are not finite become NaN.
     """
-    if in_blocks(x) and not needs_grad(x, epsilon):
+    if is_eager(x) and not needs_grad(x, epsilon):
         y = x.clone()
         project_l1_each_([y], epsilon)
         return y
@@ -85,7 +79,7 @@ def _goal(values: Tensor, epsilon: float | Tensor) -> float | Tensor:
 
 def _working_dtype(x: Tensor, epsilon: float | Tensor) -> torch.dtype:
     if isinstance(epsilon, Tensor):
-        fits = in_blocks(x) and bool(((epsilon > 1 / FAR) & (epsilon < FAR)).all())
+        fits = is_eager(x) and bool(((epsilon > 1 / FAR) & (epsilon < FAR)).all())
     else:
         fits = 1 / FAR < epsilon < FAR
     return torch.promote_types(x.dtype, torch.float32) if fits else wide_dtype(x)

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import readable
-from rai_toolbox.constraints.kernels.blocks import (
-    BLOCK,
-    can_judge,
-    in_blocks,
-    needs_grad,
-    widened,
-)
+from rai_toolbox.constraints.kernels.blocks import BLOCK, can_read, is_eager, needs_grad, widened
 from rai_toolbox.constraints.kernels.norms import (
     EXACT_CHUNK,
     LEAST,
@@ -43,7 +37,7 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
         return x
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
-    if ndim == x.ndim - 1 and can_judge(x, epsilon):
+    if ndim == x.ndim - 1 and can_read(x, epsilon):
         is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
         if not (is_row and _project_row_(x, epsilon)):
             project_l2_each_([x], epsilon)
@@ -144,12 +138,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         part.mul_(factor)  # in wide arithmetic, in one pass
         return x
     dtype = scale_dtype(x)  # a wide factor would take a wide copy of x
-    if (
-        factor.numel() > 0
-        and in_blocks(x)
-        and not needs_grad(factor)
-        and _are_normal(factor, dtype)
-    ):
+    if factor.numel() > 0 and is_eager(x) and not needs_grad(factor) and _are_normal(factor, dtype):
         part.mul_(factor.to(dtype))
         return x
     info = torch.finfo(dtype)

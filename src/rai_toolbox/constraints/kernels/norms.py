@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, is_plain, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, is_eager, is_plain, wide_dtype
 
 _SCALES = {
     torch.float16: torch.float32,
@@ -57,7 +57,7 @@ def norm(x: Tensor, p: float, ndim: int) -> Tensor:
     """
     split = x.ndim - ndim
     dims = tuple(range(split, x.ndim))
-    if x.numel() <= BLOCK or not in_blocks(x):
+    if x.numel() <= BLOCK or not is_eager(x):
         return wide_norm(x, p, dims)
     piece = max(BLOCK, min(_MOST, x.numel() // 8))  # in float64, a quarter of float32 `x`
     rows_fit = split > 0 and x.numel() <= piece * len(x)
@@ -84,7 +84,7 @@ def sums_fast(batches: Sequence[Tensor], chunk: int) -> bool:
     x = batches[0]
     if x.numel() <= BLOCK // 2 or x.shape[1:].numel() > BLOCK or x.is_complex():
         return False
-    return in_blocks(x) and all(is_plain(x) and _is_large_and_dense(x, chunk) for x in batches)
+    return is_eager(x) and all(is_plain(x) and _is_large_and_dense(x, chunk) for x in batches)
 
 
 def _is_large_and_dense(x: Tensor, chunk: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.constraints.kernels.blocks import in_blocks
+from rai_toolbox.constraints.kernels.blocks import is_eager
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points of shape (N, 1) to values and slopes of that shape."""
@@ -65,7 +65,7 @@ def _found(f: Function, low: Tensor, high: Tensor, start: Tensor | None) -> Tens
     for _ in range(torch.finfo(low.dtype).bits):
         value, slope = f(guess)
         low, high = _narrowed(low, high, guess, value)
-        if in_blocks(low) and bool((low.nextafter(high) >= high).all()):
+        if is_eager(low) and bool((low.nextafter(high) >= high).all()):
             break
         middle = _middle(low, high)
         low, high = _narrowed(low, high, middle, f(middle)[0])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_blocks, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, is_eager, needs_grad, wide_dtype
 
 _WIDE = 128  # entries of a row for which a search among some of them pays
 _FIRST_STEPS = 3  # of that search
@@ -27,7 +27,7 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
     above the threshold are then no larger than `total`. A last factor, near 1, makes the sum right
     to within the rounding of its terms. Autograd can differentiate the result.
     """
-    if in_blocks(v) and not needs_grad(v, total):
+    if is_eager(v) and not needs_grad(v, total):
         return lower_(v.clone(), total, torch.empty_like(v))
     below = v - v.detach().amax(1, keepdim=True)
     goal = total.to(v.dtype) if isinstance(total, Tensor) else total
@@ -83,7 +83,7 @@ def _last_factor(soft: Tensor, total: float | Tensor) -> Tensor:
 def wide_sum(rows: Tensor) -> Tensor:
     """Sums of rows in float64, shape (N, 1); converted some rows at a time."""
     dtype = wide_dtype(rows)
-    if rows.numel() <= BLOCK // 2 or rows.dtype == dtype or not in_blocks(rows):
+    if rows.numel() <= BLOCK // 2 or rows.dtype == dtype or not is_eager(rows):
         return rows.sum(1, keepdim=True, dtype=dtype)
     height = max(1, BLOCK // 2 // rows.shape[1])
     return torch.cat([some.sum(1, keepdim=True, dtype=dtype) for some in rows.split(height)])
