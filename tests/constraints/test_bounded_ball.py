@@ -242,6 +242,15 @@ def test_rows_far_outside_where_values_are_not_read(dtype):
     torch.testing.assert_close(found, reference, rtol=100 * eps, atol=100 * eps)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e19, 1e25])
+def test_norms_beyond_the_dtype_where_values_are_not_read(scale):
+    x = (randn(20, 8, seed=8) * 5 * scale).float()
+    radius = torch.full((), 7 * scale, dtype=torch.float64), False
+    found, _ = nearest_in_ball_and_box(x, 2, radius, -2 * scale, 5 * scale, False)
+    c = BoundedBall(L2Ball(7 * scale), -2 * scale, 5 * scale)
+    assert (c.violation(found) == 0).all()
+
+
 @with_each_ball
 @pytest.mark.parametrize("where", CENTERS)
 def test_batched_as_one_by_one_in_any_layout(ball, where):

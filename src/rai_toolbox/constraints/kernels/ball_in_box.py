@@ -119,7 +119,7 @@ def _scaled(
         moved = torch.mul(x, t, out=buffer)
         torch.clamp(moved, lower, upper, out=found)
         length = norm_of(found)
-        going = (length - middle).abs_() > slack
+        going = ((length - middle).abs_() > slack) & (length < inf)  # (else it is beyond the dtype)
         if eager and not bool(going.any()):
             break
     return found
