@@ -102,16 +102,11 @@ def keep_largest_of_row_(row: Tensor, k: int) -> bool:
     return False
 
 
-def _order(rows: Tensor) -> Tensor:
-    """Integers in the order of magnitudes, with NaN on top."""
+def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Integers in the order of magnitudes, with NaN on top; the `k`-th largest of each row."""
     # The bits of a magnitude, read as an integer, have the order of magnitudes.
     sizes = rows.abs()
-    return sizes.view(_INTEGERS[sizes.element_size()])
-
-
-def _order_and_least(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `_order` of rows, and the `k`-th largest integer of each row."""
-    order = _order(rows)
+    order = sizes.view(_INTEGERS[sizes.element_size()])
     return order, order.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
