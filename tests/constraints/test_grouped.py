@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rai_toolbox.constraints import L1Ball, L2Ball, Simplex, UnitNorm
+from rai_toolbox.constraints import L1Ball, L2Ball, LinfBall, NonNegative, Simplex, UnitNorm
 from rai_toolbox.constraints.kernels import blocks
 
 MANY = [(3, 20)] * 50 + [(7, 5, 4), (1, 20), (0, 20), (400, 20), (5, 6), (2, 5000)]
@@ -105,14 +105,14 @@ def test_tensors_that_share_memory_are_projected_one_after_the_other(constraint,
     torch.testing.assert_close(whole, expected)
 
 
-@pytest.mark.parametrize("kind", [Simplex, L2Ball, UnitNorm])
+@pytest.mark.parametrize("kind", [Simplex, L1Ball, L2Ball, LinfBall, NonNegative, UnitNorm])
 @torch.no_grad()
 def test_a_projection_that_a_subclass_defines_is_that_of_several_batches(kind):
     class Halved(kind):
         def project_(self, x):
             return super().project_(x).div_(2)
 
-    c = Halved() if kind is UnitNorm else Halved(1.0)
+    c = Halved() if kind in (NonNegative, UnitNorm) else Halved(1.0)
     for shapes in [[(64, 1000)], [(64, 1000), (3, 20)], [(3, 20), (3, 20)]]:
         batches = [torch.linspace(-3, 5, n * m).reshape(n, m) for n, m in shapes]
         expected = [c.project(x) for x in batches]

@@ -218,7 +218,7 @@ class L1Ball(_Ball):
     norm_name: ClassVar[str] = "L1"
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
-        self.project_each_([x])
+        L1Ball.project_each_(self, [x])  # (that of a subclass calls this)
         return x
 
     def project_each_(self, batches: list[Tensor]) -> None:  # noqa: D102
