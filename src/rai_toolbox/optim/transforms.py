@@ -319,7 +319,7 @@ class TopQ(Transform):
         for grad in tensors:
             # The number of entries to keep must be known on the host.
             draw = torch.rand((), generator=generator, device=generator.device).item()
-            top_q_(grad, low + (high - low) * draw, group[self.param_ndim])
+            top_q_each_([grad], low + (high - low) * draw, group[self.param_ndim])
 
 
 class LargestSign(Transform):
@@ -345,11 +345,6 @@ def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float
     normalize_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
     each_ = partial(directions.normalize_each_, p=p, div_by_zero_eps=eps)
     _on_sub_tensors_(grads, param_ndim, normalize_, each_)
-
-
-def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
-    """`top_q_each_`, of one tensor."""
-    top_q_each_([grad], q, param_ndim)
 
 
 def top_q_each_(grads: list[Tensor], q: float, param_ndim: int | None) -> None:
