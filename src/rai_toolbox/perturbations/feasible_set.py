@@ -123,8 +123,7 @@ class FeasibleSet:
         """Perturbed data of any origin, projected; on the grid, if there is one."""
         if self.levels is None:
             return self.project(perturbed)
-        change = perturbed.double() - self.data.double()
-        return self.on_grid(self.of_perturbations().project(change))
+        return self.nearest(perturbed.double() - self.data.double())
 
     @cached_property
     def grid(self) -> Grid:
