@@ -71,8 +71,7 @@ def plain_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     It switches grad mode, which breaks the graphs of torch.compile.
     """
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
+    step = unhooked(step)
     decorated = getattr(step, "__code__", None) is _DECORATED
     return step.__wrapped__ if decorated else step  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from optim.memory_layouts import LAYOUTS, equal_bits
 
 from rai_toolbox import to_batch
 from rai_toolbox.constraints.kernels.directions import sign_
-from rai_toolbox.optim.transforms import LargestSign, normalize_, top_q_, top_q_each_
+from rai_toolbox.optim.transforms import LargestSign, normalize_, top_q_each_
 
 TINY = torch.finfo(torch.float32).tiny
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -363,7 +363,7 @@ def test_complex_rows():
 
 def kept(grad, q):
     result = grad.clone()
-    top_q_(result, q, -1)
+    top_q_each_([result], q, -1)
     return result
 
 

@@ -23,7 +23,7 @@ from rai_toolbox.optim.diagnosis import Constrained
 from rai_toolbox.optim.engine import ParamTransformingOptimizer
 from rai_toolbox.optim.settings import REQUIRED, batch_shape_in, constructor_arguments
 from rai_toolbox.optim.short_step import short_step, unchanged
-from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_
+from rai_toolbox.optim.transforms import Key, OfSet, Projection, Sign, normalize_, top_q_each_
 from rai_toolbox.optim.wrapper import Group, OptimizerWrapper, Params
 
 _SIGN = Sign()
@@ -62,7 +62,7 @@ class SteepestStep(OfSet):
         grad.copy_(kept.reshape(grad.shape))
         # At least one entry: else small sub-tensors would never move.
         size = max(1, grad.numel() // max(1, shape[0]))
-        top_q_(grad, min(group[self.q], 1 - 1 / size), group[self.param_ndim])
+        top_q_each_([grad], min(group[self.q], 1 - 1 / size), group[self.param_ndim])
 
 
 class PGD(Constrained, ParamTransformingOptimizer):

@@ -5,7 +5,7 @@ A small tensor is changed in a microsecond, and each question takes a tenth of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 from weakref import proxy, ref
@@ -15,17 +15,30 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import has_own_step_hooks, known_plain_step
+from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import is_eager
+from rai_toolbox.constraints.sparse import keep_largest_of_row_
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, PARAMETER_HOOK, Hook
 from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.sgd import can_step, step_of_one
-from rai_toolbox.optim.transforms import SCALE, SHIFT, each_for_one
+from rai_toolbox.optim.transforms import (
+    SCALE,
+    SHIFT,
+    LargestSign,
+    Normalize,
+    Sign,
+    TopQ,
+    Transform,
+    is_one_row,
+)
+from rai_toolbox.optim.wrapper import Group
 
 _HOOKS = {GRADIENT_HOOK, PARAMETER_HOOK}
 _REPLACED = {"step", "grad_scale", "found_inf"}  # what a user or a GradScaler sets on an optimizer
 
 _LONGEST = 1e30  # what is less than a rounding of the largest numbers, so that no step is infinite
 
+_Change = Callable[[Tensor], object]
 _Kinds = tuple[type[Optimizer], Any, Any, Any]
 
 
@@ -44,8 +57,7 @@ def short_step(optimizer: Any) -> Callable[[Any], bool] | None:
         return None
     declared = (*optimizer._before, SCALE, SHIFT)
     active = [transform for transform in declared if transform.is_active(group)]
-    weak: Any = proxy(optimizer)
-    before = each_for_one(active, param, group, weak)
+    before = _changes(active, param, group, proxy(optimizer))
     after = optimizer._after
     move_ = step_of_one(inner, param) if type(inner) is SGD else inner.step_of_one(param)
     if move_ is None:
@@ -144,3 +156,60 @@ def _kinds(optimizer: Any, inner: Optimizer) -> _Kinds:
     """The classes of both optimizers, and what they do at a step; a user may replace that."""
     kind, of_inner = type(optimizer), type(inner)
     return of_inner, of_inner.step, kind._pre_step_transform_, kind._post_step_transform_
+
+
+def _changes(
+    transforms: Sequence[Transform], param: Tensor, group: Group, optimizer: Any
+) -> list[_Change]:
+    """What some transforms do to the gradient. Of signs of k entries, the 1-norm is k."""
+    changes = [_change(transform, param, group, optimizer) for transform in transforms]
+    match list(transforms):
+        case [TopQ() as top_q, Sign(), Normalize(p=1) as normalize, *_]:
+            keep = _kept_of_row(top_q, param, group)
+            is_row = is_one_row([param], group[normalize.param_ndim])
+            if keep is not None and is_row and group[normalize.div_by_zero_eps] < keep:
+                number = torch.full((), keep, dtype=torch.float64, device="cpu")
+                sign_, normalize_ = changes[1:3]
+
+                def sparse_signs_(x: Tensor) -> None:
+                    if keep_largest_of_row_(x.view(1, -1), keep) and x.equal(x):
+                        x.sgn_().div_(number)
+                    else:
+                        sign_(x)
+                        normalize_(x)
+
+                changes[:3] = [sparse_signs_]
+    return changes
+
+
+def _change(transform: Transform, param: Tensor, group: Group, optimizer: Any) -> _Change:
+    """`apply_` of a transform to a contiguous gradient of the shape and dtype of `param`."""
+    params = [param]
+
+    def apply_(x: Tensor) -> None:
+        transform.apply_([x], params, group, optimizer)
+
+    match transform:
+        case Sign() if directions.is_small(param):
+            return directions.sign_small_
+        case Normalize(p=p) if is_one_row(params, group[transform.param_ndim]):
+            eps = group[transform.div_by_zero_eps]
+
+            def normalize_(x: Tensor) -> None:
+                if not directions.normalize_row_(x, p, eps):
+                    apply_(x)
+
+            return normalize_
+        case TopQ() if (keep := _kept_of_row(transform, param, group)) is not None:
+            return lambda x: keep_largest_of_row_(x.view(1, -1), keep)
+        case LargestSign() if is_one_row(params, group[transform.param_ndim]):
+            return directions.largest_sign_of_row_
+    return apply_
+
+
+def _kept_of_row(top_q: TopQ, param: Tensor, group: Group) -> int | None:
+    """How many entries of one short row stay; None if it is none, or all or none of it stay."""
+    size = param.numel()
+    keep = round((1.0 - group[top_q.q]) * size)
+    is_row = group[top_q.dq] == 0 and is_one_row([param], group[top_q.param_ndim])
+    return keep if is_row and 0 < keep < size else None

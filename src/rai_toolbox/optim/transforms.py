@@ -25,7 +25,7 @@ from rai_toolbox.constraints.kernels import directions
 from rai_toolbox.constraints.kernels.blocks import BLOCK, in_groups, is_eager
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_
 from rai_toolbox.constraints.sharding import is_sharded, local_of, on_shards_
-from rai_toolbox.constraints.sparse import keep_largest_, keep_largest_of_row_
+from rai_toolbox.constraints.sparse import keep_largest_
 from rai_toolbox.optim.settings import (
     batch_in,
     check_bound,
@@ -98,17 +98,6 @@ class Transform:
         """`change_`, with the parameters and the optimizer for a transform that needs them."""
         self.change_(tensors, group)
 
-    def for_one(
-        self, param: Tensor, group: Group, optimizer: OptimizerWrapper
-    ) -> Callable[[Tensor], object]:
-        """`apply_` for the only parameter of an optimizer, or its gradient, in fewer calls.
-
-        It may know the settings and, of a gradient, that it is contiguous, with the shape and dtype
-        that `param` has.
-        """
-        params = [param]
-        return lambda x: self.apply_([x], params, group, optimizer)
-
     def count_step(self, group: Group) -> None:
         """Note that the inner optimizer has taken a step: once per step and group."""
 
@@ -131,13 +120,6 @@ class _Elementwise(Transform):
 
 class Sign(_Elementwise):
     """``g / |g|``, with 0 -> 0."""
-
-    def for_one(
-        self, param: Tensor, group: Group, optimizer: OptimizerWrapper
-    ) -> Callable[[Tensor], object]:
-        if directions.is_small(param):
-            return directions.sign_small_
-        return super().for_one(param, group, optimizer)
 
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         directions.sign_(tensors)
@@ -309,18 +291,6 @@ class Normalize(Transform):
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         normalize_(tensors, self.p, group[self.param_ndim], group[self.div_by_zero_eps])
 
-    def for_one(
-        self, param: Tensor, group: Group, optimizer: OptimizerWrapper
-    ) -> Callable[[Tensor], object]:
-        general, p, eps = (
-            super().for_one(param, group, optimizer),
-            self.p,
-            group[self.div_by_zero_eps],
-        )
-        if not _is_one_row([param], group[self.param_ndim]):
-            return general
-        return lambda x: directions.normalize_row_(x, p, eps) or general(x)
-
 
 class TopQ(Transform):
     """Keep the largest magnitudes."""
@@ -349,22 +319,7 @@ class TopQ(Transform):
         for grad in tensors:
             # The number of entries to keep must be known on the host.
             draw = torch.rand((), generator=generator, device=generator.device).item()
-            top_q_(grad, low + (high - low) * draw, group[self.param_ndim])
-
-    def for_one(
-        self, param: Tensor, group: Group, optimizer: OptimizerWrapper
-    ) -> Callable[[Tensor], object]:
-        keep = self.kept_of_row(param, group)
-        if keep is None:
-            return super().for_one(param, group, optimizer)
-        return lambda x: keep_largest_of_row_(x.view(1, -1), keep)
-
-    def kept_of_row(self, param: Tensor, group: Group) -> int | None:
-        """How many entries of one short row stay; None if it is none, or all or none of it stay."""
-        size = param.numel()
-        keep = round((1.0 - group[self.q]) * size)
-        is_row = group[self.dq] == 0 and _is_one_row([param], group[self.param_ndim])
-        return keep if is_row and 0 < keep < size else None
+            top_q_each_([grad], low + (high - low) * draw, group[self.param_ndim])
 
 
 class LargestSign(Transform):
@@ -376,37 +331,6 @@ class LargestSign(Transform):
     def change_(self, tensors: list[Tensor], group: Group) -> None:
         _on_rows_(tensors, group[self.param_ndim], directions.largest_sign_)
 
-    def for_one(
-        self, param: Tensor, group: Group, optimizer: OptimizerWrapper
-    ) -> Callable[[Tensor], object]:
-        if _is_one_row([param], group[self.param_ndim]):
-            return directions.largest_sign_of_row_
-        return super().for_one(param, group, optimizer)
-
-
-def each_for_one(
-    transforms: Sequence[Transform], param: Tensor, group: Group, optimizer: OptimizerWrapper
-) -> list[Callable[[Tensor], object]]:
-    """`for_one` of some transforms. Of signs of k entries, the 1-norm is k."""
-    functions = [transform.for_one(param, group, optimizer) for transform in transforms]
-    match list(transforms):
-        case [TopQ() as top_q, Sign(), Normalize(p=1) as normalize, *_]:
-            keep = top_q.kept_of_row(param, group)
-            is_row = _is_one_row([param], group[normalize.param_ndim])
-            if keep is not None and is_row and group[normalize.div_by_zero_eps] < keep:
-                number = torch.full((), keep, dtype=torch.float64, device="cpu")
-                sign_, normalize_ = functions[1:3]
-
-                def sparse_signs_(x: Tensor) -> None:
-                    if keep_largest_of_row_(x.view(1, -1), keep) and x.equal(x):
-                        x.sgn_().div_(number)
-                    else:
-                        sign_(x)
-                        normalize_(x)
-
-                functions[:3] = [sparse_signs_]
-    return functions
-
 
 def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -> Group:
     """A group with its tensors of these names as a hook's view shows the parameter."""
@@ -416,16 +340,11 @@ def as_viewed(group: Group, names: Sequence[Key], view: Tensor, param: Tensor) -
 
 def normalize_(grads: list[Tensor], p: float, param_ndim: int | None, eps: float) -> None:
     """``g / max(|g|_p, eps)`` for each sub-tensor; zeros stay zeros whatever eps is."""
-    if _is_one_row(grads, param_ndim) and directions.normalize_row_(grads[0], p, eps):
+    if is_one_row(grads, param_ndim) and directions.normalize_row_(grads[0], p, eps):
         return
     normalize_ = partial(directions.normalize_, p=p, div_by_zero_eps=eps)
     each_ = partial(directions.normalize_each_, p=p, div_by_zero_eps=eps)
     _on_sub_tensors_(grads, param_ndim, normalize_, each_)
-
-
-def top_q_(grad: Tensor, q: float, param_ndim: int | None) -> None:
-    """`top_q_each_`, of one tensor."""
-    top_q_each_([grad], q, param_ndim)
 
 
 def top_q_each_(grads: list[Tensor], q: float, param_ndim: int | None) -> None:
@@ -443,7 +362,7 @@ def top_q_each_(grads: list[Tensor], q: float, param_ndim: int | None) -> None:
     _on_rows_(grads, param_ndim, keep_)
 
 
-def _is_one_row(tensors: list[Tensor], param_ndim: int | None) -> bool:
+def is_one_row(tensors: list[Tensor], param_ndim: int | None) -> bool:
     """Whether it is one plain tensor of one short row, on the CPU, in eager mode."""
     if len(tensors) != 1:
         return False
@@ -477,7 +396,7 @@ def _on_rows_(
 ) -> None:
     """Let `act_` change the sub-tensors as rows (N, n); those of a DTensor shard by shard."""
 
-    if _is_one_row(tensors, param_ndim) and tensors[0].is_contiguous():
+    if is_one_row(tensors, param_ndim) and tensors[0].is_contiguous():
         act_(tensors[0].view(1, -1))
         return
 

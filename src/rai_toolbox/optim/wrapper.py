@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.optim import SGD, Optimizer
 
 from rai_toolbox._torch import not_compiled, profile_hook_step
-from rai_toolbox.checks import as_plain, parameters_of, wrong
+from rai_toolbox.checks import as_plain, check_type, parameters_of, wrong
 from rai_toolbox.optim.inner import optimizer_class, own_state, picklable_state
 from rai_toolbox.optim.settings import REQUIRED, as_loaded, as_saved, base_name
 
@@ -344,9 +344,8 @@ def checked_group(param_group: Any) -> Group:
 def _in_order(params: Any) -> list[Any]:
     if isinstance(params, (set, frozenset)):
         raise TypeError("`params` must have an order that is the same in every run, got a set")
-    if not isinstance(params, Iterable):
-        rule = "be an iterable, as `model.parameters()` (an optimizer is given as InnerOpt=)"
-        raise wrong("params", rule, repr(params), TypeError)
+    rule = "be an iterable, as `model.parameters()` (an optimizer is given as InnerOpt=)"
+    check_type("params", params, Iterable, rule)
     return list(params)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from rai_toolbox.checks import check_count, wrong
+from rai_toolbox.checks import check_count, check_type, wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
@@ -129,8 +129,7 @@ def ensemble(
     >>> found.fooled_by
     ['gradients', None]
     """
-    if not isinstance(attacks, Mapping):
-        raise wrong("attacks", "be a dict of names and attacks", repr(attacks), TypeError)
+    check_type("attacks", attacks, Mapping, "be a dict of names and attacks")
     if not attacks:
         raise wrong("attacks", "be one at least", "none")
     twice = sorted(set(attacks) & set(if_masked or {}))

@@ -55,7 +55,7 @@ class FeasibleSet:
                 rule = f"be a number or have one value for each example, shape ({len(data)},)"
                 raise wrong("epsilon", rule, f"shape {tuple(ball.epsilon.shape)}")
             ball = replace(ball, epsilon=ball.epsilon.to(data.device).reshape(shape))
-        if bounds is not None and _is_wider(ball, data_range, *bounds):
+        if bounds is not None and _is_wider(ball, *bounds):
             warnings.warn(f"`ball` is wider than the data range: {ball}", stacklevel=3)
         if levels is not None:
             Grid.of(data, bounds, levels)
@@ -123,8 +123,7 @@ class FeasibleSet:
         """Perturbed data of any origin, projected; on the grid, if there is one."""
         if self.levels is None:
             return self.project(perturbed)
-        change = perturbed.double() - self.data.double()
-        return self.on_grid(self.of_perturbations().project(change))
+        return self.nearest(perturbed.double() - self.data.double())
 
     @cached_property
     def grid(self) -> Grid:
@@ -169,11 +168,8 @@ class FeasibleSet:
         return down, up
 
 
-def _is_wider(ball: Ball, given: Range, lower: Tensor, upper: Tensor) -> bool:
-    """Whether a ball is wider than bounds of the shape (N, ...), as given, for any example."""
-    if given and all(isinstance(each, (int, float)) for each in (*given, ball.epsilon)):
-        size = (given[1] - given[0]) * lower.shape[1:].numel() ** (1 / ball.p)
-        return len(lower) > 0 and bool(ball.epsilon > 1.01 * size)
+def _is_wider(ball: Ball, lower: Tensor, upper: Tensor) -> bool:
+    """Whether a ball is wider than bounds of the shape (N, ...) for any example."""
     widths = (upper - lower).flatten(1)
     size = torch.linalg.vector_norm(widths, ball.p, dim=1)
     return bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any())

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rai_toolbox.checks import check_order, parameters_of, wrong
+from rai_toolbox.checks import check_order, check_type, parameters_of, wrong
 from rai_toolbox.constraints import balls
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.modules import modules_in
@@ -236,9 +236,9 @@ def check_lr(optimizer: object) -> None:
 
 def check_generator(generator: object) -> None:
     """Raise unless this is a generator of random numbers, or None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if generator is not None:
         rule = "be a torch.Generator, such as `torch.Generator().manual_seed(0)`"
-        raise wrong("generator", rule, repr(generator), TypeError)
+        check_type("generator", generator, torch.Generator, rule)
 
 
 def check_solver(solver: Any) -> None:

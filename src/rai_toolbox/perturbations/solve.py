@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rai_toolbox._torch import backward, has_step_hooks, plain_step, set_grad_mode, unhooked
-from rai_toolbox.checks import wrong
+from rai_toolbox.checks import check_type, wrong
 from rai_toolbox.constraints.kernels.blocks import BLOCK
 from rai_toolbox.modules import evaluating, freeze, modules_in
 from rai_toolbox.perturbations.best_of import BestOf
@@ -146,8 +146,7 @@ def _detached(output: Any) -> Any:
 def _mean(outputs: list[Any]) -> Tensor:
     """The mean output of a model, or the mean of its logits."""
     outputs = [logits_of(output) for output in outputs]
-    if not isinstance(outputs[0], Tensor):
-        raise wrong("model", "give tensors where there are `samples`", outputs[0], TypeError)
+    check_type("model", outputs[0], Tensor, "give tensors where there are `samples`")
     return torch.stack(outputs).mean(0)
 
 
