@@ -216,9 +216,8 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         """
         if not self._has_own_step() or "step" in self.__dict__ or has_own_step_hooks(self):
             return None
-        if any(group["constraint"] is not None for group in self.param_groups):
-            return None
-        return self._mover_of(params, grads)
+        constrained = any(group["constraint"] is not None for group in self.param_groups)
+        return None if constrained else self._mover_of(params, grads)
 
     def step_of_one(self, param: Tensor) -> Callable[[Tensor], object] | None:  # noqa: D102
         (group,) = self.param_groups
@@ -246,12 +245,12 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         return self._move_together_ if all(map(attrgetter("is_cpu"), both)) else self._move_each_
 
     def _move_each_(self, params: list[Tensor], grads: list[Tensor], group: Group) -> None:
-        if is_zero_on_host(group["lr"]):
-            for param in params:
-                self._started(param, group)
-            return
+        moves = not is_zero_on_host(group["lr"])
         for param, grad in zip(params, grads, strict=True):
-            self._move_(param, grad, group)
+            if moves:
+                self._move_(param, grad, group)
+            else:
+                self._started(param, group)
 
     def _move_(self, param: Tensor, grad: Tensor, group: Group) -> None:
         step = self._started(param, group)["step"]
