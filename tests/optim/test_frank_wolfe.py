@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from engine_cases import new_gradients, tensors
 from files import through_a_file
 from torch.optim import lr_scheduler
 
+from rai_toolbox.foreach import with_gradients
 from rai_toolbox.optim import (
     ClampedParameterOptimizer,
     FrankWolfe,
@@ -395,9 +397,55 @@ def test_moved_right_after_its_transform_or_later_are_the_same(ball, as_tensor, 
         for params, optim in zip((ours, theirs), optims, strict=True):
             new_gradients(params, step)
             params[step].grad = None
-            assert (optim.inner_opt.mover() is None) == (optim is optims[1])
+            moving, grads = with_gradients(params)
+            assert (optim.inner_opt.mover(moving, grads) is None) == (optim is optims[1])
             optim.step()
     assert same_bits(snapshot(ours, optims[0]), snapshot(theirs, optims[1]))
+
+
+UNUSUAL = {
+    "expanded": lambda g: g[:1, :1].expand_as(g),
+    "negated": lambda g: torch.complex(g, g).conj().imag,
+    "strided": lambda g: g.T.contiguous().T,
+    "sparse": lambda g: g.where(g == g.max(), 0.0).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("number", [1, 3])
+def test_unusual_gradients_move_as_usual_ones(number, kind):
+    shapes = [(3, 4)] * number
+    ours, theirs = tensors(*shapes), tensors(*shapes)
+    optims = [
+        ParamTransformingOptimizer(params, FrankWolfe, grad_scale=2.0) for params in (ours, theirs)
+    ]
+    for step in range(3):
+        new_gradients(ours, step)
+        for x, y in zip(ours, theirs, strict=True):
+            x.grad = UNUSUAL[kind](x.grad)
+            y.grad = x.grad.to_dense().resolve_neg().clone(memory_format=torch.contiguous_format)
+        for optim in optims:
+            optim.step()
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    "make", [FrankWolfe, partial(ParamTransformingOptimizer, InnerOpt=FrankWolfe)]
+)
+def test_under_vmap(make, number):
+    def stepped(x, g):
+        params = [x.clone() for _ in range(number)]
+        for param in params:
+            param.grad = g.clone()
+        make(params).step()
+        return torch.stack(params)
+
+    gs = torch.arange(6.0).reshape(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # (of performance)
+        ends = torch.func.vmap(stepped)(torch.ones(2, 3), gs)
+    assert torch.equal(ends, -gs[:, None].expand_as(ends))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -683,5 +731,5 @@ def test_a_step_that_parameters_share_counts_each_of_them():
         opt.state[x]["step"] = count
         x.grad = torch.zeros_like(x)
     with torch.no_grad():
-        opt._move_together_(params, opt.param_groups[0])
+        opt._move_together_(params, [x.grad for x in params], opt.param_groups[0])
     assert [x[0, 0].item() for x in params] == pytest.approx([2 / 3, 5 / 7])

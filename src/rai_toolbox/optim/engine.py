@@ -16,7 +16,7 @@ from rai_toolbox.checks import check_number
 from rai_toolbox.foreach import cache_sized, with_gradients
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
-from rai_toolbox.optim.own_step import Move, OwnStepOptimizer
+from rai_toolbox.optim.own_step import OwnStepOptimizer
 from rai_toolbox.optim.settings import base_name, is_zero_on_host, labels
 from rai_toolbox.optim.short_step import short_step
 from rai_toolbox.optim.transforms import SCALE, SHIFT, TopQ, Transform
@@ -224,10 +224,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._has_initialized = True
             return None
         else:
-            inner, move_ = self.inner_opt, None
-            if isinstance(inner, OwnStepOptimizer) and is_plain:
-                move_ = inner.mover()
-            is_done = self._pre_step(move_)
+            is_done = self._pre_step(may_move=is_plain)
             if compiling and self._must_break_graph():
                 graph_break()
         loss: float | None = None
@@ -269,19 +266,23 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             self._pre_step()
         return loss
 
-    def _pre_step(self, move_: Move | None = None) -> bool:
+    def _pre_step(self, may_move: bool = False) -> bool:
         """Transform all gradients; whether parameters have been moved, too.
 
-        They are, each while its gradient is in cache, by a `move_` that does the inner step.
+        If they may, and an inner optimizer of ours can do its step so, each is moved while its
+        gradient is in cache.
         """
-        if move_ is None and isinstance(self.inner_opt, OwnStepOptimizer):  # (else it has checked)
-            for group in self.inner_opt.param_groups:
-                self.inner_opt._check_before_step(group)
+        inner: Any = self.inner_opt
+        is_own = isinstance(inner, OwnStepOptimizer)
+        for group in inner.param_groups if is_own else ():
+            inner._check_before_step(group)
+        may_move = may_move and is_own
         transforms = self._transforms(GRADIENT_HOOK)
         todo: list[tuple[Any, ...]] = []
-        seen: set[int] = set()
-        for group in self.inner_opt.param_groups:
-            active, by_parts = [], move_ is not None or len(group["params"]) > 1
+        all_params: list[Tensor] = []
+        all_grads: list[Tensor] = []
+        for group in inner.param_groups:
+            active, by_parts = [], may_move or len(group["params"]) > 1
             for transform in transforms:
                 if transform.is_active(group):
                     active.append(transform)
@@ -290,12 +291,22 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 active.append(SCALE)
             if group["grad_bias"] != 0:
                 active.append(SHIFT)
-            if not by_parts:
-                move_ = None
-            if active:
-                todo.append((active, by_parts, *self._gradients(group, active, seen), group))
-            elif move_ is not None:
-                todo.append((active, True, *with_gradients(group["params"]), group))
+            may_move = may_move and by_parts
+            if active or may_move:
+                params, grads = with_gradients(group["params"])
+                todo.append((active, by_parts, params, grads, group))
+                all_params += params
+                all_grads += grads
+        move_ = inner.mover(all_params, all_grads) if may_move else None
+        are_usual = (
+            not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+            and len(set(map(id, all_grads))) == len(all_grads)  # (none is shared)
+            and all(map(Tensor.is_contiguous, all_grads))  # (sparse tensors are not)
+            and not any(map(Tensor.is_conj, all_grads))
+            and not any(map(Tensor.is_neg, all_grads))
+        )
+        if not are_usual:
+            self._make_writable_(todo)
         for active, by_parts, params, grads, group in todo:  # all have been checked
             several = len(params) > 1 and (move_ is not None or len(active) > 1)
             if several and by_parts and grads[0].is_cpu:
@@ -306,7 +317,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 for transform in active:
                     transform.apply_(some_grads, some, group, self)
                 if move_ is not None:
-                    move_(some, group)
+                    move_(some, some_grads, group)
         return move_ is not None
 
     def _post_step(self, is_step: bool = True) -> None:
@@ -338,41 +349,35 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         if any(self.inner_opt.state.values()):  # parameters stay as they are before the first step
             self._post_step(is_step=False)
 
-    def _gradients(
-        self, group: Group, transforms: list[Transform], seen: set[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters with gradients, and the tensors to transform, which are writable.
+    def _make_writable_(self, todo: list[tuple[Any, ...]]) -> None:
+        """Replace gradients by what is to be transformed, to which operators may write.
 
-        Parameters may share a gradient, which is transformed once: `seen` holds those before.
+        Parameters may share a gradient, which is transformed once, with the first of them.
         """
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        for param in group["params"]:
-            grad = param.grad
-            if grad is not None and (compiling or id(grad) not in seen):
-                params.append(param)
-                grads.append(grad)
+        seen: set[int] = set()
+        for transforms, _, params, grads, group in todo:
+            if not transforms:
+                continue
+            rows = list(zip(params, grads, strict=True))
+            params.clear()
+            grads.clear()
+            for param, grad in rows:
                 if not compiling:
+                    if id(grad) in seen:
+                        continue
                     seen.add(id(grad))
-        are_usual = (
-            not (compiling or recording)
-            and all(map(Tensor.is_contiguous, grads))  # (sparse tensors are not)
-            and not any(map(Tensor.is_conj, grads))
-            and not any(map(Tensor.is_neg, grads))
-        )
-        if not are_usual:
-            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 if grad.layout is not torch.strided:
-                    grads[i] = self._sparse_values(param, grad, group, transforms)
+                    grad = self._sparse_values(param, grad, group, transforms)
                 elif (
                     recording  # differentiable steps leave tensors of the graph alone
                     or (0 in grad.stride() and not grad.is_contiguous())  # an expanded view
                     or (grad.is_complex() and grad.is_conj())
                     or (not compiling and grad.is_neg())
                 ):
-                    grads[i] = param.grad = grad.clone(memory_format=torch.contiguous_format)
-        return params, grads
+                    grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
+                params.append(param)
+                grads.append(grad)
 
     def _sparse_values(
         self, param: Tensor, grad: Tensor, group: Group, transforms: list[Transform]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from math import isfinite
 from operator import attrgetter
@@ -16,6 +16,7 @@ from rai_toolbox import checks, foreach
 from rai_toolbox._torch import (
     foreach_add_,
     foreach_addcmul_,
+    function_transforms_active,
     get_value,
     has_own_step_hooks,
     known_plain_step,
@@ -34,9 +35,6 @@ from rai_toolbox.optim.wrapper import Group, Params
 # The factors by which the line search lowers and raises the smoothness (Pedregosa et al., 2020).
 _DECREASE, _INCREASE = 0.9, 2.0
 _MOST_TRIALS = 40
-
-_TOGETHER = 2**16  # elements that are moved together
-
 
 _LARGEST = torch.finfo(torch.float64).max
 
@@ -210,28 +208,22 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
             return self._search(closure)
         return super()._step(closure)
 
-    def mover(self) -> Move | None:
+    def mover(self, params: list[Tensor], grads: list[Tensor]) -> Move | None:
         """A function that moves parameters, if calls of it for all of them do what a step does.
 
-        It takes some that have gradients, and their group. There is none where a subclass, a hook
-        or a scheduler has a part in the step, where groups have constraints, or where tensors share
-        memory. Groups are checked as a step does.
+        There is none where a subclass, a hook or a scheduler has a part in the step, where groups
+        have constraints, or where tensors are sparse or share memory.
         """
         if not self._has_own_step() or "step" in self.__dict__ or has_own_step_hooks(self):
             return None
-        params: list[Tensor] = []
-        for group in self.param_groups:
-            check_lr(group)
-            if group["constraint"] is not None:
-                return None
-            params += group["params"]
-        return self._mover_of(params) if len(params) > 1 else self._move_each_
+        constrained = any(group["constraint"] is not None for group in self.param_groups)
+        return None if constrained else self._mover_of(params, grads)
 
     def step_of_one(self, param: Tensor) -> Callable[[Tensor], object] | None:  # noqa: D102
         (group,) = self.param_groups
         if not self._has_own_step() or group["constraint"] is not None:
             return None
-        return lambda grad: self._move_(param, group)
+        return lambda grad: self._move_(param, grad, group)
 
     def _has_own_step(self) -> bool:
         """Whether its step is the one defined here."""
@@ -239,59 +231,56 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         is_own = type(step) is FunctionType and known_plain_step(step) is _STEP
         return is_own and type(self) is FrankWolfe
 
-    def _mover_of(self, params: list[Tensor]) -> Move | None:
-        """A function that moves those that have gradients, unless any share memory."""
-        moving, grads = with_gradients(params)
-        both = [*moving, *grads]  # (two lists that may be sorted by address already)
-        is_dense = _STRIDED.issuperset(map(attrgetter("layout"), both))
-        if not (is_dense and foreach.are_plain(both) and are_apart(both)):
+    def _mover_of(self, params: list[Tensor], grads: list[Tensor]) -> Move | None:
+        """A function that moves parameters, unless any tensors are sparse or share memory."""
+        both = [*params, *grads]  # (two lists that may be sorted by address already)
+        are_usual = (
+            _STRIDED.issuperset(map(attrgetter("layout"), both))
+            and foreach.are_plain(both)
+            and not function_transforms_active()
+            and are_apart(both)
+        )
+        if not are_usual:
             return None
         return self._move_together_ if all(map(attrgetter("is_cpu"), both)) else self._move_each_
 
-    def _move_each_(self, params: list[Tensor], group: Group) -> None:
-        if is_zero_on_host(group["lr"]):
-            for param in params:
+    def _move_each_(self, params: list[Tensor], grads: list[Tensor], group: Group) -> None:
+        moves = not is_zero_on_host(group["lr"])
+        for param, grad in zip(params, grads, strict=True):
+            if moves:
+                self._move_(param, grad, group)
+            else:
                 self._started(param, group)
-            return
-        for param in params:
-            self._move_(param, group)
 
-    def _move_(self, param: Tensor, group: Group) -> None:
+    def _move_(self, param: Tensor, grad: Tensor, group: Group) -> None:
         step = self._started(param, group)["step"]
-        _add_(param, _fraction(step.item(), group), group["lmo_scaling_factor"])
+        _add_(param, grad, _fraction(step.item(), group), group["lmo_scaling_factor"])
         step.add_(one_like(step))  # (a number would be made a tensor each time)
 
-    def _move_together_(self, params: list[Tensor], group: Group) -> None:
-        if isinstance(group["lr"], Tensor) or group["lr"] == 0:
-            self._move_each_(params, group)
+    def _move_together_(self, params: list[Tensor], grads: list[Tensor], group: Group) -> None:
+        steps = [self._started(param, group)["step"] for param in params]
+        is_shared = len(set(map(Tensor.data_ptr, steps))) < len(steps)  # (it counts each)
+        if is_shared or isinstance(group["lr"], Tensor) or group["lr"] == 0:
+            self._move_each_(params, grads, group)
             return
-        for part in cache_sized(params, _TOGETHER):
-            some, grads = with_gradients(params[part])
-            steps = [self._started(param, group)["step"] for param in some]
-            if not are_apart(steps):  # one that is shared counts each
-                self._move_each_(some, group)
-                continue
-            rows = (some, grads, steps)
-            dtypes = (map(_DTYPE, row) for row in rows)
-            kinds = list(zip(map(Tensor.item, steps), *dtypes, strict=True))
-            for kind in set(kinds):  # mostly one
-                are_alike = [each == kind for each in kinds]
-                xs, gs, counts = (list(compress(row, are_alike)) for row in rows)
-                a, ones = _fraction(kind[0], group), [one_like(xs[0])] * len(xs)
-                foreach_addcmul_(xs, xs, ones, value=-a)  # as `_add_`
-                foreach_addcmul_(xs, gs, ones, value=-a * group["lmo_scaling_factor"])
-                foreach_add_(counts, one_like(counts[0]), alpha=1)  # (one that is a tensor)
+        for done, xs, gs, counts in _alike(params, grads, steps):
+            a, ones = _fraction(done, group), [one_like(xs[0])] * len(xs)
+            foreach_addcmul_(xs, xs, ones, value=-a)  # as `_add_`
+            foreach_addcmul_(xs, gs, ones, value=-a * group["lmo_scaling_factor"])
+            foreach_add_(counts, one_like(counts[0]), alpha=1)  # (one that is a tensor)
 
     def _step_group_(self, group: Group) -> None:
         constraint = group["constraint"]
         if constraint is None and not torch.compiler.is_compiling():
-            params = [param for param in group["params"] if param.grad is not None]
-            move_ = self._mover_of(params) if len(params) > 1 else None
-            (move_ or self._move_each_)(params, group)
+            params, grads = with_gradients(group["params"])
+            move_ = self._mover_of(params, grads) if len(params) > 1 else None
+            for part in cache_sized(params) if move_ else [slice(None)]:
+                (move_ or self._move_each_)(params[part], grads[part], group)
             return
         for param, step in self._moving(group):
             if constraint is None:
-                _add_(param, _fraction(get_value(step), group), group["lmo_scaling_factor"])
+                a = _fraction(get_value(step), group)
+                _add_(param, param.grad, a, group["lmo_scaling_factor"])
             elif group["smoothness"] is None:
                 x, direction = self._directed(param, group)
                 end = constraint.lmo(direction).to(x.dtype)
@@ -385,9 +374,19 @@ def _fraction(done: Any, group: Group) -> float | Tensor:
     return lr / (total.clamp(min=smallest) if isinstance(total, Tensor) else max(total, smallest))
 
 
-def _add_(param: Tensor, a: float | Tensor, scaling: float) -> None:
+def _alike(*rows: list[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """Of parameters, gradients and steps, those of equal dtypes and counts, after the count."""
+    columns = [list(map(Tensor.item, rows[-1])), *(list(map(_DTYPE, row)) for row in rows)]
+    if all(len(set(column)) == 1 for column in columns):  # mostly
+        yield columns[0][0], *rows
+        return
+    kinds = list(zip(*columns, strict=True))
+    for kind in set(kinds):
+        yield kind[0], *(list(compress(row, map(kind.__eq__, kinds))) for row in rows)
+
+
+def _add_(param: Tensor, grad: Any, a: float | Tensor, scaling: float) -> None:
     """Move towards ``-scaling * grad``."""
-    grad: Any = param.grad
     if isinstance(a, Tensor):
         param.mul_(1 - a)
         param.add_(grad * (-a * scaling))

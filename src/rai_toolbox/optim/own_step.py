@@ -16,8 +16,8 @@ from rai_toolbox.constraints.base import Constraint
 from rai_toolbox.optim import settings
 from rai_toolbox.optim.wrapper import Group, Params, as_groups, checked_group
 
-Move = Callable[[list[Tensor], Group], object]
-"""A function that moves some parameters of a group by their gradients."""
+Move = Callable[[list[Tensor], list[Tensor], Group], object]
+"""A function that moves some parameters by their gradients, with the settings of their group."""
 
 
 class OwnStepOptimizer(Optimizer):
@@ -59,8 +59,11 @@ class OwnStepOptimizer(Optimizer):
     def _check_before_step(self, group: Group) -> None:
         """Raise if a setting that may change from step to step is out of range."""
 
-    def mover(self) -> Move | None:
-        """A function that moves parameters, if calls of it for all of them do what a step does."""
+    def mover(self, params: list[Tensor], grads: list[Tensor]) -> Move | None:
+        """A function that moves parameters, if calls of it for all of them do what a step does.
+
+        All that have gradients are given, and these.
+        """
         return None
 
     def step_of_one(self, param: Tensor) -> Callable[[Tensor], object] | None:
