@@ -113,6 +113,20 @@ def test_one_small_row_takes_few_operators(name):
     assert [each for each in operators(opt) if each != "add_"] == OF_ONE_ROW[name]
 
 
+NORM, LOOK = "linalg_vector_norm", ["aminmax", READ, READ]
+NORMALIZED = [NORM, *LOOK, "reciprocal_", "mul_"]
+OF_ROWS = {
+    "L2Normed": NORMALIZED,
+    "L2Projected": [*NORMALIZED, NORM, NORM, *LOOK, "div", "mul_"],
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_of_one_large_tensor_take_few_operators(name):
+    opt = WRAPPERS[name](tensors((256, 3, 32, 32)), lr=50.0)
+    assert [each for each in operators(opt) if each not in ("add_", "view")] == OF_ROWS[name]
+
+
 def test_projecting_many_tensors_adds_few_calls():
     def added(n):
         shapes = [(3, 2)] * n

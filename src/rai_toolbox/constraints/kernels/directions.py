@@ -161,28 +161,27 @@ def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> 
 
     Each is divided while it is in cache; large ones are multiplied, in half of the time, by
     reciprocals of norms in the dtype of factors. Rows for whose norms these are no normal numbers
-    are divided by the nearest one, and once more.
+    are divided twice.
     """
     dtype = scale_dtype(batches[0])
     least, most = LEAST[dtype], 1 / torch.finfo(dtype).smallest_normal
     fast = p in (1, 2) and sums_fast(batches, _CHUNK)
-    lengths = []
     for x in batches:
         length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)
-        divisor = length.clamp(max(div_by_zero_eps, least), most).to(dtype)
+        shortest, longest = least_and_most(length)
+        are_held = max(div_by_zero_eps, least) < shortest and longest <= most
+        if not are_held:
+            at = (~((length > least) & (length <= most))).view(-1).nonzero().view(-1)
+            rows = x[at]
+            _divide_(rows, norm(rows, p, x.ndim - 1), div_by_zero_eps)
+            length.clamp_(max(div_by_zero_eps, least), most)
+        divisor = length.to(dtype)
         _ = x.mul_(divisor.reciprocal_()) if fast else x.div_(divisor)
-        lengths.append(length)
-    shortest, longest = least_and_most(torch.cat(lengths) if len(lengths) > 1 else lengths[0])
-    if longest <= most and (shortest > least or div_by_zero_eps >= least):
-        return
-    for x, length in zip(batches, lengths, strict=True):
-        at = (~((length > least) & (length <= most))).view(-1).nonzero().view(-1)
-        some, divisor = x[at], length[at].clamp(max(div_by_zero_eps, least), most)
-        _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps / divisor)
-        x.index_copy_(0, at, some)
+        if not are_held:
+            x.index_copy_(0, at, rows)
 
 
-def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float | Tensor) -> Tensor:
+def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:
     info = torch.finfo(scale_dtype(x))
     length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
