@@ -16,6 +16,7 @@ from rai_toolbox.constraints import L2Ball, UnitNorm
 from rai_toolbox.constraints.kernels.blocks import GROUP
 from rai_toolbox.optim import (
     ClampedParameterOptimizer,
+    L1FrankWolfe,
     L1qFrankWolfe,
     L1qNormedGradientOptim,
     ProjectedOptimizer,
@@ -349,6 +350,14 @@ def test_a_selection_takes_no_more_memory_than_the_tensor(kind, shape):
     x.grad = torch.randn(shape)
     settings = {"epsilon": 1.0} if kind is L1qFrankWolfe else {"InnerOpt": SGD}
     assert most_held(kind([x], q=0.9, lr=0.05, **settings)) <= x.nbytes
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (256, 3, 32, 32)], ids=str)
+def test_the_largest_signs_take_no_copy_of_the_tensor(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    x.grad = torch.randn(shape)
+    assert most_held(L1FrankWolfe([x], epsilon=1.0)) <= x.nbytes / 16
 
 
 def test_the_measure_of_memory_sees_what_an_operator_needs_in_passing():

@@ -6,6 +6,7 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 
 import torch
@@ -197,10 +198,33 @@ def largest_sign_(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows
+    is_large = rows.numel() > BLOCK // 2 and rows.dtype in _LARGEST
+    if is_large and is_eager(rows) and not needs_grad(rows) and _divide_by_largest_(rows):
+        return rows
+    return _find_largest_sign_(rows)
+
+
+def _find_largest_sign_(rows: Tensor) -> Tensor:
     index = rows.abs().argmax(dim=1, keepdim=True)
     kept = readable(rows).gather(1, index)
     sign_([kept])
     return rows.zero_().scatter_(1, index, kept)
+
+
+def _divide_by_largest_(rows: Tensor) -> bool:
+    """`largest_sign_` without a search, in a third of the time; False if some row has no quotients.
+
+    The largest entry becomes 1 or -1, and smaller ones less, after rounding too.
+    """
+    size = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
+    (least, most), info = least_and_most(size), torch.finfo(rows.dtype)
+    if not (info.smallest_normal <= least and most < math.inf):
+        return False
+    torch.hardshrink(rows.div_(size), 1 - info.eps / 2, out=rows)
+    tied = (vector_norm(rows, 2, 1) > 1).nonzero().view(-1)
+    if len(tied) > 0:
+        rows[tied] = _find_largest_sign_(rows[tied])
+    return True
 
 
 def largest_sign_of_row_(row: Tensor) -> None:
