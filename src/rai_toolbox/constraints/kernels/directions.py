@@ -218,6 +218,8 @@ def _divide_by_largest_(rows: Tensor) -> bool:
     """
     size = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
     (least, most), info = least_and_most(size), torch.finfo(rows.dtype)
+    if least == 0:  # rows of 0, which stay
+        least = size.masked_fill_(size == 0, 1.0).amin().item()
     if not (info.smallest_normal <= least and most < math.inf):
         return False
     torch.hardshrink(rows.div_(size), 1 - info.eps / 2, out=rows)
