@@ -75,7 +75,7 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
         for x in batches:
             _shrink_(x, epsilon, radius)
         return
-    inside, outside, doubt, goal, held = levels
+    inside, outside, doubt, radius = levels
     seen, lengths = [], []
     for x in batches:
         length = fast_norm(x, 2, EXACT_CHUNK)
@@ -83,11 +83,12 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
         if longest <= inside:
             continue
         if not longest < math.inf:  # (with NaN, too)
-            _shrink_(x, epsilon, held)
+            _shrink_(x, epsilon, radius)
         elif shortest > outside:
-            x.mul_(goal / length)
+            x.mul_(_as_tensor(radius) / length)
         else:
-            x.mul_(goal / torch.threshold(length, outside, held))  # by 1, if not outside
+            held = torch.threshold(length, outside, radius)  # its factor is 1, if not outside
+            x.mul_(_as_tensor(radius) / held)
             seen.append(x)
             lengths.append(length.view(-1))
     if not lengths:
@@ -100,27 +101,32 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
         at = (off <= doubt).nonzero().view(-1)
         if len(at) > 0:
             some = x[at]
-            _shrink_(some, epsilon, held)
+            _shrink_(some, epsilon, radius)
             x.index_copy_(0, at, some)
 
 
 @lru_cache
 def _levels(
     epsilon: float, size: int, dtype: torch.dtype
-) -> tuple[float, float, float, Tensor, float] | None:
+) -> tuple[float, float, float, float] | None:
     """What norms in float32 tell of rows of some size; None if they do not fit the radius.
 
     Norms up to the first number are surely inside, those beyond the second one outside, and those
-    farther from the radius than the third are one of both; the radius to aim at comes twice.
+    farther from the radius than the third are one of both. The last is the radius to aim at.
     """
     error = sum_error(min(size, EXACT_CHUNK))
     # (the error is allowed for twice, so that the next time the result is surely inside)
     radius: Any = _inner_radius(epsilon, size, dtype, 2 * error)
     if dtype == torch.float64 or radius <= LEAST[torch.float32]:
         return None
-    goal = torch.full((), radius, dtype=torch.float32, device="cpu")
     inside, outside, doubt = 1 - error, 1 + 1.25 * error, 1.6 * error
-    return inside * epsilon, outside * epsilon, doubt * epsilon, goal, goal.item()
+    return inside * epsilon, outside * epsilon, doubt * epsilon, radius
+
+
+@lru_cache
+def _as_tensor(radius: float) -> Tensor:
+    """A radius as a number by which a tensor of norms in float32 can be divided in one call."""
+    return torch.full((), radius, dtype=torch.float32, device="cpu")
 
 
 def _shrink_(x: Tensor, epsilon: Any, radius: Any) -> None:
