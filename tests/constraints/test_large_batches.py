@@ -1,11 +1,13 @@
 """Batches large enough for sums in float32: as in float64, also rows that float32 cannot sum."""
 
+import math
+
 import pytest
 import torch
 
 from rai_toolbox.constraints import L2Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
 from rai_toolbox.constraints.kernels.blocks import BLOCK
-from rai_toolbox.constraints.kernels.directions import normalize_, sign_
+from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.optim import ProjectedOptimizer
 from rai_toolbox.optim.gradient_mapping import GradientMapping
 
@@ -52,6 +54,29 @@ def test_directions_need_no_subnormal_reciprocals():
     finally:
         torch.set_flush_denormal(False)
     torch.testing.assert_close(length, torch.ones_like(length), rtol=1e-5, atol=0)
+
+
+@in_each_dtype
+def test_one_largest_sign_of_each_row(dtype):
+    x = rows()[20:]
+    x[3] = x[3].clamp(-0.5, 0.5)  # ties
+    x[5] *= 1e-3
+    x = x.to(dtype)
+    x[4, 5], x[4, 6] = 4.75, 4.75 * (1 + torch.finfo(dtype).eps)
+    at = x.abs().argmax(1, keepdim=True)
+    expected = torch.zeros_like(x).scatter_(1, at, x.gather(1, at).sign())
+    assert torch.equal(largest_sign_(x.clone()), expected)
+    for other in (0.0, torch.finfo(dtype).smallest_normal / 4, math.inf):
+        x[7] = 0.0
+        x[7, 2] = other
+        expected[7] = 0.0
+        expected[7, 2] = x[7, 2].sign()
+        assert torch.equal(largest_sign_(x.clone()), expected)
+    x[7, 2] = math.nan
+    found = largest_sign_(x.clone())
+    assert found[7, 2].isnan()
+    found[7, 2] = expected[7, 2]
+    assert torch.equal(found, expected)
 
 
 @in_each_dtype

@@ -16,6 +16,7 @@ from rai_toolbox.constraints import L2Ball, UnitNorm
 from rai_toolbox.constraints.kernels.blocks import GROUP
 from rai_toolbox.optim import (
     ClampedParameterOptimizer,
+    L1FrankWolfe,
     L1qFrankWolfe,
     L1qNormedGradientOptim,
     ProjectedOptimizer,
@@ -111,6 +112,20 @@ OF_ONE_ROW = {
 def test_one_small_row_takes_few_operators(name):
     opt = WRAPPERS[name](tensors((1, 84)), lr=50.0)
     assert [each for each in operators(opt) if each != "add_"] == OF_ONE_ROW[name]
+
+
+NORM, LOOK = "linalg_vector_norm", ["aminmax", READ, READ]
+NORMALIZED = [NORM, *LOOK, "reciprocal_", "mul_"]
+OF_ROWS = {
+    "L2Normed": NORMALIZED,
+    "L2Projected": [*NORMALIZED, NORM, NORM, *LOOK, "div", "mul_"],
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_of_one_large_tensor_take_few_operators(name):
+    opt = WRAPPERS[name](tensors((256, 3, 32, 32)), lr=50.0)
+    assert [each for each in operators(opt) if each not in ("add_", "view")] == OF_ROWS[name]
 
 
 def test_projecting_many_tensors_adds_few_calls():
@@ -335,6 +350,15 @@ def test_a_selection_takes_no_more_memory_than_the_tensor(kind, shape):
     x.grad = torch.randn(shape)
     settings = {"epsilon": 1.0} if kind is L1qFrankWolfe else {"InnerOpt": SGD}
     assert most_held(kind([x], q=0.9, lr=0.05, **settings)) <= x.nbytes
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (256, 3, 32, 32)], ids=str)
+def test_the_largest_signs_take_no_copy_of_the_tensor(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    x.grad = torch.randn(shape)
+    x.grad[3] = 0.0
+    assert most_held(L1FrankWolfe([x], epsilon=1.0)) <= x.nbytes / 16
 
 
 def test_the_measure_of_memory_sees_what_an_operator_needs_in_passing():

@@ -6,6 +6,7 @@ infinity turns its whole sub-tensor to NaN.
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 
 import torch
@@ -161,28 +162,27 @@ def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> 
 
     Each is divided while it is in cache; large ones are multiplied, in half of the time, by
     reciprocals of norms in the dtype of factors. Rows for whose norms these are no normal numbers
-    are divided by the nearest one, and once more.
+    are divided twice.
     """
     dtype = scale_dtype(batches[0])
     least, most = LEAST[dtype], 1 / torch.finfo(dtype).smallest_normal
     fast = p in (1, 2) and sums_fast(batches, _CHUNK)
-    lengths = []
     for x in batches:
         length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)
-        divisor = length.clamp(max(div_by_zero_eps, least), most).to(dtype)
+        shortest, longest = least_and_most(length)
+        are_held = max(div_by_zero_eps, least) < shortest and longest <= most
+        if not are_held:
+            at = (~((length > least) & (length <= most))).view(-1).nonzero().view(-1)
+            rows = x[at]
+            _divide_(rows, norm(rows, p, x.ndim - 1), div_by_zero_eps)
+            length.clamp_(max(div_by_zero_eps, least), most)
+        divisor = length.to(dtype)
         _ = x.mul_(divisor.reciprocal_()) if fast else x.div_(divisor)
-        lengths.append(length)
-    shortest, longest = least_and_most(torch.cat(lengths) if len(lengths) > 1 else lengths[0])
-    if longest <= most and (shortest > least or div_by_zero_eps >= least):
-        return
-    for x, length in zip(batches, lengths, strict=True):
-        at = (~((length > least) & (length <= most))).view(-1).nonzero().view(-1)
-        some, divisor = x[at], length[at].clamp(max(div_by_zero_eps, least), most)
-        _divide_(some, norm(some, p, x.ndim - 1), div_by_zero_eps / divisor)
-        x.index_copy_(0, at, some)
+        if not are_held:
+            x.index_copy_(0, at, rows)
 
 
-def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float | Tensor) -> Tensor:
+def _divide_(x: Tensor, length: Tensor, div_by_zero_eps: float) -> Tensor:
     info = torch.finfo(scale_dtype(x))
     length = torch.where(length.isinf(), torch.nan, length)  # a direction that nobody knows
     divisor = torch.where(length == 0, 1.0, length.clamp(min=div_by_zero_eps))
@@ -198,10 +198,35 @@ def largest_sign_(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows
+    is_large = rows.numel() > BLOCK // 2 and rows.dtype in _LARGEST
+    if is_large and is_eager(rows) and not needs_grad(rows) and _divide_by_largest_(rows):
+        return rows
+    return _find_largest_sign_(rows)
+
+
+def _find_largest_sign_(rows: Tensor) -> Tensor:
     index = rows.abs().argmax(dim=1, keepdim=True)
     kept = readable(rows).gather(1, index)
     sign_([kept])
     return rows.zero_().scatter_(1, index, kept)
+
+
+def _divide_by_largest_(rows: Tensor) -> bool:
+    """`largest_sign_` without a search, in a third of the time; False if some row has no quotients.
+
+    The largest entry becomes 1 or -1, and smaller ones less, after rounding too.
+    """
+    size = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
+    (least, most), info = least_and_most(size), torch.finfo(rows.dtype)
+    if least == 0:  # rows of 0, which stay
+        least = size.masked_fill_(size == 0, 1.0).amin().item()
+    if not (info.smallest_normal <= least and most < math.inf):
+        return False
+    torch.hardshrink(rows.div_(size), 1 - info.eps / 2, out=rows)
+    tied = (vector_norm(rows, 2, 1) > 1).nonzero().view(-1)
+    if len(tied) > 0:
+        rows[tied] = _find_largest_sign_(rows[tied])
+    return True
 
 
 def largest_sign_of_row_(row: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
         return x
     length = norm(readable(x), 2, ndim)
     size = x.shape[x.ndim - ndim :].numel()
-    radius = _inner_radius(epsilon, x, size, noise(size))
-    return scale_(x, _factor(length, epsilon, radius))
+    return scale_(x, _factor(length, epsilon, _inner_radius(epsilon, size, x.dtype)))
 
 
 def _project_row_(x: Tensor, epsilon: Any) -> bool:
@@ -54,7 +54,7 @@ def _project_row_(x: Tensor, epsilon: Any) -> bool:
     if length <= epsilon:
         return True
     # (a number divided by a tensor is multiplied by the reciprocal: rows in a stack get these bits)
-    factor = 1 / length * _inner_radius(epsilon, x, x.numel(), noise(x.numel()))
+    factor = 1 / length * _radius_of_number(epsilon, x.numel(), x.dtype)
     is_held = length < math.inf and torch.finfo(scale_dtype(x)).smallest_normal <= factor <= 1
     if is_held:
         x.mul_(factor)
@@ -67,19 +67,16 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
     Each is scaled while it is in cache. Of large ones, norms in float32 tell which rows are
     outside; those close to the radius are left until all have been seen, and then judged exactly.
     """
-    x, size = batches[0], batches[0].shape[1:].numel()
-    error = sum_error(min(size, EXACT_CHUNK))
-    # (the error is allowed for twice, so that the next time the result is surely inside)
-    radius: Any = _inner_radius(epsilon, x, size, noise(size) + 2 * error)
-    is_narrow = x.dtype != torch.float64 and radius > LEAST[torch.float32]
-    if not (is_narrow and sums_fast(batches, EXACT_CHUNK)):
-        radius = _inner_radius(epsilon, x, size, noise(size))
+    x = batches[0]
+    size = x.shape[1:].numel()
+    levels = _levels(epsilon, size, x.dtype)
+    if levels is None or not sums_fast(batches, EXACT_CHUNK):
+        radius = _radius_of_number(epsilon, size, x.dtype)
         for x in batches:
             _shrink_(x, epsilon, radius)
         return
-    inside, outside = epsilon * (1 - error), epsilon * (1 + 1.25 * error)
-    goal = torch.full((), radius, dtype=scale_dtype(x), device="cpu")
-    held, seen, lengths = goal.item(), [], []
+    inside, outside, doubt, radius = levels
+    seen, lengths = [], []
     for x in batches:
         length = fast_norm(x, 2, EXACT_CHUNK)
         shortest, longest = least_and_most(length)
@@ -88,15 +85,15 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
         if not longest < math.inf:  # (with NaN, too)
             _shrink_(x, epsilon, radius)
         elif shortest > outside:
-            x.mul_(goal / length)
+            x.mul_(_as_tensor(radius) / length)
         else:
-            x.mul_(goal / torch.threshold(length, outside, held))  # by 1, if not outside
+            held = torch.threshold(length, outside, radius)  # its factor is 1, if not outside
+            x.mul_(_as_tensor(radius) / held)
             seen.append(x)
             lengths.append(length.view(-1))
     if not lengths:
         return
     # (rows close to the radius, but for some that have been scaled, which stay as they are)
-    doubt = 1.6 * error * epsilon
     distance = (torch.cat(lengths) - epsilon).abs_()
     if distance.amin().item() > doubt:
         return
@@ -106,6 +103,30 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
             some = x[at]
             _shrink_(some, epsilon, radius)
             x.index_copy_(0, at, some)
+
+
+@lru_cache
+def _levels(
+    epsilon: float, size: int, dtype: torch.dtype
+) -> tuple[float, float, float, float] | None:
+    """What norms in float32 tell of rows of some size; None if they do not fit the radius.
+
+    Norms up to the first number are surely inside, those beyond the second one outside, and those
+    farther from the radius than the third are one of both. The last is the radius to aim at.
+    """
+    error = sum_error(min(size, EXACT_CHUNK))
+    # (the error is allowed for twice, so that the next time the result is surely inside)
+    radius: Any = _inner_radius(epsilon, size, dtype, 2 * error)
+    if dtype == torch.float64 or radius <= LEAST[torch.float32]:
+        return None
+    inside, outside, doubt = 1 - error, 1 + 1.25 * error, 1.6 * error
+    return inside * epsilon, outside * epsilon, doubt * epsilon, radius
+
+
+@lru_cache
+def _as_tensor(radius: float) -> Tensor:
+    """A radius as a number by which a tensor of norms in float32 can be divided in one call."""
+    return torch.full((), radius, dtype=torch.float32, device="cpu")
 
 
 def _shrink_(x: Tensor, epsilon: Any, radius: Any) -> None:
@@ -155,10 +176,14 @@ def _are_normal(factor: Tensor, dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).smallest_normal <= least and most <= torch.finfo(dtype).max
 
 
-def _inner_radius(epsilon: float | Tensor, x: Tensor, size: int, error: float) -> float | Tensor:
+def _inner_radius(
+    epsilon: float | Tensor, size: int, dtype: torch.dtype, error: float = 0.0
+) -> float | Tensor:
     """The radius from which neither rounding nor norms that are off by `error` lead outside."""
-    dtype = scale_dtype(x)
-    of_factor = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
-    margin = torch.finfo(x.dtype).eps / 2 + of_factor + error
-    radius = epsilon * (1.0 - margin) - spacing(x.dtype) * math.sqrt(size)
+    eps = torch.finfo(dtype).eps
+    margin = eps / 2 + min(eps, torch.finfo(torch.float32).eps) / 2 + noise(size) + error
+    radius = epsilon * (1.0 - margin) - spacing(dtype) * math.sqrt(size)
     return radius.clamp(min=0) if isinstance(radius, Tensor) else max(radius, 0.0)
+
+
+_radius_of_number = lru_cache(_inner_radius)

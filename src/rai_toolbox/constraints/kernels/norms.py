@@ -82,7 +82,7 @@ def sums_fast(batches: Sequence[Tensor], chunk: int) -> bool:
     lanes (see `sum_error`).
     """
     x = batches[0]
-    if x.numel() <= BLOCK // 2 or x.shape[1:].numel() > BLOCK or x.is_complex():
+    if x.is_complex() or x.shape[1:].numel() > BLOCK:
         return False
     return is_eager(x) and all(is_plain(x) and _is_large_and_dense(x, chunk) for x in batches)
 
@@ -116,19 +116,20 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
         return torch.cat([each.sum(dims, keepdim=True, dtype=dtype) for each in sizes])
     if size <= chunk or x.dtype == torch.float64:
         return vector_norm(x, 2, dims, keepdim=True, dtype=dtype)
-    width = math.ceil(size / math.ceil(size / chunk))
-    whole = size // width * width
-    if whole == size:
-        roots = vector_norm(x.view(-1, width), 2, 1, dtype=dtype).view(len(x), -1)
+    number = math.ceil(size / chunk)
+    width = math.ceil(size / number)
+    ones = (1,) * (x.ndim - 2)
+    if width * number == size:
+        roots = vector_norm(x.view(-1, number, *ones, width), 2, -1, dtype=dtype)
     else:
-        rows = x.view(-1, size)
+        rows, whole = x.view(-1, size), size // width * width
         roots = vector_norm(rows[:, :whole].unflatten(1, (-1, width)), 2, 2, dtype=dtype)
         rest = vector_norm(rows[:, whole:], 2, 1, keepdim=True, dtype=dtype)
-        roots = torch.cat([roots, rest], 1)
+        roots = torch.cat([roots, rest], 1).view(len(x), -1, *ones)
     # (nine more roundings are allowed for)
-    length = vector_norm(roots, 2, 1, dtype=dtype if roots.shape[1] <= 8 else torch.float64)
-    length = length.to(dtype)
-    return length.view(-1, *(1,) * (x.ndim - 1))
+    if number > 8:
+        return vector_norm(roots, 2, 1, keepdim=True, dtype=torch.float64).to(dtype)
+    return vector_norm(roots, 2, 1, keepdim=True)
 
 
 def wide_norms(batches: list[Tensor]) -> Tensor:
