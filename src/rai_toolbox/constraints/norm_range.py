@@ -171,8 +171,8 @@ class MinMaxNorm(Constraint):
     def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
         """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
         low, high, missed = self._goals(x)
-        off = torch.maximum(length - self.max_norm, self.min_norm - length)
-        return torch.where(off <= missed, 1.0, length.clamp(low, high) / divisor)
+        inside = (length - self.max_norm <= missed) & (self.min_norm - length <= missed)
+        return length.clamp(low, high).div_(divisor).masked_fill_(inside, 1.0)
 
     def _goals(self, x: Tensor) -> tuple[Any, Any, Any]:
         """`_range` for the rows of a batch, as numbers if the bounds are."""

@@ -148,10 +148,11 @@ class GradientMapping(OfSet):
         found = _row_steps(xs, grads, ms, reach)
         if found is None or reach > 0.5:  # (y could be much shorter than x)
             return False
-        e, length, slope = found
+        e, square, slope = found
         product = fast_products(xs, grads if ms is None else ms, memory).double()
-        square = length.square() - 2 * sign * e * product + (e * slope).square()
-        factor = self.set_of(group)._scaling(square.sqrt(), xs[0])
+        square.square_().sub_(product.mul_(e), alpha=2 * sign).add_(slope.mul_(e).square_())
+        del found, product, slope  # (memory is still taken)
+        factor = self.set_of(group)._scaling(square.sqrt_(), xs[0])
         if factor is None:  # all of y is in the set
             return True
         if factor is NotImplemented:
@@ -159,7 +160,7 @@ class GradientMapping(OfSet):
         # (norms of x and m are off by `sum_error`, that of y, which is the shorter one, by more)
         size = xs[0].shape[1:].numel()
         beyond = _beyond(factor, 4 * sum_error(min(size, EXACT_CHUNK)) / (1 - reach) ** 2)
-        pulls = for_each((beyond / (sign * e)).float(), xs)
+        pulls = for_each((beyond / e.mul_(sign)).float(), xs)
         shares = for_each((1 - beyond if ms is None else -beyond).float(), xs)
         for grad, x, m, pull, share in zip(grads, xs, ms or grads, pulls, shares, strict=True):
             _ = grad.mul_(share) if ms is None else grad.addcmul_(m, share)
