@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain, check_count, wrong
 from rai_toolbox.constraints.along import as_dims, dims_in, on_rows
-from rai_toolbox.constraints.kernels.blocks import BLOCK, in_groups, row_blocks, widened
+from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory, in_groups, row_blocks, widened
 from rai_toolbox.constraints.sharding import ON_SHARDS, PLAIN, is_sharded
 
 _SETS: dict[str, dict[str, type[Constraint]]] = {}  # by class name, then by full name
@@ -259,7 +259,8 @@ class Constraint(_Immutable):
             return
         for x in batches:
             self._check_batch(x)
-        in_groups(batches, self.project_, act_each_=self._project_rows_each_)
+        act_each_ = partial(self._project_rows_each_, memory=Memory())
+        in_groups(batches, self.project_, act_each_=act_each_)
 
     # Plain data
 
@@ -345,12 +346,12 @@ class Constraint(_Immutable):
     def _scaling(self, length: Tensor, x: Tensor) -> Any:
         """The factor of each row of `x`, if that is what the projection does, by its norm.
 
-        `length` has the shape (N,). The factor is exactly 1 for norms that are inside; None if all
-        are. By default NotImplemented.
+        `length` has the shape (N,) and may be overwritten. The factor is exactly 1 for norms that
+        are inside; None if all are. By default NotImplemented.
         """
         return NotImplemented
 
-    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+    def _project_rows_each_(self, batches: list[Tensor], memory: Memory) -> None:
         """`project_` for plain batches on the CPU, with rows of one length and dtype."""
         for x in batches:
             self.project_(x)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import can_read, is_eager, needs_grad
+from rai_toolbox.constraints.kernels.blocks import Memory, can_read, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, scale_, shrinking
@@ -88,7 +88,7 @@ class MinMaxNorm(Constraint):
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
         if self.p == 2 and can_read(x, self.min_norm, self.max_norm):
-            self._project_rows_each_([x])
+            self._project_rows_each_([x], Memory())
             return x
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             return project_l2_ball_(x, self.max_norm, x.ndim - 1)
@@ -97,17 +97,17 @@ class MinMaxNorm(Constraint):
             return x
         return super().project_(x)
 
-    def _project_rows_each_(self, batches: list[Tensor]) -> None:
+    def _project_rows_each_(self, batches: list[Tensor], memory: Memory) -> None:
         if self.p != 2:
-            super()._project_rows_each_(batches)
+            super()._project_rows_each_(batches, memory)
         elif self.min_norm == 0:
             project_l2_each_(batches, self.max_norm)
         else:
-            self._scale_each_(batches)
+            self._scale_each_(batches, memory)
 
-    def _scale_each_(self, batches: list[Tensor]) -> None:
+    def _scale_each_(self, batches: list[Tensor], memory: Memory) -> None:
         """Project by a factor for each row, or one by one if no factor fits some row."""
-        factor = self._factors(wide_norms(batches), batches[0])
+        factor = self._factors(wide_norms(batches, memory), batches[0])
         if factor is None:
             for x in batches:
                 self._scale_(x)
@@ -131,10 +131,20 @@ class MinMaxNorm(Constraint):
         return NotImplemented if factor is None else factor
 
     def _factors(self, length: Tensor, x: Tensor) -> Tensor | None:
-        """What the projection multiplies rows of these norms by; None if no factor fits one."""
+        """What the projection multiplies rows by; None if no factor fits one.
+
+        Their norms are overwritten where that spares memory.
+        """
         least, most = least_and_most(length)
         shortest, longest = self._fitting(scale_dtype(x))
-        return self._factor(length, length, x) if shortest < least and most < longest else None
+        if not (shortest < least and most < longest):
+            return None
+        low, high, missed = self._goals(x)
+        if least - self.max_norm > missed:  # as are all rows
+            return length.reciprocal_().mul_(high)
+        if self.min_norm - most > missed:
+            return length.reciprocal_().mul_(low)
+        return self._factor(length, length, x)
 
     def _scale_(self, x: Tensor) -> None:
         """Project by a factor for each row, or in float64 what no factor fits."""
@@ -160,16 +170,16 @@ class MinMaxNorm(Constraint):
 
     def _factor(self, length: Tensor, divisor: Tensor, x: Tensor) -> Tensor:
         """The nearest norm of the set to each norm of x, over a divisor; 1 for what is inside."""
+        low, high, missed = self._goals(x)
+        inside = (length - self.max_norm <= missed) & (self.min_norm - length <= missed)
+        return length.clamp(low, high).div_(divisor).masked_fill_(inside, 1.0)
+
+    def _goals(self, x: Tensor) -> tuple[Any, Any, Any]:
+        """`_range` for the rows of a batch, as numbers if the bounds are."""
         least, most, size = self.min_norm, self.max_norm, x[0].numel()
         if not is_eager(x) or isinstance(least, Tensor) or isinstance(most, Tensor):
-            low, high, missed = self._range(x, size, x.dtype)
-        else:
-            low, high, missed = _range_of_numbers(least, most, self.p, size, x.dtype)
-        if can_read(x, least, most) and low == high:  # in fewer calls
-            off = (length - (least + most) / 2).abs_()
-            return (low / divisor).masked_fill_(off <= (most - least) / 2 + missed, 1.0)
-        off = torch.maximum(length - most, least - length)
-        return torch.where(off <= missed, 1.0, length.clamp(low, high) / divisor)
+            return self._range(x, size, x.dtype)
+        return _range_of_numbers(least, most, self.p, size, x.dtype)
 
     def _excess(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         length = norm(x, self.p, 1)

@@ -18,6 +18,7 @@ from rai_toolbox.constraints.box import OPEN, checked_box
 from rai_toolbox.constraints.kernels.blocks import (
     BLOCK,
     GROUP,
+    Memory,
     can_read,
     joined,
     needs_grad,
@@ -111,9 +112,10 @@ class GradientMapping(OfSet):
                 grad.copy_(view.view(grad.shape))
         if not large:
             return
+        memory = Memory()
         columns = [joined(list(column), GROUP) for column in zip(*large, strict=True)]
         for piece in zip(*columns, strict=True):
-            if not self._map_rows_(*piece, group=group):
+            if not self._map_rows_(*piece, group=group, memory=memory):
                 for grad, x, *others in zip(*piece, strict=True):
                     self.map_(grad, x, others[0] if others else None, group)
 
@@ -129,7 +131,13 @@ class GradientMapping(OfSet):
         )
 
     def _map_rows_(
-        self, grads: list[Tensor], xs: list[Tensor], ms: list[Tensor] | None = None, *, group: Group
+        self,
+        grads: list[Tensor],
+        xs: list[Tensor],
+        ms: list[Tensor] | None = None,
+        *,
+        group: Group,
+        memory: Memory,
     ) -> bool:
         """`map_` for large batches, if the projection multiplies each row by a factor f.
 
@@ -140,10 +148,11 @@ class GradientMapping(OfSet):
         found = _row_steps(xs, grads, ms, reach)
         if found is None or reach > 0.5:  # (y could be much shorter than x)
             return False
-        e, length, slope = found
-        product = fast_products(xs, grads if ms is None else ms).double()
-        square = length.square() - 2 * sign * e * product + (e * slope).square()
-        factor = self.set_of(group)._scaling(square.sqrt(), xs[0])
+        e, square, slope = found
+        product = fast_products(xs, grads if ms is None else ms, memory).double()
+        square.square_().sub_(product.mul_(e), alpha=2 * sign).add_(slope.mul_(e).square_())
+        del found, product, slope  # (memory is still taken)
+        factor = self.set_of(group)._scaling(square.sqrt_(), xs[0])
         if factor is None:  # all of y is in the set
             return True
         if factor is NotImplemented:
@@ -151,7 +160,7 @@ class GradientMapping(OfSet):
         # (norms of x and m are off by `sum_error`, that of y, which is the shorter one, by more)
         size = xs[0].shape[1:].numel()
         beyond = _beyond(factor, 4 * sum_error(min(size, EXACT_CHUNK)) / (1 - reach) ** 2)
-        pulls = for_each((beyond / (sign * e)).float(), xs)
+        pulls = for_each((beyond / e.mul_(sign)).float(), xs)
         shares = for_each((1 - beyond if ms is None else -beyond).float(), xs)
         for grad, x, m, pull, share in zip(grads, xs, ms or grads, pulls, shares, strict=True):
             _ = grad.mul_(share) if ms is None else grad.addcmul_(m, share)
@@ -193,7 +202,7 @@ class GradientMapping(OfSet):
         scales = type(constraint)._scaling is not Constraint._scaling
         if scales and constraint._dims is None and can_read(y):
             fast = sums_fast([y], EXACT_CHUNK)
-            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y])
+            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], Memory())
             error = sum_error(EXACT_CHUNK) if fast else 0.0
             factor = constraint._scaling(length, y)
         if factor is NotImplemented:

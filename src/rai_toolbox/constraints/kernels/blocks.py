@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from operator import add, attrgetter, le
 
 import torch
@@ -96,6 +97,25 @@ def row_halves(x: Tensor) -> tuple[Tensor, ...]:
         return (x,)
     middle = (len(x) + 1) // 2
     return x[:middle], x[middle:]
+
+
+class Memory(dict[tuple[tuple[int, ...], torch.dtype], Tensor]):
+    """Tensors on the CPU by shape and dtype, of any values: all of them in the same memory.
+
+    For temporaries that follow each other, because new memory is slow to touch.
+    """
+
+    _bytes: Tensor | None = None
+
+    def __missing__(self, key: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
+        shape, dtype = key
+        size = prod(shape) * dtype.itemsize
+        if self._bytes is None or len(self._bytes) < size:
+            self.clear()
+            self._bytes = None  # (before the next one is there)
+            self._bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self[key] = self._bytes[:size].view(dtype).view(shape)
+        return self[key]
 
 
 def joined(batches: list[Tensor], size: int) -> list[list[Tensor]]:

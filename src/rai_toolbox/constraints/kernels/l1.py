@@ -7,10 +7,22 @@ from math import inf
 import torch
 from torch import Tensor
 
-from rai_toolbox.constraints.kernels.blocks import MANY, is_eager, joined, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import (
+    MANY,
+    Memory,
+    is_eager,
+    joined,
+    needs_grad,
+    wide_dtype,
+)
 from rai_toolbox.constraints.kernels.norms import least_and_most
 from rai_toolbox.constraints.kernels.rounding import noise, round_down
-from rai_toolbox.constraints.kernels.threshold import in_one_memory, lower_, lowered, wide_sum
+from rai_toolbox.constraints.kernels.threshold import (
+    in_one_memory,
+    lower_,
+    lowered,
+    positive_sum,
+)
 
 FAR = 2.0**100
 """Radii from 1 / FAR to FAR are well within the range of float32."""
@@ -27,7 +39,7 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
         project_l1_each_([y], epsilon)
         return y
     values = x.abs().to(_working_dtype(x, epsilon))
-    length = wide_sum(values.detach())
+    length = values.detach().sum(1, keepdim=True, dtype=wide_dtype(x))
     nearest = lowered(values, _goal(values, epsilon))
     nearest = nearest if x.dtype == nearest.dtype else round_down(nearest, x.dtype)
     nearest = torch.where(length.isfinite(), torch.copysign(nearest, x), torch.nan)
@@ -36,10 +48,10 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
 
 def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
     """`project_l1_rows`, in place, of plain batches (N, ...) on the CPU."""
-    memory = torch.empty(0)
+    memory = Memory()
     for piece in [batches] if isinstance(epsilon, Tensor) else joined(batches, MANY):
         dtype = _working_dtype(piece[0], epsilon)
-        memory, parts, values, buffer = in_one_memory(piece, dtype, memory)
+        parts, values, buffer = in_one_memory(piece, dtype, memory)
         for x, part in zip(piece, parts, strict=True):
             if x.dtype == dtype:
                 torch.abs(x, out=part.view(x.shape))
@@ -61,7 +73,7 @@ def _lower_to_ball_(values: Tensor, epsilon: float | Tensor, buffer: Tensor) -> 
     if shortest * (1 - error) > 1 and longest < inf:
         lower_(values, _goal(values, epsilon), buffer)
         return True
-    length = wide_sum(values)
+    length = positive_sum(values, buffer)
     at = (~(length <= epsilon)).view(-1).nonzero().view(-1)
     if len(at) > 0:
         if isinstance(epsilon, Tensor) and len(epsilon) > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from rai_toolbox.constraints.kernels.blocks import BLOCK, is_eager, is_plain, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory, is_eager, is_plain, wide_dtype
 
 _SCALES = {
     torch.float16: torch.float32,
@@ -132,43 +132,38 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
     return vector_norm(roots, 2, 1, keepdim=True)
 
 
-def wide_norms(batches: list[Tensor]) -> Tensor:
+def wide_norms(batches: list[Tensor], memory: Memory) -> Tensor:
     """Euclidean norms of all rows of some plain batches (N, ...) in float64, shape (N,).
 
-    Large ones go by equal pieces, whose wide copies share memory, for new memory is slow to touch:
-    at most as much as a batch has.
+    Large ones go by equal pieces, whose wide copies take at most as much memory as a batch has.
     """
-    memory, lengths = batches[0].new_empty(0), []
+    lengths = []
     for x in batches:
         size, height = x.numel(), x.shape[0]
         number = max(8 // x.element_size(), math.ceil(size / _MOST))
-        if x.dtype == torch.float64 or size <= BLOCK or height < number:
+        small = size <= BLOCK or height < number
+        if small or x.dtype == torch.float64 or not x.is_contiguous():
             lengths.append(norm(x, 2, x.ndim - 1).view(-1))
             continue
         dims = tuple(range(1, x.ndim))
         for part in x.split(math.ceil(height / number)):
-            wide = memory
-            if memory.shape[1:] != part.shape[1:] or memory.shape[0] < part.shape[0]:
-                del memory, wide  # (before the next one is there)
-                wide = memory = torch.empty_like(part, dtype=torch.float64)
-            elif memory.shape != part.shape:
-                wide = memory[: part.shape[0]]
-            lengths.append(vector_norm(wide.copy_(part), 2, dims))
+            wide = memory[part.shape, torch.float64].copy_(part)
+            lengths.append(vector_norm(wide, 2, dims))
     return _joined(lengths)
 
 
-def fast_products(batches: list[Tensor], others: list[Tensor]) -> Tensor:
+def fast_products(batches: list[Tensor], others: list[Tensor], memory: Memory) -> Tensor:
     """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
     size, products = batches[0].shape[1:].numel(), []
     quarter = sum(x.numel() for x in batches) // 4
     height = max(2 * BLOCK, min(_MOST, quarter)) // size
-    memory = batches[0].new_empty(min(height, max(x.shape[0] for x in batches)), size)
     for x, y in zip(batches, others, strict=True):
         rows, by = x.view(-1, size), y.view(-1, size)
         parts = [(rows, by)]
         if x.shape[0] > height:
             parts = list(zip(rows.split(height), by.split(height), strict=True))
-        products += [torch.mul(x, y, out=memory[: x.shape[0]]).sum(1) for x, y in parts]
+        for x, y in parts:
+            products.append(torch.mul(x, y, out=memory[x.shape, x.dtype]).sum(1))
     return torch.cat(products)
 
 

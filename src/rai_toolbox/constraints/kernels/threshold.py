@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.constraints.kernels.blocks import BLOCK, is_eager, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory, is_eager, needs_grad, wide_dtype
 
 _WIDE = 128  # entries of a row for which a search among some of them pays
 _FIRST_STEPS = 3  # of that search
@@ -37,10 +37,12 @@ def lowered(v: Tensor, total: float | Tensor) -> Tensor:
             t = torch.maximum(t, _newton(below, t, goal))
     over = below - with_value(t, _newton(below, t, goal))
     with torch.no_grad():  # the digits that t has no room for, and what the steps have left over
-        missed = total - wide_sum(over.clamp(min=0))
+        missed = total - over.clamp(min=0).sum(1, keepdim=True, dtype=wide_dtype(v))
         rest = missed / (over > 0).sum(1, keepdim=True).clamp(min=1)
     soft = (over + rest.to(v.dtype)).relu()
-    return soft * _last_factor(soft, total)
+    with torch.no_grad():
+        factor = _last_factor(soft.sum(1, keepdim=True, dtype=wide_dtype(v)), total)
+    return soft * factor.to(v.dtype)
 
 
 def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
@@ -50,43 +52,48 @@ def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
     t = _near(v, goal, buffer) if v.shape[1] >= _WIDE else _least(v, goal)
     t, number = _settled(v, t, goal, buffer)
     over = v.sub_(t)
-    missed = total - wide_sum(torch.clamp(over, min=0, out=buffer))
+    missed = total - positive_sum(over, buffer)
     over.add_((missed / number.clamp(min=1)).to(v.dtype)).relu_()
     # Where no entry has come or gone the sum is right.
     kept = torch.gt(over, v.new_zeros(()), out=buffer).sum(1, keepdim=True)
     right = (kept == number) & (missed.abs() <= goal)
-    return v if bool(right.all()) else v.mul_(_last_factor(v, total).masked_fill_(right, 1.0))
+    if bool(right.all()):
+        return v
+    factor = _last_factor(positive_sum(v, buffer), total).masked_fill_(right, 1.0)
+    return v.mul_(factor.to(v.dtype))
 
 
 def in_one_memory(
-    piece: list[Tensor], dtype: torch.dtype, memory: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+    piece: list[Tensor], dtype: torch.dtype, memory: Memory
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Memory for the rows of several batches: for those of each, for all of them, and a buffer.
 
-    Batches are joined up to `MANY` elements, for which small operators cost little. All pieces use
-    the same memory, which comes first, because new memory is slow to touch.
+    Batches are joined up to `MANY` elements, for which small operators cost little.
     """
-    heights, size = list(map(len, piece)), sum(map(Tensor.numel, piece))
-    if memory.dtype != dtype or len(memory) < 2 * size:
-        memory = piece[0].new_empty(2 * size, dtype=dtype)
-    rows, buffer = memory[: 2 * size].view(2, sum(heights), -1)
-    return memory, rows.split(heights), rows, buffer
+    heights = list(map(len, piece))
+    size = piece[0].shape[1:].numel()
+    buffer, rows = memory[(2, sum(heights), size), dtype]
+    return rows.split(heights), rows, buffer
 
 
-@torch.no_grad()
-def _last_factor(soft: Tensor, total: float | Tensor) -> Tensor:
-    reached = wide_sum(soft)
-    factor = torch.where(reached > 0, total / reached.where(reached > 0, 1.0), 1.0)
-    return factor.to(soft.dtype)
+def _last_factor(reached: Tensor, total: float | Tensor) -> Tensor:
+    return torch.where(reached > 0, total / reached.where(reached > 0, 1.0), 1.0)
 
 
-def wide_sum(rows: Tensor) -> Tensor:
-    """Sums of rows in float64, shape (N, 1); converted some rows at a time."""
-    dtype = wide_dtype(rows)
-    if rows.numel() <= BLOCK // 2 or rows.dtype == dtype or not is_eager(rows):
-        return rows.sum(1, keepdim=True, dtype=dtype)
-    height = max(1, BLOCK // 2 // rows.shape[1])
-    return torch.cat([some.sum(1, keepdim=True, dtype=dtype) for some in rows.split(height)])
+def positive_sum(rows: Tensor, buffer: Tensor) -> Tensor:
+    """Sums of the positive entries of rows in float64, shape (N, 1); the wide ones go to a buffer.
+
+    This begins at an even place of its memory.
+    """
+    height = len(rows) // 2
+    if rows.numel() <= BLOCK // 2 or rows.dtype == torch.float64 or height == 0:
+        return torch.clamp(rows, min=0, out=buffer).sum(1, keepdim=True, dtype=torch.float64)
+    size = height * rows.shape[1]
+    wide = buffer.view(-1)[: 2 * size].view(torch.float64).view(height, -1)
+    sums = []
+    for some in rows.split(height):
+        sums.append(wide[: len(some)].copy_(some).relu_().sum(1, keepdim=True))
+    return torch.cat(sums)
 
 
 def _least(below: Tensor, goal: float | Tensor) -> Tensor:
