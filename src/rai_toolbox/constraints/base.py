@@ -104,10 +104,10 @@ class Constraint(_Immutable):
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
             _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
-        if "project_" in vars(cls):  # what a class above it does in its place is not that
-            for name in ("_joins_rows", "project_each_", "_scaling"):
-                if name not in vars(cls):
-                    setattr(cls, name, vars(Constraint)[name])
+        for name in ("_joins_rows", "project_each_", "_scaling"):
+            first = next(kind for kind in cls.__mro__ if {"project_", name} & vars(kind).keys())
+            if name not in vars(first):  # what a class above that does in its place
+                setattr(cls, name, vars(Constraint)[name])
         for name in ON_SHARDS:
             if name in cls.__dict__:
                 setattr(cls, name, _of_any_batch(cls.__dict__[name]))
