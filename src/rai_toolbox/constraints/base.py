@@ -510,8 +510,12 @@ def are_finite(*settings: float | Tensor | None) -> bool:
 
 
 def in_float64(**settings: float | Tensor) -> list[Tensor]:
-    """Settings as float64 tensors; raise unless these broadcast against each other."""
-    tensors = [torch.as_tensor(setting, dtype=torch.float64) for setting in settings.values()]
+    """Settings as float64 tensors; raise unless these broadcast against each other.
+
+    Numbers are on the CPU, whatever the default device is.
+    """
+    number = partial(torch.tensor, dtype=torch.float64, device="cpu")
+    tensors = [widened(s) if isinstance(s, Tensor) else number(s) for s in settings.values()]
     try:
         torch.broadcast_tensors(*tensors)  # (`broadcast_shapes` imports sympy)
     except RuntimeError:
