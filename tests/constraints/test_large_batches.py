@@ -56,6 +56,28 @@ def test_directions_need_no_subnormal_reciprocals():
     torch.testing.assert_close(length, torch.ones_like(length), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 100])
+@pytest.mark.parametrize("epsilon", [3.4e38, 1e39])
+def test_l2_balls_of_radii_at_the_end_of_float32(epsilon, size):
+    x = torch.randn(40_000, size, generator=torch.Generator().manual_seed(0))
+    x[0], x[1] = torch.finfo(torch.float32).max, math.inf
+    y = L2Ball(epsilon).project(x)
+    expected = L2Ball(epsilon).project(x[:1].double())
+    torch.testing.assert_close(y[:1].double(), expected, rtol=1e-6, atol=0)
+    assert y[1].isnan().all()
+    assert torch.equal(y[2:], x[2:])
+
+
+@pytest.mark.parametrize("epsilon", [1e38, 1e300, math.inf])
+@pytest.mark.parametrize("height", [2, 700])
+def test_norms_beyond_which_no_division_by_0_counts(epsilon, height):
+    x = torch.randn(height, 100, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e36
+    expected = x.double() / epsilon
+    y = normalize_(x, 2, 1, epsilon)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-44)
+
+
 @in_each_dtype
 def test_one_largest_sign_of_each_row(dtype):
     x = rows()[20:]

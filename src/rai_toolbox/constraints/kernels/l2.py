@@ -117,7 +117,8 @@ def _levels(
     error = sum_error(min(size, EXACT_CHUNK))
     # (the error is allowed for twice, so that the next time the result is surely inside)
     radius: Any = _inner_radius(epsilon, size, dtype, 2 * error)
-    if dtype == torch.float64 or radius <= LEAST[torch.float32]:
+    least, most = LEAST[torch.float32], torch.finfo(torch.float32).max / 2
+    if dtype == torch.float64 or not least < radius < most:
         return None
     inside, outside, doubt = 1 - error, 1 + 1.25 * error, 1.6 * error
     return inside * epsilon, outside * epsilon, doubt * epsilon, radius
