@@ -300,6 +300,23 @@ def test_gradient_mapping_by_an_average(constraint, maximize):
     torch.testing.assert_close(grad, wide.float(), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("averaging", [0.0, 0.9])
+def test_gradient_mapping_of_channels_last(averaging):
+    generator = torch.Generator().manual_seed(0)
+    x, *grads = (torch.randn(128, 32, 3, 3, generator=generator) for _ in range(3))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = x.to(memory_format=layout, copy=True).requires_grad_()
+        settings = {"constraint": L2Ball(17.0), "averaging": averaging}
+        opt = ProjectedOptimizer([param], torch.optim.Adam, lr=1e-2, **settings)
+        for grad in grads:
+            param.grad = grad.to(memory_format=layout, copy=True)
+            opt.step()
+        found.append(param.grad)
+    torch.testing.assert_close(*found)
+    assert not torch.equal(param.grad, grads[-1])
+
+
 def test_a_mapping_leaves_gradients_alone_where_it_stays_just_inside():
     """The norm of y, by products in float32, is off by more than what these rows are inside by."""
     generator = torch.Generator().manual_seed(0)
