@@ -195,3 +195,16 @@ def test_dims_that_a_batch_does_not_have_are_refused(dim, message):
 def test_dims_are_ints(dim):
     with pytest.raises(TypeError, match="`dim` must be an int, a tuple of them or None"):
         UnitNorm(dim=dim)
+
+
+@pytest.mark.parametrize("dim", [0, (0, 2), (1, 3), 3])
+@torch.no_grad()
+def test_dims_of_size_1_beside_those_of_a_set(dim):
+    x = torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+    of = UnitNorm(dim=dim)
+    y = of.project_(x.clone())
+    with torch.enable_grad():
+        assert torch.equal(of.project(x), y)
+    assert (of.violation(y) == 0).all()
+    assert (of.violation(of.sample_(x)) == 0).all()
+    assert (of.violation(of.lmo(x)) == 0).all()

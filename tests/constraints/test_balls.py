@@ -286,3 +286,12 @@ def test_as_an_independent_solver(n, seed, epsilon, unit):
     ).x
     mine = projected(torch.tensor(x * 10**unit)[None], epsilon * 10**unit)[0].numpy()
     assert mine == pytest.approx(solved * 10**unit, rel=1e-5, abs=1e-5 * 10**unit)
+
+
+@pytest.mark.parametrize("height", [1, 2, 400])
+def test_a_radius_of_few_digits_is_as_exact(height):
+    radius = np.float32(0.7)
+    x = torch.randn(height, 101, generator=torch.Generator().manual_seed(0)).double()
+    project_l2_ball_(x, radius, 1)
+    assert x.norm(dim=1).amax() <= float(radius)
+    assert torch.equal(project_l2_ball_(x.clone(), float(radius), 1), x)

@@ -106,11 +106,16 @@ def test_tensors_that_share_memory_are_projected_one_after_the_other(constraint,
 
 
 @pytest.mark.parametrize("kind", [Simplex, L1Ball, L2Ball, LinfBall, NonNegative, UnitNorm])
+@pytest.mark.parametrize("mixed_in", [False, True])
 @torch.no_grad()
-def test_a_projection_that_a_subclass_defines_is_that_of_several_batches(kind):
-    class Halved(kind):
+def test_a_projection_that_a_subclass_defines_is_that_of_several_batches(kind, mixed_in):
+    class Half:
         def project_(self, x):
-            return super().project_(x).div_(2)
+            return kind.project_(self, x).div_(2)
+
+    class Halved(*((Half, kind) if mixed_in else (kind,))):
+        if not mixed_in:
+            project_ = Half.project_
 
     c = Halved() if kind in (NonNegative, UnitNorm) else Halved(1.0)
     for shapes in [[(64, 1000)], [(64, 1000), (3, 20)], [(3, 20), (3, 20)]]:

@@ -56,6 +56,28 @@ def test_directions_need_no_subnormal_reciprocals():
     torch.testing.assert_close(length, torch.ones_like(length), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 100])
+@pytest.mark.parametrize("epsilon", [3.4e38, 1e39])
+def test_l2_balls_of_radii_at_the_end_of_float32(epsilon, size):
+    x = torch.randn(40_000, size, generator=torch.Generator().manual_seed(0))
+    x[0], x[1] = torch.finfo(torch.float32).max, math.inf
+    y = L2Ball(epsilon).project(x)
+    expected = L2Ball(epsilon).project(x[:1].double())
+    torch.testing.assert_close(y[:1].double(), expected, rtol=1e-6, atol=0)
+    assert y[1].isnan().all()
+    assert torch.equal(y[2:], x[2:])
+
+
+@pytest.mark.parametrize("epsilon", [1e38, 1e300, math.inf])
+@pytest.mark.parametrize("height", [2, 700])
+def test_norms_beyond_which_no_division_by_0_counts(epsilon, height):
+    x = torch.randn(height, 100, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e36
+    expected = x.double() / epsilon
+    y = normalize_(x, 2, 1, epsilon)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-44)
+
+
 @in_each_dtype
 def test_one_largest_sign_of_each_row(dtype):
     x = rows()[20:]
@@ -276,6 +298,23 @@ def test_gradient_mapping_by_an_average(constraint, maximize):
     )
     assert mapping._map_rows_([grad], [x], [average], group=group, memory=Memory())
     torch.testing.assert_close(grad, wide.float(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.9])
+def test_gradient_mapping_of_channels_last(averaging):
+    generator = torch.Generator().manual_seed(0)
+    x, *grads = (torch.randn(128, 32, 3, 3, generator=generator) for _ in range(3))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = x.to(memory_format=layout, copy=True).requires_grad_()
+        settings = {"constraint": L2Ball(17.0), "averaging": averaging}
+        opt = ProjectedOptimizer([param], torch.optim.Adam, lr=1e-2, **settings)
+        for grad in grads:
+            param.grad = grad.to(memory_format=layout, copy=True)
+            opt.step()
+        found.append(param.grad)
+    torch.testing.assert_close(*found)
+    assert not torch.equal(param.grad, grads[-1])
 
 
 def test_a_mapping_leaves_gradients_alone_where_it_stays_just_inside():

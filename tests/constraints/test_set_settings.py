@@ -219,6 +219,23 @@ def test_to_converts_tensor_settings():
         meta.project(torch.ones(N, 3))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        sets.UnitNorm,
+        lambda: sets.HalfSpace(1e-50, 5e-51),  # (0 in float32)
+        lambda: sets.BoxSection(1.0, 0.5, lower=0.0, upper=1.0),
+        lambda: sets.BoundedBall(sets.L2Ball(0.5), 0.0, 1.0),
+    ],
+)
+def test_numbers_are_checked_whatever_the_default_device_is(make):
+    x = torch.tensor([[1.0, -2.0, 3.0]])
+    expected = make().project(x)
+    with torch.device("meta"):
+        found = make().project(x)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("plain", [{"set": "Ball", "epsilon": 1.0}, {}, {"set": "__init__"}])
 def test_an_unknown_set_is_named(plain):
     with pytest.raises(ValueError, match=r"`set` must be one of \[.*'L2Ball'.*\], got "):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rai_toolbox.batch import view_or_copy
 from rai_toolbox.checks import wrong
 
 
@@ -40,10 +41,9 @@ def on_rows(method: Any, constraint: Any, x: Tensor, *args: Any, **kwargs: Any) 
     whole = x if name == "project_" else x.detach().clone() if name == "lmo" else x.detach()
     moved = whole.movedim(dims, end)
     kept = moved.shape[: -len(dims)]
-    rows = moved.reshape(prod(kept), prod(moved.shape[-len(dims) :]))
-    if torch.is_grad_enabled() or len(rows) == 1:
-        # A view with other strides could not be copied to what it is a view of.
-        rows = rows.clone()
+    rows, copied = view_or_copy(moved, (prod(kept), prod(moved.shape[-len(dims) :])))
+    if torch.is_grad_enabled():
+        rows, copied = rows.clone(), True
 
     def of_rows(_: str, setting: Tensor) -> Tensor:
         aligned = setting.expand(*(1,) * (x.ndim - setting.ndim), *setting.shape).movedim(dims, end)
@@ -54,5 +54,6 @@ def on_rows(method: Any, constraint: Any, x: Tensor, *args: Any, **kwargs: Any) 
     found: Tensor = method(constraint._of_rows(of_rows), rows, *args, **kwargs)
     if name == "violation":
         return found.view(kept)
-    moved.copy_(found.view(moved.shape))
+    if copied or found is not rows:  # (torch refuses to copy between other strides of the same)
+        moved.copy_(found.view(moved.shape))
     return whole if name == "lmo" else x

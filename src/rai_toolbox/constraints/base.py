@@ -104,10 +104,10 @@ class Constraint(_Immutable):
     def __init_subclass__(cls) -> None:
         if not cls.__name__.startswith("_"):
             _SETS.setdefault(cls.__name__, {})[f"{cls.__module__}.{cls.__qualname__}"] = cls
-        if "project_" in vars(cls):  # what a class above it does in its place is not that
-            for name in ("_joins_rows", "project_each_", "_scaling"):
-                if name not in vars(cls):
-                    setattr(cls, name, vars(Constraint)[name])
+        for name in ("_joins_rows", "project_each_", "_scaling"):
+            first = next(kind for kind in cls.__mro__ if {"project_", name} & vars(kind).keys())
+            if name not in vars(first):  # what a class above that does in its place
+                setattr(cls, name, vars(Constraint)[name])
         for name in ON_SHARDS:
             if name in cls.__dict__:
                 setattr(cls, name, _of_any_batch(cls.__dict__[name]))
@@ -510,8 +510,12 @@ def are_finite(*settings: float | Tensor | None) -> bool:
 
 
 def in_float64(**settings: float | Tensor) -> list[Tensor]:
-    """Settings as float64 tensors; raise unless these broadcast against each other."""
-    tensors = [torch.as_tensor(setting, dtype=torch.float64) for setting in settings.values()]
+    """Settings as float64 tensors; raise unless these broadcast against each other.
+
+    Numbers are on the CPU, whatever the default device is.
+    """
+    number = partial(torch.tensor, dtype=torch.float64, device="cpu")
+    tensors = [widened(s) if isinstance(s, Tensor) else number(s) for s in settings.values()]
     try:
         torch.broadcast_tensors(*tensors)  # (`broadcast_shapes` imports sympy)
     except RuntimeError:

@@ -97,7 +97,7 @@ class BoxSection(Constraint):
         high = most.sum(1) + slack * most.abs().sum(1)
         if repeated:
             low, high = low.where(~(low < 0), -inf), high.where(~(high > 0), inf)
-        total = torch.as_tensor(self.total, dtype=torch.float64).reshape(-1)
+        total = in_float64(total=self.total)[0].reshape(-1).to(low.device)
         low, high, total = torch.broadcast_tensors(low, high, total)
         outside = ~((low <= total) & (total <= high))
         if bool(outside.any()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.checks import check_setting, check_type, wrong
-from rai_toolbox.constraints.base import Constraint, check_device
+from rai_toolbox.constraints.base import Constraint, check_device, in_float64
 from rai_toolbox.constraints.kernels.blocks import wide_dtype, widened
 from rai_toolbox.constraints.kernels.box_hyperplane import as_rows
 from rai_toolbox.constraints.kernels.norms import row_scale
@@ -34,7 +34,7 @@ class _Linear(Constraint):
     def _check_settings(self) -> None:
         check_setting("normal", self.normal)
         check_setting("offset", self.offset)
-        zero = torch.as_tensor(self.normal) == 0
+        zero = in_float64(normal=self.normal)[0] == 0
         if zero.numel() and bool(zero.all()):
             where = " everywhere" if zero.ndim else ""
             raise wrong("normal", f"not be 0{where}", self.normal)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
-from rai_toolbox.constraints.base import Constraint, are_finite
+from rai_toolbox.constraints.base import Constraint, are_finite, in_float64
 from rai_toolbox.constraints.kernels.blocks import Memory, can_read, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
@@ -82,7 +82,7 @@ class MinMaxNorm(Constraint):
         check_order("min_norm", self.min_norm, "max_norm", self.max_norm)
         if type(self.p) not in (int, float) or self.p not in (1, 2, math.inf):
             raise ValueError(f"`p` must be 1, 2 or inf, got {self.p!r}")
-        has_hole = bool(torch.as_tensor(self.min_norm, dtype=torch.float64).any())
+        has_hole = bool(in_float64(min_norm=self.min_norm)[0].any())
         self._derive(convex=not has_hole, bounded=are_finite(self.max_norm))
 
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102

@@ -166,6 +166,10 @@ def normalize_each_(batches: list[Tensor], p: float, div_by_zero_eps: float) -> 
     """
     dtype = scale_dtype(batches[0])
     least, most = LEAST[dtype], 1 / torch.finfo(dtype).smallest_normal
+    if div_by_zero_eps > most:
+        for x in batches:
+            _divide_(x, norm(x, p, x.ndim - 1), div_by_zero_eps)
+        return
     fast = p in (1, 2) and sums_fast(batches, _CHUNK)
     for x in batches:
         length = fast_norm(x, p, _CHUNK) if fast else norm(x, p, x.ndim - 1)

@@ -39,6 +39,7 @@ def project_l2_ball_(x: Tensor, epsilon: float | Tensor, ndim: int) -> Tensor:
     if isinstance(epsilon, Tensor):
         epsilon = widened(epsilon)
     if ndim == x.ndim - 1 and can_read(x, epsilon):
+        epsilon = float(epsilon)
         is_row = x.shape[0] == 1 and x.numel() <= BLOCK // 2
         if not (is_row and _project_row_(x, epsilon)):
             project_l2_each_([x], epsilon)
@@ -67,7 +68,7 @@ def project_l2_each_(batches: list[Tensor], epsilon: Any) -> None:
     Each is scaled while it is in cache. Of large ones, norms in float32 tell which rows are
     outside; those close to the radius are left until all have been seen, and then judged exactly.
     """
-    x = batches[0]
+    x, epsilon = batches[0], float(epsilon)  # (of another library it may be of few digits)
     size = x.shape[1:].numel()
     levels = _levels(epsilon, size, x.dtype)
     if levels is None or not sums_fast(batches, EXACT_CHUNK):
@@ -117,7 +118,8 @@ def _levels(
     error = sum_error(min(size, EXACT_CHUNK))
     # (the error is allowed for twice, so that the next time the result is surely inside)
     radius: Any = _inner_radius(epsilon, size, dtype, 2 * error)
-    if dtype == torch.float64 or radius <= LEAST[torch.float32]:
+    least, most = LEAST[torch.float32], torch.finfo(torch.float32).max / 2
+    if dtype == torch.float64 or not least < radius < most:
         return None
     inside, outside, doubt = 1 - error, 1 + 1.25 * error, 1.6 * error
     return inside * epsilon, outside * epsilon, doubt * epsilon, radius

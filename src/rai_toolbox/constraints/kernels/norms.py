@@ -158,12 +158,12 @@ def fast_products(batches: list[Tensor], others: list[Tensor], memory: Memory) -
     quarter = sum(x.numel() for x in batches) // 4
     height = max(2 * BLOCK, min(_MOST, quarter)) // size
     for x, y in zip(batches, others, strict=True):
-        rows, by = x.view(-1, size), y.view(-1, size)
-        parts = [(rows, by)]
+        parts = [(x, y)]
         if x.shape[0] > height:
-            parts = list(zip(rows.split(height), by.split(height), strict=True))
-        for x, y in parts:
-            products.append(torch.mul(x, y, out=memory[x.shape, x.dtype]).sum(1))
+            parts = list(zip(x.split(height), y.split(height), strict=True))
+        for x, y in parts:  # (in any strides)
+            product = torch.mul(x, y, out=memory[x.shape, x.dtype])
+            products.append(product.view(-1, size).sum(1))
     return torch.cat(products)
 
 
