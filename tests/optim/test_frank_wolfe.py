@@ -733,3 +733,11 @@ def test_a_step_that_parameters_share_counts_each_of_them():
     with torch.no_grad():
         opt._move_together_(params, [x.grad for x in params], opt.param_groups[0])
     assert [x[0, 0].item() for x in params] == pytest.approx([2 / 3, 5 / 7])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_steps_are_counted_on_the_host_whatever_the_default_device(number):
+    opt = FrankWolfe(tensors(*[(3, 4)] * number))
+    with torch.device("meta"):
+        opt.step()
+    assert [state["step"].item() for state in opt.state.values()] == [1] * number
