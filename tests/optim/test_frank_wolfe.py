@@ -501,6 +501,14 @@ def test_gradients_that_share_memory_are_transformed_before_all_moves():
     assert a.tolist() == b.tolist() == [-4, -4, -4]
 
 
+def test_parameters_that_share_a_gradient_without_elements_count_their_steps():
+    params = tensors((0, 3), (2, 3), (0, 3))
+    params[2].grad = params[0].grad
+    opt = ParamTransformingOptimizer(params, FrankWolfe, grad_scale=2.0)
+    opt.step()
+    assert [opt.state[x]["step"].item() for x in params] == [1, 1, 1]
+
+
 def test_parameters_that_share_memory_are_moved_one_after_the_other():
     memory = torch.ones(4)
     params = [memory[:3].requires_grad_(), memory[1:].requires_grad_()]
