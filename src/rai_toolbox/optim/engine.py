@@ -298,6 +298,8 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 todo.append((active, by_parts, params, grads, group))
                 all_params += params
                 all_grads += grads
+        if not all_grads:
+            return False
         may_share = torch.compiler.is_compiling() or len(set(map(id, all_grads))) < len(all_grads)
         move_ = inner.mover(all_params, all_grads) if may_move and not may_share else None
         if may_share or not _are_writable(all_grads):

@@ -382,7 +382,7 @@ def _alike(*rows: list[Tensor]) -> Iterator[tuple[Any, ...]]:
         yield columns[0][0], *rows
         return
     kinds = list(zip(*columns, strict=True))
-    for kind in set(kinds):
+    for kind in dict.fromkeys(kinds):  # (in the same order in every process)
         yield kind[0], *(list(compress(row, map(kind.__eq__, kinds))) for row in rows)
 
 
