@@ -201,6 +201,22 @@ def test_compiled_is_eager_where_strides_allow_no_view():
     torch.testing.assert_close(*runs)
 
 
+def test_a_gradient_of_two_parameters_is_transformed_once():
+    params = tensors((3,), (3,), (3,))
+    opt = ParamTransformingOptimizer(
+        [{"params": params[:2]}, {"params": params[2:]}], SGD, lr=1.0, grad_scale=2.0
+    )
+    step = torch.compile(opt.step, backend=Graphs())
+    for shares in (False, True):
+        for param in params:
+            param.data.zero_()
+            param.grad = torch.ones(3)
+        if shares:
+            params[1].grad = params[2].grad = params[0].grad
+        step()
+        assert [param.tolist() for param in params] == [[-2.0] * 3] * 3
+
+
 def test_a_wrapper_that_does_nothing_compiles_to_what_adam_compiles_to():
     theirs, _, _ = bare_run(Adam)
     ours = tensors(*SHAPES)

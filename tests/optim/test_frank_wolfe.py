@@ -501,6 +501,14 @@ def test_gradients_that_share_memory_are_transformed_before_all_moves():
     assert a.tolist() == b.tolist() == [-4, -4, -4]
 
 
+def test_parameters_that_share_a_gradient_without_elements_count_their_steps():
+    params = tensors((0, 3), (2, 3), (0, 3))
+    params[2].grad = params[0].grad
+    opt = ParamTransformingOptimizer(params, FrankWolfe, grad_scale=2.0)
+    opt.step()
+    assert [opt.state[x]["step"].item() for x in params] == [1, 1, 1]
+
+
 def test_parameters_that_share_memory_are_moved_one_after_the_other():
     memory = torch.ones(4)
     params = [memory[:3].requires_grad_(), memory[1:].requires_grad_()]
@@ -733,3 +741,11 @@ def test_a_step_that_parameters_share_counts_each_of_them():
     with torch.no_grad():
         opt._move_together_(params, [x.grad for x in params], opt.param_groups[0])
     assert [x[0, 0].item() for x in params] == pytest.approx([2 / 3, 5 / 7])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_steps_are_counted_on_the_host_whatever_the_default_device(number):
+    opt = FrankWolfe(tensors(*[(3, 4)] * number))
+    with torch.device("meta"):
+        opt.step()
+    assert [state["step"].item() for state in opt.state.values()] == [1] * number

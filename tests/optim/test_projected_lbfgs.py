@@ -1007,3 +1007,15 @@ def test_a_pair_out_of_range_is_not_kept():
     step, change = torch.tensor([1e15, 0.0]), torch.tensor([1e-35, 0.0])
     memory.add(step, change, 1e-20)  # theta would be 1e-50
     assert memory.count == 0 and memory.theta == 1.0
+
+
+def test_small_matrices_are_on_the_host_whatever_the_default_device():
+    x = torch.zeros(4, requires_grad=True)
+    optim = ProjectedLBFGS([x], constraint=Box(0.0, 1.0))
+    target = torch.tensor([0.5, 2.0, -1.0, 0.1])
+    closure = closure_of(optim, lambda x: ((x - target) ** 4).sum())
+    with torch.device("meta"):
+        optim.step(closure)
+        optim.load_state_dict(through_a_file(optim.state_dict()))
+        optim.step(closure)
+    assert (x - target.clamp(0, 1)).abs().max() < 0.1

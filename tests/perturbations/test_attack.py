@@ -258,6 +258,25 @@ def test_a_ball_wider_than_the_range_warns(problem):
     run(ball=L2Ball(3.0), mask=torch.arange(20).view(SIZE) < 3)
 
 
+def test_a_range_whose_norm_is_beyond_the_dtype_is_compared_with_the_ball():
+    x = torch.full((1, 70_000), 0.5, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="`ball` is wider than the data range"):
+        FeasibleSet.around(x, L1Ball(8e4), (0.0, 1.0), None)
+
+
+@pytest.mark.filterwarnings("ignore:.*(is wider than|gradient)")
+@pytest.mark.parametrize("data_range", [(0.0, 1.0), None])
+@pytest.mark.parametrize("ball", [L1Ball, L2Ball, LinfBall])
+def test_examples_without_elements(ball, data_range):
+    def net(x):
+        return torch.stack([x.flatten(1).sum(1), -x.flatten(1).sum(1)], 1)
+
+    x, y = torch.zeros(2, 0, 4), torch.zeros(2, dtype=torch.long)
+    found = attack(net, x, y, ball=ball(0.5), data_range=data_range, optimizer=STEP, steps=1)
+    assert torch.equal(found.data, x)
+    assert torch.equal(minimum_norm_attack(net, x, y, ball=ball).data, x)
+
+
 @pytest.mark.parametrize("seeds", slow_but([range(1), range(5)]), ids=len)
 @pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.5)], ids=repr)
 def test_one_run_by_default_fools_more_than_textbook_pgd(seeds, ball):

@@ -298,15 +298,11 @@ class ParamTransformingOptimizer(OptimizerWrapper):
                 todo.append((active, by_parts, params, grads, group))
                 all_params += params
                 all_grads += grads
-        move_ = inner.mover(all_params, all_grads) if may_move else None
-        are_usual = (
-            not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-            and len(set(map(id, all_grads))) == len(all_grads)  # (none is shared)
-            and all(map(Tensor.is_contiguous, all_grads))  # (sparse tensors are not)
-            and not any(map(Tensor.is_conj, all_grads))
-            and not any(map(Tensor.is_neg, all_grads))
-        )
-        if not are_usual:
+        if not all_grads:
+            return False
+        may_share = torch.compiler.is_compiling() or len(set(map(id, all_grads))) < len(all_grads)
+        move_ = inner.mover(all_params, all_grads) if may_move and not may_share else None
+        if may_share or not _are_writable(all_grads):
             self._make_writable_(todo)
         for active, by_parts, params, grads, group in todo:  # all have been checked
             several = len(params) > 1 and (move_ is not None or len(active) > 1)
@@ -356,7 +352,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         Parameters may share a gradient, which is transformed once, with the first of them.
         """
         compiling, recording = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        seen: set[int] = set()
+        seen: set[Tensor] = set()  # (which hashes by identity, also while a compiler traces)
         for transforms, _, params, grads, group in todo:
             if not transforms:
                 continue
@@ -364,10 +360,9 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             params.clear()
             grads.clear()
             for param, grad in rows:
-                if not compiling:
-                    if id(grad) in seen:
-                        continue
-                    seen.add(id(grad))
+                if grad in seen:
+                    continue
+                seen.add(grad)
                 if grad.layout is not torch.strided:
                     grad = self._sparse_values(param, grad, group, transforms)
                 elif (
@@ -412,6 +407,16 @@ class ParamTransformingOptimizer(OptimizerWrapper):
             return False
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return bool(params) and not any(p.grad is None or bool(p.grad.any()) for p in params)
+
+
+def _are_writable(grads: list[Tensor]) -> bool:
+    """Whether operators may write to all of them, as they mostly may."""
+    return (
+        not torch.is_grad_enabled()
+        and all(map(Tensor.is_contiguous, grads))  # (sparse tensors are not)
+        and not any(map(Tensor.is_conj, grads))
+        and not any(map(Tensor.is_neg, grads))
+    )
 
 
 _DEFAULTS = {

@@ -323,7 +323,8 @@ class FrankWolfe(Constrained, OwnStepOptimizer):
         """The state of a parameter, which is made if there is none."""
         state: dict[str, Any] = self.state[param]
         if "step" not in state:
-            state["step"] = torch.full((), group.get("initial_step", 0), dtype=torch.float32)
+            done = group.get("initial_step", 0)
+            state["step"] = torch.full((), done, dtype=torch.float32, device="cpu")
         if group["momentum"] != 0 and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
         return state
@@ -381,7 +382,7 @@ def _alike(*rows: list[Tensor]) -> Iterator[tuple[Any, ...]]:
         yield columns[0][0], *rows
         return
     kinds = list(zip(*columns, strict=True))
-    for kind in set(kinds):
+    for kind in dict.fromkeys(kinds):  # (in the same order in every process)
         yield kind[0], *(list(compress(row, map(kind.__eq__, kinds))) for row in rows)
 
 

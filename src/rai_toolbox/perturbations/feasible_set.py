@@ -108,7 +108,7 @@ class FeasibleSet:
         if isinstance(self.ball, LinfBall) and self.bounds is not None:
             return perturbed.clamp(*(self.data + change for change in self._changes))
         change = (perturbed.double() - self.data.double()).flatten(1)
-        norms = torch.linalg.vector_norm(change, self.ball.p, dim=1)
+        norms = norms_of(change, self.ball.p)
         radii = as_wide(self.ball.epsilon, change).reshape(-1) * (1 - 4 * noise(change.shape[1]))
         inside = (norms <= radii).all()  # by more than the rounding of the norms
         if self.bounds is not None:
@@ -137,9 +137,7 @@ class FeasibleSet:
         if isinstance(self.ball, LinfBall) or self.levels is not None:
             return self.of_perturbations()
         unit = torch.finfo(self.data.dtype).eps
-        rounding = torch.linalg.vector_norm(
-            unit * self.data.double().flatten(1), self.ball.p, dim=1
-        )
+        rounding = norms_of(unit * self.data.double(), self.ball.p)
         column = (len(self.data), *(1,) * (self.data.ndim - 1))
         epsilon = torch.as_tensor(self.ball.epsilon, dtype=torch.float64, device=self.data.device)
         smaller = (epsilon - rounding.view(column) - unit * epsilon).maximum(epsilon / 2)
@@ -170,9 +168,14 @@ class FeasibleSet:
 
 def _is_wider(ball: Ball, lower: Tensor, upper: Tensor) -> bool:
     """Whether a ball is wider than bounds of the shape (N, ...) for any example."""
-    widths = (upper - lower).flatten(1)
-    size = torch.linalg.vector_norm(widths, ball.p, dim=1)
+    size = norms_of(upper - lower, ball.p)
     return bool((as_wide(ball.epsilon, size).reshape(-1) > 1.01 * size).any())
+
+
+def norms_of(examples: Tensor, p: float) -> Tensor:
+    """The norm of each example, in float64: 0 of those without elements, whatever p is."""
+    rows = examples.double().flatten(1)
+    return torch.linalg.vector_norm(rows, p, dim=1) if rows.shape[1] else rows.sum(1)
 
 
 class Change:

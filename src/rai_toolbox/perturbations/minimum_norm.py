@@ -16,7 +16,7 @@ from rai_toolbox.constraints.balls import BALLS, Ball
 from rai_toolbox.perturbations import inputs, losses
 from rai_toolbox.perturbations.attack import attack
 from rai_toolbox.perturbations.fab import DUAL, fab_attack
-from rai_toolbox.perturbations.feasible_set import FeasibleSet
+from rai_toolbox.perturbations.feasible_set import FeasibleSet, norms_of
 from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import Criterion, Rule, gradient_of, margin_loss
 from rai_toolbox.perturbations.rivals import nearest_rivals
@@ -210,7 +210,7 @@ def minimum_norm_attack(
                 near = _nearest_fooling(checked, surely, part.rows(success), far, target[hit])
                 is_first = upper[hit].isinf()
                 firsts[hit[is_first]] = far[is_first]
-                length = _norm(near.double() - data[hit].double(), ball.p)
+                length = norms_of(near.double() - data[hit].double(), ball.p)
                 closer = length < upper[hit]
                 best[hit[closer]], upper[hit[closer]] = near[closer], length[closer]
         # Who is fooled may depend on the rest of the batch, if by rounding only.
@@ -218,22 +218,18 @@ def minimum_norm_attack(
         if bool((upper.isfinite() & ~success).any()):
             again = _nearest_fooling(checked, surely, allowed, firsts, target)
             best[~success] = again[~success]
-            upper[~success] = _norm(best.double() - data.double(), ball.p)[~success]
+            upper[~success] = norms_of(best.double() - data.double(), ball.p)[~success]
             success = rule(checked(best), target)
         best[~success], upper[~success] = data[~success], 0.0
         success = rule(checked(best), target)
     return MinimumNorm(best, torch.where(success, upper, inf), success)
 
 
-def _norm(x: Tensor, p: float) -> Tensor:
-    return torch.linalg.vector_norm(x.double().flatten(1), p, dim=1)
-
-
 def _limit(allowed: FeasibleSet, p: float, largest: float | None) -> Tensor:
     """The largest radius to try for each example: at most the one that reaches all of the range."""
     lower, upper = allowed.bounds or (allowed.data - inf, allowed.data + inf)
     reach = torch.maximum(allowed.data - lower, upper - allowed.data)
-    limit = _norm(reach, p) * (1 + 1e-9)  # the rounding of a sum
+    limit = norms_of(reach, p) * (1 + 1e-9)  # the rounding of a sum
     if largest is None and not bool(limit.isfinite().all()):
         raise wrong("largest", "be given if `data_range` leaves a side open", largest)
     return limit if largest is None else limit.clamp(max=largest)
@@ -247,7 +243,7 @@ def _linear_radius(model: Model, allowed: FeasibleSet, target: Tensor, p: float)
         gradient = gradient_of(margin, x).nan_to_num(0.0, 0.0, 0.0)
     if allowed.mask is not None:
         gradient = gradient * allowed.mask
-    radius = margin.detach().double().abs() / _norm(gradient, DUAL[p])
+    radius = margin.detach().double().abs() / norms_of(gradient, DUAL[p])
     return radius.nan_to_num(nan=inf, posinf=inf)
 
 

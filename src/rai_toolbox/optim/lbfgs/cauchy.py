@@ -60,7 +60,7 @@ def _first_minimum(
     slope is ``-dd - p M q + t (theta dd - p M p)``.
     """
     theta, middle = memory.theta, memory.middle()
-    inverse = solved(middle, torch.eye(len(middle), dtype=middle.dtype))
+    inverse = solved(middle, torch.eye(len(middle), dtype=middle.dtype, device="cpu"))
     square, products = dot(direction, direction), memory.times(direction)
     stopped = torch.zeros_like(products)
     first_square = square
@@ -74,7 +74,7 @@ def _first_minimum(
         return torch.where(moving, time, -inf)
 
     def state() -> tuple[Tensor, Tensor, Tensor]:
-        return torch.tensor([square]).double(), products[None], stopped[None]
+        return torch.tensor([square], device="cpu").double(), products[None], stopped[None]
 
     time, reached, most = 0.0, 0.0, BLOCK
     end = float(minimum(*state()))

@@ -36,7 +36,7 @@ class Memory:
         self.pairs = like.new_zeros(size, 2, like.numel())
         self.count = 0  # of pairs so far: each takes the place of the oldest
         self.free = like.new_ones(1, dtype=torch.bool).expand(like.numel())  # without memory
-        self.gram = torch.zeros(2 * size, 2 * size, dtype=_WIDE)
+        self.gram = torch.zeros(2 * size, 2 * size, dtype=_WIDE, device="cpu")
         self.gram_free = torch.zeros_like(self.gram)
 
     def fits(self, size: int, like: Tensor) -> bool:
@@ -58,8 +58,8 @@ class Memory:
         memory = cls.__new__(cls)
         memory.pairs, memory.count = plain["pairs"], plain["count"]
         memory.free = plain["free"].bool()
-        memory.gram = torch.tensor(plain["gram"], dtype=_WIDE)
-        memory.gram_free = torch.tensor(plain["gram_free"], dtype=_WIDE)
+        memory.gram = torch.tensor(plain["gram"], dtype=_WIDE, device="cpu")
+        memory.gram_free = torch.tensor(plain["gram_free"], dtype=_WIDE, device="cpu")
         return memory
 
     def clear(self) -> None:
@@ -136,11 +136,11 @@ class Memory:
         """K."""
         size, theta = len(self.pairs), self.theta
         used = min(self.count, size)
-        age = (torch.arange(used) - self.count) % size  # larger for newer ones
+        age = (torch.arange(used, device="cpu") - self.count) % size  # larger for newer ones
         gram = self.gram[: 2 * used, : 2 * used]
         lower = torch.where(age.unsqueeze(1) > age, gram[1::2, ::2], 0.0) / theta
         middle = torch.empty_like(gram)
-        middle[::2, ::2] = -torch.eye(used, dtype=_WIDE)
+        middle[::2, ::2] = -torch.eye(used, dtype=_WIDE, device="cpu")
         middle[1::2, ::2], middle[::2, 1::2] = lower, lower.T
         middle[1::2, 1::2] = gram[1::2, 1::2] / theta
         return middle

@@ -14,6 +14,7 @@ from rai_toolbox.checks import wrong
 from rai_toolbox.constraints.balls import Ball
 from rai_toolbox.constraints.box import Box
 from rai_toolbox.perturbations import inputs
+from rai_toolbox.perturbations.feasible_set import norms_of
 from rai_toolbox.perturbations.inputs import Model, Range
 from rai_toolbox.perturbations.losses import (
     Criterion,
@@ -308,8 +309,8 @@ def beyond_ball(data: Tensor, perturbed: Tensor, ball: Ball) -> Tensor:
     if ball.p != inf:  # (sums of half precision are in float32)
         rounding += 3 * unit + size**0.5 * min(unit, 2.0**-24)
     allowed = torch.maximum(radius, radius.clamp(max=info.max).to(data.dtype)) * (1 + rounding)
-    inside = torch.linalg.vector_norm(least, ball.p, dim=1) <= allowed
-    excess = torch.linalg.vector_norm(change, ball.p, dim=1) - radius
+    inside = norms_of(least, ball.p) <= allowed
+    excess = norms_of(change, ball.p) - radius
     return torch.where(inside, excess.clamp(max=0), excess)
 
 
