@@ -11,7 +11,7 @@ def needs_torch(major: int, minor: int, why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(TORCH < (major, minor), reason=f"torch >= {major}.{minor}: {why}")
 
 
-views_in_vmap = needs_torch(2, 7, "older ones take no view of another dtype in vmap")
+views_in_vmap = needs_torch(2, 13, "older ones take no view of another dtype in vmap")
 compiles = needs_torch(2, 13, "older ones compile less of a step, and at most 8 optimizers")
 takes_grad_dtype = pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="older ones take no gradient of another dtype"

@@ -182,8 +182,8 @@ def _inner_radius(
     epsilon: float | Tensor, size: int, dtype: torch.dtype, error: float = 0.0
 ) -> float | Tensor:
     """The radius from which neither rounding nor norms that are off by `error` lead outside."""
-    eps = torch.finfo(dtype).eps
-    margin = eps / 2 + min(eps, torch.finfo(torch.float32).eps) / 2 + noise(size) + error
+    of_factor = 0.0 if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+    margin = torch.finfo(dtype).eps / 2 + of_factor + noise(size) + error
     radius = epsilon * (1.0 - margin) - spacing(dtype) * math.sqrt(size)
     return radius.clamp(min=0) if isinstance(radius, Tensor) else max(radius, 0.0)
 
