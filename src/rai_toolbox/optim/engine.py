@@ -13,7 +13,6 @@ from torch.optim import SGD
 from rai_toolbox._torch import graph_break, use_grad_for_differentiable
 from rai_toolbox.batch import check_param_ndim, sub_ndim
 from rai_toolbox.checks import check_number
-from rai_toolbox.constraints.kernels.blocks import GROUP
 from rai_toolbox.foreach import cache_sized, with_gradients
 from rai_toolbox.optim.hooks import GRADIENT_HOOK, NEUTRAL, PARAMETER_HOOK, Hook, without_hooks
 from rai_toolbox.optim.inner import step_inner, with_iterates
@@ -307,7 +306,7 @@ class ParamTransformingOptimizer(OptimizerWrapper):
         for active, by_parts, params, grads, group in todo:  # all have been checked
             several = len(params) > 1 and (move_ is not None or len(active) > 1)
             if several and by_parts and grads[0].is_cpu:
-                parts = [(grads[part], params[part]) for part in cache_sized(grads, GROUP)]
+                parts = [(grads[part], params[part]) for part in cache_sized(grads)]
             else:
                 parts = [(grads, params)] if params else []
             for some_grads, some in parts:
