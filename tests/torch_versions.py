@@ -18,3 +18,4 @@ takes_grad_dtype = pytest.mark.skipif(
 )
 differentiates_lr = needs_torch(2, 7, "older ones take no tensor as learning rate there")
 shards_on_cpu = needs_torch(2, 7, "older ones have no fully_shard on a CPU, and no src_data_rank")
+views_columns = needs_torch(2, 12, "older ones view no columns of several sub-tensors")

@@ -175,7 +175,7 @@ def test_a_profile_of_all_threads_shows_steps_in_each(make):
         config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     except TypeError:
         pytest.skip("this torch profiles one thread")
-    with torch.profiler.profile(experimental_config=config) as profile:
+    with torch.profiler.profile(experimental_config=config, acc_events=True) as profile:
         opt.step()
         thread = Thread(target=opt.step)
         thread.start()
