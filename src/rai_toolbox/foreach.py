@@ -56,15 +56,15 @@ def in_chunks(tensors: list[Tensor], size: int = 64) -> Iterator[list[Tensor]]:
         yield tensors[start : start + size]
 
 
-def cache_sized(tensors: list[Tensor], size: int = 2**18) -> Iterator[slice]:
+def cache_sized(tensors: list[Tensor], size: int = 2**18, most: int = 2**20) -> Iterator[slice]:
     """Yield the slices of a list that have about `size` elements, and so stay in cache.
 
-    Of large tensors several go together, up to four times that, because each slice costs calls.
+    Of large tensors several go together, up to `most` elements, because each slice costs calls.
     """
     start = total = 0
     for stop, tensor in enumerate(tensors, 1):
         total += tensor.numel()
-        is_full = total >= (size if stop - start >= 8 else 4 * size)
+        is_full = total >= (size if stop - start >= 8 else most)
         if is_full or stop == len(tensors):
             yield slice(start, stop)
             start, total = stop, 0

@@ -67,7 +67,7 @@ def _step_together_(group: dict[str, Any], state: Mapping[Tensor, Any]) -> bool:
     )
     if not can_go_together:
         return False
-    for part in cache_sized(params, _PART):
+    for part in cache_sized(params, _PART, _PART):
         xs, gs, counts = params[part], grads[part], steps[part]
         foreach_add_(counts, one_like(counts[0]), alpha=1)  # (a number is made a tensor each time)
         if decay != 0:
