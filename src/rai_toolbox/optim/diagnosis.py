@@ -111,7 +111,7 @@ def active_mask(x: Tensor, gradient: Tensor, constraint: Constraint) -> Tensor:
     reach = torch.finfo(x.dtype).eps ** 0.5
     x, gradient = widened(x), widened(gradient)
     y = x - step_size(x, gradient, constraint, reach=reach, lr=reach) * gradient
-    # (torch before 2.10 cannot tell where sharded tensors are unequal)
+    # (older torch, such as 2.9, cannot tell where sharded tensors are unequal)
     moved = complete((constraint.project(y) == y).logical_not())
     return moved if constraint.elementwise else moved.flatten(1).any(1)
 
