@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rai_toolbox.constraints import L2Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
-from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory
+from rai_toolbox.constraints.kernels.blocks import BLOCK, Workspace
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.optim import ProjectedOptimizer
 from rai_toolbox.optim.gradient_mapping import GradientMapping
@@ -296,7 +296,7 @@ def test_gradient_mapping_by_an_average(constraint, maximize):
     mapping.map_(
         wide, x.double(), average.double(), {**group, "constraint": without_scaling(constraint)}
     )
-    assert mapping._map_rows_([grad], [x], [average], group=group, memory=Memory())
+    assert mapping._map_rows_([grad], [x], [average], group=group, workspace=Workspace())
     torch.testing.assert_close(grad, wide.float(), rtol=1e-4, atol=2e-5)
 
 

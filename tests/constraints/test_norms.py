@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim.memory_layouts import LAYOUTS
 
-from rai_toolbox.constraints.kernels.blocks import Memory
+from rai_toolbox.constraints.kernels.blocks import Workspace
 from rai_toolbox.constraints.kernels.norms import norm, scale_dtype, wide_norms
 from rai_toolbox.constraints.kernels.rounding import noise
 
@@ -170,4 +170,4 @@ def test_norms_of_large_batches_together(dtype):
     batches[-1] = batches[-1].contiguous(memory_format=torch.channels_last)
     batches[0][[0, 200, 400], 7] = torch.tensor([0.0, torch.nan, torch.inf]).to(dtype)
     expected = torch.cat([x.double().flatten(1).norm(dim=1) for x in batches])
-    close(wide_norms(batches, Memory()), expected, equal_nan=True)
+    close(wide_norms(batches, Workspace()), expected, equal_nan=True)

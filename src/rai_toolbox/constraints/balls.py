@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_setting, wrong
 from rai_toolbox.constraints.base import Constraint, are_finite
-from rai_toolbox.constraints.kernels.blocks import Memory, can_read, is_eager, needs_grad
+from rai_toolbox.constraints.kernels.blocks import Workspace, can_read, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.directions import largest_sign_, normalize_, sign_
 from rai_toolbox.constraints.kernels.l1 import project_l1_each_, project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, shrinking
@@ -175,11 +175,11 @@ class L2Ball(_Ball):
             return shrinking(length, self.epsilon)
         return super()._scaling(length, x)
 
-    def _project_rows_each_(self, batches: list[Tensor], memory: Memory) -> None:
+    def _project_rows_each_(self, batches: list[Tensor], workspace: Workspace) -> None:
         if self.center is None:
             project_l2_each_(batches, self.epsilon)
         else:
-            super()._project_rows_each_(batches, memory)
+            super()._project_rows_each_(batches, workspace)
 
     def _nearest(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         offset = self._from_center(x, dtype)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from rai_toolbox.autograd import readable, with_value
 from rai_toolbox.checks import as_plain, check_count, wrong
 from rai_toolbox.constraints.along import as_dims, dims_in, on_rows
-from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory, in_groups, row_blocks, widened
+from rai_toolbox.constraints.kernels.blocks import BLOCK, Workspace, in_groups, row_blocks, widened
 from rai_toolbox.constraints.sharding import ON_SHARDS, PLAIN, is_sharded
 
 _SETS: dict[str, dict[str, type[Constraint]]] = {}  # by class name, then by full name
@@ -259,7 +259,7 @@ class Constraint(_Immutable):
             return
         for x in batches:
             self._check_batch(x)
-        act_each_ = partial(self._project_rows_each_, memory=Memory())
+        act_each_ = partial(self._project_rows_each_, workspace=Workspace())
         in_groups(batches, self.project_, act_each_=act_each_)
 
     # Plain data
@@ -351,7 +351,7 @@ class Constraint(_Immutable):
         """
         return NotImplemented
 
-    def _project_rows_each_(self, batches: list[Tensor], memory: Memory) -> None:
+    def _project_rows_each_(self, batches: list[Tensor], workspace: Workspace) -> None:
         """`project_` for plain batches on the CPU, with rows of one length and dtype."""
         for x in batches:
             self.project_(x)

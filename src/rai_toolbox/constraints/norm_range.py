@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from rai_toolbox.checks import check_order, check_setting
 from rai_toolbox.constraints.balls import steepest, uniform_in_ball
 from rai_toolbox.constraints.base import Constraint, are_finite, in_float64
-from rai_toolbox.constraints.kernels.blocks import Memory, can_read, is_eager, needs_grad
+from rai_toolbox.constraints.kernels.blocks import Workspace, can_read, is_eager, needs_grad
 from rai_toolbox.constraints.kernels.directions import normalize_
 from rai_toolbox.constraints.kernels.l1 import project_l1_rows
 from rai_toolbox.constraints.kernels.l2 import project_l2_ball_, project_l2_each_, scale_, shrinking
@@ -88,7 +88,7 @@ class MinMaxNorm(Constraint):
     def project_(self, x: Tensor) -> Tensor:  # noqa: D102
         self._check_batch(x)
         if self.p == 2 and can_read(x, self.min_norm, self.max_norm):
-            self._project_rows_each_([x], Memory())
+            self._project_rows_each_([x], Workspace())
             return x
         if self.p == 2 and not isinstance(self.min_norm, Tensor) and self.min_norm == 0:
             return project_l2_ball_(x, self.max_norm, x.ndim - 1)
@@ -97,17 +97,17 @@ class MinMaxNorm(Constraint):
             return x
         return super().project_(x)
 
-    def _project_rows_each_(self, batches: list[Tensor], memory: Memory) -> None:
+    def _project_rows_each_(self, batches: list[Tensor], workspace: Workspace) -> None:
         if self.p != 2:
-            super()._project_rows_each_(batches, memory)
+            super()._project_rows_each_(batches, workspace)
         elif self.min_norm == 0:
             project_l2_each_(batches, self.max_norm)
         else:
-            self._scale_each_(batches, memory)
+            self._scale_each_(batches, workspace)
 
-    def _scale_each_(self, batches: list[Tensor], memory: Memory) -> None:
+    def _scale_each_(self, batches: list[Tensor], workspace: Workspace) -> None:
         """Project by a factor for each row, or one by one if no factor fits some row."""
-        factor = self._factors(wide_norms(batches, memory), batches[0])
+        factor = self._factors(wide_norms(batches, workspace), batches[0])
         if factor is None:
             for x in batches:
                 self._scale_(x)

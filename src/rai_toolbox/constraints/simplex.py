@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from rai_toolbox.checks import check_count, check_setting
 from rai_toolbox.constraints.base import Constraint
-from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, Memory, can_read, joined
+from rai_toolbox.constraints.kernels.blocks import BLOCK, MANY, Workspace, can_read, joined
 from rai_toolbox.constraints.kernels.l1 import FAR
 from rai_toolbox.constraints.kernels.rounding import resolution
 from rai_toolbox.constraints.kernels.threshold import in_one_memory, lower_, lowered
@@ -66,16 +66,16 @@ class Simplex(Constraint):
         if not (is_large and x.dtype == torch.float32 and can_read(x, self.total)):
             return super().project_(x)
         self._check_batch(x)
-        self._project_rows_each_([x], Memory())
+        self._project_rows_each_([x], Workspace())
         return x
 
-    def _project_rows_each_(self, batches: list[Tensor], memory: Memory) -> None:
+    def _project_rows_each_(self, batches: list[Tensor], workspace: Workspace) -> None:
         if batches[0].dtype != torch.float32 or not 1 / FAR < self.total < FAR:
             for x in batches:
                 super().project_(x)
             return
         for piece in joined(batches, MANY):
-            parts, rows, buffer = in_one_memory(piece, torch.float32, memory)
+            parts, rows, buffer = in_one_memory(piece, torch.float32, workspace)
             for x, part in zip(piece, parts, strict=True):
                 part.view(x.shape).copy_(x)
             self._project_narrow_(rows, buffer)

@@ -18,7 +18,7 @@ from rai_toolbox.constraints.box import OPEN, checked_box
 from rai_toolbox.constraints.kernels.blocks import (
     BLOCK,
     GROUP,
-    Memory,
+    Workspace,
     can_read,
     joined,
     needs_grad,
@@ -112,10 +112,10 @@ class GradientMapping(OfSet):
                 grad.copy_(view.view(grad.shape))
         if not large:
             return
-        memory = Memory()
+        workspace = Workspace()
         columns = [joined(list(column), GROUP) for column in zip(*large, strict=True)]
         for piece in zip(*columns, strict=True):
-            if not self._map_rows_(*piece, group=group, memory=memory):
+            if not self._map_rows_(*piece, group=group, workspace=workspace):
                 for grad, x, *others in zip(*piece, strict=True):
                     self.map_(grad, x, others[0] if others else None, group)
 
@@ -137,7 +137,7 @@ class GradientMapping(OfSet):
         ms: list[Tensor] | None = None,
         *,
         group: Group,
-        memory: Memory,
+        workspace: Workspace,
     ) -> bool:
         """`map_` for large batches, if the projection multiplies each row by a factor f.
 
@@ -148,11 +148,10 @@ class GradientMapping(OfSet):
         found = _row_steps(xs, grads, ms, reach)
         if found is None or reach > 0.5:  # (y could be much shorter than x)
             return False
-        e, square, slope = found
-        product = fast_products(xs, grads if ms is None else ms, memory).double()
-        square.square_().sub_(product.mul_(e), alpha=2 * sign).add_(slope.mul_(e).square_())
-        del found, product, slope  # (memory is still taken)
-        factor = self.set_of(group)._scaling(square.sqrt_(), xs[0])
+        e, length, slope = found
+        product = fast_products(xs, grads if ms is None else ms, workspace).double()
+        square = length.square() - 2 * sign * e * product + (e * slope).square()
+        factor = self.set_of(group)._scaling(square.sqrt(), xs[0])
         if factor is None:  # all of y is in the set
             return True
         if factor is NotImplemented:
@@ -160,7 +159,7 @@ class GradientMapping(OfSet):
         # (norms of x and m are off by `sum_error`, that of y, which is the shorter one, by more)
         size = xs[0].shape[1:].numel()
         beyond = _beyond(factor, 4 * sum_error(min(size, EXACT_CHUNK)) / (1 - reach) ** 2)
-        pulls = for_each((beyond / e.mul_(sign)).float(), xs)
+        pulls = for_each((beyond / (sign * e)).float(), xs)
         shares = for_each((1 - beyond if ms is None else -beyond).float(), xs)
         for grad, x, m, pull, share in zip(grads, xs, ms or grads, pulls, shares, strict=True):
             _ = grad.mul_(share) if ms is None else grad.addcmul_(m, share)
@@ -202,7 +201,7 @@ class GradientMapping(OfSet):
         scales = type(constraint)._scaling is not Constraint._scaling
         if scales and constraint._dims is None and can_read(y):
             fast = sums_fast([y], EXACT_CHUNK)
-            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], Memory())
+            length = fast_norms([y], 2, EXACT_CHUNK) if fast else wide_norms([y], Workspace())
             error = sum_error(EXACT_CHUNK) if fast else 0.0
             factor = constraint._scaling(length, y)
         if factor is NotImplemented:

@@ -99,7 +99,7 @@ def row_halves(x: Tensor) -> tuple[Tensor, ...]:
     return x[:middle], x[middle:]
 
 
-class Memory(dict[tuple[tuple[int, ...], torch.dtype], Tensor]):
+class Workspace(dict[tuple[tuple[int, ...], torch.dtype], Tensor]):
     """Tensors on the CPU by shape and dtype, of any values: all of them in the same memory.
 
     For temporaries that follow each other, because new memory is slow to touch.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rai_toolbox.constraints.kernels.blocks import (
     MANY,
-    Memory,
+    Workspace,
     is_eager,
     joined,
     needs_grad,
@@ -48,10 +48,10 @@ def project_l1_rows(x: Tensor, epsilon: float | Tensor) -> Tensor:
 
 def project_l1_each_(batches: list[Tensor], epsilon: float | Tensor) -> None:
     """`project_l1_rows`, in place, of plain batches (N, ...) on the CPU."""
-    memory = Memory()
+    workspace = Workspace()
     for piece in [batches] if isinstance(epsilon, Tensor) else joined(batches, MANY):
         dtype = _working_dtype(piece[0], epsilon)
-        parts, values, buffer = in_one_memory(piece, dtype, memory)
+        parts, values, buffer = in_one_memory(piece, dtype, workspace)
         for x, part in zip(piece, parts, strict=True):
             if x.dtype == dtype:
                 torch.abs(x, out=part.view(x.shape))

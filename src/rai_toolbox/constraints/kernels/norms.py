@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory, is_eager, is_plain, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import BLOCK, Workspace, is_eager, is_plain, wide_dtype
 
 _SCALES = {
     torch.float16: torch.float32,
@@ -132,7 +132,7 @@ def fast_norm(x: Tensor, p: float, chunk: int) -> Tensor:
     return vector_norm(roots, 2, 1, keepdim=True)
 
 
-def wide_norms(batches: list[Tensor], memory: Memory) -> Tensor:
+def wide_norms(batches: list[Tensor], workspace: Workspace) -> Tensor:
     """Euclidean norms of all rows of some plain batches (N, ...) in float64, shape (N,).
 
     Large ones go by equal pieces, whose wide copies take at most as much memory as a batch has.
@@ -147,12 +147,12 @@ def wide_norms(batches: list[Tensor], memory: Memory) -> Tensor:
             continue
         dims = tuple(range(1, x.ndim))
         for part in x.split(math.ceil(height / number)):
-            wide = memory[part.shape, torch.float64].copy_(part)
+            wide = workspace[part.shape, torch.float64].copy_(part)
             lengths.append(vector_norm(wide, 2, dims))
     return _joined(lengths)
 
 
-def fast_products(batches: list[Tensor], others: list[Tensor], memory: Memory) -> Tensor:
+def fast_products(batches: list[Tensor], others: list[Tensor], workspace: Workspace) -> Tensor:
     """Inner products of all rows of batches with those of others, shape (N,), as `fast_norms`."""
     size, products = batches[0].shape[1:].numel(), []
     quarter = sum(x.numel() for x in batches) // 4
@@ -162,7 +162,7 @@ def fast_products(batches: list[Tensor], others: list[Tensor], memory: Memory) -
         if x.shape[0] > height:
             parts = list(zip(x.split(height), y.split(height), strict=True))
         for x, y in parts:  # (in any strides)
-            product = torch.mul(x, y, out=memory[x.shape, x.dtype])
+            product = torch.mul(x, y, out=workspace[x.shape, x.dtype])
             products.append(product.view(-1, size).sum(1))
     return torch.cat(products)
 

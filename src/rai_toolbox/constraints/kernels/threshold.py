@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from rai_toolbox.autograd import with_value
-from rai_toolbox.constraints.kernels.blocks import BLOCK, Memory, is_eager, needs_grad, wide_dtype
+from rai_toolbox.constraints.kernels.blocks import (
+    BLOCK,
+    Workspace,
+    is_eager,
+    needs_grad,
+    wide_dtype,
+)
 
 _WIDE = 128  # entries of a row for which a search among some of them pays
 _FIRST_STEPS = 3  # of that search
@@ -64,7 +70,7 @@ def lower_(v: Tensor, total: float | Tensor, buffer: Tensor) -> Tensor:
 
 
 def in_one_memory(
-    piece: list[Tensor], dtype: torch.dtype, memory: Memory
+    piece: list[Tensor], dtype: torch.dtype, workspace: Workspace
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Memory for the rows of several batches: for those of each, for all of them, and a buffer.
 
@@ -72,7 +78,7 @@ def in_one_memory(
     """
     heights = list(map(len, piece))
     size = piece[0].shape[1:].numel()
-    buffer, rows = memory[(2, sum(heights), size), dtype]
+    buffer, rows = workspace[(2, sum(heights), size), dtype]
     return rows.split(heights), rows, buffer
 
 
